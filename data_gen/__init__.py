@@ -1,0 +1,1 @@
+"""Programs that write conversations as JSONL."""

@@ -1,0 +1,90 @@
+"""Freeze a model, choose Linears by their paths, and put a `LoRALinear` in the place of each.
+
+What trains follows from construction: everything is frozen first, and only new lora_A and lora_B require gradients.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lora.adapter.layer import LoRALinear
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+GROUPS = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> Linear, for every Linear that could be a target. Subclasses are left alone: their owners use them in
+    other ways than calling them (`nn.MultiheadAttention` reads the weight of its output projection)."""
+    return {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Path -> LoRALinear, in the order of the model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def matches(path: str, target: str) -> bool:
+    """Does a target name this path? `all`, `attention`, `mlp`; `re:PATTERN` for the whole path; else a suffix that
+    begins on a dot: `o_proj` matches `layers.0.o_proj`, never `layers.0.foo_proj`."""
+    if target.startswith("re:"):
+        return re.fullmatch(target[3:], path) is not None
+    return any(path == suffix or path.endswith("." + suffix) for suffix in GROUPS.get(target, (target,)))
+
+
+def choose(model: nn.Module, targets: Iterable[str] = ("all",)) -> list[str]:
+    """The paths of all Linears that some target names, in the order of the model.
+
+    Raises ValueError naming every target that matches nothing, with what there is.
+    """
+    paths = list(linears(model))
+    problems = []
+    for target in targets:
+        try:
+            if not any(matches(path, target) for path in paths):
+                ends = sorted({path.rsplit(".", 1)[-1] for path in paths})
+                problems.append(f"target {target!r} matches no Linear; there are: {', '.join(ends) or 'none'}")
+        except re.error as error:
+            problems.append(f"target {target!r} is no regular expression: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return [path for path in paths if any(matches(path, target) for target in targets)]
+
+
+def inject(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ("all",),
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
+    """Freeze `model` and patch its target Linears in place; returns their paths. Nothing is changed on an error.
+
+    Raises ValueError: a target that matches nothing, a model that is patched already.
+    """
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already; unload them first")
+    paths = choose(model, targets)
+    layers = {path: LoRALinear(model.get_submodule(path), rank, alpha, dropout, dtype) for path in paths}
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer.train(model.training))
+    return paths
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """Inside the block the model computes what the base computes, merged or not."""
+    before = {layer: layer.enabled for layer in lora_layers(model).values()}
+    try:
+        for layer in before:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in before.items():
+            layer.enabled = enabled

@@ -1,0 +1,123 @@
+"""`LoRALinear`: a frozen `nn.Linear` plus a scaled low-rank map, after Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+    y = W x + b + s B A x        s = alpha / rank,   A (r, in),   B (out, r)
+
+`delta` is the only place that forms ΔW = s B A. The base tensor is never written: a merged layer holds W' = W + ΔW in a
+tensor of its own, so unmerging is dropping that tensor.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear with an adapter beside it. At the start B = 0, so the layer computes what its base computes.
+
+    `lora_A` (rank, in) and `lora_B` (out, rank) are kept in `dtype`; the branch is computed in the dtype of the input.
+    Raises ValueError where rank, alpha or dropout make no sense.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype=torch.float32):
+        super().__init__()
+        if not (isinstance(rank, int) and rank >= 1) or not alpha > 0 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"rank {rank}, alpha {alpha}, dropout {dropout}: need rank >= 1, alpha > 0, 0 <= dropout < 1"
+            )
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.dropout, self.enabled = rank, alpha, dropout, True
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, dtype=dtype, device=device))
+        # W' while merged: a buffer, so that .to() takes it along; not persistent, so that a state_dict is the base's
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """A ~ U(-1/√in, 1/√in), which is the usual `kaiming_uniform_(a=√5)` written out; B = 0."""
+        bound = self.base.in_features**-0.5
+        nn.init.uniform_(self.lora_A, -bound, bound)
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_weight is not None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight the layer computes with, leaving the branch aside: W, or W' while merged. (out, in)"""
+        return self.merged_weight if self.merged and self.enabled else self.base.weight
+
+    @property
+    def adapting(self) -> bool:
+        """Is there a branch to compute? Not while merged, not while disabled."""
+        return self.enabled and not self.merged
+
+    def delta(self) -> torch.Tensor:
+        """ΔW = s B A, (out, in), in float32 or wider whatever the dtype of A and B."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out), in the dtype of x."""
+        return self.together(x, [self])[0]
+
+    @staticmethod
+    def together(x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
+        """Several layers of one input, x (..., in), in one autograd node: q/k/v, gate/up, or one alone."""
+        if all(layer.adapting and not (layer.training and layer.dropout) for layer in layers):
+            weights = [w for layer in layers for w in (layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B)]
+            return _LoRAProducts.apply(x, [layer.scaling for layer in layers], *weights)
+        return tuple(layer.plain(x) for layer in layers)
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The formula as written, with dropout on the branch's input; `together` is the fast version of it."""
+        y = F.linear(x, self.weight, self.base.bias)
+        if not self.adapting:
+            return y
+        branch = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
+        return y + self.scaling * (branch @ self.lora_B.to(x.dtype).T)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}, enabled={self.enabled}"
+
+
+class _LoRAProducts(torch.autograd.Function):
+    """y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ for several i, and its gradients in closed form, G_i = ∂L/∂y_i:
+
+        ∂B = s Gᵀ(x Aᵀ)      ∂A = s (G B)ᵀ x      ∂x = Σ G W + s (G B) A
+
+    What autograd would do, with less memory traffic: products are added into their sum (`addmm_`), x is kept once for
+    all layers, G B is formed once for ∂A and ∂x, and nothing is computed for the frozen W.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scalings, *weights):
+        rows = x.reshape(-1, x.shape[-1])  # (T, in)
+        ctx.scalings, ctx.shape = scalings, x.shape
+        outputs, kept = [], []
+        for s, W, b, A, B in zip(scalings, *(weights[i::4] for i in range(4)), strict=True):
+            down = rows @ A.to(x.dtype).T  # (T, r)
+            y = F.linear(rows, W, b)  # (T, out)
+            outputs.append(y.addmm_(down, B.to(x.dtype).T, alpha=s).view(*x.shape[:-1], -1))
+            kept += [down, W, A, B]
+        ctx.save_for_backward(rows, *kept)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        rows, *kept = ctx.saved_tensors
+        d_rows, d_weights = None, []
+        for s, G, down, W, A, B in zip(ctx.scalings, gradients, *(kept[i::4] for i in range(4)), strict=True):
+            G = G.reshape(-1, G.shape[-1])  # (T, out)
+            up = G @ B.to(G.dtype)  # (T, r)
+            d_A, d_B = up.T @ rows, G.T @ down
+            d_weights += [None, None, d_A.to(A.dtype).mul_(s), d_B.to(B.dtype).mul_(s)]
+            if ctx.needs_input_grad[0]:
+                d_rows = G @ W if d_rows is None else d_rows.addmm_(G, W)
+                d_rows.addmm_(up, A.to(G.dtype), alpha=s)
+        return (None if d_rows is None else d_rows.view(ctx.shape), None, *d_weights)

@@ -1,0 +1,60 @@
+"""Merge an adapter into the weights (one rounding), unmerge (bit for bit), unload (plain Linears again)."""
+
+import torch
+from torch import nn
+
+from lora.adapter.inject import lora_layers
+from lora.adapter.layer import LoRALinear
+
+
+def merged_weight(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """W + ΔW as a new tensor: the sum is formed in float32 or wider and rounded once, to `dtype` or W's own."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return (weight.to(wide) + delta).to(dtype or weight.dtype)
+
+
+def check_finite(layers: dict[str, LoRALinear]) -> None:
+    """Raises ValueError naming the first adapter tensor with a NaN or an infinity."""
+    for path, layer in layers.items():
+        for name in ("lora_A", "lora_B"):
+            if not torch.isfinite(getattr(layer, name)).all():
+                raise ValueError(f"{path}.{name} has values that are not finite; nothing was changed")
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Let every LoRALinear compute with W' = W + ΔW. Merging twice is merging once.
+
+    Raises ValueError, with nothing changed, where an adapter (or a sum with it) is not finite.
+    """
+    layers = {path: layer for path, layer in lora_layers(model).items() if not layer.merged}
+    check_finite(layers)
+    sums = {}
+    for path, layer in layers.items():
+        sums[layer] = merged_weight(layer.base.weight, layer.delta())
+        if not torch.isfinite(sums[layer]).all():
+            raise ValueError(f"{path}: the merged weight is not finite; nothing was changed")
+    for layer, weight in sums.items():
+        layer.merged_weight = weight
+
+
+def unmerge(model: nn.Module) -> None:
+    """Drop W' again: the base tensors, which were never written, are what they were, bit for bit.
+
+    Raises ValueError where no layer is merged.
+    """
+    layers = [layer for layer in lora_layers(model).values() if layer.merged]
+    if not layers:
+        raise ValueError("no layer is merged")
+    for layer in layers:
+        layer.merged_weight = None
+
+
+@torch.no_grad()
+def unload(model: nn.Module) -> nn.Module:
+    """Put plain Linears back, holding W' where a layer was merged and W where it was not; returns the model."""
+    for path, layer in lora_layers(model).items():
+        if layer.merged:
+            layer.base.weight = nn.Parameter(layer.merged_weight, requires_grad=False)
+        model.set_submodule(path, layer.base)
+    return model

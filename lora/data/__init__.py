@@ -1,0 +1,1 @@
+"""From a file of conversations to micro-batches of tokens."""

@@ -1,0 +1,214 @@
+"""The only place that writes, and the bounded reading of safetensors and JSON.
+
+A name that exists is complete: everything is written aside, synced, renamed, and then the folder is synced.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora.errors import BadInput, Refused
+
+JSON_LIMIT = 256 * 2**20  # bytes; the largest tokenizer.json files have about 35 MB
+
+# safetensors dtype name -> torch dtype; a model may hold others, but we do not compute with them
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot sync a folder
+        pass
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(path: Path):
+    """A binary file that appears under `path` only when the block has ended well."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with writing(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def append_row(path: Path, row: dict) -> None:
+    """One JSON line in one write, so that a killed process leaves whole lines only."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(handle, (json.dumps(row, ensure_ascii=False) + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(path: Path):
+    """A folder that appears under `path` only when the block has ended well; yields the folder to fill.
+
+    An existing `path` is replaced; the caller has asked for that (`check_out`).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    try:
+        aside.mkdir()
+        yield aside
+        sync_folder(aside)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
+    """Refuse an output folder that is not empty, unless `overwrite` and it holds one of `ours`, files we write.
+
+    So `--out ~ --overwrite` cannot delete a home. Raises BadInput, or OSError where the place is not writable.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise BadInput(f"wrong --out in {path}: it is not a folder. Choose another name")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
+        if not any((path / name).is_file() for name in ours):
+            fix = "Choose another name, or empty it yourself"
+            raise BadInput(f"wrong --out in {path}: --overwrite replaces only what this program wrote. {fix}")
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise BadInput(f"wrong --out in {path}: {nearest} is not a folder. Choose another name")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(13, "permission denied", str(nearest))
+    for part in path.absolute().parts:
+        if len(os.fsencode(part)) > 200:  # room for our `.partial` names below the usual limit of 255
+            raise BadInput(f"wrong --out in {path}: a name of over 200 bytes. Choose a shorter one")
+    if shutil.disk_usage(nearest).free < 2**20:
+        raise OSError(28, "no space left", str(nearest))
+
+
+def write_safetensors(path: Path, header: dict[str, tuple[str, tuple[int, ...]]], read, metadata=None) -> None:
+    """Write tensors one at a time: `header` gives each name's dtype and shape, `read(name)` the tensor.
+
+    The same content gives the same bytes: names are sorted, as safetensors sorts them (by dtype width, then by name).
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    table, offset = {"__metadata__": metadata} if metadata else {}, 0
+    names = sorted(header, key=lambda name: (-DTYPES[header[name][0]].itemsize, name))
+    for name in names:
+        dtype, shape = header[name]
+        end = offset + DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with writing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            tensor = read(name).detach().to("cpu").contiguous()
+            if (NAMES[tensor.dtype], tuple(tensor.shape)) != header[name]:
+                raise AssertionError(f"{name}: announced {header[name]}, got {tensor.dtype} {tuple(tensor.shape)}")
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def is_regular(path: Path) -> bool:
+    return Path(path).is_file()  # follows links; false for FIFOs and devices, which could hang
+
+
+def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"missing file in {path}: there is no such file. Check the path")
+    if not is_regular(path):
+        raise BadInput(f"wrong file in {path}: not a regular file. Give a file")
+    if path.stat().st_size > limit:
+        raise BadInput(f"wrong file in {path}: larger than {limit >> 20} MiB. It can't be what it claims to be")
+    return path.read_bytes()
+
+
+def read_json(path: Path, data: bytes | None = None) -> dict:
+    """A JSON object. Raises BadInput with line and column."""
+    try:
+        value = json.loads((read_bytes(path) if data is None else data).decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise BadInput(f"broken JSON in {path}:{error.lineno}: {error.msg}, column {error.colno}. Repair it") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"wrong encoding in {path}: not UTF-8 at byte {error.start}. Convert it to UTF-8") from None
+    except (RecursionError, ValueError) as error:
+        raise BadInput(f"broken JSON in {path}: {error}. Repair it") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"wrong JSON in {path}: expected an object, found {type(value).__name__}. Repair it")
+    return value
+
+
+class Safetensors:
+    """One safetensors file: `header` maps a name to dtype name and shape, `read(name)` gives the tensor.
+
+    Read with pread into memory of our own: a file truncated while it is mapped would kill the process (SIGBUS).
+    Raises BadInput for a file that is not valid, Refused for a pickle under this name.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not is_regular(self.path):
+            raise BadInput(f"missing weights in {path}: there is no such file. Download it again")
+        with open(self.path, "rb") as file:
+            start = file.read(16)
+        if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")):
+            raise Refused(f"pickle in {path}: pickled weights are never opened. Convert them to safetensors")
+        if start.startswith(b"version https://"[:16]):
+            raise BadInput(f"missing weights in {path}: a git-lfs pointer, not the file. Run git lfs pull")
+        try:
+            self._file = safe_open(self.path, "pt", backend="pread")
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a dict)
+            self.header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            self.metadata = self._file.metadata() or {}
+        except (SafetensorError, OSError, ValueError, OverflowError, TypeError) as error:
+            fix = "It is damaged or incomplete; download or write it again"
+            raise BadInput(f"broken safetensors in {path}: {str(error).rstrip('.')}. {fix}") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"broken safetensors in {self.path}:{name}: {error}. Download it again") from None

@@ -1,0 +1,80 @@
+"""Text to ids and back, by the `tokenizers` package, with decoding that never shows half a character."""
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from lora.errors import BadInput
+
+BROKEN = "\ufffd"  # what bytes that are no character (yet) are decoded to
+
+
+class Tokenizer:
+    """A `tokenizer.json`. `control` maps the text of every special token (`<|im_end|>`) to its id.
+
+    Raises BadInput for a file that is no tokenizer; `where` names it.
+    """
+
+    def __init__(self, data: bytes, where: str = "tokenizer.json"):
+        try:
+            self._fast = FastTokenizer.from_str(data.decode("utf-8-sig"))
+            self._fast.no_truncation()
+            self._fast.no_padding()
+            added = self._fast.get_added_tokens_decoder()
+            self.size = max([self._fast.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)])
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a Rust panic derives from BaseException
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise BadInput(f"broken tokenizer in {where}: {why}. Download the file again") from None
+        self.control = {token.content: i for i, token in added.items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which control strings are control tokens. Nothing is added (no BOS)."""
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which control strings are ordinary text."""
+        self._fast.encode_special_tokens = True
+        try:
+            return self._fast.encode(text, add_special_tokens=False).ids
+        finally:
+            self._fast.encode_special_tokens = False
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids, control tokens left out."""
+        return self._fast.decode(ids, skip_special_tokens=True)
+
+    def token(self, i: int) -> str | None:
+        """The token of an id as the vocabulary spells it."""
+        return self._fast.id_to_token(i)
+
+    def id(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
+
+
+class Stream:
+    """Decodes ids as they come: the pieces of `push` and `end`, joined, are exactly `decode` of all ids."""
+
+    WINDOW, OVERLAP = 48, 16  # tokens; decoding the whole answer for every token would be quadratic
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decode, self._ids, self._shown = tokenizer.decode, [], 0
+
+    def push(self, i: int) -> str:
+        """The text that is certain now, perhaps none: a character may need the bytes of up to four tokens."""
+        self._ids.append(i)
+        text = self._decode(self._ids)
+        pending = min(3, len(text) - len(text.rstrip(BROKEN)))
+        piece = text[self._shown : len(text) - pending]
+        self._shown += len(piece)
+        if len(self._ids) > self.WINDOW and not pending:
+            self._ids = self._ids[-self.OVERLAP :]
+            self._shown = len(self._decode(self._ids))
+        return piece
+
+    def end(self) -> str:
+        """What is left when no more ids come."""
+        piece = self._decode(self._ids)[self._shown :]
+        self._shown += len(piece)
+        return piece

@@ -1,0 +1,207 @@
+"""One table of settings: flag, type, default, range, help. It becomes argparse, `--config` and `settings.json`.
+
+`resolve` reads a config file (TOML or JSON), lets flags override it, and checks every range; all problems at once.
+"""
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lora import files
+from lora.errors import BadInput, Parser
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One flag `--name`. `check` says whether a value is in range, `range` says it in words."""
+
+    name: str
+    kind: Callable  # str, int, float, or bool for a switch
+    default: Any
+    help: str
+    range: str = ""
+    check: Callable[[Any], bool] = lambda value: True
+    many: bool = False  # several values
+    saved: bool = True  # part of settings.json: what was done, not where it was put
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def one_of(*choices: str) -> dict:
+    return {"range": "one of " + ", ".join(choices), "check": lambda value: value in choices}
+
+
+def between(low: float, high: float) -> dict:
+    return {"range": f"from {low:g} to {high:g}", "check": lambda value: low <= value <= high}
+
+
+def _is_target(value: str) -> bool:
+    if value.startswith("re:"):
+        try:
+            re.compile(value[3:])
+        except re.error:
+            return False
+    return bool(value.removeprefix("re:"))
+
+
+TRAIN = (
+    Setting("model", str, "smollm2-135m-instruct", "folder, hub id owner/name, .gguf file, or smollm2-135m-instruct"),
+    Setting("data", str, None, "files of conversations; without one, self-introductions are made", many=True),
+    Setting("out", str, None, "new folder of the run; weights/<data name> without it", saved=False),
+    Setting("overwrite", bool, False, "replace the folder of an earlier run", saved=False),
+    Setting("rank", int, 16, "rank of the adapter", **between(1, 65536)),
+    Setting("alpha", float, 32.0, "the adapter counts alpha / rank times", **between(1e-6, 1e6)),
+    Setting("dropout", float, 0.0, "dropout before the adapter", "from 0 to below 1", lambda value: 0 <= value < 1),
+    Setting(
+        "target", str, ["all"], "all, attention, mlp, a name's end, or re:PATTERN for whole names",
+        "a name, or re: and a regular expression", _is_target, many=True,
+    ),
+    Setting("lr", float, 1e-3, "peak learning rate", "above 0, up to 1", lambda value: 0 < value <= 1),
+    Setting("epochs", int, None, "times through the data; 3, or as many as give 50 steps", **between(1, 10**6)),
+    Setting("max_steps", int, None, "optimisation steps, instead of --epochs", **between(1, 10**9)),
+    Setting("batch_size", int, 8, "examples a step", **between(1, 10**6)),
+    Setting("micro_tokens", int, 2048, "tokens in memory at once; changes only speed and memory", **between(1, 2**24)),
+    Setting("max_len", int, None, "longest example in tokens; the model's limit without it", **between(2, 2**24)),
+    Setting("warmup", float, 0.1, "steps with a rising rate, or a share of all steps if below 1", **between(0, 10**9)),
+    Setting("schedule", str, "cosine", "course of the rate after warm-up", **one_of("constant", "linear", "cosine")),
+    Setting("weight_decay", float, 0.0, "AdamW's weight decay", **between(0, 10)),
+    Setting("clip", float, 1.0, "limit of the gradient norm; 0 is none", **between(0, 1e9)),
+    Setting("seed", int, 0, "seed of adapter, order and dropout", **between(0, 2**63 - 1)),
+    Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
+    Setting("dtype", str, "auto", "dtype of the base and the activations", **one_of("auto", "bfloat16", "float32")),
+    Setting("adapter_dtype", str, "float32", "dtype of lora_A and lora_B", **one_of("float32", "bfloat16")),
+    Setting("config", str, None, "TOML or JSON file of settings; flags override it", saved=False),
+)  # fmt: skip
+
+GENERATE = (
+    Setting("model", str, None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own"),
+    Setting("adapter", str, None, "folder of an adapter"),
+    Setting("prompt", str, None, "one prompt, or - for stdin; without --prompt and --prompts, a chat"),
+    Setting("prompts", str, None, "file with a prompt a line, or conversation rows; answered in batches"),
+    Setting("out", str, None, "JSONL file for the answers to --prompts; stdout without it"),
+    Setting("system", str, None, "system turn; without it the chat template decides"),
+    Setting("no_system", bool, False, "no system turn, not even the template's own"),
+    Setting("max_new_tokens", int, 256, "longest answer", **between(1, 10**6)),
+    Setting("temperature", float, 0.0, "0 takes the likeliest token", **between(0, 100)),
+    Setting("top_k", int, 0, "draw from the k likeliest; 0 is all", **between(0, 2**24)),
+    Setting("top_p", float, 1.0, "draw from the likeliest that sum to p", "above 0, up to 1", lambda v: 0 < v <= 1),
+    Setting("min_p", float, 0.0, "drop tokens below this share of the best", "from 0 to below 1", lambda v: 0 <= v < 1),
+    Setting("repetition_penalty", float, 1.0, "above 1 makes repetition unlikely", **between(0.01, 100)),
+    Setting("seed", int, 0, "seed of the drawing", **between(0, 2**62)),
+    Setting("batch_size", int, 16, "prompts answered at once", **between(1, 4096)),
+    Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
+    Setting("dtype", str, "auto", "dtype of the model", **one_of("auto", "bfloat16", "float32")),
+    Setting("no_verify", bool, False, "use an adapter on another base than it was trained on"),
+)  # fmt: skip
+
+MERGE = (
+    Setting("adapter", str, None, "folder of an adapter"),
+    Setting("out", str, None, "new folder of the merged model"),
+    Setting("model", str, None, "the base, where it is not where the adapter remembers it"),
+    Setting("overwrite", bool, False, "replace an earlier merged model"),
+    Setting("dtype", str, "auto", "dtype to write; the base's own by default",
+            **one_of("auto", "bfloat16", "float16", "float32")),
+    Setting("no_verify", bool, False, "merge into another base than the adapter was trained on"),
+)  # fmt: skip
+
+
+def parser(table: Sequence[Setting], description: str) -> Parser:
+    build = Parser(description=description)
+    for s in table:
+        text = s.help + (f" ({s.range})" if s.range else "")
+        if s.kind is bool:
+            build.add_argument(s.flag, dest=s.name, action="store_true", default=None, help=text)
+        else:
+            metavar = "TEXT" if s.kind is str else s.kind.__name__.upper()
+            default = "" if s.default is None else f" [{' '.join(s.default) if s.many else s.default}]"
+            build.add_argument(
+                s.flag,
+                dest=s.name,
+                nargs="+" if s.many else None,
+                metavar=metavar,
+                help=(text + default).replace("%", "%%"),
+            )
+    return build
+
+
+def _read(path: Path) -> dict:
+    if path.suffix.lower() != ".toml":
+        return files.read_json(path)
+    try:
+        return tomllib.loads(files.read_bytes(path).decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"broken TOML in {path}: {error}. Repair it") from None
+
+
+def _value(s: Setting, value: Any, where: str, problems: list[str]) -> Any:
+    """One value of the setting's kind and range; from a flag it is a string, from a file it has a type."""
+    from_flag = isinstance(value, str)
+    try:
+        if s.kind is str and not from_flag:
+            raise ValueError
+        if s.kind is bool:
+            if type(value) is not bool:
+                raise ValueError
+            return value
+        if s.kind in (int, float) and isinstance(value, bool):
+            raise ValueError
+        result = s.kind(value)
+        if s.kind is int and not from_flag and result != value:
+            raise ValueError
+        if s.kind is float and not math.isfinite(result):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        problems.append(f"wrong {s.flag} in {where}: {value!r} is not {kinds[s.kind]}. Give {s.range or kinds[s.kind]}")
+        return s.default
+    if not s.check(result):
+        problems.append(f"wrong {s.flag} in {where}: {value!r} is out of range. Give {s.range}")
+    return result
+
+
+def resolve(table: Sequence[Setting], argv: Sequence[str] | None, description: str) -> SimpleNamespace:
+    """Flags over config file over defaults. Raises BadInput with everything that is wrong."""
+    flags = vars(parser(table, description).parse_args(argv))
+    problems: list[str] = []
+    known = {s.name: s for s in table}
+    config, where = {}, flags.get("config")
+    if where is not None:
+        config = {key.replace("-", "_"): value for key, value in _read(Path(where)).items()}
+        for key in config.keys() - (known.keys() - {"config"}):
+            problems.append(f"unknown key in {where}:{key}: no such setting. Known are {', '.join(known)}")
+    values = {}
+    for s in table:
+        if flags.get(s.name) is not None:
+            value, source = flags[s.name], "the command line"
+        elif config.get(s.name) is not None:
+            value, source = config[s.name], str(where)
+        else:
+            values[s.name] = s.default
+            continue
+        if s.many:
+            items = value if isinstance(value, list) else [value]
+            values[s.name] = [_value(s, item, source, problems) for item in items]
+        else:
+            values[s.name] = _value(s, value, source, problems)
+    if problems:
+        raise BadInput(*problems)
+    # a flag of one kind replaces a config file's value of the other
+    if "epochs" in known and values["epochs"] is not None and values["max_steps"] is not None:
+        if flags.get("epochs") is not None and flags.get("max_steps") is not None:
+            raise BadInput("contradiction in the command line: --epochs and --max-steps. Give one of them")
+        if flags.get("epochs") is None and flags.get("max_steps") is None:
+            raise BadInput(f"contradiction in {where}: epochs and max_steps. Give one of them")
+        values["max_steps" if flags.get("epochs") is not None else "epochs"] = None
+    return SimpleNamespace(**values)
+
+
+def to_save(table: Sequence[Setting], values: SimpleNamespace) -> dict:
+    """What `settings.json` holds: it can be given back as `--config` as it is."""
+    return {s.name: getattr(values, s.name) for s in table if s.saved}

@@ -1,0 +1,1 @@
+"""The loss and the loop; they train whatever requires gradients."""

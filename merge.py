@@ -1,0 +1,74 @@
+"""Write base + adapter as a plain model folder that other programs load.
+
+python merge.py --adapter weights/self-introduction --out weights/nimbus
+"""
+
+from lora.errors import quiet_imports, run
+
+quiet_imports(__name__)
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from generate import remembered
+from lora import files, settings
+from lora.adapter import passport, store
+from lora.adapter.inject import lora_layers
+from lora.adapter.merge import merged_weight
+from lora.errors import BadInput, BadNumbers, say
+from lora.model import pretrained
+
+
+def story(argv) -> int:
+    s = settings.resolve(settings.MERGE, argv, __doc__)
+    missing = [flag for flag in ("adapter", "out") if getattr(s, flag) is None]
+    if missing:
+        raise BadInput(*(f"missing --{flag} in the command line: it says where to {what}. Add it" for flag, what in
+                         zip(missing, {"adapter": "read", "out": "write"}.values(), strict=False)))  # fmt: skip
+    out = Path(s.out)
+    files.check_out(out, s.overwrite, ("config.json",))
+    store.read_config(s.adapter)
+    checkpoint = pretrained.find(s.model or remembered(s.adapter))
+    say(f"model    {checkpoint.described}")
+    sources = [Path(s.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])]
+    for source in sources:
+        if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
+            raise BadInput(f"wrong --out in {out}: it holds {source}, which is read. Choose another folder")
+
+    # ---- on `meta` the base has no memory; only the adapter's tensors are real
+    model = pretrained.empty_model(checkpoint)
+    store.load(model, s.adapter)
+    layers = {f"{path}.weight": layer for path, layer in lora_layers(model).items()}
+    if not s.no_verify:
+        passport.verify(s.adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
+    dtype = None if s.dtype == "auto" else getattr(torch, s.dtype)
+    bar = tqdm(total=len(checkpoint.header), desc="merging", unit="tensor", leave=False, disable=None)
+
+    @torch.no_grad()
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """W + ΔW for a target, rounded once to the dtype to write; other tensors as they are."""
+        bar.update()
+        if name in layers:
+            tensor = merged_weight(tensor, layers[name].delta(), dtype)
+        tensor = tensor.to(dtype or tensor.dtype)
+        if not torch.isfinite(tensor).all():
+            fix = "Use --dtype float32, or another adapter"
+            raise BadNumbers(f"not finite in {name}: the merged weight does not fit {tensor.dtype}. {fix}")
+        return tensor
+
+    with files.new_folder(out) as folder:
+        pretrained.write_model(checkpoint, folder, change, dtype)
+    bar.close()
+    say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
+    return 0
+
+
+def main(argv=None) -> int:
+    return run(story, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
