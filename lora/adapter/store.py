@@ -216,6 +216,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
     # whole-path targets, so that exactly the modules the config means are patched
     inject(model, config.rank, config.alpha, config.dropout, [f"re:{re.escape(p)}" for p in sorted(paths)], dtype)
     for target, layer in lora_layers(model).items():
-        layer.lora_A.copy_(tensors[f"{target}.lora_A.weight"])
-        layer.lora_B.copy_(tensors[f"{target}.lora_B.weight"])
+        device = layer.base.weight.device if not layer.base.weight.is_meta else "cpu"  # a base on meta: for merge.py
+        for name in ("lora_A", "lora_B"):
+            setattr(layer, name, nn.Parameter(tensors[f"{target}.{name}.weight"].to(device, dtype)))
     return config

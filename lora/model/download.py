@@ -45,6 +45,8 @@ def _quiet_hub():
     """huggingface_hub, imported when first needed (it is slow to import) and without its warnings about tokens."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.errors
 
     return huggingface_hub
 

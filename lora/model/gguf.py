@@ -1,0 +1,377 @@
+"""A GGUF file as a hub folder: config, tokenizer, chat template, and tensors under hub names, dequantised to bf16.
+
+Nothing in the file is trusted: every count and length is checked against the bytes that remain before it is used.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import json
+import math
+import os
+import re
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from lora.errors import BadInput
+from lora.model.tokenizer import Tokenizer
+
+MOST_HEADER = 64 * 2**20  # bytes; a vocabulary of 256,000 tokens with its merges takes about 20 MiB
+MOST_ALIGNMENT = 2**20
+CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
+AGAIN = "Download the file again"
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
+STRING, ARRAY = 8, 9  # the other two types of metadata
+STRING_BYTES, KEY_BYTES, TENSOR_BYTES = 8, 13, 32  # the least that one of them takes in the header
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# Keys under the architecture's name. Any other could change the maths and is refused.
+KNOWN_KEYS = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+)  # fmt: skip
+ROPE_FREQS = "rope_freqs.weight"  # Llama 3's RoPE scaling: one divisor for each frequency
+LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2
+HUB_NAMES = {  # each with .weight or .bias; those after the first three are in model.layers.N (blk.N)
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "blk.attn_norm": "input_layernorm", "blk.ffn_norm": "post_attention_layernorm",
+    "blk.attn_q": "self_attn.q_proj", "blk.attn_k": "self_attn.k_proj", "blk.attn_v": "self_attn.v_proj",
+    "blk.attn_output": "self_attn.o_proj",
+    "blk.ffn_gate": "mlp.gate_proj", "blk.ffn_up": "mlp.up_proj", "blk.ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+CONTROL, USER_DEFINED = 3, 4
+TOKEN_TYPES = {1, CONTROL, USER_DEFINED, 5}  # 1 is normal, 5 unused; others do not occur with byte-level BPE
+ROTATED = re.compile(r"\.[qk]_proj\.")
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # the hub's name -> GGUF's
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def _split(number: str) -> list[dict]:
+    regex = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return [split, BYTE_LEVEL | {"use_regex": False}]
+
+
+# tokenizer.ggml.pre -> pre-tokenizers, normalizer, ignore_merges, and whether BOS is added if the file does not say.
+# Sources: tokenizer.json of SmolLM2, GPT-2, Qwen2.5 and Llama 3; for the last column llama.cpp's src/llama-vocab.cpp.
+PRE_TOKENIZERS = {
+    "smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], None, False, False),
+    "gpt-2": ([BYTE_LEVEL], None, False, False),
+    "qwen2": (_split(r"\p{N}"), {"type": "NFC"}, False, False),
+    "llama-bpe": (_split(r"\p{N}{1,3}"), None, True, True),
+}
+
+
+class _Stored(NamedTuple):
+    """A tensor in the file. `shape` is the hub's, rows last; `offset` and `size` are bytes."""
+
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@cache
+def _block(kind: int) -> tuple[GGMLQuantizationType, int, int] | None:
+    """A tensor type, its values and its bytes per block; None if the package cannot dequantise it."""
+    try:
+        known = GGMLQuantizationType(kind)
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[known][1]), np.uint8), known)
+        return known, *GGML_QUANT_SIZES[known]
+    except (ValueError, KeyError, NotImplementedError):
+        return None
+
+
+def _hub_name(name: str) -> str | None:
+    parts = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
+    number, stem, kind = parts.groups() if parts else (None, "", "")
+    hub = HUB_NAMES.get(f"blk.{stem}" if number else stem)
+    return hub and (f"model.layers.{number}." if number else "") + f"{hub}.{kind}"
+
+
+def _show(value: Any) -> str:
+    """Something out of the file, short and on one line."""
+    text = " ".join(repr(value)[:1000].split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Header:
+    """Takes values from the front of a file, never more than there are. Raises BadInput."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.key = file, path, ""
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = min(self.size, MOST_HEADER)
+
+    def check(self, right: bool, why: str, fix: str = AGAIN) -> None:
+        if not right:
+            raise BadInput(f"broken GGUF header in {self.path}{self.key and ':' + self.key}: {why}. {fix}")
+
+    def take(self, size: int) -> bytes:
+        if size > self.left:  # formatting the message first would double the time of a header
+            self.check(False, f"{size:,} bytes are announced, {self.left:,} remain")
+        self.left -= size
+        data = self.file.read(size)
+        self.check(len(data) == size, "the file became shorter while it was read")
+        return data
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self, least: int) -> int:
+        """A count of things that take `least` bytes each, or more."""
+        count = self.number("Q")
+        self.check(count * least <= self.left, f"{count:,} entries are announced, {self.left:,} bytes remain")
+        return count
+
+    def string(self) -> str:
+        try:
+            return self.take(self.number("Q")).decode()
+        except UnicodeDecodeError as error:
+            self.check(False, f"text that is not UTF-8 at its byte {error.start}")
+
+    def value(self) -> Any:
+        """A str, int, float or bool; an array is a list of str or a numpy array."""
+        kind = self.number("I")
+        array = kind == ARRAY
+        kind = self.number("I") if array else kind
+        if kind == STRING:
+            return [self.string() for _ in range(self.count(STRING_BYTES))] if array else self.string()
+        self.check(kind in SCALARS, "an array of arrays" if kind == ARRAY else f"value type {kind} is unknown")
+        if not array:
+            return self.number(SCALARS[kind])
+        dtype = np.dtype("<" + SCALARS[kind])
+        return np.frombuffer(self.take(self.count(dtype.itemsize) * dtype.itemsize), dtype)
+
+    def tensor(self) -> _Stored:
+        """A tensor's description; its offset counts from the start of the data."""
+        dims = self.number("I")
+        self.check(1 <= dims <= 4, f"{dims:,} dimensions; 1 to 4 are possible")
+        shape = tuple(self.number("Q") for _ in range(dims))[::-1]
+        kind, offset = self.number("I"), self.number("Q")
+        block = _block(kind)
+        self.check(block is not None, f"tensor type {kind} cannot be dequantised", "Convert the model to Q8_0 or BF16")
+        whole = 0 not in shape and shape[-1] % block[1] == 0
+        self.check(whole, f"rows of shape {shape} are not whole blocks of {block[1]} values ({block[0].name})")
+        return _Stored(block[0], shape, offset, math.prod(shape) // block[1] * block[2])
+
+    def read(self) -> tuple[dict[str, Any], dict[str, _Stored]]:
+        """All metadata, and all tensors: within the file, aligned, without overlap."""
+        magic = self.file.read(8)
+        self.check(magic != b"version ", "it is a git-lfs pointer, not the file", "Run git lfs pull")
+        self.check(magic[:4] == b"GGUF" and len(magic) == 8, f"it begins with {magic}", "Give a GGUF file")
+        self.left -= 8
+        version, swapped = (int.from_bytes(magic[4:], order) for order in ("little", "big"))
+        why = "it is big-endian" if swapped in (1, 2, 3) else f"version {version} is not supported; 2 and 3 are"
+        self.check(version in (2, 3), why, "Convert the model again")
+        metadata, tensors = {}, {}
+        tensor_count, key_count = self.count(TENSOR_BYTES), self.count(KEY_BYTES)
+        for count, entries, parse in ((key_count, metadata, self.value), (tensor_count, tensors, self.tensor)):
+            for _ in range(count):
+                self.key = ""
+                name = self.string()
+                self.key = _show(name)[1:-1]
+                self.check(name not in entries, "it is there twice")
+                entries[name] = parse()
+        self.key, alignment = "general.alignment", metadata.get("general.alignment", 32)
+        power = type(alignment) is int and 1 <= alignment <= MOST_ALIGNMENT and alignment & (alignment - 1) == 0
+        self.check(power, f"{_show(alignment)} is no power of two up to {MOST_ALIGNMENT}")
+        start = end = -(-self.file.tell() // alignment) * alignment
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+            self.key, offset = _show(name)[1:-1], start + tensor.offset
+            self.check(tensor.offset % alignment == 0, f"its data is not aligned to {alignment}")
+            self.check(offset >= end, "its data overlaps that of another tensor")
+            end = offset + tensor.size
+            self.check(end <= self.size, f"its data would end at byte {end:,}, the file has {self.size:,}")
+            tensors[name] = tensor._replace(offset=offset)
+        return metadata, tensors
+
+
+class GGUFCheckpoint:
+    """A `.gguf` file of a Llama or Qwen2 model; opening it reads the header only. Raises BadInput.
+
+    `config` is a hub config.json; `header` maps a hub name to ("BF16", shape), a Linear's shape being (out, in).
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise BadInput(f"no model in {path}: there is no such file. Check the path")
+        with open(self.path, "rb") as file:
+            self.metadata, tensors = _Header(file, self.path).read()
+        self.name, self.described = str(self.path.absolute()), f"GGUF file {path}"
+        self._arch = arch = self._get("general.architecture", str)
+        known = ", ".join(ARCHITECTURES)
+        self._check(arch in ARCHITECTURES, "general.architecture", f"{_show(arch)}; implemented are {known}")
+        for key in self.metadata:
+            known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in KNOWN_KEYS
+            self._check(known, _show(key)[1:-1], f"{_show(self.metadata[key])} is not implemented")
+        self._rope_freqs = tensors.pop(ROPE_FREQS, None)
+        unknown = [_show(name) for name in tensors if not _hub_name(name)]
+        listed = ", ".join(unknown[:5]) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
+        self._check(not unknown, "tensors", f"not implemented: {listed}")
+        self._tensors = {_hub_name(name): tensor for name, tensor in tensors.items()}
+        self.header = {name: ("BF16", tensor.shape) for name, tensor in self._tensors.items()}
+        self.config = self._config()
+
+    def _check(self, right: bool, key: str, why: str, fix: str = "Give a GGUF file of a Llama or Qwen2 model") -> None:
+        if not right:
+            raise BadInput(f"unsupported model in {self.path}:{key}: {why}. {fix}")
+
+    def _get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value of exactly this type; numbers are positive and finite."""
+        value = self.metadata.get(key, default)
+        self._check(value is not None, key, "it is missing", AGAIN)
+        right = type(value) is kind and (kind not in (int, float) or 0 < value < 3e38)
+        self._check(right, key, f"{_show(value)} is no {kind.__name__}, or not positive", AGAIN)
+        return value
+
+    def _config(self) -> dict:
+        def get(key: str, kind: type = int, default: Any = None) -> Any:
+            value = self._get(f"{self._arch}.{key}", kind, default)
+            return float(str(np.float32(value))) if kind is float else value  # 1e-05, not 9.999999747378752e-06
+
+        arch, tensors = self._arch, self.header
+        hidden, heads = get("embedding_length"), get("attention.head_count")
+        self._head_dim = size = get("attention.key_length", default=hidden // heads or 1)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            other = get(key, default=size)
+            self._check(other == size, f"{arch}.{key}", f"{other} is not implemented, only the {size} of a head")
+        for name, (_, shape) in tensors.items():
+            right = not ROTATED.search(name) or size % 2 == shape[0] % size == 0
+            self._check(right, name, f"shape {shape} is not made of heads of {size} values in pairs", AGAIN)
+        rows = tensors.get("model.embed_tokens.weight", ("", (0,)))[1][0]
+        self._check(rows > 0, "token_embd.weight", "it is missing", AGAIN)
+        self._tokens = self._get("tokenizer.ggml.tokens", list, [])
+        count = len(self._tokens)
+        self._check(count <= rows, "tokenizer.ggml.tokens", f"{count:,} tokens, but {rows:,} embeddings", AGAIN)
+        self._ids = {}
+        for name in (*SPECIAL.values(), "eot"):
+            self._ids[name] = i = self.metadata.get(key := f"tokenizer.ggml.{name}_token_id")
+            right = i is None or (type(i) is int and 0 <= i < count)
+            self._check(right, key, f"{_show(i)} is none of the {count:,} tokens", AGAIN)
+        ends = list(dict.fromkeys(self._ids[name] for name in ("eos", "eot") if self._ids[name] is not None))
+        biases = {name.split(".")[3] for name in tensors if name.endswith("_proj.bias")}
+        theta = get("rope.freq_base", float, 10000.0)
+        config = {
+            "architectures": [ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu", "torch_dtype": "bfloat16",
+            "vocab_size": rows, "hidden_size": hidden, "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"), "num_attention_heads": heads,
+            "num_key_value_heads": get("attention.head_count_kv", default=heads),
+            "head_dim": size if f"{arch}.attention.key_length" in self.metadata else None,
+            "max_position_embeddings": get("context_length"),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
+            "rope_theta": theta, "rope_scaling": self._rope_scaling(theta, get("rope.scaling.factor", float, 1.0)),
+            "tie_word_embeddings": "lm_head.weight" not in tensors,
+            "attention_bias": "self_attn" in biases if arch == "llama" else None,  # Qwen2 always has its own
+            "mlp_bias": "mlp" in biases if arch == "llama" else None,
+            "bos_token_id": self._ids["bos"], "pad_token_id": self._ids["padding"],
+            "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        }  # fmt: skip
+        return {key: value for key, value in config.items() if value is not None}
+
+    def _rope_scaling(self, theta: float, factor: float) -> dict | None:
+        key = f"{self._arch}.rope.scaling.type"
+        kind = self._get(key, str, "linear")
+        self._check(kind in ("none", "linear"), key, f"{_show(kind)}; none and linear are implemented")
+        linear = kind == "linear" and factor != 1
+        if not self._rope_freqs:
+            return {"rope_type": "linear", "factor": factor} if linear else None
+        if self._arch == "llama" and self._rope_freqs.shape == (self._head_dim // 2,) and not linear:
+            divisors = self._dequantised(self._rope_freqs, torch.float32).numpy()
+            # the inverse of what the hub's code multiplies frequencies by: a blend over the turns in the old context
+            turns = 8192 / (2 * math.pi) * theta ** -(np.arange(0, self._head_dim, 2) / self._head_dim)
+            blend = np.clip((turns - 1) / (4 - 1), 0, 1)
+            known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+            for factor in LLAMA3_FACTORS:
+                if np.allclose(divisors, 1 / ((1 - blend) / factor + blend), rtol=1e-4, atol=0):
+                    return {"rope_type": "llama3", "factor": factor, **known}
+        self._check(False, ROPE_FREQS, f"not Llama 3's scaling by {' or '.join(map(str, LLAMA3_FACTORS))}")
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of a hub name in bfloat16. Raises BadInput if the file has become shorter."""
+        tensor = self._dequantised(self._tensors[name], torch.bfloat16)
+        if self._arch == "llama" and ROTATED.search(name):
+            # RoPE turns neighbours in llama.cpp and halves in the hub's code, so its converter moves each head's rows
+            tensor = tensor.unflatten(0, (-1, self._head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor
+
+    def _dequantised(self, tensor: _Stored, dtype: torch.dtype) -> torch.Tensor:
+        columns = tensor.shape[-1]
+        values = torch.empty(math.prod(tensor.shape) // columns, columns, dtype=dtype)
+        row_bytes = tensor.size // len(values)
+        with open(self.path, "rb") as file, np.errstate(all="ignore"):  # not mapped: truncation would kill the process
+            file.seek(tensor.offset)
+            for rows in values.split(max(1, CHUNK // columns)):
+                data = bytearray(len(rows) * row_bytes)
+                if file.readinto(data) != len(data):
+                    raise BadInput(f"broken GGUF file in {self.path}: it became shorter while it was read. {AGAIN}")
+                data = np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
+                rows.copy_(torch.from_numpy(dequantize(data, tensor.type)))
+        return values.view(tensor.shape)
+
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json. Raises BadInput."""
+        model, pre = self._get("tokenizer.ggml.model", str), self._get("tokenizer.ggml.pre", str, "missing")
+        right = model == "gpt2" and pre in PRE_TOKENIZERS
+        known = f"supported is 'gpt2' with one of {', '.join(PRE_TOKENIZERS)}"
+        self._check(right, "tokenizer.ggml.pre", f"{_show(model)} with {_show(pre)}; {known}")
+        named = {f"{name}_token": self._ids[theirs] for name, theirs in SPECIAL.items()}
+        settings = {name: self._tokens[i] for name, i in named.items() if i is not None}
+        add_bos = self._get("tokenizer.ggml.add_bos_token", bool, PRE_TOKENIZERS[pre][-1])
+        key = "tokenizer.ggml.bos_token_id"
+        self._check(not add_bos or "bos_token" in settings, key, "it is missing, but added to texts", AGAIN)
+        add_eos = self._get("tokenizer.ggml.add_eos_token", bool, False)
+        self._check(not add_eos, "tokenizer.ggml.add_eos_token", "it is not implemented")
+        if "tokenizer.chat_template" in self.metadata:
+            settings["chat_template"] = self._get("tokenizer.chat_template", str)
+        settings |= {"add_bos_token": add_bos, "clean_up_tokenization_spaces": False}
+        settings["model_max_length"] = self.config["max_position_embeddings"]
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files = {
+            "tokenizer.json": self._tokenizer(pre, settings["bos_token"] if add_bos else None),
+            "tokenizer_config.json": settings,
+            "generation_config.json": {key: self.config[key] for key in self.config if key.endswith("_token_id")},
+        }
+        encoded = {name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in files.items()}
+        Tokenizer(encoded["tokenizer.json"], f"{self.path}:tokenizer.ggml")  # raises if the merges are wrong
+        return encoded
+
+    def _tokenizer(self, pre: str, bos: str | None) -> dict:
+        """The content of tokenizer.json; `bos` is the token before every text."""
+        types, tokens = self._get("tokenizer.ggml.token_type", np.ndarray).tolist(), self._tokens
+        right = len(types) == len(tokens) and set(types) <= TOKEN_TYPES
+        why = f"{len(types):,} types for {len(tokens):,} tokens, or unknown ones: {_show(set(types))}"
+        self._check(right, "tokenizer.ggml.token_type", why, AGAIN)
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        self._check(len(vocabulary) == len(tokens), "tokenizer.ggml.tokens", "a token is there twice", AGAIN)
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added = [
+            {"id": i, "content": token, **flags, "special": kind == CONTROL}
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+        pre_tokenizers, normalizer, ignore_merges, _ = PRE_TOKENIZERS[pre]
+        start = {"SpecialToken": {"id": bos, "type_id": 0}}
+        first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        with_bos = {"type": "TemplateProcessing", "single": [start, first], "pair": [start, first, start, second]}
+        with_bos["special_tokens"] = {bos: {"id": bos, "ids": [vocabulary.get(bos)], "tokens": [bos]}}
+        merges = self._get("tokenizer.ggml.merges", list)
+        return {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+            "post_processor": with_bos if bos else None, "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": vocabulary, "merges": merges},
+        }  # fmt: skip

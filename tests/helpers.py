@@ -1,0 +1,134 @@
+"""Tiny models with weights that hide nothing, and how results are compared. Import as `from tests.helpers import ...`.
+
+Default initialisation makes logits so small that an absolute tolerance accepts anything, so weights here are large,
+norms and biases are not 1 and 0, and an adapter's ΔW has 5 to 50 % of its W's norm.
+"""
+
+import torch
+from torch import nn
+
+from lora.adapter.inject import inject, lora_layers
+from lora.model.config import ModelConfig
+from lora.model.decoder import Model
+
+
+def tiny_config(**overrides) -> dict:
+    """A raw `config.json` of a Llama with odd sizes; an override of None removes the field."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 131,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    } | overrides
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> Model:
+    """The decoder of `tiny_config(**overrides)` with random weights, in eval mode, nothing trainable."""
+    model = Model(ModelConfig.from_json(tiny_config(**overrides)))
+    return randomise(model.to(dtype), seed).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Any model's weights anew: Linears N(0, 2/in), embeddings N(0, 1), norms U(0.5, 1.5), biases N(0, 0.5²). The same
+    seed gives the same values, up to rounding, in every dtype."""
+    random = torch.Generator().manual_seed(seed)
+
+    def fill(parameter, values):
+        parameter.copy_(values.to(parameter.dtype))
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            normal = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            if name == "bias":
+                fill(parameter, 0.5 * normal)
+            elif isinstance(module, nn.Embedding):
+                fill(parameter, normal)
+            elif parameter.dim() == 2:
+                fill(parameter, normal * (2 / parameter.shape[1]) ** 0.5)
+            else:
+                fill(parameter, 0.5 + torch.rand(parameter.shape, generator=random, dtype=torch.float64))
+    return model
+
+
+@torch.no_grad()
+def randomise_adapter(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Random A and B in every LoRALinear, B scaled so that ||s B A|| is 10 to 40 % of ||W||."""
+    random = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        A, B = (torch.randn(p.shape, generator=random, dtype=torch.float64) for p in (layer.lora_A, layer.lora_B))
+        A /= A.shape[1] ** 0.5
+        share = 0.1 + 0.3 * torch.rand((), generator=random, dtype=torch.float64)
+        B *= share * layer.base.weight.double().norm() / (layer.alpha / layer.rank * (B @ A).norm())
+        layer.lora_A.copy_(A.to(layer.lora_A.dtype))
+        layer.lora_B.copy_(B.to(layer.lora_B.dtype))
+    return model
+
+
+def patched(
+    model: nn.Module, rank: int = 5, alpha: float = 8, dropout: float = 0.0, targets=("all",), dtype=None, seed: int = 1
+) -> nn.Module:
+    """`model` with random adapters on `targets`, of the dtype of its weights but at least float32."""
+    dtype = dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    inject(model, rank, alpha, dropout, targets, dtype)
+    return randomise_adapter(model, seed)
+
+
+def some_tokens(count: int = 67, vocab: int = 131, seed: int = 2) -> torch.Tensor:
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b| / max(1, max|b|), in float64; infinite where shapes or NaNs differ."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.detach().double(), b.detach().double()
+    worst = ((a - b).abs().max() / b.abs().max().clamp(min=1)).item() if a.numel() else 0.0
+    return worst if worst == worst else float("inf")
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tol: float) -> bool:
+    """`assert close(a, b, tol)`: max|a - b| <= tol max(1, max|b|). A failure shows the error."""
+    print(f"error {error(a, b):.3g}, tolerance {tol:.3g}, shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    return error(a, b) <= tol
+
+
+def far(a: torch.Tensor, b: torch.Tensor, tol: float) -> bool:
+    """`assert far(a, b, tol)`: a signal check, so different that a test within `tol` would notice: 100 tol or more."""
+    print(f"error {error(a, b):.3g}, at least {100 * tol:.3g} is needed")
+    return a.shape == b.shape and error(a, b) >= 100 * tol
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all tensors of a model, by name."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    """The same names, and under each the same dtype, shape and bits."""
+    if before.keys() != after.keys():
+        print("names differ:", sorted(before.keys() ^ after.keys()))
+        return False
+    differing = [
+        name
+        for name, tensor in before.items()
+        if tensor.dtype != after[name].dtype
+        or tensor.shape != after[name].shape
+        or not torch.equal(bits(tensor), bits(after[name]))
+    ]
+    print("tensors that differ:", differing)
+    return not differing
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, so that NaNs and signed zeros compare as what they are."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,89 @@
+"""Break the product line by line and see the tests fail: `python tests/mutate.py [WORD ...]`.
+
+Every row of mutations.toml names a claim, a line of the product, its broken form and the test that must fail for it. A
+row is tried on a copy of the tree, in a process forked after torch is imported. With words, only rows containing one.
+Exit 0 when every mutation was noticed.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 120  # a mutation may make a test loop
+
+
+def rows(words: list[str]) -> list[dict]:
+    table = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())["mutation"]
+    return [row for row in table if not words or any(word in str(row) for word in words)]
+
+
+def copy_tree(target: Path) -> None:
+    ignore = shutil.ignore_patterns(".git", "weights", "__pycache__", ".venv", "*.egg-info", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, target, ignore=ignore, dirs_exist_ok=True)
+
+
+def run_test(tree: Path, test: str) -> int:
+    """pytest's exit code for one test in `tree`, in a forked child: 0 passed, 1 failed; 124 after a time-out."""
+    child = os.fork()
+    if child == 0:
+        os.chdir(tree)
+        sys.path.insert(0, str(tree))
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(tree / ".hypothesis")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            import pytest
+
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", test])
+        os._exit(int(code))
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return 124
+
+
+def main() -> int:
+    import torch  # noqa: F401 (imported once, before the forks)
+
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
+    table, survived = rows(sys.argv[1:]), []
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch)
+        copy_tree(tree)
+        sound = {}
+        for number, row in enumerate(table, 1):
+            path = tree / row["file"]
+            text = path.read_text()
+            if text.count(row["line"]) != 1:
+                survived.append(f"{row['claim']}: its line is {text.count(row['line'])} times in {row['file']}")
+                continue
+            if row["test"] not in sound:
+                sound[row["test"]] = run_test(tree, row["test"])
+            path.write_text(text.replace(row["line"], row["broken"]))
+            code = run_test(tree, row["test"])
+            path.write_text(text)
+            if sound[row["test"]] != 0:
+                survived.append(f"{row['claim']}: {row['test']} fails (exit {sound[row['test']]}) without a mutation")
+            elif code not in (1, 2, 124):  # failed, broken at import, or endless
+                survived.append(f"{row['claim']}: {row['test']} did not notice it (exit {code})")
+            print(f"{number}/{len(table)} {'noticed' if code in (1, 2, 124) else 'SURVIVED'}  {row['claim']}", flush=True)
+    for line in survived:
+        print(f"FAIL {line}")
+    print(f"{len(table) - len(survived)} of {len(table)} mutations noticed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
