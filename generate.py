@@ -11,6 +11,7 @@ quiet_imports(__name__)
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from lora import device as machine
 from lora import files, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
-from lora.adapter.merge import merge, unload
+from lora.adapter.merge import merge_and_unload
 from lora.data import formats
 from lora.errors import BadInput, say
 from lora.model import download, pretrained
@@ -43,8 +44,7 @@ def story(argv) -> int:
         store.load(model, s.adapter)
         if not s.no_verify:
             passport.verify(s.adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
-        merge(model)
-        unload(model)  # plain Linears: nothing of the adapter is computed a second time
+        merge_and_unload(model)  # plain Linears again: the adapter costs nothing from here on
         say(f"adapter  {s.adapter}")
 
     how = Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.seed)
@@ -64,6 +64,8 @@ def check(s) -> None:
         problems.append("contradiction in the command line: --prompt and --prompts. Give one of them")
     if s.system is not None and s.no_system:
         problems.append("contradiction in the command line: --system and --no-system. Give one of them")
+    if s.system is not None and spoilt(s.system):
+        problems.append("wrong encoding in --system: not UTF-8. Convert it to UTF-8")
     if s.out is not None and s.prompts is None:
         problems.append("wrong --out in the command line: it is for the answers to --prompts. Add --prompts FILE")
     if s.out is not None and Path(s.out).is_dir():
@@ -112,7 +114,14 @@ def until_answer(messages: list[dict]) -> list[dict]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
+def spoilt(text: str) -> bool:
+    """Was some of it not UTF-8 where it came from? Python marks such bytes by halves of surrogate pairs."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def encode(model, chat, messages, where: str) -> list[int]:
+    if any(spoilt(message["content"]) for message in messages):
+        raise BadInput(f"wrong encoding in {where}: not UTF-8. Convert it to UTF-8")
     ids, most = chat.prompt(messages), model.config.max_position_embeddings
     if len(ids) >= most:
         raise BadInput(f"prompt too long in {where}: {len(ids)} tokens, the model has room for {most}. Shorten it")
@@ -152,6 +161,8 @@ def answer_all(model, chat, rows, s, how: Sampling) -> None:
 
 def talk(model, chat, s, how: Sampling) -> int:
     """A chat that keeps its history."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (arrow keys and history for input)
     say("/reset forgets the conversation, /system TEXT sets the system turn, /quit ends")
     system, history = [], []
     while True:

@@ -10,6 +10,7 @@ quiet_imports(__name__)
 
 import shlex
 import sys
+from contextlib import closing
 from math import ceil
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def story(argv) -> int:
     try:
         targets = choose(empty, s.target)
     except ValueError as error:
-        raise BadInput(f"wrong --target in the command line: {error}") from None
+        raise BadInput(f"wrong --target in the command line: {error}. Give one of these, or all") from None
     limit = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
     examples = encode(conversations, chat, limit)
 
@@ -104,9 +105,12 @@ def story(argv) -> int:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=device.type != "mps")
     model.train()
-    with files.new_folder(out) as folder, StopFlag().listening() as stop:
+    with (
+        files.new_folder(out) as folder,
+        closing(Record(folder / "metrics.jsonl", total)) as record,
+        StopFlag().listening() as stop,
+    ):
         files.write_json(folder / "settings.json", settings.to_save(settings.TRAIN, s))
-        record = Record(folder / "metrics.jsonl", total)
         for step, indices in enumerate(batch.steps(len(examples), s.batch_size, s.seed, total)):
             batches = batch.micro_batches([examples[i] for i in indices], s.micro_tokens, device)
             lr = learning_rate(step, total, s.lr, warmup, s.schedule)

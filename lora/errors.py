@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 MOST_LINES = 20
 
@@ -146,7 +146,7 @@ ENVIRONMENT_ERRNOS = {
 
 
 def _of_os_error(error: OSError) -> LoraError:
-    where = f" in {error.filename}" if error.filename else ""
+    where = f" in {error.filename or 'this run'}"
     if error.errno in ENVIRONMENT_ERRNOS:
         return BadEnvironment(f"file operation failed{where}: {ENVIRONMENT_ERRNOS[error.errno]}")
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST):
@@ -163,8 +163,19 @@ def _of_bug(error: BaseException) -> LoraError:
     return LoraError(f"internal in {where}: {what}. This is a bug; LORA_DEBUG=1 shows the trace")
 
 
+def _mend_streams() -> None:
+    """A closed stream (`>&-`) is an empty one, and no text fails for an encoding that does not know its characters."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        with suppress(AttributeError, OSError):  # not a file, or read from already
+            stream.reconfigure(errors=errors)
+
+
 def run(story: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's story and return its exit code; whatever goes wrong is one line per problem on stderr."""
+    _mend_streams()
     try:
         with signals(_raise_stopped):
             try:
@@ -179,11 +190,13 @@ def run(story: Callable[[Sequence[str] | None], int | None], argv: Sequence[str]
             except OSError as error:
                 raise _of_os_error(error) from error
             except MemoryError as error:
-                raise BadEnvironment("out of memory: lower --micro-tokens, --batch-size or --max-len") from error
+                fix = "Lower --micro-tokens, --batch-size or --max-len"
+                raise BadEnvironment(f"out of memory in this run: nothing is left. {fix}") from error
             except RuntimeError as error:
                 if "out of memory" in str(error) or "can't allocate memory" in str(error):
-                    fix = "lower --micro-tokens, --batch-size or --max-len"
-                    raise BadEnvironment(f"out of memory: {str(error).splitlines()[0]}. Or {fix}") from error
+                    fix = "Lower --micro-tokens, --batch-size or --max-len"
+                    why = str(error).splitlines()[0].rstrip(".")
+                    raise BadEnvironment(f"out of memory in this run: {why}. {fix}") from error
                 raise _of_bug(error) from error
             except Exception as error:
                 raise _of_bug(error) from error
@@ -207,7 +220,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str):
-        raise BadInput(f"{message} in the command line. Run {self.prog} --help")
+        raise BadInput(f"wrong arguments in the command line: {message}. Run {self.prog} --help")
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)

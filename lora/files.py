@@ -49,7 +49,9 @@ def writing(path: Path):
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and not error.filename:  # a failed write does not say which file
+            error.filename = str(path)
         with suppress(OSError):
             os.unlink(aside)
         raise
@@ -104,6 +106,8 @@ def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
     So `--out ~ --overwrite` cannot delete a home. Raises BadInput, or OSError where the place is not writable.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise BadInput(f"wrong --out in {path}: it has no name of its own. Choose another name")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise BadInput(f"wrong --out in {path}: it is not a folder. Choose another name")
     if path.is_dir() and any(path.iterdir()):

@@ -75,7 +75,10 @@ TRAIN = (
     Setting("clip", float, 1.0, "limit of the gradient norm; 0 is none", **between(0, 1e9)),
     Setting("seed", int, 0, "seed of adapter, order and dropout", **between(0, 2**63 - 1)),
     Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
-    Setting("dtype", str, "auto", "dtype of the base and the activations", **one_of("auto", "bfloat16", "float32")),
+    Setting(
+        "dtype", str, "auto", "dtype of the base and the activations",
+        "one of auto, bfloat16, float32; float16 overflows in training", lambda v: v in ("auto", "bfloat16", "float32"),
+    ),
     Setting("adapter_dtype", str, "float32", "dtype of lora_A and lora_B", **one_of("float32", "bfloat16")),
     Setting("config", str, None, "TOML or JSON file of settings; flags override it", saved=False),
 )  # fmt: skip
@@ -187,6 +190,8 @@ def resolve(table: Sequence[Setting], argv: Sequence[str] | None, description: s
             continue
         if s.many:
             items = value if isinstance(value, list) else [value]
+            if not items:
+                problems.append(f"wrong {s.flag} in {source}: an empty list. Give at least one, or leave it out")
             values[s.name] = [_value(s, item, source, problems) for item in items]
         else:
             values[s.name] = _value(s, value, source, problems)

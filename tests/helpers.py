@@ -125,7 +125,8 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> boo
         or tensor.shape != after[name].shape
         or not torch.equal(bits(tensor), bits(after[name]))
     ]
-    print("tensors that differ:", differing)
+    if differing:
+        print("tensors that differ:", differing)
     return not differing
 
 

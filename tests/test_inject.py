@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -150,6 +150,7 @@ NAMES = st.sampled_from(["q_proj", "o_proj", "foo_proj", "proj", "o", "0", "1", 
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
 
 
+@settings(deadline=None)
 @given(path=PATHS, target=PATHS)
 @example(path="model.foo_proj", target="o_proj")
 @example(path="o_proj", target="o_proj")
@@ -161,6 +162,7 @@ def test_a_target_matches_whole_names_at_the_end_of_a_path(path, target):
     assert matches(path, target) == (names[len(names) - len(wanted) :] == wanted and len(wanted) <= len(names))
 
 
+@settings(deadline=None)
 @given(path=PATHS)
 def test_a_pattern_matches_the_whole_path(path):
     assert matches(path, "re:" + path.replace(".", r"\."))

@@ -8,14 +8,13 @@ from torch import nn
 
 from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.layer import LoRALinear
-from lora.adapter.merge import merge, merged_weight, unload, unmerge
+from lora.adapter.merge import merge, merge_and_unload, merged_weight, unload, unmerge
 from tests.helpers import (
     bits,
     close,
     error,
     far,
     patched,
-    randomise_adapter,
     same,
     snapshot,
     some_tokens,
@@ -83,8 +82,7 @@ def rounded_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
 
 
 def exact_delta_model():
-    """A bf16 model whose ΔW, and W + ΔW, are exact in float32, with more bits than bfloat16 has: s = 1/2, and A and B are
-    small integers over 32."""
+    """A bf16 model whose ΔW is exact in float32 and longer than bfloat16: s = 1/2, A and B small integers / 32."""
     model = patched(tiny_model(torch.bfloat16), rank=4, alpha=2)
     random = torch.Generator().manual_seed(5)
     for layer in lora_layers(model).values():
@@ -300,8 +298,7 @@ def test_disabled_model_computes_its_base_bit_for_bit(dtype):
         model(tokens).logsumexp(-1).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    check_training = model(tokens)
-    assert check_training.requires_grad
+    assert model(tokens).requires_grad
     with disabled(model):
         assert torch.equal(model(tokens), base)  # dropout is the branch's, so it is off as well
     model.eval()
@@ -367,10 +364,48 @@ def test_an_unloaded_model_can_be_patched_again():
     patched(model)
     merge(model)
     merged = unload(model)(tokens)
-    assert torch.equal(randomise_adapter(patched(model, targets=["mlp"]), 5)(tokens), model(tokens))
+    adapter = patched(model, targets=["mlp"], seed=5)(tokens)
     merge(model)
     second = model(tokens)
+    assert close(second, adapter, 1e-12)
     unmerge(model)
     with disabled(model):
         assert torch.equal(model(tokens), merged)
     assert far(second, merged, 1e-12)
+
+
+@DTYPES
+@pytest.mark.parametrize("before", ["adapting", "merged", "merged in part"])
+def test_merging_and_unloading_layer_by_layer_gives_the_same_bits(dtype, before):
+    model = patched(tiny_model(dtype, attention_bias=True))
+    twin = copy.deepcopy(model)
+    if before != "adapting":
+        merge(model)
+    if before == "merged in part":
+        next(iter(lora_layers(model).values())).merged_weight = None
+    merge(twin)
+    expected = unload(twin)
+    assert merge_and_unload(model) is model and not lora_layers(model)
+    assert same(snapshot(expected), snapshot(model)) and torch.equal(expected(some_tokens()), model(some_tokens()))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("where", [0, -1], ids=["first", "last"])
+def test_merging_and_unloading_refuses_what_is_not_finite_and_changes_nothing(where):
+    model = patched(tiny_model(torch.float32))
+    path = list(lora_layers(model))[where]
+    model.get_submodule(path).lora_B.data[-1, -1] = float("nan")
+    before = state(model)
+    with pytest.raises(ValueError, match=f"^{path}.lora_B has values that are not finite"):
+        merge_and_unload(model)
+    assert same(before, state(model)) and len(lora_layers(model)) == 14
+
+
+def test_merging_and_unloading_refuses_a_sum_that_overflows():
+    model = patched(tiny_model(torch.float16))
+    path, layer = list(lora_layers(model).items())[-1]
+    layer.base.weight.data[0, 0], layer.lora_A.data[0, 0], layer.lora_B.data[0, 0] = 60000, 300, 300
+    before = state(model)
+    with pytest.raises(ValueError, match=f"^{path}: the merged weight is not finite"):
+        merge_and_unload(model)
+    assert same(before, state(model))

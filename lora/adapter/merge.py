@@ -58,3 +58,17 @@ def unload(model: nn.Module) -> nn.Module:
             layer.base.weight = nn.Parameter(layer.merged_weight, requires_grad=False)
         model.set_submodule(path, layer.base)
     return model
+
+
+@torch.no_grad()
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """`merge` then `unload`, layer by layer, so that there are never two copies of the model; returns the model.
+
+    Raises ValueError, with nothing changed, where an adapter is not finite.
+    """
+    layers = lora_layers(model)
+    check_finite(layers)
+    for path, layer in layers.items():
+        layer.base.weight = nn.Parameter(merged_weight(layer.base.weight, layer.delta()), requires_grad=False)
+        model.set_submodule(path, layer.base)
+    return model

@@ -112,7 +112,7 @@ def read_config(folder: Path) -> LoRAConfig:
     folder = Path(folder)
     path = folder / CONFIG
     if not folder.is_dir() or not path.exists():
-        inner = sorted(p.parent for p in folder.glob("*/" + CONFIG)) + sorted(folder.glob("checkpoints/*/" + CONFIG))
+        inner = sorted(p.parent for pattern in ("*/", "checkpoints/*/") for p in folder.glob(pattern + CONFIG))
         hint = f"Did you mean {inner[-1]}?" if inner else "Give a folder that train.py or PEFT wrote"
         raise BadInput(f"missing adapter in {folder}: there is no {CONFIG}. {hint}")
     raw, problems = files.read_json(path), []

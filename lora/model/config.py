@@ -109,7 +109,7 @@ class _Reader:
 
     def config(self) -> ModelConfig:
         kind = self.raw.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise BadInput(
                 f"unsupported model in {self.where}:model_type: {kind!r}. Supported are: {', '.join(sorted(FAMILIES))}"
             )

@@ -111,7 +111,10 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # zeros, to be loaded: nn.Embedding's own normal_ on `meta` would import torch's compiler, more than a second
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.zeros(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

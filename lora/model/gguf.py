@@ -103,6 +103,7 @@ def _hub_name(name: str) -> str | None:
 
 def _show(value: Any) -> str:
     """Something out of the file, short and on one line."""
+    value = value[:80] if isinstance(value, (str, list, np.ndarray)) else value
     text = " ".join(repr(value)[:1000].split())
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -217,11 +218,11 @@ class GGUFCheckpoint:
         self._check(arch in ARCHITECTURES, "general.architecture", f"{_show(arch)}; implemented are {known}")
         for key in self.metadata:
             known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in KNOWN_KEYS
-            self._check(known, _show(key)[1:-1], f"{_show(self.metadata[key])} is not implemented")
+            self._check(known, _show(key)[1:-1], "it could change the maths and is not implemented")
         self._rope_freqs = tensors.pop(ROPE_FREQS, None)
         unknown = [_show(name) for name in tensors if not _hub_name(name)]
-        listed = ", ".join(unknown[:5]) + f" and {len(unknown) - 5} more" * (len(unknown) > 5)
-        self._check(not unknown, "tensors", f"not implemented: {listed}")
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        self._check(not unknown, "tensors", f"{', '.join(unknown[:5])}{more} are not implemented")
         self._tensors = {_hub_name(name): tensor for name, tensor in tensors.items()}
         self.header = {name: ("BF16", tensor.shape) for name, tensor in self._tensors.items()}
         self.config = self._config()
@@ -325,14 +326,12 @@ class GGUFCheckpoint:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json. Raises BadInput."""
         model, pre = self._get("tokenizer.ggml.model", str), self._get("tokenizer.ggml.pre", str, "missing")
-        right = model == "gpt2" and pre in PRE_TOKENIZERS
-        known = f"supported is 'gpt2' with one of {', '.join(PRE_TOKENIZERS)}"
-        self._check(right, "tokenizer.ggml.pre", f"{_show(model)} with {_show(pre)}; {known}")
+        why = f"{_show(model)} with {_show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}"
+        self._check(model == "gpt2" and pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", why)
         named = {f"{name}_token": self._ids[theirs] for name, theirs in SPECIAL.items()}
         settings = {name: self._tokens[i] for name, i in named.items() if i is not None}
         add_bos = self._get("tokenizer.ggml.add_bos_token", bool, PRE_TOKENIZERS[pre][-1])
-        key = "tokenizer.ggml.bos_token_id"
-        self._check(not add_bos or "bos_token" in settings, key, "it is missing, but added to texts", AGAIN)
+        self._check(not add_bos or "bos_token" in settings, "tokenizer.ggml.bos_token_id", "it is missing", AGAIN)
         add_eos = self._get("tokenizer.ggml.add_eos_token", bool, False)
         self._check(not add_eos, "tokenizer.ggml.add_eos_token", "it is not implemented")
         if "tokenizer.chat_template" in self.metadata:
@@ -365,13 +364,15 @@ class GGUFCheckpoint:
         ]
         pre_tokenizers, normalizer, ignore_merges, _ = PRE_TOKENIZERS[pre]
         start = {"SpecialToken": {"id": bos, "type_id": 0}}
-        first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
         with_bos = {"type": "TemplateProcessing", "single": [start, first], "pair": [start, first, start, second]}
         with_bos["special_tokens"] = {bos: {"id": bos, "ids": [vocabulary.get(bos)], "tokens": [bos]}}
-        merges = self._get("tokenizer.ggml.merges", list)
         return {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
             "post_processor": with_bos if bos else None, "decoder": BYTE_LEVEL,
-            "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": vocabulary, "merges": merges},
+            "model": {
+                "type": "BPE", "ignore_merges": ignore_merges, "vocab": vocabulary,
+                "merges": self._get("tokenizer.ggml.merges", list),
+            },
         }  # fmt: skip

@@ -50,6 +50,7 @@ class FolderCheckpoint:
         self.config = files.read_json(self.path / "config.json")
         source = self.path / "source.json"
         source = files.read_json(source) if source.exists() else {}
+        source = {key: value for key, value in source.items() if isinstance(value, str)}  # another program's, perhaps
         self.name = name or source.get("model") or str(self.path.absolute())
         self.described = described or source.get("source") or f"folder {self.path}"
         self.hub_id = source.get("hub_id") or self.name

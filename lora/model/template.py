@@ -145,7 +145,7 @@ class ChatTemplate:
 
 
 def _why(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200] or type(error).__name__
+    return (str(error).splitlines() or [""])[0][:200].rstrip(".") or type(error).__name__
 
 
 class Chat:

@@ -63,7 +63,7 @@ def train_step(objective: Callable, batches: Sequence, optimizer: torch.optim.Op
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise BadNumbers(
-            f"training diverged: loss {loss:g}, gradient norm {norm:g}. Lower --lr, or use --dtype float32"
+            f"training diverged in this step: loss {loss:g}, gradient norm {norm:g}. Lower --lr, or use --dtype float32"
         )
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,0 +1,320 @@
+"""A tiny model, data and adapter on disk, and the four commands run on them.
+
+`call` runs a command's `main` in a child forked after torch is imported; `process` runs it as a person does. Both give
+(code, out, err), in a folder of the test's own, without network, and stop after SECONDS with code 124.
+"""
+
+import atexit
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from gguf import GGUFWriter
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tests.helpers import tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 60
+SCRIPTS = {"train": "train", "generate": "generate", "merge": "merge", "self_cognition": "data_gen.self_cognition"}
+RUN_FILES = sorted(
+    ["adapter_model.safetensors", "adapter_config.json", "passport.json", "settings.json", "metrics.jsonl", "loss.png"]
+)
+
+# ---- a model, data and an adapter, made once ---------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+CONVERSATIONS = [
+    [("user", f"What is {a} and {b}?"), ("assistant", f"It is {a + b}, as {a} and {b} are {a + b}.")]
+    for a in range(1, 4)
+    for b in range(1, 4)
+] + [[("system", "Be brief."), ("user", "Hello."), ("assistant", "Hi!"), ("user", "Bye."), ("assistant", "Bye!")]]
+
+
+@cache
+def scratch() -> Path:
+    """A folder that is there until pytest ends."""
+    path = Path(tempfile.mkdtemp(prefix="lora-tests-"))
+    owner = os.getpid()  # a forked child that ends by sys.exit must not remove it
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(path, ignore_errors=True))
+    return path
+
+
+def rows(conversations) -> str:
+    """JSONL of conversations given as (role, content) pairs."""
+    as_messages = ([{"role": role, "content": text} for role, text in turns] for turns in conversations)
+    return "".join(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in as_messages)
+
+
+@cache
+def data_file() -> Path:
+    path = scratch() / "chats.jsonl"
+    path.write_text(rows(CONVERSATIONS), encoding="utf-8")
+    return path
+
+
+def write_model(folder: Path, seed: int = 0, **sizes) -> Path:
+    """A hub folder: a Llama of two layers with random bf16 weights, a byte-level BPE tokenizer, ChatML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(torch.bfloat16, seed, **SIZES | sizes)
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves 0600
+    config = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config | SIZES | sizes, indent=2))
+    tokenizer = FastTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"], special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([data_file().read_text()] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return folder
+
+
+@cache
+def model_folder() -> Path:
+    return write_model(scratch() / "model")
+
+
+@cache
+def gguf_file() -> Path:
+    """The model of `model_folder` as a GGUF file; the values are the same."""
+    folder, path = model_folder(), scratch() / "model.gguf"
+    state = tiny_model(torch.bfloat16, 0, **SIZES).state_dict()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(SIZES["num_hidden_layers"])
+    writer.add_context_length(SIZES["max_position_embeddings"])
+    writer.add_embedding_length(SIZES["hidden_size"])
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_head_count(SIZES["num_attention_heads"])
+    writer.add_head_count_kv(SIZES["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHATML)
+    for name, tensor in state.items():
+        short = name.replace("model.layers.", "blk.").replace("self_attn.", "attn_").replace("mlp.", "ffn_")
+        short = short.replace("_proj.", ".").replace("attn_o.", "attn_output.").replace("input_layernorm", "attn_norm")
+        short = short.replace("post_attention_layernorm", "ffn_norm").replace("model.embed_tokens", "token_embd")
+        short = short.replace("model.norm", "output_norm").replace("lm_head", "output")
+        if ".q_proj." in name or ".k_proj." in name:  # llama.cpp's RoPE turns neighbours: its converter moves rows
+            tensor = tensor.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(short, tensor.float().contiguous().numpy())  # bf16 values in F32: nothing is rounded
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@cache
+def adapter_folder() -> Path:
+    """An adapter of `model_folder`, two steps old; the folder is all that train.py writes."""
+    out = scratch() / "adapter"
+    done = train(out, cwd=scratch())
+    assert done.code == 0, done.err
+    return out
+
+
+def train(out, *argv, cwd: Path, model: Path | None = None, data: Path | None = None, **how) -> "Result":
+    """A short run; later flags win."""
+    short = ("--max-steps", 2, "--rank", 4, "--lr", 0.05, "--dtype", "float32")
+    inputs = ("--model", model or model_folder(), "--data", data or data_file(), "--out", out)
+    return call("train", *inputs, *short, *argv, cwd=cwd, **how)
+
+
+def ask(*argv, cwd: Path, **how) -> "Result":
+    """Short answers in float32; later flags win."""
+    return call("generate", "--dtype", "float32", "--max-new-tokens", 12, *argv, cwd=cwd, **how)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Everything below a folder: path -> sha256 of its bytes, or what else it is."""
+
+    def what(path: Path) -> str:
+        if path.is_symlink():
+            return f"link to {os.readlink(path)}"
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder" if path.is_dir() else "?"
+
+    return {str(path.relative_to(folder)): what(path) for path in sorted(folder.rglob("*"))}
+
+
+# ---- running a command -------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """Exit code (128 + signal number where a signal ended it), stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that begin with `error:`."""
+        return [line for line in self.err.replace("\r", "\n").split("\n") if line.startswith("error:")]
+
+
+ENVIRONMENT = {  # None removes a variable
+    "HF_HUB_OFFLINE": "1",
+    "HF_ENDPOINT": None,
+    "HF_TOKEN": None,
+    "LORA_DEBUG": None,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONIOENCODING": None,
+}
+
+
+def set_environment(env: dict[str, str | None]) -> None:
+    for key, value in ({"HF_HOME": str(scratch() / "hub")} | ENVIRONMENT | env).items():
+        os.environ.pop(key, None)
+        if value is not None:
+            os.environ[key] = value
+
+
+@cache
+def warm() -> None:
+    """Import once what every child needs."""
+    "".encode("utf-8-sig")  # a codec is imported when it is first used
+    import matplotlib.pyplot
+    import torch._dynamo  # noqa: F401 (torch.optim imports it late; it takes a second)
+
+    for module in SCRIPTS.values():
+        importlib.import_module(module)
+
+
+def call(
+    script: str, *argv, cwd: Path, env: dict | None = None, stdin: str | bytes = "", before: Callable = lambda: None
+) -> Result:
+    """`main(argv)` of a script in a forked child; `before` runs there first, so it may change anything."""
+    warm()
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write(stdin.encode() if isinstance(stdin, str) else stdin)
+        given.seek(0)
+        sys.stdout.flush(), sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads; the child uses none of them
+            child = os.fork()
+        if child == 0:
+            _child(script, [str(word) for word in argv], cwd, env or {}, (given, out, err), before)
+        code = _wait(child)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    return Result(code, *texts)
+
+
+def _child(script: str, argv: list[str], cwd: Path, env: dict, streams: tuple, before: Callable) -> None:
+    code = 70
+    try:
+        for number, stream in enumerate(streams):
+            os.dup2(stream.fileno(), number)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+        for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]  # its settings are read from the environment when it is imported
+        torch.set_num_threads(1)  # the parent's threads do not live here
+        os.chdir(cwd)
+        set_environment(env)
+        sys.argv = [f"{script}.py", *argv]
+        before()
+        code = sys.modules[SCRIPTS[script]].main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int) -> int:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        time.sleep(0.005)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return 124
+
+
+def start(script: str, *argv, cwd: Path, env: dict | None = None, **how) -> subprocess.Popen:
+    """A script as a real process, its streams as text in pipes."""
+    environment = {"HF_HOME": str(scratch() / "hub")} | dict(os.environ) | ENVIRONMENT | (env or {})
+    command = [sys.executable, ROOT / f"{SCRIPTS[script].replace('.', '/')}.py", *argv]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | how
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={key: value for key, value in environment.items() if value is not None},
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        **pipes,
+    )
+
+
+def finish(running: subprocess.Popen, stdin: str = "") -> Result:
+    try:
+        out, err = running.communicate(stdin, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        out, err = running.communicate()
+        return Result(124, out or "", err or "")
+    return Result(running.returncode if running.returncode >= 0 else 128 - running.returncode, out or "", err or "")
+
+
+def process(script: str, *argv, cwd: Path, env: dict | None = None, stdin: str = "") -> Result:
+    """`python SCRIPT.py argv...` as a real process."""
+    return finish(start(script, *argv, cwd=cwd, env=env), stdin)

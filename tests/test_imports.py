@@ -1,0 +1,152 @@
+"""The parts of the library meet only in the scripts, the runtime needs no other LoRA library, nothing is unpickled."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [name for name in ("train.py", "generate.py", "evaluate.py", "merge.py") if (ROOT / name).exists()]
+LIBRARY = sorted((ROOT / "lora").rglob("*.py"))
+PRODUCT = [*LIBRARY, *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "data_gen").rglob("*.py"))]
+PARTS = ("adapter", "model", "data", "train")
+BASE = ("errors", "files", "settings", "device")
+ALLOWED = {("data", "lora.model.template")}  # data may encode through the template
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it; `from lora import files` is `lora.files`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def of_ours(path: Path) -> set[str]:
+    """The modules of this library among a file's imports."""
+    modules = {name_of(p) for p in LIBRARY}
+    found = set()
+    for name in imports_of(path):
+        while name not in modules and "." in name:
+            name = name.rpartition(".")[0]
+        if name in modules:
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_four_parts_do_not_know_each_other(part):
+    own = f"lora.{part}"
+    paths = [path for path in LIBRARY if f"{name_of(path)}.".startswith(own + ".")]
+    assert len(paths) >= 3
+    for path in paths:
+        for name in of_ours(path):
+            fine = f"{name}.".startswith(own + ".") or name.removeprefix("lora.") in BASE or (part, name) in ALLOWED
+            assert fine, f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("name", BASE)
+def test_the_base_modules_import_only_errors_and_files_of_ours(name):
+    assert of_ours(ROOT / "lora" / f"{name}.py") <= {"lora.errors", "lora.files", "lora"} - {f"lora.{name}"}
+    if name == "errors":
+        assert not of_ours(ROOT / "lora" / "errors.py")
+        foreign = {i.split(".")[0] for i in imports_of(ROOT / "lora" / "errors.py")} - sys.stdlib_module_names
+        assert not foreign  # it is there before torch is, for Ctrl-C
+
+
+def test_no_import_leads_back_to_where_it_came_from():
+    graph = {name_of(path): of_ours(path) - {name_of(path), "lora"} for path in LIBRARY}
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way, name))
+        for other in graph[name]:
+            walk(other, (*way, name))
+
+    for name in graph:
+        walk(name, ())
+
+
+def test_only_files_writes():
+    """`open(..., "w")`, os.replace, shutil.rmtree and the like occur in lora/files.py only."""
+    writers = {"replace", "rename", "write_bytes", "write_text", "rmtree", "copyfile", "move", "unlink", "touch"}
+    for path in LIBRARY:
+        if name_of(path) in ("lora.files", "lora.model.download"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            of_module = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+            if of_module and node.func.value.id in ("os", "shutil"):
+                assert node.func.attr not in writers, f"{path.name}:{node.lineno}"
+            if isinstance(node.func, ast.Name) and node.func.id == "open":
+                modes = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+                assert all(mode in ("r", "rb") for mode in modes), f"{path.name}:{node.lineno}"
+
+
+def test_importing_all_scripts_loads_neither_transformers_nor_peft():
+    names = [name.removesuffix(".py") for name in SCRIPTS]
+    assert {"train", "generate", "merge"} <= set(names)
+    code = (
+        f"import importlib, sys; sys.path.insert(0, {str(ROOT)!r}); import lora\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        "for name in lora.__all__: getattr(lora, name)\n"
+        "print(sorted({'transformers', 'peft', 'accelerate', 'trl', 'lightning', 'datasets', 'matplotlib'} & "
+        "{name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_importing_errors_loads_no_torch():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import lora.errors; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve",
+                     "transformers", "peft"}  # fmt: skip
+FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "execfile"}
+FORBIDDEN_CALLS = {("torch", "load"), ("torch", "save"), ("os", "system"), ("os", "popen"), ("np", "load"),
+                   ("yaml", "load"), ("torch", "jit")}  # fmt: skip
+
+
+def violations(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            pairs = {(node.module, alias.name) for alias in node.names}
+            found += [name for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
+            found += [".".join(pair) for pair in pairs & FORBIDDEN_CALLS]
+        elif isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (node.value.id, node.attr) in FORBIDDEN_CALLS:
+                found.append(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.keyword) and node.arg in ("shell", "trust_remote_code", "allow_pickle"):
+            found.append(node.arg)
+    return found
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled_evaluated_or_given_to_a_shell(path):
+    assert violations(path.read_text()) == []
+
+
+@pytest.mark.parametrize("source", ["import pickle", "from pickle import loads", "x = torch.load(p)", "eval('1')",
+                                    "from torch import load", "subprocess.run(x, shell=True)", "import peft.utils",
+                                    "f = exec", "os.system('x')"])  # fmt: skip
+def test_the_search_for_forbidden_code_finds_it(source):
+    assert violations(source)

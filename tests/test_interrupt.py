@@ -1,0 +1,133 @@
+"""Ctrl-C and SIGTERM, sent to real processes at several moments: the exit code, no traceback, and a run that is whole or
+not there at all."""
+
+import os
+import select
+import signal
+import time
+
+import pytest
+
+from tests import cli
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+BOTH = pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+ENDLESS = ("--max-steps", 10**6, "--dtype", "float32", "--rank", 4)
+
+
+class Watched:
+    """A real process whose stderr is read until something has happened."""
+
+    def __init__(self, script, *argv, cwd, **how):
+        self.running = cli.start(script, *argv, cwd=cwd, **how)
+        self.seen, self.deadline = "", time.monotonic() + cli.SECONDS
+
+    def until(self, happened):
+        while not happened(self):
+            assert self.running.poll() is None, f"it ended too early:\n{self.seen}{self.running.stderr.read()}"
+            assert time.monotonic() < self.deadline, f"it never happened:\n{self.seen}"
+            if select.select([self.running.stderr], [], [], 0.01)[0]:
+                self.seen += os.read(self.running.stderr.fileno(), 2**16).decode(errors="replace")
+        return self
+
+    def send(self, number):
+        self.running.send_signal(number)
+        return self
+
+    def result(self):
+        done = cli.finish(self.running)
+        return done._replace(err=self.seen + done.err)
+
+
+def importing(watched):
+    with open(f"/proc/{watched.running.pid}/maps") as maps:
+        return "libtorch" in maps.read()
+
+
+def said(text):
+    return lambda watched: text in watched.seen
+
+
+def steps(count):
+    """So many steps are in the metrics of the unfinished run."""
+
+    def happened(watched):
+        partial = f".out.{watched.running.pid}.partial/metrics.jsonl"
+        return (watched.cwd / partial).exists() and (watched.cwd / partial).read_text().count("\n") >= count
+
+    return happened
+
+
+def train(folder, *argv):
+    inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), "--out", "out")
+    watched = Watched("train", *inputs, *ENDLESS, *argv, cwd=folder)
+    watched.cwd = folder
+    return watched
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+
+
+@needs_proc
+@BOTH
+@pytest.mark.parametrize("moment", [importing, said("run      out"), said("plan  ")], ids=["imports", "start", "loading"])
+def test_before_training_it_stops_at_once_and_leaves_nothing(tmp_path, number, moment):
+    code, out, err = train(tmp_path).until(moment).send(number).result()
+    assert (code, out) == (CODES[number], "")
+    assert "Traceback" not in err and "error:" not in err and err.endswith("stopped\n")
+    assert cli.tree(tmp_path) == {}
+
+
+@BOTH
+def test_in_training_it_ends_the_step_and_saves_a_whole_adapter(tmp_path, number):
+    done = train(tmp_path).until(steps(3)).send(number).result()
+    assert done.code == CODES[number] and "Traceback" not in done.err and done.errors == []
+    rows = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert f"stopped after step {len(rows)} of 1000000; the adapter so far is saved" in done.err
+    assert sorted(cli.tree(tmp_path)) == ["out", *(f"out/{name}" for name in cli.RUN_FILES)]
+    assert cli.ask("--adapter", "out", "--prompt", "hi", cwd=tmp_path).code == 0
+
+
+@BOTH
+def test_a_second_signal_ends_it_at_once_with_no_folder_under_the_final_name(tmp_path, number):
+    watched = train(tmp_path, "--overwrite").until(steps(3))
+    watched.send(number).until(said("again to stop at once")).send(number)
+    code, _, err = watched.result()
+    assert code == CODES[number] and "Traceback" not in err and "saved" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_survives_an_interrupted_overwrite(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in cli.RUN_FILES:
+        (tmp_path / "out" / name).write_text("of the earlier run")
+    before = cli.tree(tmp_path)
+    watched = train(tmp_path, "--overwrite").until(said("plan  "))
+    assert watched.send(signal.SIGTERM).result().code == 143
+    assert cli.tree(tmp_path) == before
+
+
+def test_ctrl_c_in_a_chat(tmp_path):
+    watched = Watched("generate", "--model", cli.model_folder(), cwd=tmp_path)
+    code, out, err = watched.until(said("/quit ends")).send(signal.SIGINT).result()
+    assert (code, out) == (130, "") and err.endswith("\nstopped\n") and "Traceback" not in err
+
+
+def test_sigterm_while_answering_leaves_no_file_of_answers(tmp_path):
+    (tmp_path / "p.txt").write_text("Tell me everything.\n" * 20_000)
+    argv = ("--prompts", "p.txt", "--out", "answers.jsonl", "--dtype", "float32")
+    watched = Watched("generate", "--model", cli.model_folder(), *argv, cwd=tmp_path)
+    code, out, err = watched.until(said("model ")).send(signal.SIGTERM).result()
+    assert (code, out) == (143, "") and "Traceback" not in err
+    assert sorted(cli.tree(tmp_path)) == ["p.txt"]
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [("merge", ("--adapter", "a", "--out", "out")), ("self_cognition", ("--name", "A", "--author", "B", "--out", "rows"))],
+)
+def test_ctrl_c_while_a_script_is_importing(tmp_path, script, argv):
+    code, out, err = Watched(script, *argv, cwd=tmp_path).until(importing).send(signal.SIGINT).result()
+    assert (code, out) == (130, "") and err == "\nstopped\n"
+    assert cli.tree(tmp_path) == {}

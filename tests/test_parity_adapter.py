@@ -1,0 +1,358 @@
+"""PEFT as referee: our adapters in PEFT, PEFT's in ours, both on transformers' own models and on any module.
+
+LORA_PARITY=1 makes a missing transformers or peft a failure; without it the file is skipped.
+"""
+
+import copy
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from lora.adapter import store
+from lora.adapter.inject import inject, lora_layers
+from lora.adapter.merge import merge, unload
+from tests.helpers import close, far, patched, randomise, same, snapshot, some_tokens, tiny_config, tiny_model
+
+if os.environ.get("LORA_PARITY") == "1":
+    import peft
+    import transformers
+else:
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+TOL = 2e-5
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2"])
+
+
+def theirs(family="llama", dtype=torch.float32, seed=0, **overrides) -> nn.Module:
+    """transformers' own causal language model with the weights of `tiny_model(seed=seed)`."""
+    raw = tiny_config(model_type=family, head_dim=6 if family == "llama" else None, **overrides)
+    kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family]
+    architecture = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[family]
+    raw.pop("model_type")
+    model = architecture(kind(**raw, attn_implementation="eager")).to(dtype).eval()
+    return randomise(model, seed)
+
+
+def ours_like(model: nn.Module) -> nn.Module:
+    """Our decoder with the weights of transformers' model."""
+    family = model.config.model_type
+    mine = tiny_model(torch.float32, model_type=family, head_dim=6 if family == "llama" else None)
+    mine.load_state_dict(model.state_dict(), strict=True)
+    return mine
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(37, 29), nn.Linear(29, 41, bias=False)
+        self.inner = nn.ModuleDict({"fc1": nn.Linear(41, 23)})
+
+    def forward(self, x):
+        return self.inner["fc1"](torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
+
+
+def logits(model, tokens=None):
+    """Of ours, of transformers', of PEFT's wrapper round either, or of a plain module."""
+    inner = getattr(model, "base_model", SimpleNamespace(model=model)).model if is_peft(model) else model
+    with torch.no_grad():
+        if isinstance(inner, Plain):
+            return model(torch.randn(67, 37, generator=torch.Generator().manual_seed(3)))
+        tokens = some_tokens() if tokens is None else tokens
+        return model(tokens[None]).logits[0] if isinstance(inner, transformers.PreTrainedModel) else model(tokens)
+
+
+def is_peft(model):
+    return isinstance(model, peft.PeftModel)
+
+
+@torch.no_grad()
+def randomise_peft(model, seed=1):
+    """Random A and B in PEFT's layers, ΔW 10 to 40 % of W's norm."""
+    random = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            A.copy_(torch.randn(A.shape, generator=random) / A.shape[1] ** 0.5)
+            B.copy_(torch.randn(B.shape, generator=random))
+            share = 0.1 + 0.3 * torch.rand((), generator=random)
+            B *= share * layer.base_layer.weight.norm() / (layer.scaling["default"] * (B @ A).norm())
+    return model
+
+
+def peft_patched(model, r=5, lora_alpha=8, seed=1, **fields):
+    """PEFT's adapter on `model` with random A and B."""
+    task = "CAUSAL_LM" if isinstance(model, transformers.PreTrainedModel) else None
+    fields = {"target_modules": SEVEN, "task_type": task} | fields
+    config = peft.LoraConfig(r=r, lora_alpha=lora_alpha, **fields)
+    return randomise_peft(peft.get_peft_model(model, config), seed).eval()
+
+
+def peft_paths(model):
+    """The modules PEFT has patched, by their paths in the unpatched model."""
+    prefix = "base_model.model."
+    return {path.removeprefix(prefix) for path, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+
+
+def short(fields):
+    """A test's name for these fields of a LoraConfig."""
+    return " ".join(f"{key}={value}".replace(str(SEVEN), "seven") for key, value in fields.items())
+
+
+# ---- files, both ways ------------------------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_our_adapter_in_peft_gives_our_logits(tmp_path, family):
+    base = theirs(family)
+    model = ours_like(base)
+    before = logits(model)
+    assert close(before, logits(base), TOL)
+    patched(model)
+    store.save(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert peft_paths(other) == set(lora_layers(model)) and len(peft_paths(other)) == 14
+    assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
+
+
+@FAMILIES
+def test_pefts_adapter_in_ours_gives_pefts_logits(tmp_path, family):
+    base = theirs(family)
+    model, before = ours_like(base), logits(base)
+    other = peft_patched(base)
+    other.save_pretrained(tmp_path)
+    config = store.load(model, tmp_path)
+    assert (config.rank, config.alpha) == (5, 8) and set(lora_layers(model)) == peft_paths(other)
+    assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "plain"])
+def test_inject_merge_and_save_on_any_module_equal_pefts(tmp_path, kind):
+    """On the very same class of module: tensor names, shapes, outputs, merged weights, and the unloaded model."""
+    base, targets = (randomise(Plain()), ["fc1", "fc2"]) if kind == "plain" else (theirs(kind), SEVEN)
+    before, names = logits(base), set(base.state_dict())
+    model = patched(copy.deepcopy(base), targets=targets)
+    store.save(model, tmp_path / "ours")
+
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
+    other.save_pretrained(tmp_path / "peft")
+    assert same(load_file(tmp_path / "ours" / store.WEIGHTS), load_file(tmp_path / "peft" / store.WEIGHTS))
+    again = copy.deepcopy(base)
+    store.load(again, tmp_path / "peft")
+    assert same(snapshot(model), snapshot(again))
+
+    merge(model)
+    assert close(logits(model), logits(other), TOL)
+    plain, reference = unload(model), other.merge_and_unload()
+    assert set(plain.state_dict()) == set(reference.state_dict()) == names
+    changed = set()
+    for name, tensor in plain.state_dict().items():
+        assert close(tensor, reference.state_dict()[name], 1e-6)
+        if far(tensor, base.state_dict()[name], 1e-6):
+            changed.add(name)
+    patched_names = {f"{path}.weight" for path in lora_layers(again)}
+    assert changed == patched_names and len(changed) == (3 if kind == "plain" else 14)
+    assert close(logits(plain), logits(reference), TOL)
+
+
+def test_our_config_holds_only_fields_of_peft_and_reads_as_meant(tmp_path):
+    store.save(patched(theirs(), 3, 7.5, 0.125, ["mlp"]), tmp_path, "some/model")
+    written = json.loads((tmp_path / store.CONFIG).read_text())
+    assert written.keys() <= peft.LoraConfig().to_dict().keys()
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, peft.LoraConfig)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (3, 7.5, 0.125, "none")
+    assert set(config.target_modules) == {"gate_proj", "up_proj", "down_proj"}
+    assert config.base_model_name_or_path == "some/model"
+
+
+def test_every_default_of_peft_is_read(tmp_path):
+    """A file with each field of this PEFT's LoraConfig, as this PEFT writes it."""
+    peft_patched(theirs(), r=8).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / store.CONFIG).read_text())
+    assert written.keys() >= peft.LoraConfig().to_dict().keys() - {"runtime_config"}
+    assert store.read_config(tmp_path).rank == 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+    ],
+    ids=short,
+)
+def test_pefts_variants_are_refused_by_name(tmp_path, fields):
+    peft_patched(theirs(), **fields).save_pretrained(tmp_path)
+    with pytest.raises(store.BadInput) as caught:
+        store.load(theirs(), tmp_path)
+    assert any(f"{store.CONFIG}:{next(iter(fields))}: " in problem for problem in caught.value.problems)
+
+
+# ---- which modules are meant -----------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Numbers inside numbers, as mixtures of experts have them."""
+
+    def __init__(self):
+        super().__init__()
+        block = lambda: nn.ModuleDict(  # noqa: E731
+            {"router": nn.Linear(7, 2), "experts": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(7, 7)}) for _ in "ab")}
+        )
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(3))})
+        self.up = nn.Linear(7, 7)
+
+    def forward(self, x):
+        for layer in self.model["layers"]:
+            x = x + sum(expert["up"](x) for expert in layer["experts"]) * layer["router"](x).sum(-1, keepdim=True)
+        return self.up(x)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.0\..*(q|v)_proj"},
+        {"target_modules": r"model\.layers\.\d+\.mlp\.(up|down)_proj"},
+        {"target_modules": SEVEN, "exclude_modules": ["q_proj", "model.layers.0.mlp.up_proj"]},
+        {"target_modules": SEVEN, "exclude_modules": r".*\.1\..*"},
+        {"target_modules": r".*_proj", "exclude_modules": r".*mlp.*"},
+        {"target_modules": SEVEN, "layers_to_transform": [1]},
+        {"target_modules": SEVEN, "layers_to_transform": 0},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"target_modules": ["k_proj", "model.layers.2.self_attn.o_proj"], "layers_to_transform": [1]},
+        {"target_modules": SEVEN, "layers_to_transform": [0], "exclude_modules": ["down_proj"]},
+    ],
+    ids=short,
+)
+def test_pefts_choice_of_modules_is_read_as_pefts(tmp_path, fields):
+    base = theirs(num_hidden_layers=3)
+    model, before = copy.deepcopy(base), logits(base)
+    other = peft_patched(base, **fields)
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
+    store.load(model, tmp_path)
+    assert set(lora_layers(model)) == peft_paths(other) != set()
+    assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
+
+
+def test_a_base_weight_that_peft_saves_beside_the_adapter_is_refused(tmp_path):
+    """Where lm_head is a target, PEFT adds the head itself, which would replace the base's."""
+    peft_patched(theirs(), target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
+    with pytest.raises(store.BadInput, match=r"extra tensor.*base_model\.model\.lm_head\.base_layer\.weight"):
+        store.load(theirs(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["up"]},
+        {"target_modules": ["up"], "layers_to_transform": [0]},
+        {"target_modules": ["up"], "layers_to_transform": [1, 2]},
+        {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["experts"]},
+        {"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": ["nothing", "layers"]},
+        {"target_modules": ["experts.0.up"], "exclude_modules": ["model.layers.1.experts.0.up"]},
+        {"target_modules": ["up"], "exclude_modules": "up"},
+    ],
+    ids=short,
+)
+def test_nested_numbers_are_counted_as_peft_counts_them(tmp_path, fields):
+    base = randomise(Experts())
+    model = copy.deepcopy(base)
+    other = peft_patched(base, **fields)
+    other.save_pretrained(tmp_path)
+    store.load(model, tmp_path)
+    assert set(lora_layers(model)) == peft_paths(other) != set()
+    x = torch.randn(11, 7, generator=torch.Generator().manual_seed(3))
+    assert close(model(x), other(x), TOL)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"fc1"},
+        {"inner.fc1"},
+        {"fc1", "fc2"},
+        {"fc1", "inner.fc1"},
+        {"inner.fc1", "fc2"},
+    ],
+    ids=lambda c: "+".join(sorted(c)),
+)
+def test_peft_patches_exactly_what_we_patched(tmp_path, chosen):
+    base = randomise(Plain())
+    model = patched(copy.deepcopy(base), targets=[f"re:{path}" for path in sorted(chosen)])
+    store.save(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert peft_paths(other) == set(lora_layers(model)) == chosen
+    assert close(logits(model), logits(other), TOL)
+
+
+def test_exactly_the_targets_are_patched_on_transformers_own_model():
+    model = theirs()
+    returned = inject(model, 3, 6)
+    assert set(returned) == {path for path, m in model.named_modules() if type(m).__name__ == "LoRALinear"}
+    assert set(returned) == peft_paths(peft_patched(theirs())) and len(returned) == 14
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_gradients_of_one_step_equal_pefts(tmp_path, family):
+    """Mean cross-entropy over shifted tokens, no dropout, the same A and B: each dA and dB within 1e-5 of its norm."""
+    base, tokens = theirs(family), some_tokens()
+    model = patched(ours_like(base))
+    store.save(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).train()
+    F.cross_entropy(model.train()(tokens[:-1]), tokens[1:]).backward()
+    F.cross_entropy(other(tokens[None, :-1]).logits[0], tokens[1:]).backward()
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): p.grad
+        for name, p in other.named_parameters()
+        if p.requires_grad
+    }
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == expected.keys() and len(expected) == 28
+    for name, gradient in gradients.items():
+        assert expected[name].norm() > 0, name
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_ten_adamw_steps_equal_pefts(tmp_path):
+    base, tokens = theirs(), some_tokens()
+    model = patched(ours_like(base))
+    store.save(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).train()
+    losses = []
+    for m, forward in ((model.train(), model), (other, lambda x: other(x[None]).logits[0])):
+        optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        for _ in range(10):
+            loss = F.cross_entropy(forward(tokens[:-1]), tokens[1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    ours, expected = torch.tensor(losses[:10]), torch.tensor(losses[10:])
+    assert close(ours, expected, 1e-3) and ours[-1] < ours[0] - 0.5
+    assert close(logits(model.eval()), logits(other.eval()), 1e-2)

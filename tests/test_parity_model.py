@@ -1,0 +1,209 @@
+"""transformers as referee: logits, folders in both directions, chat ids. Run with LORA_PARITY=1 it fails, not skips."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+
+if os.environ.get("LORA_PARITY") == "1":
+    import transformers
+else:
+    transformers = pytest.importorskip("transformers")
+
+from lora import files
+from lora.model.config import ModelConfig
+from lora.model.decoder import Model, rope_table
+from lora.model.pretrained import FolderCheckpoint, load_chat, load_model, write_model
+from tests.helpers import close, far, randomise, some_tokens, tiny_config, tiny_model
+from tests.test_model import LLAMA3, random_config
+from tests.test_template import CONTROL, OPEN, TEMPLATES, byte_level, byte_level_json, chat_of, turns
+
+transformers.logging.set_verbosity_error()
+LLAMA3_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+
+
+def theirs(raw: dict):
+    """transformers' model of a raw config.json, in float32, eager attention, eval mode."""
+    kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[raw["model_type"]]
+    family = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[raw["model_type"]]
+    fields = copy.deepcopy({key: value for key, value in raw.items() if key != "model_type"})  # it writes into them
+    config = kind(**fields, attn_implementation="eager")
+    return family(config).float().eval()
+
+
+def pair(raw: dict, seed: int):
+    """Our model and theirs with the same random weights."""
+    ours = randomise(Model(ModelConfig.from_json(raw)), seed).requires_grad_(False).eval()
+    reference = theirs(raw)
+    missing, extra = reference.load_state_dict(ours.state_dict(), strict=False)
+    assert not extra and set(missing) <= ({"lm_head.weight"} if raw["tie_word_embeddings"] else set())
+    reference.tie_weights()
+    return ours, reference
+
+
+@torch.inference_mode()
+def logits_of(reference, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    future = torch.full((len(tokens), len(tokens)), float("-inf"), dtype=reference.dtype).triu(1)  # (T, T)
+    positions = None if positions is None else positions[None]  # without a mask, gaps would mean packed documents
+    return reference(tokens[None], future[None, None], position_ids=positions, use_cache=False).logits[0]
+
+
+# ---- logits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_logits_of_random_configs_are_those_of_transformers(seed):
+    raw = random_config(seed)
+    ours, reference = pair(raw, seed)
+    tokens = some_tokens(67, raw["vocab_size"], seed)
+    expected = logits_of(reference, tokens)
+    assert expected.std() > 0.5
+    assert close(ours(tokens), expected, 1e-5)
+    positions = torch.arange(67) * 3 + 5000 + 97 * seed
+    assert close(ours(tokens, positions=positions), logits_of(reference, tokens, positions), 1e-5)
+    assert far(ours(tokens), logits_of(reference, tokens, positions), 1e-5)
+
+
+def test_absent_fields_mean_what_transformers_means_by_them():
+    for raw in (
+        {"model_type": "llama", "tie_word_embeddings": False},
+        {"model_type": "qwen2", "tie_word_embeddings": False, "num_key_value_heads": 2},
+    ):
+        raw |= {"vocab_size": 90, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                "num_attention_heads": 4}  # fmt: skip
+        ours, reference = pair(raw, 0)
+        tokens = some_tokens(67, 90)
+        assert close(ours(tokens), logits_of(reference, tokens), 1e-5)
+        assert ours.config.max_position_embeddings == reference.config.max_position_embeddings
+        assert ours.config.rms_norm_eps == reference.config.rms_norm_eps
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_error_in_bfloat16_is_at_most_that_of_transformers(family):
+    raw = tiny_config(model_type=family, hidden_size=48, head_dim=16, num_hidden_layers=4)
+    ours, reference = pair(raw, 3)
+    ours, reference = ours.bfloat16(), reference.bfloat16()
+    tokens = some_tokens(128)
+    exact = tiny_model(torch.float64, **raw)
+    exact.load_state_dict({name: tensor.double() for name, tensor in ours.state_dict().items()})
+    truth = exact(tokens)
+    mine, other = ours(tokens).double(), logits_of(reference, tokens).double()
+    scale = truth.abs().max() * 2**-8
+    assert (mine - truth).abs().max() <= 1.5 * (other - truth).abs().max() + scale
+    assert (mine - truth).pow(2).mean().sqrt() <= 1.2 * (other - truth).pow(2).mean().sqrt()
+
+
+# ---- folders in both directions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 6])
+@pytest.mark.parametrize("size", ["1GB", "4KB"])
+def test_a_folder_that_transformers_wrote_loads_here(tmp_path, seed, size):
+    raw = random_config(seed)
+    _, reference = pair(raw, seed)
+    reference.save_pretrained(tmp_path, max_shard_size=size)
+    loaded = load_model(FolderCheckpoint(tmp_path))
+    tokens = some_tokens(67, raw["vocab_size"])
+    assert close(loaded(tokens), logits_of(reference, tokens), 1e-5)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "4KB")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_a_written_folder_loads_in_transformers_with_the_same_logits(tmp_path, seed, dtype):
+    raw = random_config(seed) | {"torch_dtype": "float32"}
+    _, reference = pair(raw, seed)
+    (tmp_path / "base").mkdir()
+    reference.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    (tmp_path / "merged").mkdir()
+    target = "model.layers.0.self_attn.q_proj.weight"
+    change = torch.randn(FolderCheckpoint(tmp_path / "base").header[target][1]) / 5
+    write_model(FolderCheckpoint(tmp_path / "base"), tmp_path / "merged",
+                lambda name, tensor: tensor + change if name == target else tensor, dtype)  # fmt: skip
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype="auto", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert again.dtype == (dtype or torch.float32)
+    tokens = some_tokens(67, raw["vocab_size"])
+    expected = logits_of(again.float().eval(), tokens)
+    assert close(load_model(FolderCheckpoint(tmp_path / "merged"))(tokens), expected, 1e-4)
+    assert far(logits_of(reference, tokens), expected, 1e-4)
+
+
+# ---- tokenizer and chat ----------------------------------------------------------------------------------------------
+
+CHATS = {
+    "smollm2": {"eos_token": "<|im_end|>"},
+    "marked": {"eos_token": "<|im_end|>"},
+    "strict": {"eos_token": "<|im_end|>"},
+    "llama3-lines": LLAMA3_TOKENS,
+    "llama2": {"bos_token": "<s>", "eos_token": "</s>"},
+    "dated-lines": LLAMA3_TOKENS,
+}
+CONVERSATIONS = [
+    turns("Who are you?"),
+    turns("Hi", "Hello.", "  Blanks before and after  "),
+    turns("Hi", "Hello.", "More\n\nlines\n", "of 日本語 👩‍🚀.", "It's 2 + 2 = 4, isn't it?", system="Be brief.\n"),
+    turns("{{ messages }} {% if %}", "{# not a comment #}", "naïve \u2028 café"),
+]
+
+
+def chat_folder(path, name: str):
+    template = TEMPLATES[name][0].replace("strftime_now('%d %b %Y')", "'today'")  # there it is today
+    data = byte_level_json(name.endswith("-lines"))
+    raw = tiny_config(vocab_size=600, eos_token_id=0)
+    model = randomise(Model(ModelConfig.from_json(raw)))
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(raw))
+    header = {name: ("F32", tuple(t.shape)) for name, t in model.state_dict().items()}
+    files.write_safetensors(path / "model.safetensors", header, model.state_dict().__getitem__, {"format": "pt"})
+    (path / "tokenizer.json").write_bytes(data)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "chat_template": template, **CHATS[name]}  # fmt: skip
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_ids_are_those_of_the_tokenizer_and_template_of_transformers_also_after_merging(tmp_path, name):
+    base = chat_folder(tmp_path / "base", name)
+    (tmp_path / "merged").mkdir()
+    write_model(FolderCheckpoint(base), tmp_path / "merged", lambda name, tensor: tensor)
+    for path in (base, tmp_path / "merged"):
+        ours, reference = load_chat(FolderCheckpoint(path)), transformers.AutoTokenizer.from_pretrained(path)
+        for text in ("Hello  there\n\n", "naïve 日本語 👩‍🚀", "<|im_end|> inside", "", *CONTROL):
+            assert ours.tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
+        for messages in CONVERSATIONS:
+            if name == "strict" and messages[0]["role"] == "system":
+                messages = messages[1:]
+            if messages[-1]["role"] == "user":
+                assert ours.prompt(messages) == ids_of(reference, messages, True)
+            if len(messages) > 1:
+                whole = messages if messages[-1]["role"] == "assistant" else messages[:-1]
+                assert ours.example(whole).tokens == ids_of(reference, whole, False)
+        assert ours.cuts == ours.guarded == 0
+
+
+def ids_of(reference, messages: list[dict], generate: bool) -> list[int]:
+    return reference.apply_chat_template(messages, add_generation_prompt=generate, tokenize=True, return_dict=False)
+
+
+def test_a_template_without_control_tokens_differs_by_the_end_of_turn_only():
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level()._fast, chat_template=OPEN)
+    messages = turns("Hi", "Hello.")
+    expected = ids_of(reference, messages, False)
+    assert chat_of("open").example(messages).tokens == [*expected, byte_level().id("<|endoftext|>")]
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA3])
+def test_rope_frequencies_are_those_of_transformers(scaling):
+    raw = tiny_config(head_dim=64, hidden_size=96, rope_theta=500000.0, rope_scaling=scaling,
+                      max_position_embeddings=131072)  # fmt: skip
+    positions = torch.tensor([0, 1, 77, 5001, 70001, 131071])
+    rotary = theirs(raw).model.rotary_emb
+    expected = rotary(torch.zeros(1, 1, 64), positions[None])
+    for a, b in zip(rope_table(ModelConfig.from_json(raw), positions, torch.float32), expected, strict=True):
+        assert torch.equal(a, b[0])
