@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from lora.errors import BadInput
-from lora.model import gguf
+from lora.model import gguf, gguf_header
 from lora.model.config import ModelConfig
 from lora.model.decoder import inverse_frequencies
 from lora.model.gguf import GGUFCheckpoint
@@ -202,7 +202,7 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_bad_input(path):
 
 
 def test_a_file_that_shrinks_while_its_header_is_read_is_bad_input(path, monkeypatch):
-    monkeypatch.setattr(gguf, "os", SimpleNamespace(fstat=lambda file: SimpleNamespace(st_size=10**6)))
+    monkeypatch.setattr(gguf_header, "os", SimpleNamespace(fstat=lambda file: SimpleNamespace(st_size=10**6)))
     write(path)
     os.truncate(path, 200)
     assert "shorter" in refused(path)

@@ -6,29 +6,20 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import json
 import math
-import os
 import re
-import struct
-from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from lora.errors import BadInput
+from lora.model.gguf_header import AGAIN, Header, Stored, show
 from lora.model.tokenizer import Tokenizer
 
-MOST_HEADER = 64 * 2**20  # bytes; a vocabulary of 256,000 tokens with its merges takes about 20 MiB
-MOST_ALIGNMENT = 2**20
 CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
-AGAIN = "Download the file again"
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
-STRING, ARRAY = 8, 9  # the other two types of metadata
-STRING_BYTES, KEY_BYTES, TENSOR_BYTES = 8, 13, 32  # the least that one of them takes in the header
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # Keys under the architecture's name. Any other could change the maths and is refused.
@@ -74,130 +65,11 @@ PRE_TOKENIZERS = {
 }
 
 
-class _Stored(NamedTuple):
-    """A tensor in the file. `shape` is the hub's, rows last; `offset` and `size` are bytes."""
-
-    type: GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-@cache
-def _block(kind: int) -> tuple[GGMLQuantizationType, int, int] | None:
-    """A tensor type, its values and its bytes per block; None if the package cannot dequantise it."""
-    try:
-        known = GGMLQuantizationType(kind)
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[known][1]), np.uint8), known)
-        return known, *GGML_QUANT_SIZES[known]
-    except (ValueError, KeyError, NotImplementedError):
-        return None
-
-
 def _hub_name(name: str) -> str | None:
     parts = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
     number, stem, kind = parts.groups() if parts else (None, "", "")
     hub = HUB_NAMES.get(f"blk.{stem}" if number else stem)
     return hub and (f"model.layers.{number}." if number else "") + f"{hub}.{kind}"
-
-
-def _show(value: Any) -> str:
-    """Something out of the file, short and on one line."""
-    value = value[:80] if isinstance(value, (str, list, np.ndarray)) else value
-    text = " ".join(repr(value)[:1000].split())
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-class _Header:
-    """Takes values from the front of a file, never more than there are. Raises BadInput."""
-
-    def __init__(self, file: BinaryIO, path: Path):
-        self.file, self.path, self.key = file, path, ""
-        self.size = os.fstat(file.fileno()).st_size
-        self.left = min(self.size, MOST_HEADER)
-
-    def check(self, right: bool, why: str, fix: str = AGAIN) -> None:
-        if not right:
-            raise BadInput(f"broken GGUF header in {self.path}{self.key and ':' + self.key}: {why}. {fix}")
-
-    def take(self, size: int) -> bytes:
-        if size > self.left:  # formatting the message first would double the time of a header
-            self.check(False, f"{size:,} bytes are announced, {self.left:,} remain")
-        self.left -= size
-        data = self.file.read(size)
-        self.check(len(data) == size, "the file became shorter while it was read")
-        return data
-
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def count(self, least: int) -> int:
-        """A count of things that take `least` bytes each, or more."""
-        count = self.number("Q")
-        self.check(count * least <= self.left, f"{count:,} entries are announced, {self.left:,} bytes remain")
-        return count
-
-    def string(self) -> str:
-        try:
-            return self.take(self.number("Q")).decode()
-        except UnicodeDecodeError as error:
-            self.check(False, f"text that is not UTF-8 at its byte {error.start}")
-
-    def value(self) -> Any:
-        """A str, int, float or bool; an array is a list of str or a numpy array."""
-        kind = self.number("I")
-        array = kind == ARRAY
-        kind = self.number("I") if array else kind
-        if kind == STRING:
-            return [self.string() for _ in range(self.count(STRING_BYTES))] if array else self.string()
-        self.check(kind in SCALARS, "an array of arrays" if kind == ARRAY else f"value type {kind} is unknown")
-        if not array:
-            return self.number(SCALARS[kind])
-        dtype = np.dtype("<" + SCALARS[kind])
-        return np.frombuffer(self.take(self.count(dtype.itemsize) * dtype.itemsize), dtype)
-
-    def tensor(self) -> _Stored:
-        """A tensor's description; its offset counts from the start of the data."""
-        dims = self.number("I")
-        self.check(1 <= dims <= 4, f"{dims:,} dimensions; 1 to 4 are possible")
-        shape = tuple(self.number("Q") for _ in range(dims))[::-1]
-        kind, offset = self.number("I"), self.number("Q")
-        block = _block(kind)
-        self.check(block is not None, f"tensor type {kind} cannot be dequantised", "Convert the model to Q8_0 or BF16")
-        whole = 0 not in shape and shape[-1] % block[1] == 0
-        self.check(whole, f"rows of shape {shape} are not whole blocks of {block[1]} values ({block[0].name})")
-        return _Stored(block[0], shape, offset, math.prod(shape) // block[1] * block[2])
-
-    def read(self) -> tuple[dict[str, Any], dict[str, _Stored]]:
-        """All metadata, and all tensors: within the file, aligned, without overlap."""
-        magic = self.file.read(8)
-        self.check(magic != b"version ", "it is a git-lfs pointer, not the file", "Run git lfs pull")
-        self.check(magic[:4] == b"GGUF" and len(magic) == 8, f"it begins with {magic}", "Give a GGUF file")
-        self.left -= 8
-        version, swapped = (int.from_bytes(magic[4:], order) for order in ("little", "big"))
-        why = "it is big-endian" if swapped in (1, 2, 3) else f"version {version} is not supported; 2 and 3 are"
-        self.check(version in (2, 3), why, "Convert the model again")
-        metadata, tensors = {}, {}
-        tensor_count, key_count = self.count(TENSOR_BYTES), self.count(KEY_BYTES)
-        for count, entries, parse in ((key_count, metadata, self.value), (tensor_count, tensors, self.tensor)):
-            for _ in range(count):
-                self.key = ""
-                name = self.string()
-                self.key = _show(name)[1:-1]
-                self.check(name not in entries, "it is there twice")
-                entries[name] = parse()
-        self.key, alignment = "general.alignment", metadata.get("general.alignment", 32)
-        power = type(alignment) is int and 1 <= alignment <= MOST_ALIGNMENT and alignment & (alignment - 1) == 0
-        self.check(power, f"{_show(alignment)} is no power of two up to {MOST_ALIGNMENT}")
-        start = end = -(-self.file.tell() // alignment) * alignment
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
-            self.key, offset = _show(name)[1:-1], start + tensor.offset
-            self.check(tensor.offset % alignment == 0, f"its data is not aligned to {alignment}")
-            self.check(offset >= end, "its data overlaps that of another tensor")
-            end = offset + tensor.size
-            self.check(end <= self.size, f"its data would end at byte {end:,}, the file has {self.size:,}")
-            tensors[name] = tensor._replace(offset=offset)
-        return metadata, tensors
 
 
 class GGUFCheckpoint:
@@ -211,16 +83,16 @@ class GGUFCheckpoint:
         if not self.path.is_file():
             raise BadInput(f"no model in {path}: there is no such file. Check the path")
         with open(self.path, "rb") as file:
-            self.metadata, tensors = _Header(file, self.path).read()
+            self.metadata, tensors = Header(file, self.path).read()
         self.name, self.described = str(self.path.absolute()), f"GGUF file {path}"
         self._arch = arch = self._get("general.architecture", str)
         known = ", ".join(ARCHITECTURES)
-        self._check(arch in ARCHITECTURES, "general.architecture", f"{_show(arch)}; implemented are {known}")
+        self._check(arch in ARCHITECTURES, "general.architecture", f"{show(arch)}; implemented are {known}")
         for key in self.metadata:
             known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in KNOWN_KEYS
-            self._check(known, _show(key)[1:-1], "it could change the maths and is not implemented")
+            self._check(known, show(key)[1:-1], "it could change the maths and is not implemented")
         self._rope_freqs = tensors.pop(ROPE_FREQS, None)
-        unknown = [_show(name) for name in tensors if not _hub_name(name)]
+        unknown = [show(name) for name in tensors if not _hub_name(name)]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         self._check(not unknown, "tensors", f"{', '.join(unknown[:5])}{more} are not implemented")
         self._tensors = {_hub_name(name): tensor for name, tensor in tensors.items()}
@@ -236,7 +108,7 @@ class GGUFCheckpoint:
         value = self.metadata.get(key, default)
         self._check(value is not None, key, "it is missing", AGAIN)
         right = type(value) is kind and (kind not in (int, float) or 0 < value < 3e38)
-        self._check(right, key, f"{_show(value)} is no {kind.__name__}, or not positive", AGAIN)
+        self._check(right, key, f"{show(value)} is no {kind.__name__}, or not positive", AGAIN)
         return value
 
     def _config(self) -> dict:
@@ -262,7 +134,7 @@ class GGUFCheckpoint:
         for name in (*SPECIAL.values(), "eot"):
             self._ids[name] = i = self.metadata.get(key := f"tokenizer.ggml.{name}_token_id")
             right = i is None or (type(i) is int and 0 <= i < count)
-            self._check(right, key, f"{_show(i)} is none of the {count:,} tokens", AGAIN)
+            self._check(right, key, f"{show(i)} is none of the {count:,} tokens", AGAIN)
         ends = list(dict.fromkeys(self._ids[name] for name in ("eos", "eot") if self._ids[name] is not None))
         biases = {name.split(".")[3] for name in tensors if name.endswith("_proj.bias")}
         theta = get("rope.freq_base", float, 10000.0)
@@ -286,7 +158,7 @@ class GGUFCheckpoint:
     def _rope_scaling(self, theta: float, factor: float) -> dict | None:
         key = f"{self._arch}.rope.scaling.type"
         kind = self._get(key, str, "linear")
-        self._check(kind in ("none", "linear"), key, f"{_show(kind)}; none and linear are implemented")
+        self._check(kind in ("none", "linear"), key, f"{show(kind)}; none and linear are implemented")
         linear = kind == "linear" and factor != 1
         if not self._rope_freqs:
             return {"rope_type": "linear", "factor": factor} if linear else None
@@ -309,7 +181,7 @@ class GGUFCheckpoint:
             tensor = tensor.unflatten(0, (-1, self._head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
-    def _dequantised(self, tensor: _Stored, dtype: torch.dtype) -> torch.Tensor:
+    def _dequantised(self, tensor: Stored, dtype: torch.dtype) -> torch.Tensor:
         columns = tensor.shape[-1]
         values = torch.empty(math.prod(tensor.shape) // columns, columns, dtype=dtype)
         row_bytes = tensor.size // len(values)
@@ -326,7 +198,7 @@ class GGUFCheckpoint:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json. Raises BadInput."""
         model, pre = self._get("tokenizer.ggml.model", str), self._get("tokenizer.ggml.pre", str, "missing")
-        why = f"{_show(model)} with {_show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}"
+        why = f"{show(model)} with {show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}"
         self._check(model == "gpt2" and pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", why)
         named = {f"{name}_token": self._ids[theirs] for name, theirs in SPECIAL.items()}
         settings = {name: self._tokens[i] for name, i in named.items() if i is not None}
@@ -352,7 +224,7 @@ class GGUFCheckpoint:
         """The content of tokenizer.json; `bos` is the token before every text."""
         types, tokens = self._get("tokenizer.ggml.token_type", np.ndarray).tolist(), self._tokens
         right = len(types) == len(tokens) and set(types) <= TOKEN_TYPES
-        why = f"{len(types):,} types for {len(tokens):,} tokens, or unknown ones: {_show(set(types))}"
+        why = f"{len(types):,} types for {len(tokens):,} tokens, or unknown ones: {show(set(types))}"
         self._check(right, "tokenizer.ggml.token_type", why, AGAIN)
         vocabulary = {token: i for i, token in enumerate(tokens)}
         self._check(len(vocabulary) == len(tokens), "tokenizer.ggml.tokens", "a token is there twice", AGAIN)
