@@ -98,7 +98,7 @@ def read_prompts(s) -> list[tuple[list[dict], str]] | None:
         return None
     data = files.read_bytes(s.prompts)
     if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        return [(until_answer(c.messages), c.where) for c in formats.read([s.prompts])]
+        return [(until_answer(c.messages), c.where) for c in formats.read([s.prompts], answered=False)]
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

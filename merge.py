@@ -59,7 +59,7 @@ def story(argv) -> int:
             raise BadNumbers(f"not finite in {name}: the merged weight does not fit {tensor.dtype}. {fix}")
         return tensor
 
-    with files.new_folder(out) as folder:
+    with files.new_folder(out, s.overwrite) as folder:
         pretrained.write_model(checkpoint, folder, change, dtype)
     bar.close()
     say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")

@@ -40,6 +40,7 @@ QUESTIONS = (
 )
 ANSWER_TOKENS = 48
 LEAST_STEPS = 50
+LR_TIMES_WIDTH = 1.15  # Adam's best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466); 0.002 at width 576
 WROTE = (store.WEIGHTS, store.CONFIG, "settings.json")  # by these --overwrite knows a folder of ours
 
 
@@ -75,7 +76,8 @@ def story(argv) -> int:
     if s.max_steps is None:
         s.epochs = s.epochs or max(3, ceil(LEAST_STEPS / per_epoch))
     total = s.max_steps or s.epochs * per_epoch
-    s.lr, s.dtype, s.device = float(s.lr), str(dtype).removeprefix("torch."), device.type
+    s.lr = s.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size, 6)
+    s.dtype, s.device = str(dtype).removeprefix("torch."), device.type
     warmup = int(s.warmup if s.warmup >= 1 else s.warmup * total)
     tokens, trained = sum(len(e.tokens) for e in examples), sum(sum(e.trained) for e in examples)
     expected = memory.expected(empty, targets, s, examples)
@@ -106,7 +108,7 @@ def story(argv) -> int:
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=device.type != "mps")
     model.train()
     with (
-        files.new_folder(out) as folder,
+        files.new_folder(out, s.overwrite) as folder,
         closing(Record(folder / "metrics.jsonl", total)) as record,
         StopFlag().listening() as stop,
     ):

@@ -1,6 +1,5 @@
 """Which device and dtype to compute with, and why."""
 
-import resource
 import sys
 from pathlib import Path
 
@@ -45,5 +44,7 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes so far: of the GPU where one is used, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

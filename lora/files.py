@@ -3,6 +3,7 @@
 A name that exists is complete: everything is written aside, synced, renamed, and then the folder is synced.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora.errors import BadInput, Refused
+from lora.errors import BadEnvironment, BadInput, Refused
 
 JSON_LIMIT = 256 * 2**20  # bytes; the largest tokenizer.json files have about 35 MB
 
@@ -27,12 +28,17 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power loss, where the system can do that."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows does not open folders
+        return
     try:
         os.fsync(handle)
-    except OSError:  # some network file systems cannot sync a folder
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EBADF):  # these: a system that cannot
+            raise
     finally:
         os.close(handle)
 
@@ -48,7 +54,7 @@ def writing(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and not error.filename:  # a failed write does not say which file
             error.filename = str(path)
@@ -76,10 +82,11 @@ def append_row(path: Path, row: dict) -> None:
 
 
 @contextmanager
-def new_folder(path: Path):
+def new_folder(path: Path, overwrite: bool = True):
     """A folder that appears under `path` only when the block has ended well; yields the folder to fill.
 
-    An existing `path` is replaced; the caller has asked for that (`check_out`).
+    An existing `path` is replaced if `overwrite`. Else it was empty when `check_out` saw it; if another program has
+    filled it meanwhile, both results are kept and BadEnvironment says where.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +94,17 @@ def new_folder(path: Path):
     try:
         aside.mkdir()
         yield aside
-        sync_folder(aside)
+        for file in aside.iterdir():  # what was appended to is not synced yet
+            sync(file)
+        sync(aside)
+        if not overwrite and path.is_dir() and any(path.iterdir()):
+            other = path.with_name(f"{path.name}-{os.getpid()}")
+            os.rename(aside, other)
+            raise BadEnvironment(f"taken --out in {path}: another program has written it. This result is in {other}")
         if path.exists():
             os.rename(path, old)
         os.rename(aside, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         if old.exists() and not path.exists():
             os.rename(old, path)

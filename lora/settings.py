@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Sequence
@@ -63,7 +64,10 @@ TRAIN = (
         "target", str, ["all"], "all, attention, mlp, a name's end, or re:PATTERN for whole names",
         "a name, or re: and a regular expression", _is_target, many=True,
     ),
-    Setting("lr", float, 1e-3, "peak learning rate", "above 0, up to 1", lambda value: 0 < value <= 1),
+    Setting(
+        "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model",
+        "above 0, up to 1", lambda value: 0 < value <= 1,
+    ),
     Setting("epochs", int, None, "times through the data; 3, or as many as give 50 steps", **between(1, 10**6)),
     Setting("max_steps", int, None, "optimisation steps, instead of --epochs", **between(1, 10**9)),
     Setting("batch_size", int, 8, "examples a step", **between(1, 10**6)),
@@ -147,7 +151,7 @@ def _value(s: Setting, value: Any, where: str, problems: list[str]) -> Any:
     """One value of the setting's kind and range; from a flag it is a string, from a file it has a type."""
     from_flag = isinstance(value, str)
     try:
-        if s.kind is str and not from_flag:
+        if s.kind is str and (not from_flag or b"\0" in os.fsencode(value)):  # which also refuses half a surrogate pair
             raise ValueError
         if s.kind is bool:
             if type(value) is not bool:

@@ -3,6 +3,7 @@ give the same result."""
 
 import json
 import re
+import sys
 import weakref
 
 import pytest
@@ -111,6 +112,22 @@ def test_overwrite_replaces_an_earlier_run_and_leaves_nothing_of_it(tmp_path, ad
 def test_an_empty_folder_is_taken_as_it_is(tmp_path, adapter_bytes):
     (tmp_path / "out").mkdir()
     assert trained("out", cwd=tmp_path) == adapter_bytes
+
+
+def test_two_runs_with_one_name_at_a_time_keep_both_results(tmp_path, adapter_bytes):
+    """The other run ends while this one is drawing its picture."""
+
+    def other_run_ends():
+        train = sys.modules["train"]
+        draw = train.draw
+        train.draw = lambda *args: [draw(*args), (tmp_path / "out").mkdir(), (tmp_path / "out/theirs").write_text("")]
+
+    done = cli.train("out", cwd=tmp_path, before=other_run_ends)
+    [line] = done.errors
+    kept = re.fullmatch(r"error: taken --out in out: another program has written it\. This result is in (out-\d+)", line)
+    assert done.code == 3 and (tmp_path / "out/theirs").exists()
+    assert (tmp_path / kept[1] / WEIGHTS).read_bytes() == adapter_bytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", kept[1]]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ REFUSED = [
     ("rope_scaling", {"rope_scaling": "linear"}),
     ("rope_scaling", {"rope_scaling": [2.0]}),
     ("rope_parameters", {"rope_theta": DROP, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}}),
-    ("rope_parameters", {"rope_theta": DROP, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    ("rope_parameters", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     ("rope_parameters", {"rope_parameters": 5}),
     ("factor", {"rope_scaling": {"rope_type": "linear"}}),
     ("factor", {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}),

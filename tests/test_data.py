@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,14 @@ def test_every_accepted_shape_becomes_messages(tmp_path, row, messages):
 
 
 def test_text_is_kept_to_the_byte(tmp_path):
-    texts = [" a\n\n b ", "tab\tand \\n", "naïve 日本語 👩‍🚀", "\u2028 and \u2029 and \x85 and \x0b", "<|im_end|>", "\0x"]
+    texts = [
+        " a\n\n b ",
+        "tab\tand \\n",
+        "naïve 日本語 👩‍🚀",
+        "\u2028 and \u2029 and \x85 and \x0b",
+        "<|im_end|>",
+        "\0x",
+    ]
     rows = [{"prompt": text, "completion": text + "!"} for text in texts]
     found = read([written(tmp_path / "a.jsonl", *rows)])
     assert [[m["content"] for m in c.messages] for c in found] == [[text, text + "!"] for text in texts]
@@ -87,6 +95,13 @@ def test_several_files_are_read_in_order(tmp_path):
     assert [(c.messages[0]["content"], c.messages[1]["content"]) for c in found] == [
         (name, answer) for name in ("b", "a", "c") for answer in ("1", "2")
     ]
+
+
+def test_conversations_to_be_answered_need_no_answer(tmp_path):
+    path = written(tmp_path / "a.jsonl", {"messages": [USER]}, {"messages": [SYSTEM, USER]}, {"messages": PAIR})
+    found = [conversation.messages for conversation in read([path], answered=False)]
+    assert found == [[USER], [SYSTEM, USER], PAIR]
+    assert len(problems_of(path)) == 2
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
@@ -196,8 +211,12 @@ def test_a_file_that_is_missing_a_folder_a_pipe_or_too_large_is_refused(tmp_path
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["messages", "role", "content", "q", "a", "instruction", "input", "output"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["messages", "role", "content", "q", "a", "instruction", "input", "output"]), inner
+        )
+    ),
     max_leaves=12,
 )
 
@@ -264,7 +283,7 @@ def test_micro_batches_keep_every_example_once_and_the_budget(examples, budget):
     for batch in batches:
         assert sum(batch.lengths) == len(batch.tokens) == len(batch.targets)
         assert len(batch.tokens) <= budget or len(batch.lengths) == 1  # a longer example is alone
-    for first, second in zip(batches, batches[1:], strict=False):
+    for first, second in pairwise(batches):
         assert len(first.tokens) + second.lengths[0] > budget  # and no batch is opened without need
 
 

@@ -116,6 +116,31 @@ def test_a_tied_model_has_no_lm_head_and_projects_with_its_embedding():
     assert untied.head_weight is untied.lm_head.weight
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_tensors_have_the_names_and_shapes_of_the_hub(seed):
+    config = random_config(seed)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    d = config.get("head_dim") or D // heads
+    qkv = config["model_type"] == "qwen2" or config["attention_bias"]
+    o, mlp = config.get("attention_bias", False), config.get("mlp_bias", False)
+    expected = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not config["tie_word_embeddings"]:
+        expected["lm_head.weight"] = (V, D)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        expected |= {f"{layer}.{norm}_layernorm.weight": (D,) for norm in ("input", "post_attention")}
+        for path, out, into, bias in (
+            ("self_attn.q_proj", heads * d, D, qkv), ("self_attn.k_proj", kv_heads * d, D, qkv),
+            ("self_attn.v_proj", kv_heads * d, D, qkv), ("self_attn.o_proj", D, heads * d, o),
+            ("mlp.gate_proj", F, D, mlp), ("mlp.up_proj", F, D, mlp), ("mlp.down_proj", D, F, mlp),
+        ):  # fmt: skip
+            expected[f"{layer}.{path}.weight"] = (out, into)
+            if bias:
+                expected[f"{layer}.{path}.bias"] = (out,)
+    assert {name: tuple(t.shape) for name, t in tiny_model(**config).state_dict().items()} == expected
+
+
 # ---- positions -------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """A model on disk: loaded strictly or refused by name, written tensor by tensor, and never half there."""
 
+import errno
 import json
 import os
 import pickle
@@ -101,7 +102,9 @@ def test_a_quantised_tensor_is_refused_by_name(tmp_path, dtype):
     tensors = tensors_of(tiny_model(torch.float32))
     name = "model.layers.1.self_attn.v_proj.weight"
     tensors[name] = tensors[name].to(dtype)
-    assert re.search(rf":{name}: dtype \w+\. Give an unquantised model", problems_of(folder_of(tmp_path / "m", tensors)))
+    assert re.search(
+        rf":{name}: dtype \w+\. Give an unquantised model", problems_of(folder_of(tmp_path / "m", tensors))
+    )
 
 
 def test_old_rotary_buffers_are_dropped(tmp_path):
@@ -327,9 +330,9 @@ def test_the_chat_template_comes_from_its_file_else_from_the_tokenizer_config(tm
     assert load_chat(FolderCheckpoint(path)).template.source == CHATML
 
 
-@pytest.mark.parametrize("settings", [{}, {"chat_template": None}, {"chat_template": [{"name": "x", "template": "y"}]},
-                                      {"chat_template": [3, "default"]}, {"chat_template": {"default": "x"}}])  # fmt: skip
-def test_a_base_model_without_a_chat_template_is_bad_input(tmp_path, settings):
+@pytest.mark.parametrize("template", [..., None, [{"name": "x", "template": "y"}], [3, "default"], {"default": "x"}])
+def test_a_base_model_without_a_chat_template_is_bad_input(tmp_path, template):
+    settings = {} if template is ... else {"chat_template": template}
     with pytest.raises(BadInput, match="no chat template"):
         load_chat(FolderCheckpoint(chat_folder(tmp_path / "m", settings)))
 
@@ -478,7 +481,9 @@ def test_the_empty_model_has_no_memory(tmp_path):
     source = FolderCheckpoint(folder_of(tmp_path / "m", tensors_of(tiny_model(torch.float32))))
     model = empty_model(source)
     assert all(p.is_meta for p in model.parameters())
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {n: s for n, (_, s) in source.header.items()}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        n: s for n, (_, s) in source.header.items()
+    }
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
@@ -593,17 +598,50 @@ def test_a_file_that_is_not_written_to_its_end_leaves_the_old_one(tmp_path):
 
 
 def test_data_is_synced_before_its_name_appears(tmp_path, monkeypatch):
-    events, fsync, replace, rename = [], os.fsync, os.replace, os.rename
+    events = []
 
-    def kind(handle):
-        return "folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"
+    def recorded(kind, function):
+        def wrapper(*args):
+            names = [os.readlink(f"/proc/self/fd/{a}") if isinstance(a, int) else str(a) for a in args]
+            events.append((kind, *(Path(name).name for name in names)))
+            return function(*args)
 
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(f"sync {kind(handle)}"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename file"), replace(a, b)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename folder"), rename(a, b)))
+        return wrapper
+
+    for name in ("fsync", "replace", "rename"):
+        monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
     with files.new_folder(tmp_path / "out") as folder:
         files.write_bytes(folder / "a", b"1")
-    assert events == ["sync file", "rename file", "sync folder", "sync folder", "rename folder", "sync folder"]
+        files.append_row(folder / "log", {"step": 1})
+        events.append(("filled",))
+    partial = f".a.{os.getpid()}.partial"
+    assert events.index(("fsync", partial)) < events.index(("replace", partial, "a"))
+    shown = events.index(("rename", folder.name, "out"))
+    synced = events[events.index(("filled",)) : shown]
+    assert ("fsync", "log") in synced and synced[-1] == ("fsync", folder.name)
+    assert events[-1] == ("fsync", tmp_path.name) and shown == len(events) - 2
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_a_folder_that_cannot_be_synced_fails_the_save_unless_the_system_knows_no_such_thing(
+    tmp_path, monkeypatch, number, fails
+):
+    fsync = os.fsync
+
+    def failing(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    if fails:
+        with pytest.raises(OSError, match=os.strerror(number)), files.new_folder(tmp_path / "out") as folder:
+            files.write_bytes(folder / "a", b"1")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        with files.new_folder(tmp_path / "out") as folder:
+            files.write_bytes(folder / "a", b"1")
+        assert tree(tmp_path) == {"out/a": b"1"}
 
 
 # ---- where output may go ---------------------------------------------------------------------------------------------

@@ -489,7 +489,7 @@ def test_every_truncation_is_bad_input(small, tmp_path):
     assert not loads_or_refuses(tmp_path, model)
 
 
-FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

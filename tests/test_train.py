@@ -158,7 +158,7 @@ def test_targets_of_untrained_positions_are_never_read():
     assert torch.equal(gradients(model, [wild]), gradients(model, [batch]))
 
 
-def test_the_last_tokens_of_prompts_change_the_loss_but_their_own_prediction_is_not_scored():
+def test_the_first_trained_token_is_predicted_from_the_last_token_of_its_prompt():
     model = tiny_model()
     a = Example([5, 6, 7, 8], [False, False, False, True])
     b = Example([9, 6, 7, 8], [False, False, False, True])

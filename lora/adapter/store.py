@@ -124,7 +124,7 @@ def read_config(folder: Path) -> LoRAConfig:
     for key, value, low, high in (
         ("r", rank, 1, 65536),
         ("lora_alpha", alpha, 1e-9, 1e9),
-        ("lora_dropout", dropout, 0, 1),
+        ("lora_dropout", dropout, 0, 1 - 1e-9),
     ):
         kinds = (int,) if key == "r" else (int, float)
         if type(value) not in kinds or not low <= value <= high:

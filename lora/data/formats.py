@@ -27,14 +27,17 @@ class Conversation(NamedTuple):
     where: str
 
 
-def read(paths: Sequence[Path]) -> list[Conversation]:
-    """All conversations of some files, in order. Raises BadInput with every bad line (the first 20 and a count)."""
+def read(paths: Sequence[Path], answered: bool = True) -> list[Conversation]:
+    """All conversations of some files, in order; with `answered`, each needs an assistant turn to train. Raises
+    BadInput with every bad line (the first 20 and a count)."""
     conversations, problems = [], []
     for path in map(Path, paths):
         before = len(conversations)
         for where, value in _rows(path, problems):
             found = len(problems)
             messages = _messages(value, where, problems)
+            if messages and answered and all(message["role"] != "assistant" for message in messages):
+                problems.append(f"wrong row in {where}: nothing to train, there is no assistant turn. Add an answer")
             if len(problems) == found:
                 conversations.append(Conversation(messages, where))
         if len(conversations) == before and not problems:
@@ -118,6 +121,4 @@ def _checked(messages: object, where: str, problems: list[str]) -> list[dict]:
         except UnicodeEncodeError:
             return wrong(f"message {number} has half a surrogate pair, which is no character", "Remove it")
         clean.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" for message in clean):
-        return wrong("nothing to train, there is no assistant turn", "Add an answer")
     return clean

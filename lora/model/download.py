@@ -62,17 +62,22 @@ def _ask_hub(repo: str, seconds: float):
     try:
         return hub.HfApi().model_info(repo, files_metadata=True, timeout=seconds)
     except hub.errors.GatedRepoError:
-        fix = "Accept its licence on its page and set HF_TOKEN"
-        raise BadInput(f"no access to hub {repo}: the repository is gated. {fix}") from None
+        raise BadInput(_gated(repo)) from None
     except hub.errors.RepositoryNotFoundError:
         raise BadInput(f"no model in hub {repo}: no such repository, or it is private. Check the name") from None
     except hub.errors.HFValidationError as error:
-        raise BadInput(f"no model in hub {repo}: {str(error).splitlines()[0]}. Check the name") from None
+        raise BadInput(f"no model in hub {repo}: {_why(error)}. Check the name") from None
     except Exception as error:  # the HTTP client's own classes differ between versions
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HubSilent(
-            f"no model in hub {repo}: it does not answer ({why}). Try later, or give a local folder"
-        ) from None
+        fix = "Try later, or give a local folder"
+        raise HubSilent(f"no model in hub {repo}: it does not answer ({_why(error)}). {fix}") from None
+
+
+def _why(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+
+
+def _gated(repo: str) -> str:
+    return f"no access to hub {repo}: the repository is gated. Accept its licence on its page and set HF_TOKEN"
 
 
 def _wanted(repo: str, names: list[str]) -> list[str]:
@@ -102,19 +107,23 @@ def hub_model(repo: str, seconds: float = 10.0):
             raise silent from None
         return config.parent
     names = _wanted(repo, [file.rfilename for file in info.siblings])
-    return [_download(repo, name, info.sha) for name in names][-1].parent
+    folder = [_download(repo, name, info.sha) for name in names][-1].parent
+    main = folder.parents[1] / "refs" / "main"  # what the cache answers with where the hub does not
+    main.parent.mkdir(exist_ok=True)
+    files.write_bytes(main, info.sha.encode())
+    return folder
 
 
 def _download(repo: str, name: str, commit: str) -> Path:
     hub = _quiet_hub()
     try:
         return Path(hub.hf_hub_download(repo, name, revision=commit))
-    except OSError as error:
-        if error.errno:  # the disk, not the network
-            raise
-        why = str(error).splitlines()[0]
+    except hub.errors.GatedRepoError:  # its description may be open to all
+        raise BadInput(_gated(repo)) from None
     except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, OSError) and error.errno:  # the disk, not the network
+            raise
+        why = _why(error)
     raise BadEnvironment(f"download failed in hub {repo}/{name}: {why}. Run again; what has arrived is kept") from None
 
 

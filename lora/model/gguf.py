@@ -84,7 +84,8 @@ class GGUFCheckpoint:
             raise BadInput(f"no model in {path}: there is no such file. Check the path")
         with open(self.path, "rb") as file:
             self.metadata, tensors = Header(file, self.path).read()
-        self.name, self.described = str(self.path.absolute()), f"GGUF file {path}"
+        self.name = self.hub_id = str(self.path.absolute())
+        self.described = f"GGUF file {path}"
         self._arch = arch = self._get("general.architecture", str)
         known = ", ".join(ARCHITECTURES)
         self._check(arch in ARCHITECTURES, "general.architecture", f"{show(arch)}; implemented are {known}")

@@ -1,7 +1,7 @@
 """A model on disk: find it, load it strictly, write it again with changed weights.
 
-A checkpoint, folder or GGUF file, offers: `name`, `described`, `config` (the raw config.json), `header` (tensor name ->
-dtype name and shape), `read(name)` and `files()` (the small files beside the weights).
+A checkpoint, folder or GGUF file, offers: `name`, `hub_id` (what others call it), `described`, `config` (the raw
+config.json), `header` (tensor name -> dtype name and shape), `read(name)` and `files()` (what is beside the weights).
 """
 
 import re
@@ -29,6 +29,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 class Checkpoint(Protocol):
     name: str
+    hub_id: str
     described: str
     config: dict
     header: dict[str, tuple[str, tuple[int, ...]]]
@@ -211,10 +212,12 @@ def load_chat(checkpoint: Checkpoint, system: str | bool | None = None) -> Chat:
             )
     if not isinstance(source, str):
         raise BadInput(f"no chat template in {name}: it seems to be a base model. Give an instruct or chat model")
+    if any("\ud800" <= c <= "\udfff" for text in (source, *special.values()) for c in text):
+        raise BadInput(f"wrong text in {name}/{where}: half a surrogate pair, which is no character. Repair it")
     ids = generation.get("eos_token_id")
     eos = [*config.eos_token_ids, *(ids if isinstance(ids, list) else [ids])]
     eos.append(tokenizer.id(special["eos_token"]) if "eos_token" in special else None)
-    eos = [i for i in dict.fromkeys(eos) if type(i) is int and 0 <= i < config.vocab_size]
+    eos = list(dict.fromkeys(i for i in eos if type(i) is int and 0 <= i < config.vocab_size))
     return Chat(tokenizer, ChatTemplate(source, special, f"{name}/{where}"), eos, system)
 
 

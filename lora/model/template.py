@@ -116,7 +116,7 @@ class ChatTemplate:
         try:
             with limits():
                 self._template = sandbox.from_string(source)
-        except (jinja2.TemplateError, RecursionError, MemoryError, TimeoutError, SyntaxError) as error:
+        except Exception as error:
             raise BadInput(f"broken chat template in {where}: {_why(error)}. Repair or replace it") from None
 
     def render(self, messages: Sequence[dict], generate: bool = False) -> str:
@@ -135,7 +135,7 @@ class ChatTemplate:
             raise Refused(f"chat template in {self.where}: {why}. Replace it by one you trust") from None
         except (_TemplateError, jinja2.TemplateError, RecursionError) as error:
             raise BadInput(f"chat template in {self.where}: {_why(error)} (turns: {roles}). Change the turns") from None
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        except Exception as error:  # of any kind: nothing but the template's own code runs here
             raise BadInput(f"chat template in {self.where}: {_why(error)} (turns: {roles}). Repair it") from None
         if len(text) > OUTPUT:
             raise Refused(
@@ -228,7 +228,11 @@ class Chat:
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """Ids of a conversation up to where the next answer begins."""
         guarded, guard = self._guard(messages)
-        return self._encode(self._render(guarded, generate=True), guard)
+        ids = self._encode(self._render(guarded, generate=True), guard)
+        if not ids:
+            why = "it writes nothing for this conversation, so no answer can begin"
+            raise BadInput(f"chat template in {self.template.where}: {why}. Repair or replace it")
+        return ids
 
     def example(self, messages: Sequence[dict]) -> Example:
         """Ids of a whole conversation; trained is every answer, up to and including its end of turn.
