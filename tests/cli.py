@@ -31,12 +31,13 @@ from tests.helpers import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
+ON_CPU = ("--device", "cpu", "--dtype", "float32")  # the same on every machine, and in a forked child
 SCRIPTS = {"train": "train", "generate": "generate", "merge": "merge", "self_cognition": "data_gen.self_cognition"}
 RUN_FILES = sorted(
     ["adapter_model.safetensors", "adapter_config.json", "passport.json", "settings.json", "metrics.jsonl", "loss.png"]
 )
 
-# ---- a model, data and an adapter, made once ---------------------------------------------------------------------------
+# ---- a model, data and an adapter, made once -------------------------------------------------------------------------
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -163,14 +164,14 @@ def adapter_folder() -> Path:
 
 def train(out, *argv, cwd: Path, model: Path | None = None, data: Path | None = None, **how) -> "Result":
     """A short run; later flags win."""
-    short = ("--max-steps", 2, "--rank", 4, "--lr", 0.05, "--dtype", "float32")
+    short = ("--max-steps", 2, "--rank", 4, "--lr", 0.05, *ON_CPU)
     inputs = ("--model", model or model_folder(), "--data", data or data_file(), "--out", out)
     return call("train", *inputs, *short, *argv, cwd=cwd, **how)
 
 
 def ask(*argv, cwd: Path, **how) -> "Result":
     """Short answers in float32; later flags win."""
-    return call("generate", "--dtype", "float32", "--max-new-tokens", 12, *argv, cwd=cwd, **how)
+    return call("generate", "--max-new-tokens", 12, *ON_CPU, *argv, cwd=cwd, **how)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -184,7 +185,7 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): what(path) for path in sorted(folder.rglob("*"))}
 
 
-# ---- running a command -------------------------------------------------------------------------------------------------
+# ---- running a command -----------------------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -221,15 +222,15 @@ def set_environment(env: dict[str, str | None]) -> None:
 def warm() -> None:
     """Import once what every child needs."""
     "".encode("utf-8-sig")  # a codec is imported when it is first used
-    import matplotlib.pyplot
-    import torch._dynamo  # noqa: F401 (torch.optim imports it late; it takes a second)
+    for module in ("matplotlib.pyplot", "torch._dynamo"):  # imported late by the product; they take a second each
+        importlib.import_module(module)
 
     for module in SCRIPTS.values():
         importlib.import_module(module)
 
 
 def call(
-    script: str, *argv, cwd: Path, env: dict | None = None, stdin: str | bytes = "", before: Callable = lambda: None
+    script: str, *argv, cwd: Path, env: dict | None = None, stdin: str | bytes = "", before: Callable | None = None
 ) -> Result:
     """`main(argv)` of a script in a forked child; `before` runs there first, so it may change anything."""
     warm()
@@ -250,21 +251,22 @@ def call(
     return Result(code, *texts)
 
 
-def _child(script: str, argv: list[str], cwd: Path, env: dict, streams: tuple, before: Callable) -> None:
+def _child(script: str, argv: list[str], cwd: Path, env: dict, streams: tuple, before) -> None:
     code = 70
     try:
         for number, stream in enumerate(streams):
             os.dup2(stream.fileno(), number)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
         for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
             del sys.modules[name]  # its settings are read from the environment when it is imported
         torch.set_num_threads(1)  # the parent's threads do not live here
         os.chdir(cwd)
         set_environment(env)
         sys.argv = [f"{script}.py", *argv]
-        before()
+        if before:
+            before()
         code = sys.modules[SCRIPTS[script]].main(argv)
         sys.stdout.flush()
     except BrokenPipeError:

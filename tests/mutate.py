@@ -7,6 +7,7 @@ Exit 0 when every mutation was noticed.
 
 import contextlib
 import io
+import multiprocessing
 import os
 import shutil
 import sys
@@ -52,33 +53,47 @@ def run_test(tree: Path, test: str) -> int:
     return 124
 
 
+def judge(row: dict) -> tuple[str, str | None]:
+    """The row's claim, and what is wrong with it: None where the test passes as it is and fails for the mutation."""
+    path, claim = TREE / row["file"], row["claim"]
+    text = path.read_text()
+    if text.count(row["line"]) != 1:
+        return claim, f"its line is {text.count(row['line'])} times in {row['file']}"
+    if row["test"] not in SOUND:
+        SOUND[row["test"]] = run_test(TREE, row["test"])
+    if SOUND[row["test"]] != 0:
+        return claim, f"{row['test']} fails without it (exit {SOUND[row['test']]})"
+    path.write_text(text.replace(row["line"], row["broken"]))
+    code = run_test(TREE, row["test"])
+    path.write_text(text)
+    noticed = code in (1, 2, 124)  # failed, broken at import, or endless
+    return claim, None if noticed else f"{row['test']} did not notice it (exit {code})"
+
+
+TREE = Path()  # each worker's own copy of the tree
+SOUND: dict[str, int] = {}  # a test's exit code without a mutation
+
+
+def start_worker(scratch: str) -> None:
+    global TREE
+    TREE = Path(tempfile.mkdtemp(dir=scratch))
+    copy_tree(TREE)
+
+
 def main() -> int:
-    import torch  # noqa: F401 (imported once, before the forks)
+    import torch  # imported once, before the forks
 
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
-    table, survived = rows(sys.argv[1:]), []
+    table, survived = sorted(rows(sys.argv[1:]), key=lambda row: row["test"]), []
     with tempfile.TemporaryDirectory() as scratch:
-        tree = Path(scratch)
-        copy_tree(tree)
-        sound = {}
-        for number, row in enumerate(table, 1):
-            path = tree / row["file"]
-            text = path.read_text()
-            if text.count(row["line"]) != 1:
-                survived.append(f"{row['claim']}: its line is {text.count(row['line'])} times in {row['file']}")
-                continue
-            if row["test"] not in sound:
-                sound[row["test"]] = run_test(tree, row["test"])
-            path.write_text(text.replace(row["line"], row["broken"]))
-            code = run_test(tree, row["test"])
-            path.write_text(text)
-            if sound[row["test"]] != 0:
-                survived.append(f"{row['claim']}: {row['test']} fails (exit {sound[row['test']]}) without a mutation")
-            elif code not in (1, 2, 124):  # failed, broken at import, or endless
-                survived.append(f"{row['claim']}: {row['test']} did not notice it (exit {code})")
-            print(f"{number}/{len(table)} {'noticed' if code in (1, 2, 124) else 'SURVIVED'}  {row['claim']}", flush=True)
+        workers = multiprocessing.get_context("fork").Pool(os.cpu_count(), start_worker, (scratch,))
+        for number, (claim, wrong) in enumerate(workers.imap_unordered(judge, table), 1):
+            print(f"{number}/{len(table)} {'SURVIVED' if wrong else 'noticed '}  {claim}", flush=True)
+            survived += [f"{claim}: {wrong}"] if wrong else []
+        workers.close()
+        workers.join()
     for line in survived:
         print(f"FAIL {line}")
     print(f"{len(table) - len(survived)} of {len(table)} mutations noticed")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora import settings
 from lora.model import pretrained
 from tests import cli
 
@@ -54,7 +55,9 @@ def test_metrics_have_a_row_a_step_from_step_one(tmp_path):
     metrics = rows((tmp_path / "out/metrics.jsonl").read_text())
     assert [list(row) for row in metrics] == [METRICS] * 3
     assert [row["step"] for row in metrics] == [1, 2, 3]
-    assert all(0 < row["trained_tokens"] < row["tokens"] and row["loss"] > 0 and row["grad_norm"] > 0 for row in metrics)
+    assert all(
+        0 < row["trained_tokens"] < row["tokens"] and row["loss"] > 0 and row["grad_norm"] > 0 for row in metrics
+    )
     assert sum(row["tokens"] for row in metrics[:2]) == 374 - 10  # an epoch; a last token predicts nothing
 
 
@@ -94,7 +97,7 @@ def test_micro_batches_of_any_size_give_nearly_the_same_adapter(tmp_path):
 
 def test_without_out_the_run_is_named_after_its_data(tmp_path):
     (tmp_path / "my.chats.jsonl").write_bytes(cli.data_file().read_bytes())
-    argv = ("--model", cli.model_folder(), "--data", "my.chats.jsonl", "--max-steps", 1)
+    argv = ("--model", cli.model_folder(), "--data", "my.chats.jsonl", "--max-steps", 1, *cli.ON_CPU)
     for name in ("my", "my-2", "my-3"):
         done = cli.call("train", *argv, cwd=tmp_path)
         ok(done)
@@ -124,7 +127,9 @@ def test_two_runs_with_one_name_at_a_time_keep_both_results(tmp_path, adapter_by
 
     done = cli.train("out", cwd=tmp_path, before=other_run_ends)
     [line] = done.errors
-    kept = re.fullmatch(r"error: taken --out in out: another program has written it\. This result is in (out-\d+)", line)
+    kept = re.fullmatch(
+        r"error: taken --out in out: another program has written it\. This result is in (out-\d+)", line
+    )
     assert done.code == 3 and (tmp_path / "out/theirs").exists()
     assert (tmp_path / kept[1] / WEIGHTS).read_bytes() == adapter_bytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", kept[1]]
@@ -142,7 +147,7 @@ def test_two_runs_with_one_name_at_a_time_keep_both_results(tmp_path, adapter_by
 def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), "--out", "out")
-    ok(cli.call("train", *inputs, "--config", name, "--lr", "0.02", "--dtype", "float32", cwd=tmp_path))
+    ok(cli.call("train", *inputs, "--config", name, "--lr", 0.02, *cli.ON_CPU, cwd=tmp_path))
     saved = json.loads((tmp_path / "out/settings.json").read_text())
     assert (saved["rank"], saved["lr"], saved["max_steps"], saved["batch_size"]) == (2, 0.02, 1, 8)
     assert saved["target"] == ["q_proj", "v_proj"] and saved["epochs"] is None
@@ -215,7 +220,8 @@ def test_training_on_a_gguf_base(tmp_path, adapter_bytes):
 
 
 def test_the_rows_of_self_cognition_train(tmp_path):
-    done = cli.call("self_cognition", "--name", "Ada", "--author", "Bob", "--rows", 6, "--out", "me.jsonl", cwd=tmp_path)
+    argv = ("--name", "Ada", "--author", "Bob", "--rows", 6, "--out", "me.jsonl")
+    done = cli.call("self_cognition", *argv, cwd=tmp_path)
     assert ok(done) == "" and done.err == "6 rows (3 identity, 3 ordinary) in me.jsonl\n"
     done = cli.train("out", "--max-steps", 1, cwd=tmp_path, data="me.jsonl")
     ok(done)
@@ -223,7 +229,7 @@ def test_the_rows_of_self_cognition_train(tmp_path):
 
 
 def test_without_data_it_learns_an_identity(tmp_path):
-    argv = ("--model", cli.model_folder(), "--max-steps", 1, "--batch-size", 2)
+    argv = ("--model", cli.model_folder(), "--max-steps", 1, "--batch-size", 2, *cli.ON_CPU)
     done = cli.call("train", *argv, cwd=tmp_path)
     out = ok(done)
     assert "run      weights/self-introduction\n" in done.err and "What is your name?\n" in out
@@ -276,7 +282,10 @@ def test_prompts_a_line_give_rows_in_order_and_a_file_holds_the_same_bytes(tmp_p
     assert (tmp_path / "answers.jsonl").read_text() == out
 
 
-@pytest.mark.parametrize("how", [(), ("--temperature", 1.0, "--top-k", 50, "--top-p", 0.95, "--seed", 3)], ids=["greedy", "drawn"])
+DRAWN = ("--temperature", 1.0, "--top-k", 50, "--top-p", 0.95, "--seed", 3)
+
+
+@pytest.mark.parametrize("how", [(), DRAWN], ids=["greedy", "drawn"])
 def test_answers_in_a_batch_are_those_given_one_at_a_time(tmp_path, how):
     together, alone = (rows(predictions(tmp_path, "\n".join(LINES), *how, "--batch-size", size)) for size in (16, 2))
     single = [answer(line, "--model", cli.model_folder(), *how, cwd=tmp_path) for line in LINES[:1]]
@@ -294,7 +303,8 @@ def test_conversation_rows_are_answered_after_their_last_question(tmp_path):
     chat = ok(cli.ask("--model", cli.model_folder(), "--system", "Be brief.", cwd=tmp_path, stdin="Bye.\n"))
     assert row["prediction"] + "\n" != chat  # the turns before count
     [row] = rows(predictions(tmp_path, cli.rows([talk[:3]])))
-    assert row["prediction"] + "\n" == answer("Hello.", "--model", cli.model_folder(), "--system", "Be brief.", cwd=tmp_path)
+    argv = ("--model", cli.model_folder(), "--system", "Be brief.")
+    assert row["prediction"] + "\n" == answer("Hello.", *argv, cwd=tmp_path)
 
 
 def test_a_conversation_row_may_end_with_its_question(tmp_path):
@@ -311,7 +321,8 @@ def test_the_system_turn_of_the_flag_and_of_the_chat_command_are_the_same(tmp_pa
 
 
 def test_a_chat_keeps_its_history_until_reset(tmp_path):
-    done = cli.ask("--model", cli.model_folder(), cwd=tmp_path, stdin="Hello.\nHello.\n/reset\nHello.\n\n/quit\nHello.\n")
+    stdin = "Hello.\nHello.\n/reset\nHello.\n\n/quit\nHello.\n"
+    done = cli.ask("--model", cli.model_folder(), cwd=tmp_path, stdin=stdin)
     first = answer("Hello.", "--model", cli.model_folder(), cwd=tmp_path)
     out = ok(done)
     assert out.startswith(first) and out.endswith(first) and len(out) > 2 * len(first)
@@ -335,7 +346,17 @@ def test_a_chat_that_grows_too_long_says_so_and_goes_on(tmp_path):
 
 def test_a_reader_that_closes_early_is_met_with_silence(tmp_path):
     (tmp_path / "prompts").write_text("Hello.\n" * 400)
-    argv = ("--model", cli.model_folder(), "--prompts", "prompts", "--batch-size", 1, "--max-new-tokens", 1)
+    argv = (
+        "--model",
+        cli.model_folder(),
+        "--prompts",
+        "prompts",
+        "--batch-size",
+        1,
+        "--max-new-tokens",
+        1,
+        *cli.ON_CPU,
+    )
     running = cli.start("generate", *argv, cwd=tmp_path)
     assert json.loads(running.stdout.readline())["prompt"] == "Hello."
     running.stdout.close()
@@ -346,8 +367,10 @@ def test_a_reader_that_closes_early_is_met_with_silence(tmp_path):
 
 
 def test_help_names_every_flag_and_ends_well(tmp_path):
-    for script, table in (("train", "--micro-tokens"), ("generate", "--no-system"), ("merge", "--no-verify"), ("self_cognition", "--lang")):
-        assert table in ok(cli.call(script, "--help", cwd=tmp_path))
+    for script, table in (("train", settings.TRAIN), ("generate", settings.GENERATE), ("merge", settings.MERGE)):
+        text = ok(cli.call(script, "--help", cwd=tmp_path))
+        assert all(setting.flag in text for setting in table)
+    assert "--author" in ok(cli.call("self_cognition", "--help", cwd=tmp_path))
 
 
 # ---- merge.py --------------------------------------------------------------------------------------------------------
@@ -365,7 +388,8 @@ def test_a_merged_folder_has_the_files_and_names_of_its_base(merged):
     assert sorted(path.name for path in merged.iterdir()) == names
     for name in set(names) - {"model.safetensors", "config.json"}:
         assert (merged / name).read_bytes() == (cli.model_folder() / name).read_bytes()
-    assert json.loads((merged / "config.json").read_text()) == json.loads((cli.model_folder() / "config.json").read_text())
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (merged, cli.model_folder()))
+    assert ours == theirs
     before, after = load_file(cli.model_folder() / "model.safetensors"), load_file(merged / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and {after[name].dtype for name in after} == {torch.bfloat16}

