@@ -129,7 +129,7 @@ def story(argv) -> int:
             f"{out.name}: {checkpoint.hub_id}, rank {s.rank}, {len(examples)} examples",
         )
         base = passport.make(checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
-        store.save(model, folder, checkpoint.hub_id, base)
+        store.save(model, folder, checkpoint.hub_id, base, "CAUSAL_LM")
     say(f"saved    {out} after {len(record.rows)} steps, {record.rows[-1]['seconds']:.0f} s, "
         f"peak memory {machine.peak_memory(device) / 1e9:.2f} GB")  # fmt: skip
     if stop.code:

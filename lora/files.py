@@ -211,7 +211,8 @@ class Safetensors:
             raise BadInput(f"missing weights in {path}: there is no such file. Download it again")
         with open(self.path, "rb") as file:
             start = file.read(16)
-        if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")):
+        pickles = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+        if start.startswith(pickles) and start[8:9] != b"{":  # or a header of 0x..80 bytes
             raise Refused(f"pickle in {path}: pickled weights are never opened. Convert them to safetensors")
         if start.startswith(b"version https://"[:16]):
             raise BadInput(f"missing weights in {path}: a git-lfs pointer, not the file. Run git lfs pull")

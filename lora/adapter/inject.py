@@ -4,7 +4,7 @@ What trains follows from construction: everything is frozen first, and only new 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,22 +33,27 @@ def matches(path: str, target: str) -> bool:
     begins on a dot: `o_proj` matches `layers.0.o_proj`, never `layers.0.foo_proj`."""
     if target.startswith("re:"):
         return re.fullmatch(target[3:], path) is not None
-    return any(path == suffix or path.endswith("." + suffix) for suffix in GROUPS.get(target, (target,)))
+    return ends(path, *GROUPS.get(target, (target,)))
 
 
-def choose(model: nn.Module, targets: Iterable[str] = ("all",)) -> list[str]:
+def ends(path: str, *suffixes: str) -> bool:
+    """Does the path end in one of these, whole names only?"""
+    return any(path == suffix or path.endswith("." + suffix) for suffix in suffixes)
+
+
+def choose(model: nn.Module, targets: Sequence[str] = ("all",)) -> list[str]:
     """The paths of all Linears that some target names, in the order of the model.
 
-    Raises ValueError naming every target that matches nothing, with what there is.
+    Raises ValueError for no target, and naming every target that matches nothing, with what there is.
     """
     paths = list(linears(model))
-    problems = []
+    problems = [] if targets else ["no target is given"]
     for target in targets:
         try:
             if not any(matches(path, target) for path in paths):
-                ends = sorted({path.rsplit(".", 1)[-1] for path in paths})
-                problems.append(f"target {target!r} matches no Linear; there are: {', '.join(ends) or 'none'}")
-        except re.error as error:
+                names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+                problems.append(f"target {target!r} matches no Linear; there are: {', '.join(names) or 'none'}")
+        except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"target {target!r} is no regular expression: {error}")
     if problems:
         raise ValueError("; ".join(problems))

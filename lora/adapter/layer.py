@@ -6,8 +6,11 @@
 tensor of its own, so unmerging is dropping that tensor.
 """
 
+import math
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -20,7 +23,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype=torch.float32):
         super().__init__()
-        if not (isinstance(rank, int) and rank >= 1) or not alpha > 0 or not 0 <= dropout < 1:
+        if type(rank) is not int or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
             raise ValueError(
                 f"rank {rank}, alpha {alpha}, dropout {dropout}: need rank >= 1, alpha > 0, 0 <= dropout < 1"
             )
@@ -102,13 +105,14 @@ class _LoRAProducts(torch.autograd.Function):
         outputs, kept = [], []
         for s, W, b, A, B in zip(scalings, *(weights[i::4] for i in range(4)), strict=True):
             down = rows @ A.to(x.dtype).T  # (T, r)
-            y = F.linear(rows, W, b)  # (T, out)
-            outputs.append(y.addmm_(down, B.to(x.dtype).T, alpha=s).view(*x.shape[:-1], -1))
+            y = F.linear(x, W, b)  # (..., out), of x itself, so that with B = 0 the bits are the base's
+            outputs.append(y.reshape(-1, y.shape[-1]).addmm_(down, B.to(x.dtype).T, alpha=s).view(y.shape))
             kept += [down, W, A, B]
         ctx.save_for_backward(rows, *kept)
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable  # `down` is kept as numbers, so a second derivative would silently miss its part
     def backward(ctx, *gradients):
         rows, *kept = ctx.saved_tensors
         d_rows, d_weights = None, []

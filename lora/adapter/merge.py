@@ -64,10 +64,13 @@ def unload(model: nn.Module) -> nn.Module:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """`merge` then `unload`, layer by layer, so that there are never two copies of the model; returns the model.
 
-    Raises ValueError, with nothing changed, where an adapter is not finite.
+    Raises ValueError, with nothing changed, where an adapter (or a sum with it) is not finite.
     """
     layers = lora_layers(model)
     check_finite(layers)
+    for path, layer in layers.items():  # formed twice, so that all are seen before the first is kept
+        if not torch.isfinite(merged_weight(layer.base.weight, layer.delta())).all():
+            raise ValueError(f"{path}: the merged weight is not finite; nothing was changed")
     for path, layer in layers.items():
         layer.base.weight = nn.Parameter(merged_weight(layer.base.weight, layer.delta()), requires_grad=False)
         model.set_submodule(path, layer.base)

@@ -8,14 +8,14 @@ Reading is strict: every tensor is expected, present, of the right shape and fin
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import inject, linears, lora_layers
+from lora.adapter.inject import ends, inject, linears, lora_layers
 from lora.errors import BadInput, Refused
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"
@@ -43,37 +43,23 @@ class LoRAConfig:
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: tuple[str, ...] = ()  # dotted suffixes
+    targets: tuple[str, ...] = ()  # dotted suffixes, or none where the config chooses by patterns or layers
     base: str = ""
-    pattern: str | None = None  # PEFT: target_modules as a string is a regular expression for the whole path
-    exclude: tuple[str, ...] = ()
-    layers: tuple[int, ...] = field(default=())
-
-    def paths(self, model: nn.Module) -> set[str]:
-        """The Linears of `model` that PEFT would patch for this config."""
-
-        def ends(path, suffixes):
-            return any(path == suffix or path.endswith("." + suffix) for suffix in suffixes)
-
-        chosen = set()
-        for path in linears(model):
-            named = re.fullmatch(self.pattern, path) if self.pattern else ends(path, self.targets)
-            in_layers = not self.layers or any(int(n) in self.layers for n in re.findall(r"\.(\d+)\.", path))
-            if named and in_layers and not ends(path, self.exclude):
-                chosen.add(path)
-        return chosen
 
 
-def target_modules(model: nn.Module) -> list[str]:
-    """The shortest list of names from which PEFT chooses exactly the patched Linears: last names, or whole paths."""
+def target_modules(model: nn.Module) -> list[str] | str:
+    """The shortest form from which PEFT chooses exactly the patched Linears: last names, whole paths, or a pattern."""
     patched = set(lora_layers(model))
-    names = sorted({path.rsplit(".", 1)[-1] for path in patched})
-    unpatched = {path.rsplit(".", 1)[-1] for path in linears(model) if not path.endswith(".base")}
-    return sorted(patched) if unpatched & set(names) else names
+    unpatched = [path for path in linears(model) if path.removesuffix(".base") not in patched]
+    for names in ({path.rsplit(".", 1)[-1] for path in patched}, patched):
+        if not any(ends(path, *names) for path in unpatched):
+            return sorted(names)
+    return "|".join(re.escape(path) for path in sorted(patched))  # where one whole path ends another
 
 
-def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None = None) -> None:
+def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None = None, task: str | None = None) -> None:
     """Write the adapter of a patched model into `folder`, the weights last: an adapter with weights is whole.
+    `task` is PEFT's name for what the model does; with CAUSAL_LM, PEFT expects a model that generates.
 
     Raises ValueError where the model has no LoRA layers, or not all of one rank, alpha and dropout.
     """
@@ -84,7 +70,7 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     [(rank, alpha, dropout)] = kinds
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
@@ -131,32 +117,20 @@ def read_config(folder: Path) -> LoRAConfig:
             problems.append(f"wrong adapter in {path}:{key}: {value!r} is out of range. Train it again")
     if "peft_type" not in raw:
         problems.append(f"wrong adapter in {path}:peft_type: it is missing. Give a LoRA adapter")
-    targets, pattern = raw.get("target_modules"), None
-    if isinstance(targets, str):
-        targets, pattern = [], r".*\.\w+" if targets == "all-linear" else targets
+    targets, base = raw.get("target_modules"), raw.get("base_model_name_or_path")
+    if isinstance(targets, str) and targets:  # a pattern: never run, it could take for ever
         try:
-            re.compile(pattern)
-        except re.error as error:
+            re.compile(targets)
+        except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"wrong adapter in {path}:target_modules: no regular expression: {error}. Give names")
-    lists = {}
-    for key, value, kind in (
-        ("target_modules", targets, str),
-        ("exclude_modules", raw.get("exclude_modules"), str),
-        ("layers_to_transform", raw.get("layers_to_transform"), int),
-    ):
-        value = [value] if isinstance(value, kind) else value or []
-        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-            problems.append(f"wrong adapter in {path}:{key}: {value!r} is not a list of {kind.__name__}. Repair it")
-        lists[key] = value
-    if not pattern and not lists["target_modules"]:
-        problems.append(f"wrong adapter in {path}:target_modules: it names nothing. Train it again")
+        targets = []
+    elif not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        problems.append(f"wrong adapter in {path}:target_modules: {targets!r} names nothing. Train it again")
+    elif any(raw.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform")):
+        targets = []
     if problems:
         raise BadInput(*problems)
-    base = raw.get("base_model_name_or_path")
-    return LoRAConfig(
-        rank, alpha, float(dropout), tuple(lists["target_modules"]), base if isinstance(base, str) else "",
-        pattern, tuple(lists["exclude_modules"]), tuple(lists["layers_to_transform"]),
-    )  # fmt: skip
+    return LoRAConfig(rank, alpha, dropout, tuple(targets), base if isinstance(base, str) else "")
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -189,10 +163,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> LoRAConfig:
     """Patch `model` with the adapter in `folder`; its tensors are converted to `dtype`. Nothing is changed on an error.
 
+    The config says which Linears are meant if it lists them by name; if it has patterns, the names of the tensors do.
     Raises BadInput listing every missing, extra or wrong-shape tensor.
     """
     config, tensors = read_config(folder), read_tensors(folder)
-    path, paths = Path(folder) / WEIGHTS, config.paths(model)
+    path, meant = Path(folder) / WEIGHTS, {name.rsplit(".", 2)[0] for name in tensors}
+    paths = {p for p in linears(model) if (ends(p, *config.targets) if config.targets else p in meant)}
     if not paths:
         there = ", ".join(sorted({p.rsplit(".", 1)[-1] for p in linears(model)}))
         raise BadInput(f"wrong adapter in {folder}: its targets match nothing in this model, which has {there}. "

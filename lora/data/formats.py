@@ -32,7 +32,7 @@ def read(paths: Sequence[Path], answered: bool = True) -> list[Conversation]:
     BadInput with every bad line (the first 20 and a count)."""
     conversations, problems = [], []
     for path in map(Path, paths):
-        before = len(conversations)
+        before = len(conversations) + len(problems)
         for where, value in _rows(path, problems):
             found = len(problems)
             messages = _messages(value, where, problems)
@@ -40,7 +40,7 @@ def read(paths: Sequence[Path], answered: bool = True) -> list[Conversation]:
                 problems.append(f"wrong row in {where}: nothing to train, there is no assistant turn. Add an answer")
             if len(problems) == found:
                 conversations.append(Conversation(messages, where))
-        if len(conversations) == before and not problems:
+        if len(conversations) + len(problems) == before:
             problems.append(f"no examples in {path}: the file is empty. Give one JSON object a line")
         if len(problems) > 10 * MOST_LINES:  # the whole file is something else
             break
@@ -84,7 +84,7 @@ def _messages(value: object, where: str, problems: list[str]) -> list[dict]:
                 parts[0] = f"{value[prompt]}\n{value['input']}" if isinstance(value["input"], str) else value["input"]
             turns = zip(("user", "assistant"), parts, strict=True)
             return _checked([{"role": role, "content": text} for role, text in turns], where, problems)
-    found, known = ", ".join(map(str, list(value)[:8])) or "none", "messages, " + ", ".join("/".join(p) for p in PAIRS)
+    found, known = ", ".join(list(value)[:8])[:200] or "none", "messages, " + ", ".join("/".join(p) for p in PAIRS)
     problems.append(f"unknown row in {where}: its keys are {found}. Known are {known}")
     return []
 
@@ -104,7 +104,7 @@ def _checked(messages: object, where: str, problems: list[str]) -> list[dict]:
             return wrong(f"message {number} is no object")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            return wrong(f"message {number} has role {role!r}; expected {', '.join(ROLES)}")
+            return wrong(f"message {number} has role {repr(role)[:40]}; expected {', '.join(ROLES)}")
         if not isinstance(content, str):
             return wrong(f"message {number} has {type(content).__name__} as content, expected text")
         if role == "system" and number > 1:

@@ -1,7 +1,6 @@
 """`config.json` of a Llama or Qwen2 model as data. What is not implemented is refused by field, never ignored."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -95,7 +94,7 @@ class _Reader:
         kinds = (int,) if kind is int else (int, float)
         if value is None:
             self.wrong(field, "it is missing", "Download the file again")
-        elif type(value) not in kinds or not (math.isfinite(value) and low <= value <= high):
+        elif type(value) not in kinds or not low <= value <= high:  # false for NaN, too
             self.wrong(field, f"{value!r} is no {kind.__name__} from {low} to {high}", "Download the file again")
         else:
             return kind(value)

@@ -40,7 +40,7 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None) ->
         return frequencies / scaling.factor
     if scaling.kind == "llama3":  # https://github.com/meta-llama/llama-models, apply_scaling
         # slow pairs (few turns within the original context) are stretched, fast ones kept, between them a blend
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)  # rounded as the reference does
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         blend = blend.clamp(0, 1)
         return (1 - blend) * frequencies / scaling.factor + blend * frequencies

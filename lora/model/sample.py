@@ -53,7 +53,7 @@ def choose(logits: torch.Tensor, how: Sampling, generator: torch.Generator, seen
     logits = logits.to(wide(logits.dtype))
     if how.repetition_penalty != 1:
         logits = penalise(logits, torch.tensor(sorted(set(seen)), device=logits.device), how.repetition_penalty)
-    if how.temperature == 0:
+    if how.temperature < 1e-6:  # dividing by less overflows float32, and draws the likeliest all the same
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits, how).cpu(), 1, generator=generator))
 

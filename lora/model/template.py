@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import jinja2
@@ -45,6 +45,10 @@ class _TemplateError(Exception):
     """The template's own `raise_exception`."""
 
 
+class _Late(BaseException):
+    """The time is over. No `Exception`: jinja tries constant expressions when it compiles, and drops those."""
+
+
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}` marks answers for other tools; here it means its content."""
 
@@ -73,12 +77,12 @@ def _tojson(value, indent=None, **_):
 
 
 def _on_alarm(number, frame):
-    raise TimeoutError
+    raise _Late
 
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Time (TimeoutError) and memory (MemoryError) limits, where the system and the thread allow them."""
+    """Time (_Late) and memory (MemoryError) limits, where the system and the thread allow them."""
     timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, _on_alarm) if timed else None
     roomy = None
@@ -94,7 +98,7 @@ def limits() -> Iterator[None]:
             except (OSError, ValueError):
                 pass
         if timed:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.2)  # again, if it was dropped (in a __del__, say)
         yield
     finally:
         if timed:
@@ -116,6 +120,8 @@ class ChatTemplate:
         try:
             with limits():
                 self._template = sandbox.from_string(source)
+        except (_Late, MemoryError) as error:
+            raise self._refused(error) from None
         except Exception as error:
             raise BadInput(f"broken chat template in {where}: {_why(error)}. Repair or replace it") from None
 
@@ -129,10 +135,9 @@ class ChatTemplate:
             with limits():
                 copies = [dict(message) for message in messages]
                 text = self._template.render(messages=copies, add_generation_prompt=generate, **self.tokens)
-        except (SecurityError, TimeoutError, MemoryError) as error:
-            why = {TimeoutError: f"it took more than {SECONDS:g} s", MemoryError: "it used too much memory"}
-            why = why.get(type(error), f"it does what a template may not: {_why(error)}")
-            raise Refused(f"chat template in {self.where}: {why}. Replace it by one you trust") from None
+                text.encode()  # half a surrogate pair is no character
+        except (SecurityError, _Late, MemoryError) as error:
+            raise self._refused(error) from None
         except (_TemplateError, jinja2.TemplateError, RecursionError) as error:
             raise BadInput(f"chat template in {self.where}: {_why(error)} (turns: {roles}). Change the turns") from None
         except Exception as error:  # of any kind: nothing but the template's own code runs here
@@ -142,6 +147,11 @@ class ChatTemplate:
                 f"chat template in {self.where}: it wrote over {OUTPUT >> 20} MB. Replace it by one you trust"
             )
         return text
+
+    def _refused(self, error: BaseException) -> Refused:
+        why = {_Late: f"it took more than {SECONDS:g} s", MemoryError: "it used too much memory"}
+        why = why.get(type(error), f"it does what a template may not: {_why(error)}")
+        return Refused(f"chat template in {self.where}: {why}. Replace it by one you trust")
 
 
 def _why(error: BaseException) -> str:
@@ -159,7 +169,7 @@ class Chat:
         self.tokenizer, self.template, self.system = tokenizer, template, system
         strings = sorted(tokenizer.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
-        self.cuts = 0  # answers whose first characters the tokenizer would have fused with the prompt
+        self.cuts = 0  # conversations in which the tokenizer would have fused an answer with the prompt before it
         self.guarded = 0  # conversations with text that spells a control token
         self.end_of_turn = next(iter(eos), None)
         if self.end_of_turn is None:
@@ -175,8 +185,6 @@ class Chat:
 
     def _render(self, messages: Sequence[dict], generate: bool = False) -> str:
         has_system = bool(messages) and messages[0]["role"] == "system"
-        if self.system and not has_system:
-            messages = [{"role": "system", "content": self.system}, *messages]
         text = self.template.render(messages, generate)
         if self.system is False and not has_system and self.own_system:
             bos = self.template.tokens.get("bos_token", "")
@@ -201,11 +209,16 @@ class Chat:
         return inserted.removeprefix(self.template.tokens.get("bos_token", ""))
 
     def _guard(self, messages: Sequence[dict]) -> tuple[list[dict], str]:
-        """Messages whose control strings are broken by a guard character, and that character ("" where none is)."""
+        """Messages, the system text of this chat among them, whose control strings are broken by a guard character;
+        and that character ("" where none is)."""
+        if self.system and not (messages and messages[0]["role"] == "system"):
+            messages = [{"role": "system", "content": self.system}, *messages]
         texts = [message["content"] for message in messages]
         if not any(self._control.search(text) for text in texts):
             return list(messages), ""
-        guard = next(g for g in GUARDS if not any(g in text for text in texts))
+        guard = next((g for g in GUARDS if not any(g in text for text in texts)), "")
+        if not guard:
+            raise BadInput("wrong text in the messages: a control token and all of U+FDD0 to U+FDEF. Remove them")
         self.guarded += 1
         broken = [self._control.sub(lambda m: m[0][0] + guard + m[0][1:], text) for text in texts]
         return [{**message, "content": text} for message, text in zip(messages, broken, strict=True)], guard
@@ -227,8 +240,7 @@ class Chat:
 
     def prompt(self, messages: Sequence[dict]) -> list[int]:
         """Ids of a conversation up to where the next answer begins."""
-        guarded, guard = self._guard(messages)
-        ids = self._encode(self._render(guarded, generate=True), guard)
+        ids = self._ids(messages, generate=True).tokens
         if not ids:
             why = "it writes nothing for this conversation, so no answer can begin"
             raise BadInput(f"chat template in {self.template.where}: {why}. Repair or replace it")
@@ -240,39 +252,48 @@ class Chat:
         The ids before an answer are those of `prompt` for the turns before it. Raises BadInput where the template
         writes a conversation and its beginning so differently that no answer can be found in it.
         """
+        return self._ids(messages)
+
+    def _ids(self, messages: Sequence[dict], generate: bool = False) -> Example:
         messages, guard = self._guard(messages)
-        text = self._render(messages)
-        spans = []
+        text = self._render(messages, generate)
+        answers = []  # where each begins and ends in the text, and whether the template writes an end of turn
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before, upto = self._render(messages[:i], generate=True), self._render(messages[: i + 1])
-            if not text.startswith(before) or not text.startswith(upto) or len(upto) < len(before):
+            if text.startswith(before) and text.startswith(upto) and len(upto) >= len(before):
+                answers.append((len(before), len(upto), bool(self._control.search(upto, len(before)))))
+            elif not generate:
                 why = f"it rewrites the turns before answer {i + 1}, so no answer can be found"
                 raise BadInput(f"chat template in {self.template.where}: {why}. Give conversations of one answer")
-            spans.append((len(before), len(upto)))
-        tokens = self._encode(text, guard)
-        prompts = [self._encode(text[:start], guard) for start, _ in spans]
-        begins = [len(ids) for ids in prompts]
-        if any(tokens[: len(ids)] != ids for ids in prompts):
-            self.cuts += 1  # the cut wins, because generation starts at the cut
-            borders = [0, *(start for start, _ in spans), len(text)]
-            pieces = [self._encode(text[a:b], guard) for a, b in pairwise(borders)]
-            tokens = [i for piece in pieces for i in piece]
-            begins = list(accumulate(len(piece) for piece in pieces))[:-1]
-        return self._flags(tokens, begins, [text[start:end] for start, end in spans], guard)
-
-    def _flags(self, tokens: list[int], begins: list[int], answers: list[str], guard: str) -> Example:
-        """Trained is what follows each of `begins`, up to the last control token that the template wrote there."""
-        trained = [False] * len(tokens)
+        borders = [border for begin, end, ends in answers for border in ([begin] if ends else [begin, end])]
+        tokens, counts = self._cut(text, borders, guard)
+        trained, before = [False] * len(tokens), dict(zip(borders, counts, strict=True))
         control = set(self.tokenizer.control.values())
-        for begin, answer in reversed(list(zip(begins, answers, strict=True))):
-            count = len(self._control.findall(answer))
-            if count:
-                end = [i for i in range(begin, len(tokens)) if tokens[i] in control][count - 1] + 1
-            else:  # a template without an end of turn: the answer still has to learn to end
-                end = begin + len(self._encode(answer, guard)) + 1
-                tokens.insert(end - 1, self.end_of_turn)
-                trained.insert(end - 1, False)
-            trained[begin:end] = [True] * (end - begin)
+        for begin, end, ends in reversed(answers):
+            first = before[begin]
+            if ends:  # up to the last control token that the template wrote there
+                count = len(self._control.findall(text, begin, end))
+                last = [i for i in range(first, len(tokens)) if tokens[i] in control][count - 1]
+            else:  # the answer still has to learn to end
+                last = before[end]
+                tokens.insert(last, self.end_of_turn)
+                trained.insert(last, False)
+            trained[first : last + 1] = [True] * (last + 1 - first)
         return Example(tokens, trained)
+
+    def _cut(self, text: str, borders: Sequence[int], guard: str) -> tuple[list[int], list[int]]:
+        """Ids of a text, and how many of them lie before each border. Ids are those of the whole text, unless the
+        tokenizer would fuse characters across a border: there it is cut, because generation starts there."""
+        cuts, counts, ends = [0], [], [*borders, len(text)]
+        ids = self._encode(text[: ends[0]], guard)
+        for border, end in pairwise(ends):
+            counts.append(len(ids))
+            longer = [i for a, b in pairwise([*cuts, end]) for i in self._encode(text[a:b], guard)]
+            if longer[: len(ids)] != ids:
+                cuts.append(border)
+                longer = ids + self._encode(text[border:end], guard)
+            ids = longer
+        self.cuts += len(cuts) > 1
+        return ids, counts

@@ -54,7 +54,10 @@ class Tokenizer:
 
 
 class Stream:
-    """Decodes ids as they come: the pieces of `push` and `end`, joined, are exactly `decode` of all ids."""
+    """Decodes ids as they come: the pieces of `push` and `end`, joined, are exactly `decode` of all ids.
+
+    Only where a model writes bytes that are no text and the tokenizer has byte fallback, may what was shown differ.
+    """
 
     WINDOW, OVERLAP = 48, 16  # tokens; decoding the whole answer for every token would be quadratic
 
@@ -62,15 +65,16 @@ class Stream:
         self._decode, self._ids, self._shown = tokenizer.decode, [], 0
 
     def push(self, i: int) -> str:
-        """The text that is certain now, perhaps none: a character may need the bytes of up to four tokens."""
+        """The text that is certain now, perhaps none: a character may need the bytes of several tokens."""
         self._ids.append(i)
         text = self._decode(self._ids)
-        pending = min(3, len(text) - len(text.rstrip(BROKEN)))
-        piece = text[self._shown : len(text) - pending]
+        certain = text.rstrip(BROKEN)  # byte fallback breaks a whole run of characters until the last one is complete
+        piece = certain[self._shown :]
         self._shown += len(piece)
-        if len(self._ids) > self.WINDOW and not pending:
-            self._ids = self._ids[-self.OVERLAP :]
-            self._shown = len(self._decode(self._ids))
+        if len(self._ids) > self.WINDOW and certain == text:
+            rest = self._decode(self._ids[-self.OVERLAP :])
+            if text.endswith(rest):  # else the cut would go through a character
+                self._ids, self._shown = self._ids[-self.OVERLAP :], len(rest)
         return piece
 
     def end(self) -> str:
