@@ -27,7 +27,19 @@ def command(*words) -> None:
 
 def ask(adapter: Path, kind: str, scratch: Path) -> list[dict]:
     questions, out = ROOT / "tests" / "data" / f"{kind}_questions.txt", scratch / f"{kind}.jsonl"
-    command("generate.py", "--adapter", adapter, "--prompts", questions, "--out", out, "--max-new-tokens", 64)
+    command(
+        "generate.py",
+        "--adapter",
+        adapter,
+        "--prompts",
+        questions,
+        "--out",
+        out,
+        "--max-new-tokens",
+        64,
+        "--batch-size",
+        30,
+    )
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
