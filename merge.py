@@ -24,10 +24,11 @@ from lora.model import pretrained
 
 def story(argv) -> int:
     s = settings.resolve(settings.MERGE, argv, __doc__)
-    missing = [flag for flag in ("adapter", "out") if getattr(s, flag) is None]
+    uses = {"adapter": "read", "out": "write"}
+    missing = [f"missing --{flag} in the command line: it says where to {use}. Add it" for flag, use in uses.items()
+               if getattr(s, flag) is None]  # fmt: skip
     if missing:
-        raise BadInput(*(f"missing --{flag} in the command line: it says where to {what}. Add it" for flag, what in
-                         zip(missing, {"adapter": "read", "out": "write"}.values(), strict=False)))  # fmt: skip
+        raise BadInput(*missing)
     out = Path(s.out)
     files.check_out(out, s.overwrite, ("config.json",))
     store.read_config(s.adapter)

@@ -307,6 +307,8 @@ FLAGS = [
     flag("a broken pattern", "train", r"wrong --target .*: 're:\(' is out of range\. .*regular expression", "--target",
          "re:("),
     flag("an empty target", "train", r"wrong --target ", "--target", ""),
+    Row("flags: merge without --out", "merge", 2, r"missing --out in the command line: it says where to write\. Add it",
+        argv=("--adapter", "adapter"), bare=True),
     Row("flags: merge without flags", "merge", 2, r"missing --adapter in .*\n.*missing --out in ", bare=True),
     Row("flags: self_cognition without flags", "self_cognition", 2, r"required: --name, --author, --out", bare=True),
     flag("self_cognition --rows 0", "self_cognition", r"wrong --rows in the command line: 0 ", "--rows", "0"),
