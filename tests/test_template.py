@@ -551,6 +551,13 @@ def test_a_template_that_does_not_end_is_refused(kind, monkeypatch):
     assert time.monotonic() - start < 30
 
 
+def test_what_jinja_computes_while_it_compiles_is_timed_too(monkeypatch):
+    """A constant in a branch that never runs: jinja computes it, and drops every Exception that this raises."""
+    monkeypatch.setattr(product, "SECONDS", 0.2)
+    with pytest.raises(Refused, match=r"more than 0\.2 s"):
+        ChatTemplate("{% if messages is none %}{{ ('ab' * 4000000)|unique|list }}{% endif %}").render(turns("Hi"))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_alarm_that_is_dropped_is_followed_by_another(monkeypatch):
     """Python prints and drops what is raised in a callback of its garbage collector, or in a `__del__`."""
