@@ -12,6 +12,7 @@ quiet_imports(__name__)
 import json
 import sys
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from lora.data import formats
 from lora.errors import BadInput, say
 from lora.model import download, pretrained
 from lora.model.sample import Sampling, generate
+from lora.model.template import FROZEN_DATE
 from lora.model.tokenizer import Stream
 
 
@@ -34,11 +36,11 @@ def story(argv) -> int:
     prompts = read_prompts(s)
 
     # ---- the base: --model, or what the adapter remembers
-    checkpoint = pretrained.find(s.model or remembered(s.adapter) or download.DEFAULT)
+    checkpoint = pretrained.find(s.model or (passport.base_of(s.adapter) if s.adapter else download.DEFAULT))
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(s.device)
     dtype, _ = machine.choose_dtype(s.dtype, device)
-    chat = pretrained.load_chat(checkpoint, False if s.no_system else s.system)
+    chat = load_chat(checkpoint, s)
     model = pretrained.load_model(checkpoint, dtype, device)
     if s.adapter:
         store.load(model, s.adapter)
@@ -62,8 +64,6 @@ def check(s) -> None:
     problems = []
     if s.prompt is not None and s.prompts is not None:
         problems.append("contradiction in the command line: --prompt and --prompts. Give one of them")
-    if s.system is not None and s.no_system:
-        problems.append("contradiction in the command line: --system and --no-system. Give one of them")
     if s.system is not None and spoilt(s.system):
         problems.append("wrong encoding in --system: not UTF-8. Convert it to UTF-8")
     if s.out is not None and s.prompts is None:
@@ -76,15 +76,15 @@ def check(s) -> None:
         raise BadInput(*problems)
 
 
-def remembered(adapter: str | None) -> str | None:
-    """The base an adapter was made on, by its passport or its config."""
-    if adapter is None:
-        return None
-    config, papers = store.read_config(adapter), passport.read(adapter)
-    base = papers["base"]["name"] if papers else config.base
-    if not base:
-        raise BadInput(f"no base in {Path(adapter) / store.CONFIG}: the adapter does not say which. Give --model")
-    return base
+def load_chat(checkpoint, s):
+    """The chat as an adapter was trained with it, unless flags say otherwise."""
+    trained = ((passport.read(s.adapter) if s.adapter else None) or {}).get("chat", {})
+    system = False if s.no_system else trained.get("system") if s.system is None else s.system
+    template = s.template or (passport.template_of(s.adapter) if s.adapter else None)
+    today = date.fromisoformat(s.date or trained.get("date") or str(FROZEN_DATE))
+    if s.system is None and not s.no_system and isinstance(system, str):
+        say(f"system   as in training: {' '.join(system.split())[:100]}")
+    return pretrained.load_chat(checkpoint, system, template, today)
 
 
 def read_prompts(s) -> list[tuple[list[dict], str]] | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import remembered
 from lora import files, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
@@ -32,7 +31,7 @@ def story(argv) -> int:
     out = Path(s.out)
     files.check_out(out, s.overwrite, ("config.json",))
     store.read_config(s.adapter)
-    checkpoint = pretrained.find(s.model or remembered(s.adapter))
+    checkpoint = pretrained.find(s.model or passport.base_of(s.adapter))
     say(f"model    {checkpoint.described}")
     sources = [Path(s.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])]
     for source in sources:
@@ -62,6 +61,8 @@ def story(argv) -> int:
 
     with files.new_folder(out, s.overwrite) as folder:
         pretrained.write_model(checkpoint, folder, change, dtype)
+        if template := passport.template_of(s.adapter):  # the one it was trained with
+            files.write_bytes(folder / passport.TEMPLATE, files.read_bytes(template))
     bar.close()
     say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
     return 0

@@ -213,11 +213,18 @@ def run(story: Callable[[Sequence[str] | None], int | None], argv: Sequence[str]
         return end.code if isinstance(end.code, int) else 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults, but no "(default: None)"; and a description's own lines."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line with the nearest flag; abbreviations are refused, they break scripts later."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str):
         raise BadInput(f"wrong arguments in the command line: {message}. Run {self.prog} --help")

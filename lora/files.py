@@ -76,7 +76,9 @@ def append_row(path: Path, row: dict) -> None:
     """One JSON line in one write, so that a killed process leaves whole lines only."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(handle, (json.dumps(row, ensure_ascii=False) + "\n").encode())
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, "no space left", str(path))
     finally:
         os.close(handle)
 
@@ -172,7 +174,8 @@ def is_regular(path: Path) -> bool:
     return Path(path).is_file()  # follows links; false for FIFOs and devices, which could hang
 
 
-def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
+def open_regular(path: Path, limit: int = JSON_LIMIT):
+    """A file of at most `limit` bytes, open for reading. Raises BadInput for anything else."""
     path = Path(path)
     if not path.exists():
         raise BadInput(f"missing file in {path}: there is no such file. Check the path")
@@ -180,7 +183,12 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
         raise BadInput(f"wrong file in {path}: not a regular file. Give a file")
     if path.stat().st_size > limit:
         raise BadInput(f"wrong file in {path}: larger than {limit >> 20} MiB. It can't be what it claims to be")
-    return path.read_bytes()
+    return open(path, "rb")
+
+
+def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
+    with open_regular(path, limit) as file:
+        return file.read()
 
 
 def read_json(path: Path, data: bytes | None = None) -> dict:

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,9 +53,37 @@ def _is_target(value: str) -> bool:
     return bool(value.removeprefix("re:"))
 
 
+def _is_date(value: str) -> bool:
+    try:
+        return str(date.fromisoformat(value)) == value
+    except ValueError:
+        return False
+
+
 TRAIN = (
     Setting("model", str, "smollm2-135m-instruct", "folder, hub id owner/name, .gguf file, or smollm2-135m-instruct"),
-    Setting("data", str, None, "files of conversations; without one, self-introductions are made", many=True),
+    Setting(
+        "data", str, None, "files of conversations, FILE, FILE:WEIGHT or hub:owner/name/FILE; without one, "
+        "self-introductions are made", many=True,
+    ),
+    Setting(
+        "replay", str, None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 "
+        "to 8", many=True,
+    ),
+    Setting("eval_data", str, None, "files that are not trained on: their loss before and after; --check compares them",
+            many=True),
+    Setting("prompt_key", str, None, "key of the question in rows of another shape; with --response-key"),
+    Setting("response_key", str, None, "key of the answer in rows of another shape"),
+    Setting("template", str, None, "chat template in place of the model's own: chatml, alpaca, qa, plain or a file"),
+    Setting("system", str, None, "system turn where the data has none; without it the chat template decides"),
+    Setting("no_system", bool, False, "no system turn where the data has none, not even the template's own"),
+    Setting("date", str, "2025-01-01", "what today is, for templates that ask", "as 2025-01-01", _is_date),
+    Setting("train_on", str, "assistant", "every answer, the last one, or every token",
+            **one_of("assistant", "last", "all")),
+    Setting("overlong", str, "drop", "what to do with examples over --max-len", **one_of("drop", "truncate", "error")),
+    Setting("preview", int, None, "show N examples token by token, then numbers of the data, and end",
+            **between(0, 10**6), saved=False),
+    Setting("check", bool, False, "look for mistakes in the data, and end", saved=False),
     Setting("out", str, None, "new folder of the run; weights/<data name> without it", saved=False),
     Setting("overwrite", bool, False, "replace the folder of an earlier run", saved=False),
     Setting("rank", int, 16, "rank of the adapter", **between(1, 65536)),
@@ -93,8 +122,10 @@ GENERATE = (
     Setting("prompt", str, None, "one prompt, or - for stdin; without --prompt and --prompts, a chat"),
     Setting("prompts", str, None, "file with a prompt a line, or conversation rows; answered in batches"),
     Setting("out", str, None, "JSONL file for the answers to --prompts; stdout without it"),
-    Setting("system", str, None, "system turn; without it the chat template decides"),
+    Setting("template", str, None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own"),
+    Setting("system", str, None, "system turn; without it as in training, or as the chat template decides"),
     Setting("no_system", bool, False, "no system turn, not even the template's own"),
+    Setting("date", str, None, "what today is, for templates that ask; as in training", "as 2025-01-01", _is_date),
     Setting("max_new_tokens", int, 256, "longest answer", **between(1, 10**6)),
     Setting("temperature", float, 0.0, "0 takes the likeliest token", **between(0, 100)),
     Setting("top_k", int, 0, "draw from the k likeliest; 0 is all", **between(0, 2**24)),
@@ -117,6 +148,9 @@ MERGE = (
             **one_of("auto", "bfloat16", "float16", "float32")),
     Setting("no_verify", bool, False, "merge into another base than the adapter was trained on"),
 )  # fmt: skip
+
+
+ONE_OF_TWO = (("epochs", "max_steps"), ("system", "no_system"))
 
 
 def parser(table: Sequence[Setting], description: str) -> Parser:
@@ -201,13 +235,16 @@ def resolve(table: Sequence[Setting], argv: Sequence[str] | None, description: s
             values[s.name] = _value(s, value, source, problems)
     if problems:
         raise BadInput(*problems)
-    # a flag of one kind replaces a config file's value of the other
-    if "epochs" in known and values["epochs"] is not None and values["max_steps"] is not None:
-        if flags.get("epochs") is not None and flags.get("max_steps") is not None:
-            raise BadInput("contradiction in the command line: --epochs and --max-steps. Give one of them")
-        if flags.get("epochs") is None and flags.get("max_steps") is None:
-            raise BadInput(f"contradiction in {where}: epochs and max_steps. Give one of them")
-        values["max_steps" if flags.get("epochs") is not None else "epochs"] = None
+    for pair in ONE_OF_TWO:  # a flag of one kind replaces a config file's value of the other
+        if pair[0] in known and all(values[name] for name in pair):
+            given = [name for name in pair if flags.get(name) is not None]
+            if len(given) == 2:
+                both = " and ".join(known[name].flag for name in pair)
+                raise BadInput(f"contradiction in the command line: {both}. Give one of them")
+            if not given:
+                raise BadInput(f"contradiction in {where}: {' and '.join(pair)}. Give one of them")
+            [lost] = set(pair) - set(given)
+            values[lost] = known[lost].default
     return SimpleNamespace(**values)
 
 

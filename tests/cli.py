@@ -34,7 +34,15 @@ SECONDS = 60
 ON_CPU = ("--device", "cpu", "--dtype", "float32")  # the same on every machine, and in a forked child
 SCRIPTS = {"train": "train", "generate": "generate", "merge": "merge", "self_cognition": "data_gen.self_cognition"}
 RUN_FILES = sorted(
-    ["adapter_model.safetensors", "adapter_config.json", "passport.json", "settings.json", "metrics.jsonl", "loss.png"]
+    [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "passport.json",
+        "settings.json",
+        "metrics.jsonl",
+        "loss.png",
+        "chat_template.jinja",
+    ]
 )
 
 # ---- a model, data and an adapter, made once -------------------------------------------------------------------------

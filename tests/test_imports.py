@@ -13,7 +13,7 @@ LIBRARY = sorted((ROOT / "lora").rglob("*.py"))
 PRODUCT = [*LIBRARY, *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "data_gen").rglob("*.py"))]
 PARTS = ("adapter", "model", "data", "train")
 BASE = ("errors", "files", "settings", "device")
-ALLOWED = {("data", "lora.model.template")}  # data may encode through the template
+ALLOWED = {("data", "lora.model.chat"), ("data", "lora.model.tokenizer")}  # data may encode through the template
 
 
 def name_of(path: Path) -> str:

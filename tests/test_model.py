@@ -10,8 +10,8 @@ from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import lay_out
 from lora.model import attention, decoder
 from lora.model.attention import blocked, explicit
+from lora.model.chat import Example
 from lora.model.config import ModelConfig
-from lora.model.template import Example
 from lora.train.loss import summed_loss
 from tests import oracle
 from tests.helpers import close, far, patched, some_tokens, tiny_config, tiny_model

@@ -5,11 +5,15 @@ skips.
 """
 
 import os
+from functools import cache
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 
-from tests.helpers import close
+from tests.helpers import close, example_of
+from tests.test_template import CALM, TEXT, conversations
 
 if os.environ.get("LORA_PARITY") == "1":
     import transformers
@@ -53,7 +57,30 @@ def test_ids_of_the_default_model_are_those_of_transformers(folder):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
         expected = theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert chat.prompt(messages[:1]) == expected
-        assert chat.example(messages).tokens == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert example_of(chat, messages).tokens == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
+@hypothesis_settings(max_examples=300, **CALM)
+@given(messages=conversations(TEXT))
+def test_ids_of_any_conversation_with_the_default_model_are_those_of_transformers(folder, messages):
+    chat, theirs = both(folder)
+    before = chat.cuts
+    [laid] = chat.lay(messages)
+    expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+    if chat.cuts == before:
+        assert laid.tokens == expected
+    assert chat.tokenizer.spell(laid.tokens) == theirs.decode(expected)
+    places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for place, (begin, end) in zip(places, laid.answers, strict=True):
+        assert laid.tokens[:begin] == chat.prompt(messages[:place])
+        content = messages[place]["content"]
+        if chat.tokenizer.decode(chat.tokenizer.encode(content)) == content:  # the vocabulary lacks a few bytes
+            assert chat.tokenizer.spell(laid.tokens[begin:end]) == content + "<|im_end|>"
+
+
+@cache
+def both(folder):
+    return pretrained.load_chat(pretrained.find(download.DEFAULT)), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_logits_of_the_gguf_file_are_those_of_transformers_on_the_same_file(folder):

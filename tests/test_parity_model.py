@@ -3,9 +3,15 @@
 import copy
 import json
 import os
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 if os.environ.get("LORA_PARITY") == "1":
     import transformers
@@ -16,9 +22,22 @@ from lora import files
 from lora.model.config import ModelConfig
 from lora.model.decoder import Model, rope_table
 from lora.model.pretrained import FolderCheckpoint, load_chat, load_model, write_model
-from tests.helpers import close, far, randomise, some_tokens, tiny_config, tiny_model
+from tests.helpers import close, example_of, far, randomise, some_tokens, tiny_config, tiny_model
 from tests.test_model import LLAMA3, random_config
-from tests.test_template import CONTROL, OPEN, TEMPLATES, byte_level, byte_level_json, chat_of, turns
+from tests.test_template import (
+    CALM,
+    CONTROL,
+    OPEN,
+    QWEN3,
+    SPELLED,
+    TEMPLATES,
+    TEXT,
+    byte_level,
+    byte_level_json,
+    chat_of,
+    conversations,
+    turns,
+)
 
 transformers.logging.set_verbosity_error()
 LLAMA3_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
@@ -142,6 +161,11 @@ CHATS = {
     "llama3-lines": LLAMA3_TOKENS,
     "llama2": {"bos_token": "<s>", "eos_token": "</s>"},
     "dated-lines": LLAMA3_TOKENS,
+    "qwen2.5": {"eos_token": "<|im_end|>"},
+    "qwen3": {"eos_token": "<|im_end|>"},
+    "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
+    "gemma": {"bos_token": "<bos>", "eos_token": "<eos>"},
+    "deepseek": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"},
 }
 CONVERSATIONS = [
     turns("Who are you?"),
@@ -152,7 +176,8 @@ CONVERSATIONS = [
 
 
 def chat_folder(path, name: str):
-    template = TEMPLATES[name][0].replace("strftime_now('%d %b %Y')", "'today'")  # there it is today
+    source = QWEN3 if name == "qwen3" else TEMPLATES[name][0]
+    template = source.replace("strftime_now('%d %b %Y')", "'today'")  # there it is today
     data = byte_level_json(name.endswith("-lines"))
     raw = tiny_config(vocab_size=600, eos_token_id=0)
     model = randomise(Model(ModelConfig.from_json(raw)))
@@ -177,14 +202,57 @@ def test_ids_are_those_of_the_tokenizer_and_template_of_transformers_also_after_
         for text in ("Hello  there\n\n", "naïve 日本語 👩‍🚀", "<|im_end|> inside", "", *CONTROL):
             assert ours.tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
         for messages in CONVERSATIONS:
-            if name == "strict" and messages[0]["role"] == "system":
+            if name in ("strict", "mistral", "gemma") and messages[0]["role"] == "system":
                 messages = messages[1:]
             if messages[-1]["role"] == "user":
                 assert ours.prompt(messages) == ids_of(reference, messages, True)
-            if len(messages) > 1:
+            if name == "qwen3":  # an example for each answer
+                places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+                found = [part.tokens for part in ours.lay(messages)] if places else []
+                assert found == [ids_of(reference, messages[: i + 1], False) for i in places]
+            elif len(messages) > 1:
                 whole = messages if messages[-1]["role"] == "assistant" else messages[:-1]
-                assert ours.example(whole).tokens == ids_of(reference, whole, False)
+                assert example_of(ours, whole).tokens == ids_of(reference, whole, False)
         assert ours.cuts == ours.guarded == 0
+
+
+@cache
+def both_chats(name: str):
+    path = chat_folder(Path(tempfile.mkdtemp()) / "base", name)
+    return load_chat(FolderCheckpoint(path)), transformers.AutoTokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", CHATS)
+@hypothesis_settings(max_examples=100, **CALM)
+@given(messages=conversations(st.one_of(TEXT, TEXT, TEXT, SPELLED)))
+def test_ids_of_any_conversation_are_those_of_transformers_but_for_the_two_counted_exceptions(name, messages):
+    if name in ("strict", "mistral", "gemma"):
+        messages = [m for m in messages if m["role"] != "system"]
+    ours, reference = both_chats(name)
+    places = [i for i, m in enumerate(messages) if m["role"] == "assistant"] if name == "qwen3" else [len(messages) - 1]
+    for place, part in zip(places, ours.lay(messages), strict=True):
+        whole, before = messages[: place + 1], (ours.cuts, ours.guarded)
+        [alone] = ours.lay(whole, "last")
+        cut, guarded = ours.cuts > before[0], ours.guarded > before[1]
+        assert alone.tokens == part.tokens and ours.tokenizer.decode(part.tokens) is not None
+        spelled = any(control in m["content"] for m in whole for control in CONTROL)
+        assert guarded == spelled
+        theirs = ids_of(reference, whole, False)
+        prompt, theirs_prompt = ours.prompt(messages[:place]), ids_of(reference, messages[:place], True)
+        if not guarded and not cut:
+            assert part.tokens == theirs and prompt == theirs_prompt
+        elif not guarded:  # the same text, cut where generation begins
+            assert ours.tokenizer.spell(part.tokens) == reference.decode(theirs)
+            assert part.tokens[: len(prompt)] == prompt
+            if len(places) == 1 and sum(m["role"] == "assistant" for m in whole) == 1:
+                assert prompt == theirs_prompt != theirs[: len(prompt)]
+        else:  # the same text, in which only the template has written control tokens
+            harmless = [{**m, "content": "x"} for m in whole]
+            controls = set(ours.tokenizer.control.values())
+            assert ours.tokenizer.spell(part.tokens) == reference.decode(theirs)
+            assert [i for i in part.tokens if i in controls] == [
+                i for i in ids_of(reference, harmless, False) if i in controls
+            ]
 
 
 def ids_of(reference, messages: list[dict], generate: bool) -> list[int]:
@@ -195,7 +263,7 @@ def test_a_template_without_control_tokens_differs_by_the_end_of_turn_only():
     reference = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level()._fast, chat_template=OPEN)
     messages = turns("Hi", "Hello.")
     expected = ids_of(reference, messages, False)
-    assert chat_of("open").example(messages).tokens == [*expected, byte_level().id("<|endoftext|>")]
+    assert example_of(chat_of("open"), messages).tokens == [*expected, byte_level().id("<|endoftext|>")]
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA3])

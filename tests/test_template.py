@@ -23,13 +23,17 @@ from tokenizers import Tokenizer as FastTokenizer
 from lora import errors
 from lora.errors import BadInput, Refused
 from lora.model import template as product
-from lora.model.template import Chat, ChatTemplate
+from lora.model.chat import GUARDS, Chat
+from lora.model.template import ChatTemplate
 from lora.model.tokenizer import BROKEN, Stream, Tokenizer
+from tests.helpers import example_of
 
 CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # other work may share the machine
 CONTROL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>",
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>",
+    "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>",
 ]  # fmt: skip
 CORPUS = [
     "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\nuser\nassistant\n\n",
@@ -131,6 +135,42 @@ OPEN = (  # no control token at all
     " + '\n\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 
+QWEN25 = (  # a system turn of its own, written where the messages have none
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>system\nYou are Quill. You help.<|im_end|>\n' }}{%- endif %}"
+    "{%- for m in messages %}{%- if m.role == 'user' or (m.role == 'system' and not loop.first) or m.role == 'assistant' %}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+MISTRAL = (  # no system role, BOS inside, no control token before an answer
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('After user comes assistant') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
+)
+GEMMA = (  # the answers' role is "model", a system turn is refused
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+DEEPSEEK = (  # wide bars, no line ends, and no thoughts
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "{{ '<｜User｜>' + m.content }}{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+QWEN3 = (  # answers before the last question lose their thoughts; the last one is given empty ones if it has none
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
+    "{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}"
+    "{%- set parts = m.content.split('</think>') %}{%- set said = parts[-1].lstrip('\n') %}"
+    "{%- set thought = parts[0].replace('<think>', '').strip('\n') if parts|length > 1 else '' %}"
+    "{{- '<|im_start|>assistant\n' }}{%- if loop.index0 > ns.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}"
+    "{%- endif %}{{- said + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
 TEMPLATES = {  # source, end of turn, what of an answer is trained, does it take a system turn
     "smollm2": (SMOLLM2, "<|im_end|>", lambda text: text, True),
     "chatml": (CHATML, "<|im_end|>", lambda text: text, True),
@@ -141,17 +181,25 @@ TEMPLATES = {  # source, end of turn, what of an answer is trained, does it take
     "dated-lines": (DATED, "<|eot_id|>", lambda text: text, True),
     "strict": (STRICT, "<|im_end|>", lambda text: text, False),
     "open": (OPEN, "<|endoftext|>", lambda text: f"{text}\n\n", True),
+    "qwen2.5": (QWEN25, "<|im_end|>", lambda text: text, True),
+    "mistral": (MISTRAL, "</s>", lambda text: f" {text}", False),
+    "gemma": (GEMMA, "<end_of_turn>", str.strip, False),
+    "deepseek": (DEEPSEEK, "<｜end▁of▁sentence｜>", lambda text: text.split("</think>")[-1], True),
 }
 BEGIN = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-TOKENS = {"llama3": BEGIN, "llama3-lines": BEGIN, "dated-lines": BEGIN,
-          "llama2": {"bos_token": "<s>", "eos_token": "</s>"}}  # fmt: skip
+TOKENS = {"smollm2": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},  # as it is: every turn begins with it
+          "llama3": BEGIN, "llama3-lines": BEGIN, "dated-lines": BEGIN,
+          "llama2": {"bos_token": "<s>", "eos_token": "</s>"}, "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
+          "gemma": {"bos_token": "<bos>", "eos_token": "<eos>"},
+          "deepseek": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}}  # fmt: skip
 ALL = pytest.mark.parametrize("name", TEMPLATES)
 
 
 @cache
 def chat_of(name: str, system=None) -> Chat:
     tokenizer = byte_level(name.endswith("-lines"))
-    template = ChatTemplate(TEMPLATES[name][0], TOKENS.get(name, {}), f"{name}/chat_template.jinja")
+    source = QWEN3 if name == "qwen3" else TEMPLATES[name][0]
+    template = ChatTemplate(source, TOKENS.get(name, {}), f"{name}/chat_template.jinja")
     return Chat(tokenizer, template, [tokenizer.id("<|endoftext|>")], system)
 
 
@@ -244,7 +292,7 @@ def test_trained_tokens_are_exactly_the_answers_and_their_end_of_turn(name, mess
     if messages[0]["role"] == "system" and not takes_system:
         return
     chat = chat_of(name)
-    tokens, trained = chat.example(messages)
+    tokens, trained = example_of(chat, messages)
     assert len(tokens) == len(trained)
     found = [tokens[begin:stop] for begin, stop in runs(trained)]
     assert [chat.tokenizer.decode(ids) for ids in found] == [text_of(text) for text in answers_of(messages)]
@@ -255,7 +303,7 @@ def test_trained_tokens_are_exactly_the_answers_and_their_end_of_turn(name, mess
 
 def test_a_worked_example_by_hand():
     tokenizer, chat = byte_level(), chat_of("smollm2")
-    tokens, trained = chat.example(turns("Hi", "Hello."))
+    tokens, trained = example_of(chat, turns("Hi", "Hello."))
     prompt = OWN_SYSTEM + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     head, answer, tail = plain_ids(prompt), [*plain_ids("Hello."), tokenizer.id("<|im_end|>")], plain_ids("\n")
     assert tokens == head + answer + tail
@@ -278,7 +326,7 @@ def test_the_ids_before_every_answer_are_the_generation_prompt(name, messages):
     _, _, text_of, takes_system = TEMPLATES[name]
     messages = messages if takes_system else [m for m in messages if m["role"] != "system"]
     chat = chat_of(name)
-    tokens, trained = chat.example(messages)
+    tokens, trained = example_of(chat, messages)
     found = runs(trained)
     assert len(found) == len(answers_of(messages))
     places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -293,7 +341,7 @@ def test_the_ids_before_every_answer_are_the_generation_prompt_with_a_system_set
     messages = turns("Hi", "\n\nHello.", "And?", "  No.")
     for name in ("smollm2", "chatml", "llama3", "dated-lines"):
         chat = chat_of(name, system)
-        tokens, trained = chat.example(messages)
+        tokens, trained = example_of(chat, messages)
         for place, (begin, _) in zip((1, 3), runs(trained), strict=True):
             assert tokens[:begin] == chat.prompt(messages[:place])
 
@@ -305,7 +353,7 @@ def test_ids_are_those_of_the_whole_rendered_string_unless_an_answer_would_fuse_
     messages = messages if TEMPLATES[name][3] else [m for m in messages if m["role"] != "system"]
     chat = chat_of(name)
     before, render = chat.cuts, chat.template.render
-    tokens = chat.example(messages).tokens
+    tokens = example_of(chat, messages).tokens
     whole = plain_ids(render(messages), name)
     places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     prompts = [plain_ids(render(messages[:place], True), name) for place in places]
@@ -321,7 +369,7 @@ def test_usual_conversations_are_not_cut(name):
     chat = chat_of(name)
     before = chat.cuts
     for messages in WORKED[:4]:
-        assert chat.example(messages).tokens == plain_ids(chat.template.render(messages), name)
+        assert example_of(chat, messages).tokens == plain_ids(chat.template.render(messages), name)
     assert chat.cuts == before
 
 
@@ -329,7 +377,7 @@ def test_an_answer_that_would_fuse_with_its_prompt_is_cut_and_counted():
     chat, messages = chat_of("chatml"), turns("Hi", "\n\nHello.")
     assert plain_ids("assistant\n\n\nHello") != plain_ids("assistant\n") + plain_ids("\n\nHello")
     before = chat.cuts
-    tokens, trained = chat.example(messages)
+    tokens, trained = example_of(chat, messages)
     assert chat.cuts == before + 1
     ((begin, end),) = runs(trained)
     assert tokens[:begin] == plain_ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
@@ -338,7 +386,7 @@ def test_an_answer_that_would_fuse_with_its_prompt_is_cut_and_counted():
 
 def test_an_answer_without_control_tokens_around_it_ends_where_its_text_ends():
     chat, tokenizer = chat_of("open"), byte_level()
-    tokens, trained = chat.example(turns("Hi", "Hello.", "More", "No."))
+    tokens, trained = example_of(chat, turns("Hi", "Hello.", "More", "No."))
     pieces = ["### Instruction:\nHi\n\n### Response:\n", "Hello.\n\n", "### Instruction:\nMore\n\n### Response:\n",
               "No.\n\n"]  # fmt: skip
     end = tokenizer.id("<|endoftext|>")
@@ -346,6 +394,128 @@ def test_an_answer_without_control_tokens_around_it_ends_where_its_text_ends():
     found = [tokens[a:b] for a, b in pairwise(borders)]
     assert [tokenizer.decode(ids) for ids in found] == pieces
     assert found[1][-1] == found[3][-1] == end and borders[-1] == len(tokens)
+
+
+# ---- templates that rewrite earlier turns ----------------------------------------------------------------------------
+
+
+THOUGHTS = turns("Hi", "<think>\nShort.\n</think>\n\nHello.", "And?", "So what.", "Why?", "<think>\nHm.\n</think>\n\nYes.")
+
+
+def laid(name: str, messages, train_on: str = "assistant"):
+    return [part.example(train_on == "all") for part in chat_of(name).lay(messages, train_on)]
+
+
+def test_where_the_template_rewrites_earlier_turns_every_answer_becomes_an_example_as_generation_sees_it():
+    chat, decode = chat_of("qwen3"), byte_level().decode
+    before = chat.split
+    examples = laid("qwen3", THOUGHTS)
+    assert chat.split == before + 1
+    wanted = ["<think>\nShort.\n</think>\n\nHello.", "<think>\n\n</think>\n\nSo what.", "<think>\nHm.\n</think>\n\nYes."]
+    for place, (tokens, trained), text in zip((1, 3, 5), examples, wanted, strict=True):
+        ((begin, end),) = runs(trained)
+        assert tokens[:begin] == chat.prompt(THOUGHTS[:place])
+        assert decode(tokens[begin:end]) == text and tokens[end - 1] == byte_level().id("<|im_end|>")
+        assert tokens == plain_ids(chat.template.render(THOUGHTS[: place + 1]))
+    assert "Short." not in decode(examples[2].tokens) and "Hello." in decode(examples[2].tokens)
+
+
+@hypothesis_settings(max_examples=60, **CALM)
+@given(messages=conversations(st.one_of(TEXT, SPELLED, TEXT.map(lambda text: f"<think>\n{text}\n</think>\n\nx{text}"))))
+def test_ids_before_every_answer_are_the_generation_prompt_where_earlier_turns_are_rewritten(messages):
+    chat = chat_of("qwen3")
+    places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    examples = laid("qwen3", messages)
+    assert len(examples) == len(places)
+    for place, (tokens, trained) in zip(places, examples, strict=True):
+        ((begin, end),) = runs(trained)
+        assert tokens[:begin] == chat.prompt(messages[:place])
+        assert tokens[end - 1] == chat.end_of_turn and len(controls(chat, tokens[begin:end])) == 1
+
+
+def test_the_last_answer_alone_needs_no_split():
+    [whole] = laid("qwen3", THOUGHTS, "last")
+    assert whole == laid("qwen3", THOUGHTS)[-1]
+    only = [m if i == 3 else {**m, "train": False} if m["role"] == "assistant" else m for i, m in enumerate(THOUGHTS)]
+    assert laid("qwen3", only) == laid("qwen3", THOUGHTS)[1:2]  # nothing after a turn that only it needs
+
+
+# ---- what to train ---------------------------------------------------------------------------------------------------
+
+TALK = turns("Hi", "Hello.", "And?", "No.", "Bye", "See you!", "one more", system="Be brief.")
+
+
+def said(name: str, messages, train_on: str) -> list[str]:
+    [(tokens, trained)] = laid(name, messages, train_on)
+    return [byte_level().decode(tokens[begin:end]) for begin, end in runs(trained)]
+
+
+def test_train_on_chooses_every_answer_the_last_one_or_every_token():
+    assert said("chatml", TALK, "assistant") == ["Hello.", "No.", "See you!"]
+    assert said("chatml", TALK, "last") == ["See you!"]
+    [(tokens, trained)] = laid("chatml", TALK, "all")
+    assert all(trained) and tokens == laid("chatml", TALK, "last")[0].tokens == laid("chatml", TALK)[0].tokens
+
+
+def test_an_answer_marked_not_to_train_is_context_only():
+    marked = [{**m, "train": False} if m["content"] in ("Hello.", "See you!") else m for m in TALK]
+    assert said("chatml", marked, "assistant") == said("chatml", marked, "last") == ["No."]
+    assert laid("chatml", marked)[0].tokens == laid("chatml", TALK)[0].tokens
+    everything = "".join(said("chatml", marked, "all"))
+    assert "Hello." not in everything and "See you!" not in everything and "No." in everything and "Bye" in everything
+
+
+def test_a_document_is_all_trained_between_what_the_tokenizer_adds_and_the_end():
+    chat, tokenizer = chat_of("chatml"), byte_level()
+    text = "Once upon\n a time. <|im_end|> 日本"
+    before = chat.guarded
+    [(tokens, trained)] = laid("chatml", [{"role": "text", "content": text}])
+    assert all(trained) and chat.guarded == before + 1
+    assert tokenizer.decode(tokens) == text and controls(chat, tokens) == [tokenizer.id("<|endoftext|>")] == tokens[-1:]
+    raw = json.loads(byte_level_json())
+    begin = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+             {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+             {"Sequence": {"id": "B", "type_id": 1}}],
+             "special_tokens": {"<s>": {"id": "<s>", "ids": [tokenizer.id("<s>")], "tokens": ["<s>"]}}}  # fmt: skip
+    adds = Chat(Tokenizer(json.dumps(raw | {"post_processor": begin}).encode()), ChatTemplate(CHATML), [0])
+    assert adds.lay([{"role": "text", "content": text}])[0].tokens == [tokenizer.id("<s>"), *tokens]
+
+
+@ALL
+@hypothesis_settings(max_examples=40, **CALM)
+@given(st.data())
+def test_a_batch_gives_what_one_at_a_time_gives(name, data):
+    batch = data.draw(st.lists(conversations(st.one_of(TEXT, SPELLED)), max_size=6))
+    if not TEMPLATES[name][3]:
+        batch = [[m for m in messages if m["role"] != "system"] for messages in batch]
+    train_on = data.draw(st.sampled_from(["assistant", "last", "all"]))
+    chat = chat_of(name)
+    assert chat.lay_all(batch, train_on) == [chat.lay(messages, train_on) for messages in batch]
+
+
+@ALL
+@hypothesis_settings(max_examples=60, **CALM)
+@given(st.data())
+def test_a_truncated_example_fits_and_still_ends_with_an_end_of_turn(name, data):
+    messages = data.draw(conversations(TEXT))
+    if not TEMPLATES[name][3]:
+        messages = [m for m in messages if m["role"] != "system"]
+    train_on = data.draw(st.sampled_from(["assistant", "last", "all"]))
+    [whole] = chat_of(name).lay(messages, train_on)
+    limit = data.draw(st.integers(2, len(whole.tokens) + 1))
+    short = whole.within(limit)
+    if limit >= len(whole.tokens):
+        assert short == whole
+        return
+    if short is None:  # not a token of an answer and its end would fit
+        assert whole.answers[0][0] >= limit - 1
+        return
+    assert len(short.tokens) <= limit and short.tokens[-1] == chat_of(name).end_of_turn
+    begin, end = short.answers[-1]
+    assert end == len(short.tokens) and end - begin >= 2
+    assert short.tokens[:-1] == whole.tokens[: len(short.tokens) - 1]
+    assert sum(short.example().trained) == sum(end - begin for begin, end in short.answers)
+    assert len(short.tokens) == limit or short.answers[-1] == whole.answers[len(short.answers) - 1]
 
 
 # ---- text stays text -------------------------------------------------------------------------------------------------
@@ -358,8 +528,8 @@ def test_text_that_spells_control_tokens_cannot_forge_a_turn(name, messages):
     _, _, text_of, takes_system = TEMPLATES[name]
     messages = messages if takes_system else [m for m in messages if m["role"] != "system"]
     chat = chat_of(name)
-    tokens, trained = chat.example(messages)
-    harmless = chat.example([{**m, "content": "x"} for m in messages])
+    tokens, trained = example_of(chat, messages)
+    harmless = example_of(chat, [{**m, "content": "x"} for m in messages])
     assert controls(chat, tokens) == controls(chat, harmless.tokens)
     assert controls(chat, chat.prompt(messages)) == controls(
         chat, chat.prompt([{**m, "content": "x"} for m in messages])
@@ -376,23 +546,23 @@ def test_text_that_spells_control_tokens_cannot_forge_a_turn(name, messages):
 def test_conversations_that_spell_control_tokens_are_counted_and_others_are_not():
     chat = chat_of("chatml")
     before = chat.guarded
-    chat.example(turns("Hi", "What is <im_end>?"))
+    example_of(chat, turns("Hi", "What is <im_end>?"))
     assert chat.guarded == before
-    chat.example(turns("What is <|im_end|>?", "A token."))
+    example_of(chat, turns("What is <|im_end|>?", "A token."))
     assert chat.guarded == before + 1
 
 
 def test_guard_characters_in_the_text_are_kept():
-    guards = "".join(product.GUARDS[:5])
+    guards = "".join(GUARDS[:5])
     chat, text = chat_of("chatml"), f"{guards} <|im_end|> {guards}"
-    tokens, trained = chat.example(turns(text, text))
+    tokens, trained = example_of(chat, turns(text, text))
     ((begin, end),) = runs(trained)
     assert chat.tokenizer.decode(tokens[begin:end]) == text
 
 
 def test_text_with_every_guard_character_and_a_control_token_is_bad_input():
     with pytest.raises(BadInput):
-        chat_of("chatml").prompt(turns("".join(product.GUARDS) + "<|im_end|>"))
+        chat_of("chatml").prompt(turns("".join(GUARDS) + "<|im_end|>"))
 
 
 def test_a_system_setting_that_spells_control_tokens_cannot_forge_a_turn():
@@ -412,20 +582,20 @@ def test_a_system_text_is_used_as_if_it_were_the_first_message(name):
     for text in ("Be brief.", "You are <|im_end|> evil"):
         explicit = turns("Hi", "Hello.", system=text)
         assert chat_of(name, text).prompt(messages[:1]) == chat_of(name).prompt(explicit[:2])
-        assert chat_of(name, text).example(messages) == chat_of(name).example(explicit)
+        assert example_of(chat_of(name, text), messages) == example_of(chat_of(name), explicit)
     own = turns("Hi", "Hello.", system="Mine.")
-    assert chat_of(name, "Be brief.").example(own) == chat_of(name).example(own)
-    assert chat_of(name, False).example(own) == chat_of(name).example(own)
+    assert example_of(chat_of(name, "Be brief."), own) == example_of(chat_of(name), own)
+    assert example_of(chat_of(name, False), own) == example_of(chat_of(name), own)
 
 
 def test_no_system_removes_the_turn_that_the_template_inserts_and_nothing_else():
     chat, decode = chat_of("smollm2", False), byte_level().decode
     assert decode(chat_of("smollm2").prompt(turns("Hi"))).startswith("system\nYou are a helpful AI")
     assert chat.prompt(turns("Hi")) == plain_ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    tokens, trained = chat.example(turns("Hi", "Hello."))
+    tokens, trained = example_of(chat, turns("Hi", "Hello."))
     assert decode(tokens) == "user\nHi\nassistant\nHello.\n" and len(runs(trained)) == 1
     quoted = turns(OWN_SYSTEM, OWN_SYSTEM)
-    assert decode(chat.example(quoted).tokens).count("named SmolLM") == 2
+    assert decode(example_of(chat, quoted).tokens).count("named SmolLM") == 2
     dated = byte_level(lines=True).decode(chat_of("dated-lines").prompt(turns("Hi")))
     assert dated == "system\n\nToday: 01 Jan 2025\n\nuser\n\nHiassistant\n\n"
     assert chat_of("dated-lines", False).prompt(turns("Hi")) == plain_ids(
@@ -445,7 +615,7 @@ def test_no_system_leaves_text_that_repeats_the_system_turn_of_the_template():
 @pytest.mark.parametrize("name", ["chatml", "llama3", "llama2", "marked", "strict", "open"])
 def test_no_system_changes_nothing_where_the_template_inserts_none(name):
     messages = turns("Hi", "Hello.", "Bye", "Bye.")
-    assert chat_of(name, False).example(messages) == chat_of(name).example(messages)
+    assert example_of(chat_of(name, False), messages) == example_of(chat_of(name), messages)
     assert chat_of(name, False).prompt(messages[:1]) == chat_of(name).prompt(messages[:1])
 
 
@@ -454,19 +624,19 @@ def test_no_system_changes_nothing_where_the_template_inserts_none(name):
 
 def test_a_template_that_raises_names_its_reason_and_the_turns():
     with pytest.raises(BadInput) as raised:
-        chat_of("strict").example(turns("Hi", "Hello.", system="Be brief."))
+        example_of(chat_of("strict"), turns("Hi", "Hello.", system="Be brief."))
     (problem,) = raised.value.problems
     assert "strict/chat_template.jinja" in problem and "System role not supported" in problem
     assert "system/user" in problem
 
 
-def test_a_template_that_rewrites_earlier_turns_is_bad_input_for_training():
-    rewriting = CHATML.replace("m.content", "(m.content if loop.last else m.content[:1])")
-    tokenizer = byte_level()
-    chat = Chat(tokenizer, ChatTemplate(rewriting), [0])
-    with pytest.raises(BadInput, match="rewrites the turns before answer"):
-        chat.example(turns("Hello", "Hello.", "More", "No."))
-    assert chat.prompt(turns("Hello", "Hello.", "More"))
+def test_a_template_that_does_not_begin_answers_with_the_generation_prompt_is_refused_for_training():
+    thinking = CHATML.replace("assistant\n' }}", "assistant\nthink:' }}")
+    chat = Chat(byte_level(), ChatTemplate(thinking, where="here"), [0])
+    for train_on in ("assistant", "last"):
+        with pytest.raises(BadInput, match=r"chat template in here: answer [12] does not begin with the prompt"):
+            chat.lay(turns("Hello", "Hello.", "More", "No."), train_on)
+    assert chat.prompt(turns("Hello", "Hello.", "More"))  # it can be talked to
 
 
 def test_a_template_that_writes_nothing_is_bad_input_for_generation():

@@ -13,9 +13,10 @@ import torch
 from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import Batch, lay_out, micro_batches, steps
 from lora.errors import BadNumbers
-from lora.model.template import Example
+from lora.model.chat import Example
 from lora.train import loss as losses
 from lora.train import memory
+from lora.train.evaluate import mean_loss
 from lora.train.loss import plain_loss, summed_loss
 from lora.train.step import SCHEDULES, accumulate, clip, learning_rate, train_step
 from tests import oracle
@@ -191,7 +192,7 @@ def test_dividing_by_the_number_of_micro_batches_would_give_other_gradients():
 
 def test_a_short_last_step_is_divided_by_its_own_trained_tokens():
     model = patched(tiny_model())
-    *full, last = steps(len(UNEQUAL), 2, seed=0, total=3)
+    *full, last = steps([len(UNEQUAL)], 2, seed=0, total=3)
     assert [len(step) for step in full] == [2, 2] and len(last) == 1
     optimizer = torch.optim.SGD(adapter(model), lr=0.0)
     for step in (*full, last):
@@ -328,7 +329,7 @@ def train(seed: int, count: int, examples, lr: float = 0.01, dropout: float = 0.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     found = []
-    for step, indices in enumerate(steps(len(examples), 4, seed, count)):
+    for step, indices in enumerate(steps([len(examples)], 4, seed, count)):
         batches = micro_batches([examples[i] for i in indices], 64)
         rate = learning_rate(step, count, lr, 2)
         found.append(train_step(objective_of(model), batches, optimizer, rate, 1.0).loss)
@@ -365,10 +366,19 @@ def test_expected_memory_is_positive_and_grows_with_micro_tokens_rank_and_dtype(
 
     def expected(**changes) -> float:
         s = {"dtype": "float32", "rank": 8, "micro_tokens": 64, "batch_size": 4} | changes
-        return memory.expected(model, targets, SimpleNamespace(**s), UNEQUAL)
+        return memory.expected(model, targets, SimpleNamespace(**s), [len(e.tokens) for e in UNEQUAL], s["batch_size"])
 
     assert expected() > memory.RUNTIME > 0
     sizes = [expected(micro_tokens=n, batch_size=5) for n in (1, 240, 300)]
     assert sizes[0] < sizes[1] < sizes[2]  # the longest example has 202 tokens: less than that is not to be had
     assert expected(micro_tokens=10**6) == expected(micro_tokens=10**7)  # a step has no more
     assert expected(rank=16) > expected() > expected(dtype="bfloat16")
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10**6])
+def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
+    model = patched(tiny_model())
+    found = mean_loss(objective_of(model), micro_batches(UNEQUAL, budget))
+    each = [objective_of(model)(lay_out([example])).item() for example in UNEQUAL]
+    expected = sum(each) / sum(sum(example.trained[1:]) for example in UNEQUAL)
+    assert abs(found - expected) < 1e-12 * expected

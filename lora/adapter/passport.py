@@ -3,19 +3,23 @@
 base.name         what --model was
 base.structure    sha256 over the names, shapes and dtypes of all its tensors
 base.patched      sha256 over the bytes of the tensors the adapter changes
+chat.system       the system turn of rows without one: a text, null as the template decides, false for none
+chat.date         what templates that ask were told
+The chat template itself lies beside it, as `chat_template.jinja`.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from lora import files
-from lora.adapter.store import PASSPORT
+from lora.adapter import store
 from lora.errors import BadInput, say
 
-FORMAT = 1
+FORMAT, TEMPLATE = 1, "chat_template.jinja"
 
 
 def structure(header: dict[str, tuple[str, tuple[int, ...]]]) -> str:
@@ -32,15 +36,16 @@ def contents(read: Callable[[str], torch.Tensor], names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def make(name: str, header: dict, read: Callable[[str], torch.Tensor], paths: Iterable[str]) -> dict:
-    """The passport of an adapter on the Linears at `paths`."""
+def make(name: str, header: dict, read: Callable[[str], torch.Tensor], paths: Iterable[str], chat: dict) -> dict:
+    """The passport of an adapter on the Linears at `paths`, trained with this `chat`."""
     patched = contents(read, (f"{path}.weight" for path in paths))
-    return {"format": FORMAT, "base": {"name": name, "structure": structure(header), "patched": patched}}
+    base = {"name": name, "structure": structure(header), "patched": patched}
+    return {"format": FORMAT, "base": base, "chat": chat}
 
 
 def read(folder: Path) -> dict | None:
     """The passport in an adapter's folder, or None: adapters made elsewhere have none. Raises BadInput."""
-    path = Path(folder) / PASSPORT
+    path = Path(folder) / store.PASSPORT
     if not path.exists():
         return None
     passport = files.read_json(path)
@@ -52,7 +57,26 @@ def read(folder: Path) -> dict | None:
         raise BadInput(
             f"broken passport in {path}:base: name, structure and patched are needed. Train the adapter again"
         )
+    chat = passport.setdefault("chat", {})
+    system, today = (chat.get("system") or "", chat.get("date", "2025-01-01")) if isinstance(chat, dict) else (None, "")
+    if not isinstance(system, str) or not isinstance(today, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", today):
+        raise BadInput(f"broken passport in {path}:chat: system is no text or date no date. Train the adapter again")
     return passport
+
+
+def base_of(folder: Path) -> str:
+    """The base an adapter was made on, by its passport or its config. Raises BadInput where neither says."""
+    config, passport = store.read_config(folder), read(folder)
+    base = passport["base"]["name"] if passport else config.base
+    if not base:
+        raise BadInput(f"no base in {Path(folder) / store.CONFIG}: the adapter does not say which. Give --model")
+    return base
+
+
+def template_of(folder: Path) -> str | None:
+    """The file of the chat template that an adapter was trained with; None where it brings none."""
+    path = Path(folder) / TEMPLATE
+    return str(path) if path.exists() else None
 
 
 def verify(folder: Path, name: str, header: dict, read_tensor: Callable, paths: Iterable[str]) -> None:
@@ -63,7 +87,7 @@ def verify(folder: Path, name: str, header: dict, read_tensor: Callable, paths: 
     passport = read(folder)
     if passport is None:
         return
-    base, path = passport["base"], Path(folder) / PASSPORT
+    base, path = passport["base"], Path(folder) / store.PASSPORT
     fix = f"Give --model {base['name']}, or --no-verify to insist"
     same_structure = base["structure"] == structure(header)
     if same_structure and base["patched"] == contents(read_tensor, (f"{p}.weight" for p in paths)):

@@ -127,6 +127,31 @@ def _download(repo: str, name: str, commit: str) -> Path:
     raise BadEnvironment(f"download failed in hub {repo}/{name}: {why}. Run again; what has arrived is kept") from None
 
 
+def dataset_file(name: str, seconds: float = 10.0) -> Path:
+    """`hub:owner/name/file.jsonl`, a file of a dataset repository, in the standard cache; any other name as a path."""
+    if not name.startswith("hub:"):
+        return Path(name)
+    hub, parts = _quiet_hub(), name.removeprefix("hub:").split("/")
+    if len(parts) < 3 or not all(parts) or ".." in parts:
+        raise BadInput(f"wrong name in {name}: expected hub:owner/name/file. Give the file, too")
+    repo, file = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        return Path(hub.hf_hub_download(repo, file, repo_type="dataset", etag_timeout=seconds))
+    except hub.errors.GatedRepoError:
+        raise BadInput(_gated(repo)) from None
+    except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError):
+        raise BadInput(f"no dataset in {name}: no such repository, or it is private. Check the name") from None
+    except hub.errors.LocalEntryNotFoundError:
+        fix = "Try later, or give a local file"
+        raise HubSilent(f"no dataset in {name}: the hub does not answer, and the cache has no copy. {fix}") from None
+    except hub.errors.EntryNotFoundError:
+        raise BadInput(f"no file in {name}: the dataset {repo} has no {file}. Check the name") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise HubSilent(f"download failed in {name}: {_why(error)}. Run again; what has arrived is kept") from None
+
+
 # ---- the default model -----------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ config.json), `header` (tensor name -> dtype name and shape), `read(name)` and `
 
 import re
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Protocol
 
@@ -14,16 +15,18 @@ import torch
 from lora import files
 from lora.errors import BadInput, Refused
 from lora.model import download
+from lora.model.chat import Chat
 from lora.model.config import ModelConfig
 from lora.model.decoder import Model
 from lora.model.gguf import GGUFCheckpoint
-from lora.model.template import Chat, ChatTemplate
+from lora.model.template import BUILT_IN, FROZEN_DATE, ChatTemplate
 from lora.model.tokenizer import Tokenizer
 
 SIDECARS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE",
 )  # fmt: skip
+TEMPLATE_LIMIT = 2**20  # bytes
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -180,8 +183,11 @@ def load_model(checkpoint: Checkpoint | str, dtype: torch.dtype = torch.float32,
     return model.requires_grad_(False).eval()
 
 
-def load_chat(checkpoint: Checkpoint, system: str | bool | None = None) -> Chat:
-    """Tokenizer and chat template of a checkpoint. `system` as in `Chat`. Raises BadInput for what is missing."""
+def load_chat(
+    checkpoint: Checkpoint, system: str | bool | None = None, template: str | None = None, today: date = FROZEN_DATE
+) -> Chat:
+    """Tokenizer and chat template of a checkpoint; or the `template` of that name (BUILT_IN) or in that file. `system`
+    as in `Chat`, `today` for templates that ask. Raises BadInput for what is missing."""
     beside, name = checkpoint.files(), checkpoint.name
     if "tokenizer.json" not in beside:
         raise BadInput(f"no tokenizer in {name}: there is no tokenizer.json. Convert it with its original library")
@@ -201,24 +207,35 @@ def load_chat(checkpoint: Checkpoint, system: str | bool | None = None) -> Chat:
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             special[key] = value
-    if "chat_template.jinja" in beside:
-        where, source = "chat_template.jinja", beside["chat_template.jinja"].decode(errors="replace")
+    ids = generation.get("eos_token_id")
+    eos = [*config.eos_token_ids, *(ids if isinstance(ids, list) else [ids])]
+    eos.append(tokenizer.id(special["eos_token"]) if "eos_token" in special else None)
+    eos = list(dict.fromkeys(i for i in eos if type(i) is int and 0 <= i < config.vocab_size))
+
+    if template in BUILT_IN:
+        where, source = f"--template {template}", BUILT_IN[template]
+        if template == "chatml" and "<|im_end|>" not in tokenizer.control:
+            others = ", ".join(other for other in BUILT_IN if other != template)
+            raise BadInput(f"wrong {where} in {name}: its tokenizer has no token <|im_end|>. Give {others} or a file")
+        if tokenizer.control.get(special.get("eos_token")) is None and eos:
+            special["eos_token"] = tokenizer.token(eos[0]) or ""
+    elif template is not None:
+        where, source = template, files.read_bytes(Path(template), TEMPLATE_LIMIT).decode("utf-8-sig", "replace")
+    elif "chat_template.jinja" in beside:
+        where, source = f"{name}/chat_template.jinja", beside["chat_template.jinja"].decode(errors="replace")
     else:
-        where = "chat_template.json" if "chat_template.json" in beside else "tokenizer_config.json"
-        source = (json_file(where) if where in beside else {}).get("chat_template")
+        file = "chat_template.json" if "chat_template.json" in beside else "tokenizer_config.json"
+        where, source = f"{name}/{file}", (json_file(file) if file in beside else {}).get("chat_template")
         if isinstance(source, list):  # several by name; "default" is the one for chats
             source = next(
                 (t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None
             )
     if not isinstance(source, str):
-        raise BadInput(f"no chat template in {name}: it seems to be a base model. Give an instruct or chat model")
+        fix = f"Give an instruct or chat model, or --template {', '.join(BUILT_IN)} or a file"
+        raise BadInput(f"no chat template in {name}: it seems to be a base model. {fix}")
     if any("\ud800" <= c <= "\udfff" for text in (source, *special.values()) for c in text):
-        raise BadInput(f"wrong text in {name}/{where}: half a surrogate pair, which is no character. Repair it")
-    ids = generation.get("eos_token_id")
-    eos = [*config.eos_token_ids, *(ids if isinstance(ids, list) else [ids])]
-    eos.append(tokenizer.id(special["eos_token"]) if "eos_token" in special else None)
-    eos = list(dict.fromkeys(i for i in eos if type(i) is int and 0 <= i < config.vocab_size))
-    return Chat(tokenizer, ChatTemplate(source, special, f"{name}/{where}"), eos, system)
+        raise BadInput(f"wrong text in {where}: half a surrogate pair, which is no character. Repair it")
+    return Chat(tokenizer, ChatTemplate(source, special, where, today), eos, system)
 
 
 def write_model(

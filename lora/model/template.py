@@ -1,26 +1,20 @@
-"""Messages to ids with trained flags, through the model's own chat template.
+"""A chat template: a jinja program that writes a conversation as the model was taught to read it.
 
-The template is a program from a file we do not trust: it runs in jinja2's immutable sandbox with limits of time, memory
-and output. What the messages say stays text: a control string inside a message (`<|im_end|>`) cannot forge a turn.
+It comes from a file we do not trust, so it runs in jinja2's immutable sandbox with limits of time, memory and output.
 """
 
 import json
-import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
-from functools import cached_property
-from itertools import pairwise
-from typing import NamedTuple
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from lora.errors import BadInput, Refused
-from lora.model.tokenizer import Tokenizer
 
 try:
     import resource
@@ -28,17 +22,25 @@ except ImportError:  # Windows
     resource = None
 
 SECONDS, OUTPUT, MEMORY = 2.0, 16 * 2**20, 512 * 2**20  # limits of one rendering; characters, bytes
-GUARDS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # "noncharacters": no tokenizer or template has a use for them
-FROZEN_DATE = date(2025, 1, 1)  # what `strftime_now` says, so that a prompt is the same tomorrow
+FROZEN_DATE = date(2025, 1, 1)  # what `strftime_now` says by default, so that a prompt is the same tomorrow
 
-ROLES = ("system", "user", "assistant")
-
-
-class Example(NamedTuple):
-    """`tokens[i]` is trained where `trained[i]`; both have one entry a token."""
-
-    tokens: list[int]
-    trained: list[bool]
+BUILT_IN = {  # for base models, which have none; `eos_token` ends an answer
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca; a system turn takes the place of the first line
+    "alpaca": "{% if messages[0].role != 'system' %}Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}"
+    "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
+    "{% else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
+    # the marks are not written twice where the data has them already
+    "qa": "{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '答：' + m.content.removeprefix('答：') + eos_token + '\n' }}"
+    "{% elif m.role == 'user' %}{{ '问：' + m.content.removeprefix('问：') + '\n' }}"
+    "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '答：' }}{% endif %}",
+    "plain": "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}{% endfor %}",
+}
 
 
 class _TemplateError(Exception):
@@ -109,14 +111,21 @@ def limits() -> Iterator[None]:
 
 
 class ChatTemplate:
-    """A jinja template with the special token strings it may use. `where` names its file in errors."""
+    """A jinja template with the special token strings it may use. `where` names its file in errors, `today` is what
+    `strftime_now` believes."""
 
-    def __init__(self, source: str, tokens: dict[str, str] | None = None, where: str = "chat template"):
+    def __init__(
+        self,
+        source: str,
+        tokens: dict[str, str] | None = None,
+        where: str = "chat template",
+        today: date = FROZEN_DATE,
+    ):
         self.source, self.tokens, self.where = source, tokens or {}, where
         sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         sandbox.filters["tojson"] = _tojson
         sandbox.globals["raise_exception"] = _raise_exception
-        sandbox.globals["strftime_now"] = FROZEN_DATE.strftime
+        sandbox.globals["strftime_now"] = today.strftime
         try:
             with limits():
                 self._template = sandbox.from_string(source)
@@ -156,144 +165,3 @@ class ChatTemplate:
 
 def _why(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200].rstrip(".") or type(error).__name__
-
-
-class Chat:
-    """A tokenizer with a chat template: `prompt` for generation, `example` for training, which agree by construction.
-
-    `system`: a text to begin with where the messages have no system turn; None leaves that to the template (some
-    insert one of their own); False has none at all.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, eos: Sequence[int] = (), system=None):
-        self.tokenizer, self.template, self.system = tokenizer, template, system
-        strings = sorted(tokenizer.control, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
-        self.cuts = 0  # conversations in which the tokenizer would have fused an answer with the prompt before it
-        self.guarded = 0  # conversations with text that spells a control token
-        self.end_of_turn = next(iter(eos), None)
-        if self.end_of_turn is None:
-            raise BadInput(
-                f"wrong model in {template.where}: no eos_token_id, so no answer could end. Add it to config.json"
-            )
-        probe = self.example([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        self.end_of_turn = probe.tokens[max(i for i, trained in enumerate(probe.trained) if trained)]
-        self.stops = {*eos, self.end_of_turn}
-        self.cuts = self.guarded = 0
-
-    # ---- rendering ----
-
-    def _render(self, messages: Sequence[dict], generate: bool = False) -> str:
-        has_system = bool(messages) and messages[0]["role"] == "system"
-        text = self.template.render(messages, generate)
-        if self.system is False and not has_system and self.own_system:
-            bos = self.template.tokens.get("bos_token", "")
-            return (
-                text.replace(self.own_system, "", 1)
-                if text.startswith((self.own_system, bos + self.own_system))
-                else text
-            )
-        return text
-
-    @cached_property
-    def own_system(self) -> str:
-        """The system turn that the template inserts where the messages have none, as rendered; "" for none."""
-        system, user = {"role": "system", "content": "x"}, {"role": "user", "content": "x"}
-        try:
-            alone, both = self.template.render([system]), self.template.render([system, user])
-            implicit = self.template.render([user])
-        except BadInput:  # a template that knows no system turn inserts none
-            return ""
-        rest = both.removeprefix(alone)
-        inserted = implicit.removesuffix(rest) if rest and implicit.endswith(rest) else ""
-        return inserted.removeprefix(self.template.tokens.get("bos_token", ""))
-
-    def _guard(self, messages: Sequence[dict]) -> tuple[list[dict], str]:
-        """Messages, the system text of this chat among them, whose control strings are broken by a guard character;
-        and that character ("" where none is)."""
-        if self.system and not (messages and messages[0]["role"] == "system"):
-            messages = [{"role": "system", "content": self.system}, *messages]
-        texts = [message["content"] for message in messages]
-        if not any(self._control.search(text) for text in texts):
-            return list(messages), ""
-        guard = next((g for g in GUARDS if not any(g in text for text in texts)), "")
-        if not guard:
-            raise BadInput("wrong text in the messages: a control token and all of U+FDD0 to U+FDEF. Remove them")
-        self.guarded += 1
-        broken = [self._control.sub(lambda m: m[0][0] + guard + m[0][1:], text) for text in texts]
-        return [{**message, "content": text} for message, text in zip(messages, broken, strict=True)], guard
-
-    def _encode(self, text: str, guard: str) -> list[int]:
-        """Ids of rendered text; guarded strings are mended and encoded as the ordinary text they are."""
-        if not guard:
-            return self.tokenizer.encode(text)
-        ids, position = [], 0
-        for match in [*self._control.finditer(text), None]:
-            plain = text[position : match.start() if match else len(text)].replace(guard, "")
-            ids += self.tokenizer.encode_plain(plain) if plain else []
-            if match:
-                ids.append(self.tokenizer.control[match[0]])
-                position = match.end()
-        return ids
-
-    # ---- what the scripts call ----
-
-    def prompt(self, messages: Sequence[dict]) -> list[int]:
-        """Ids of a conversation up to where the next answer begins."""
-        ids = self._ids(messages, generate=True).tokens
-        if not ids:
-            why = "it writes nothing for this conversation, so no answer can begin"
-            raise BadInput(f"chat template in {self.template.where}: {why}. Repair or replace it")
-        return ids
-
-    def example(self, messages: Sequence[dict]) -> Example:
-        """Ids of a whole conversation; trained is every answer, up to and including its end of turn.
-
-        The ids before an answer are those of `prompt` for the turns before it. Raises BadInput where the template
-        writes a conversation and its beginning so differently that no answer can be found in it.
-        """
-        return self._ids(messages)
-
-    def _ids(self, messages: Sequence[dict], generate: bool = False) -> Example:
-        messages, guard = self._guard(messages)
-        text = self._render(messages, generate)
-        answers = []  # where each begins and ends in the text, and whether the template writes an end of turn
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, upto = self._render(messages[:i], generate=True), self._render(messages[: i + 1])
-            if text.startswith(before) and text.startswith(upto) and len(upto) >= len(before):
-                answers.append((len(before), len(upto), bool(self._control.search(upto, len(before)))))
-            elif not generate:
-                why = f"it rewrites the turns before answer {i + 1}, so no answer can be found"
-                raise BadInput(f"chat template in {self.template.where}: {why}. Give conversations of one answer")
-        borders = [border for begin, end, ends in answers for border in ([begin] if ends else [begin, end])]
-        tokens, counts = self._cut(text, borders, guard)
-        trained, before = [False] * len(tokens), dict(zip(borders, counts, strict=True))
-        control = set(self.tokenizer.control.values())
-        for begin, end, ends in reversed(answers):
-            first = before[begin]
-            if ends:  # up to the last control token that the template wrote there
-                count = len(self._control.findall(text, begin, end))
-                last = [i for i in range(first, len(tokens)) if tokens[i] in control][count - 1]
-            else:  # the answer still has to learn to end
-                last = before[end]
-                tokens.insert(last, self.end_of_turn)
-                trained.insert(last, False)
-            trained[first : last + 1] = [True] * (last + 1 - first)
-        return Example(tokens, trained)
-
-    def _cut(self, text: str, borders: Sequence[int], guard: str) -> tuple[list[int], list[int]]:
-        """Ids of a text, and how many of them lie before each border. Ids are those of the whole text, unless the
-        tokenizer would fuse characters across a border: there it is cut, because generation starts there."""
-        cuts, counts, ends = [0], [], [*borders, len(text)]
-        ids = self._encode(text[: ends[0]], guard)
-        for border, end in pairwise(ends):
-            counts.append(len(ids))
-            longer = [i for a, b in pairwise([*cuts, end]) for i in self._encode(text[a:b], guard)]
-            if longer[: len(ids)] != ids:
-                cuts.append(border)
-                longer = ids + self._encode(text[border:end], guard)
-            ids = longer
-        self.cuts += len(cuts) > 1
-        return ids, counts

@@ -33,17 +33,33 @@ class Tokenizer:
         """Ids of a text in which control strings are control tokens. Nothing is added (no BOS)."""
         return self._fast.encode(text, add_special_tokens=False).ids
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on all cores."""
+        return [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which control strings are ordinary text."""
+        return self._plain(text, False)
+
+    def encode_document(self, text: str) -> list[int]:
+        """As `encode_plain`, with the control tokens that the tokenizer itself puts round a text (BOS)."""
+        return self._plain(text, True)
+
+    def _plain(self, text: str, add: bool) -> list[int]:
         self._fast.encode_special_tokens = True
         try:
-            return self._fast.encode(text, add_special_tokens=False).ids
+            return self._fast.encode(text, add_special_tokens=add).ids
         finally:
             self._fast.encode_special_tokens = False
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, control tokens left out."""
         return self._fast.decode(ids, skip_special_tokens=True)
+
+    def spell(self, ids: list[int]) -> str:
+        """Text of some ids from within a text, control tokens as they are spelled."""
+        text, first = self._fast.decode(ids, skip_special_tokens=False), self.token(ids[0]) or ""
+        return f" {text}" if first.startswith("▁") and not text.startswith(" ") else text  # which some decoders strip
 
     def token(self, i: int) -> str | None:
         """The token of an id as the vocabulary spells it."""

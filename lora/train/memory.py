@@ -11,14 +11,14 @@ RUNTIME = 450e6  # bytes of Python, torch and its buffers before a model is ther
 GROWTH = 1.7  # the heap fragments as the sizes of micro-batches vary; measured over a hundred steps with glibc
 
 
-def expected(model: nn.Module, targets: Sequence[str], s, examples: Sequence) -> float:
+def expected(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> float:
     """Bytes at the peak: weights, adapter with its gradients and Adam's two moments, activations of the largest
-    micro-batch, and the logits of one chunk. `model` may be on `meta`; `s` are the settings, dtype resolved."""
+    micro-batch, and the logits of one chunk. `model` may be on `meta`; `s` are the settings, dtype resolved; `lengths`
+    are those of all examples, of which `batch_size` make a step."""
     c, size = model.config, getattr(torch, s.dtype).itemsize
     base = sum(p.numel() for p in model.parameters()) * size
     adapter = sum(s.rank * sum(model.get_submodule(path).weight.shape) for path in targets) * 4 * 4
-    longest = max(len(e.tokens) for e in examples)
-    step = sum(sorted((len(e.tokens) for e in examples), reverse=True)[: s.batch_size])
+    longest, step = int(max(lengths)), int(sum(sorted(lengths)[-batch_size:]))
     tokens = max(longest, min(s.micro_tokens, step))
     heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     # per token and layer: two norms in float32 and their outputs, q/k/v twice (before and after RoPE), the residuals,

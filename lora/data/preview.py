@@ -1,0 +1,75 @@
+"""What a model will be shown and what it will learn of it, token by token, and the numbers of a data set."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from lora.data.encode import Encoded
+from lora.model.chat import Example
+from lora.model.tokenizer import BROKEN, Tokenizer
+
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def coloured(stream=None) -> bool:
+    """Does the reader see colours? Not in a file or a pipe, nor where NO_COLOR is set (https://no-color.org)."""
+    stream = stream or sys.stdout
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+    """Each token as visible text: control tokens by name, … for a token that is only part of a character."""
+    pending = []
+    for i in ids:
+        pending = [i] if i in tokenizer.control.values() else [*pending, i]
+        text = tokenizer.spell(pending)
+        if text.endswith(BROKEN) and len(pending) < 4:  # a character has at most four bytes
+            yield "…"
+            continue
+        text, pending = text.replace("\n", "⏎").replace("\t", "→"), []
+        yield "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in text)
+
+
+def lines(example: Example, tokenizer: Tokenizer, colour: bool) -> list[str]:
+    """The tokens with `│` between them. A line is trained as a whole (marked +) or not at all; it ends where the
+    text's own line ends (⏎)."""
+    rows: list[tuple[bool, list[str]]] = []
+    for text, trained in zip(pieces(tokenizer, example.tokens), example.trained, strict=True):
+        if not rows or trained != rows[-1][0] or rows[-1][1][-1].endswith("⏎"):
+            rows.append((trained, []))
+        rows[-1][1].append(text)
+    shown = [("+ " if trained else "  ") + "│".join(texts) for trained, texts in rows]
+    if colour:
+        shown = [f"{GREEN}{line}{PLAIN}" if line[0] == "+" else line for line in shown]
+    return shown
+
+
+def show(examples: Encoded, count: int, tokenizer: Tokenizer) -> None:
+    """The first `count` examples on stdout."""
+    colour = coloured()
+    for i in range(min(count, len(examples))):
+        example = examples[i]
+        print(f"example {i + 1} of {len(examples)}, {examples.where[i]}: {len(example.tokens)} tokens, "
+              f"{sum(example.trained)} trained (+)")  # fmt: skip
+        print("\n".join(lines(example, tokenizer, colour)) + "\n")
+
+
+def numbers(examples: Encoded, tokens_per_step: int, memory: float) -> dict[str, str]:
+    """What the data amounts to: name -> value, in this order."""
+    lengths, trained = examples.lengths, int(examples.trained.sum())
+    p50, p95 = (int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 95))
+    return {
+        "rows": f"{examples.rows}",
+        "tokens": f"{len(examples.tokens)}",
+        "trained tokens": f"{trained}",
+        "length p50": f"{p50}",
+        "length p95": f"{p95}",
+        "length max": f"{lengths.max()}",
+        "trained share": f"{trained / len(examples.tokens):.4f}",
+        "dropped": f"{examples.dropped}",
+        "truncated": f"{examples.truncated}",
+        "tokens per step": f"{tokens_per_step}",
+        "memory": f"{memory / 1e9:.1f} GB",
+    }

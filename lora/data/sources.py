@@ -1,0 +1,117 @@
+"""The files that --data, --replay and --eval-data name: read, counted, and what is to say about them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from lora.data import formats, lint
+from lora.data.encode import Encoded, encode, joined
+from lora.errors import BadInput, say
+from lora.model.chat import Chat
+
+
+class Sources(NamedTuple):
+    """Examples of every data file and their weights (None where none has one); of files to replay, each with its share
+    of a step; and those held out."""
+
+    data: list[Encoded]
+    weights: list[float] | None
+    replays: list[tuple[Encoded, float]]
+    held_out: Encoded | None
+
+
+def named(s) -> list[tuple[str, str, float | None]]:
+    """Flag, file and number of every file that is named. Raises BadInput for a number that makes no sense."""
+    files, problems = [], []
+    for flag, names in (("data", s.data), ("replay", s.replay), ("eval", s.eval_data)):
+        for name in names or ():
+            path, number = (name, None) if flag == "eval" else formats.numbered(name)
+            files.append((flag, path, number))
+            if (number is not None and not 0 < number <= 1e6) or (flag == "replay" and number is None):
+                what = "a share" if flag == "replay" else "a weight"
+                why = f"{name!r} has no number that could be {what}"
+                problems.append(f"wrong --{flag} in the command line: {why}. Give FILE:NUMBER, the number above 0")
+    if (s.prompt_key is None) != (s.response_key is None):
+        problems.append("wrong keys in the command line: --prompt-key and --response-key need each other. Give both")
+    if problems:
+        raise BadInput(*problems)
+    return files
+
+
+def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[dict] | None = None) -> Sources:
+    """All examples that the settings ask for; `made` are rows for where no data is named, `locate` finds a file.
+
+    Says in a line what each file is. Raises BadInput with everything that is wrong in any of them.
+    """
+    found, problems = {"data": [], "replay": [], "eval": []}, []
+    files = named(s)
+    if made is not None:
+        found["data"].append((_made(made, s, chat), None))
+    for flag, name, number in files:
+        try:
+            part = _read(locate(name), s, chat)
+        except BadInput as error:
+            problems += error.problems
+            continue
+        what = f"{part.rows:,} rows of {' and '.join(part.shapes)}"
+        times = "" if number is None else f", {'share' if flag == 'replay' else 'weight'} {number:g}"
+        say(f"{flag:8} {name}: {what}{times}")
+        if part.overlong:
+            where, length = part.overlong
+            done = f"{part.dropped} dropped, {part.truncated} truncated"
+            say(f"overlong {done}; over {s.max_len} tokens (--max-len), the first is {where} with {length}")
+        if not len(part):
+            problems.append(f"nothing to train in {name}: no example fits {s.max_len} tokens. Raise --max-len")
+        found[flag].append((part, number))
+    if problems:
+        raise BadInput(*problems)
+    _notes(s, chat)
+    data, numbers = zip(*found["data"], strict=True)
+    weights = None if not any(numbers) else [number or 1.0 for number in numbers]
+    held_out = joined([part for part, _ in found["eval"]]) if found["eval"] else None
+    return Sources(list(data), weights, found["replay"], held_out)
+
+
+def _made(rows: Sequence[dict], s, chat: Chat) -> Encoded:
+    conversations = (formats.Conversation(row["messages"], f"row {i}") for i, row in enumerate(rows, 1))
+    part = encode(conversations, chat, s.max_len, s.train_on, s.overlong)
+    if not len(part):
+        raise BadInput(f"nothing to train in the rows made here: none fits {s.max_len} tokens. Raise --max-len")
+    return part
+
+
+def _read(path: Path, s, chat: Chat) -> Encoded:
+    size = path.stat().st_size if path.is_file() else None
+    keys = (s.prompt_key, s.response_key) if s.prompt_key else None
+    with tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+        return encode(formats.scan([path], keys=keys, progress=bar.update), chat, s.max_len, s.train_on, s.overlong)
+
+
+def _notes(s, chat: Chat) -> None:
+    """What the template and the tokenizer do that a reader of the data would not expect."""
+    if chat.own_system and s.system is None and not s.no_system:
+        own = " ".join(chat.own_system.split())
+        say(f"system   the template adds, where a row has none: {own[:120]} (--no-system leaves it out)")
+    for count, what in (
+        (chat.guarded, "rows spell a control token in their text; it is kept as plain text"),
+        (chat.cuts, "examples are cut into tokens where the answer begins, as in generation"),
+        (chat.split, "rows became an example for each answer, because the template rewrites earlier turns"),
+    ):
+        if count:
+            say(f"note     {count} {what}")
+
+
+def lint_report(s, locate: Callable[[str], Path]) -> int:
+    """What --check finds, a line each on stdout; exit code 2 if anything."""
+    files, keys = named(s), (s.prompt_key, s.response_key) if s.prompt_key else None
+    if not files:
+        raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
+    train = list(formats.scan([locate(name) for flag, name, _ in files if flag != "eval"], keys=keys))
+    held_out = list(formats.scan([locate(name) for flag, name, _ in files if flag == "eval"], keys=keys))
+    findings = lint.check(train, held_out)
+    for finding in findings:
+        print(finding)
+    say(f"{len(findings)} finding{'s' if len(findings) != 1 else ''} in {len(train) + len(held_out):,} rows")
+    return 2 if findings else 0
