@@ -22,9 +22,9 @@ from lora import device as machine
 from lora import files, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import choose, disabled, inject, lora_layers
-from lora.data import batch, formats, preview
+from lora.data import batch, preview
 from lora.data.encode import joined
-from lora.data.sources import lint_report, read_sources
+from lora.data.sources import lint_report, numbered, read_sources
 from lora.errors import BadInput, StopFlag, Stopped, say
 from lora.model import download, pretrained
 from lora.model.sample import generate
@@ -170,7 +170,7 @@ def out_folder(s) -> Path:
     """--out, or the first of weights/NAME, weights/NAME-2, ... that is free; NAME is that of the data."""
     if s.out:
         return Path(s.out)
-    name = Path(formats.numbered(s.data[0])[0]).name.split(".")[0] if s.data else "self-introduction"
+    name = Path(numbered(s.data[0])[0]).name.split(".")[0] if s.data else "self-introduction"
     number, out = 1, Path("weights") / (name or "adapter")
     while out.exists():
         number += 1

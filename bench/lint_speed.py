@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lora.data import lint  # noqa: E402
+from lora.data import lint, near  # noqa: E402
 from lora.data.formats import Conversation  # noqa: E402
 
 EVERY = 50
@@ -64,7 +64,7 @@ def nearly(pair: tuple[str, str], random: random.Random) -> tuple[str, str]:
     while True:
         place = random.randrange(len(best))
         worse = best[:place] + random.choice("xyzqj") + best[place + 1 :]
-        if not lint.is_near(row, f"{lint.normal(question)}\n{lint.normal(worse)}"):
+        if not near.is_near(row, f"{lint.normal(question)}\n{lint.normal(worse)}"):
             return question, best
         best = worse
 
@@ -91,17 +91,17 @@ def main() -> None:
     )
     size = sum(len(q) + len(a) for q, a in pairs)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    calls, is_near = [0], lint.is_near
+    calls, is_near = [0], near.is_near
 
     def counted(one: str, other: str) -> bool:
         calls[0] += 1
         return is_near(one, other)
 
-    lint.is_near = counted
+    near.is_near = counted
     start, busy = time.monotonic(), time.process_time()
     findings = lint.check(train, evaluation)
     seconds, busy = time.monotonic() - start, time.process_time() - busy
-    lint.is_near = is_near
+    near.is_near = is_near
     found = {(f.file, f.line) for f in findings if f.code in ("NEAR-DUPLICATE", "DUPLICATE")}
     hits = sum(("train.jsonl", place + 1) in found for place in planted)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

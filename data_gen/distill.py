@@ -30,6 +30,7 @@ from data_gen import teacher
 from data_gen.teacher import Question, Reply
 from lora import errors, files
 from lora.data import formats
+from lora.data.leftovers import is_leftover
 from lora.errors import BadEnvironment, BadInput
 
 # language -> the prompt, and one example in it
@@ -50,37 +51,18 @@ SLOT = re.compile(r"\{(n|examples|question|answer)\}")
 # What is before an answer: a teacher thinks aloud, or goes on with the form.
 BEFORE = re.compile(r"\A\s*(<think>.*?</think>\s*)?((Answer|答)\s*[:：])?", re.IGNORECASE | re.DOTALL)
 
-# How an answer begins that is none: patterns, in lower case with straight apostrophes and no space after commas.
-REFUSALS = (
-    r"((i'm|i am) )?((so|very|really) )?sorry,? ?(but )?(i|we) (can't|cannot|can not|am unable|am not able)",
-    r"i apologi[sz]e,? ?(but )?i (can't|cannot|can not|am unable|am not able)",
-    r"i (can't|cannot|can not) (assist|help with|provide|fulfil|comply|answer|discuss|generate)",
-    r"(i'm|i am) (unable|not able) to (assist|help|provide|fulfil|comply|answer|discuss|generate)",
-    r"as an? (ai|artificial intelligence|(large )?language model)\b",
-    r"(i'm|i am) (just |only )?an? (ai|artificial intelligence|(large )?language model)\b",
-    r"(很|非常|十分|实在)?(抱歉|对不起|不好意思)[,，。！]?(但是?)?我?(目前|暂时|现在|还)?(无法|不能|不可以|不便|没办法|没法)",
-    r"(很|非常|十分|实在)?(抱歉|对不起|不好意思)[,，。！]?(这个|该|您的|你的)(问题|请求|内容)我?(无法|不能)",
-    r"((很|非常|十分)?(抱歉|对不起|不好意思)[,，。！])?(我?作为|我只?是)(一个|一名|一款)?(大型?)?(ai|人工智能|语言模型)",
-    r"我(目前|暂时|现在)?(无法|不能)(提供|回答|满足|协助|完成|生成|讨论)",
+# A teacher that speaks of itself has left the style, whatever follows.
+ITSELF = re.compile(
+    r"(?:as|i(?:'m| am) (?:just |only )?)\W*an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|(?:我?作为|我只?是)(?:一个|一名|一款)?(?:大型?)?(?:ai|人工智能|语言模型)",
+    re.IGNORECASE,
 )
-# Likewise messages of a program between us and the teacher, if the whole answer is short.
-ERRORS = (
-    r"((internal )?server|network|gateway|connection|api|unknown) error(\W|$)",
-    r"(error|exception|traceback)( code)? ?[:：\d(]",
-    r"(service (temporarily )?unavailable|bad gateway|gateway timeout|too many requests|rate limit (exceeded|reached))",
-    r"(an error occurred|something went wrong|(the )?request (timed out|failed))",
-    r"<(!doctype|html)|\{\"?error",
-    r"(网络|服务器?|系统|接口|连接|请求|内部)(连接)?(发生|出现|出)?(错误|异常|繁忙|开小差|失败|超时|过于频繁)",
-    r"(发生|出现)了?(未知)?错误|出错了",
-)
-ERROR_LENGTH = 200  # characters
-REFUSAL, ERROR = (re.compile("|".join(f"(?:{p})" for p in table)) for table in (REFUSALS, ERRORS))
 FINISHES = {  # of several endpoints, in lower case; any other is a whole answer
     **dict.fromkeys(("length", "max_tokens", "max_output_tokens"), "truncated"),
     **dict.fromkeys(("content_filter", "refusal", "safety", "sensitive", "recitation"), "filtered"),
     "failed": "failed",
 }
-KEPT_OUT = ("failed", "truncated", "filtered", "empty", "refused", "error message", "duplicate")
+KEPT_OUT = ("failed", "truncated", "filtered", "empty", "refused", "duplicate")
 SHORT = 8  # characters: a shorter answer ("Yes.", "不知道") may be part of another text by chance
 TRIES = 50  # draws before the possible examples of a question are listed
 
@@ -252,12 +234,10 @@ def why_not(reply: Reply) -> str | None:
     """Why a reply is no row: one of KEPT_OUT but "duplicate", or None."""
     if reason := FINISHES.get(reply.finish.lower()):
         return reason
-    start = re.sub(r"([,，]) ?", r"\1", fold(answer_of(reply)).replace("’", "'"))
-    if not start:
+    answer = answer_of(reply)
+    if not answer:
         return "empty"
-    if REFUSAL.match(start):
-        return "refused"
-    return "error message" if len(start) <= ERROR_LENGTH and ERROR.match(start) else None
+    return "refused" if is_leftover(answer) or ITSELF.match(answer.replace("’", "'")) else None
 
 
 def rows_of(prompts: Prompts, replies: Iterator[Reply], counts: Counter) -> Iterator[dict]:

@@ -18,6 +18,7 @@ from lora import errors
 from lora.data import formats
 from lora.data.batch import IGNORE, lay_out, micro_batches, order, steps, tokens_per_step
 from lora.data.formats import read
+from lora.data.sources import numbered
 from lora.errors import BadInput
 from lora.model.chat import Example
 
@@ -213,7 +214,7 @@ def test_progress_hears_of_every_byte_once(tmp_path):
     ],
 )
 def test_what_follows_the_last_colon_is_a_number_or_belongs_to_the_name(name, parts):
-    assert formats.numbered(name) == parts
+    assert numbered(name) == parts
 
 
 def test_text_is_kept_to_the_byte(tmp_path):

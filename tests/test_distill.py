@@ -231,7 +231,7 @@ BAD = {
         "作为一个AI语言模型，我", "作为人工智能", "抱歉，这个问题我无法回答", "我无法提供相关信息。",
         "Answer: I'm sorry, but I can't.", "答：作为一名人工智能助手，",
     ],
-    "error message": [
+    "refused ": [  # by a program on the way
         "Network error", "network error: try again", "Error: 500", "<!DOCTYPE html><html>", '{"error": {}}',
         "Too many requests", "网络错误，请稍后再试", "服务器开小差了", "请求过于频繁", "出错了",
     ],
@@ -248,7 +248,7 @@ GOOD = [
 
 @pytest.mark.parametrize(("reason", "text"), [(reason, text) for reason, texts in BAD.items() for text in texts])
 def test_refusals_and_error_messages_are_no_answers(reason, text):
-    assert distill.why_not(Reply("1", text, "stop", 0)) == reason
+    assert distill.why_not(Reply("1", text, "stop", 0)) == reason.strip()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.data import lint
+from lora.data import near
 from lora.data.lint import CODES, check, is_leftover, normal
 
 TURNS = ("user", "assistant")
@@ -92,6 +92,7 @@ def test_brackets_of_code_links_and_mathematics_are_no_placeholders(text):
         "I’m unable to assist.",
         "As an AI language model, I don't have feelings.",
         "抱歉，我无法回答这个问题。",
+        "A: I cannot help with that.",
         "作为一个AI语言模型，我没有感情。",
         "The sea is wide. " * 40 + "\n\nnetwork error",
     ],
@@ -176,6 +177,8 @@ def test_duplicates_but_for_case_space_and_punctuation_point_to_the_first():
         ("3²", "32"),
         ("C#", "C"),
         ("2*3", "2+3"),
+        ("2**3", "23"),
+        ("x-y", "x*y"),
         ("?", "!"),
         ("a\nb", "ab c"),
     ],
@@ -186,7 +189,16 @@ def test_signs_and_the_ends_of_numbers_make_questions_different(one, other):
 
 
 @pytest.mark.parametrize(
-    "one, other", [("２＊３", "2*3"), ("Hello, World!", "hello world"), ("你 好？", "你好"), ("a\u200bb", "ab")]
+    "one, other",
+    [
+        ("２＊３", "2*3"),
+        ("Hello, World!", "hello world"),
+        ("你 好？", "你好"),
+        ("a\u200bb", "ab"),
+        ("a well-known e-mail", "A well known email"),
+        ("**Now**, or - later", "now or later"),
+        ("- a\n* b", "a\nb"),
+    ],
 )
 def test_width_case_space_and_punctuation_do_not(one, other):
     assert normal(one) == normal(other)
@@ -255,7 +267,8 @@ def test_a_document_or_a_whole_row_that_is_nearly_in_the_training_data_is_overla
 
 
 def test_swapped_operands_within_the_training_data_are_fine():
-    assert found(rows(("计算874*265", "231610"), ("计算265*874", "231610"))) == []
+    assert codes(("计算874*265", "231610"), ("计算265*874", "231610")) == []
+    assert codes(("计算874-265", "609"), ("计算265-874", "-609")) == []
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -335,7 +348,7 @@ def groups(pairs):
 def test_near_duplicates_are_those_that_every_pair_compared_gives(seed):
     texts = families(seed)
     expected = [(i, j) for j in range(len(texts)) for i in range(j) if 10 * jaccard(texts[i], texts[j]) >= 9]
-    pairs = list(lint.near_pairs(texts))
+    pairs = list(near.near_pairs(texts))
     assert len(expected) > 30
     assert set(pairs) <= set(expected)
     assert groups(pairs) == groups(expected)
@@ -347,7 +360,7 @@ def test_near_duplicates_are_those_that_every_pair_compared_gives(seed):
 @pytest.mark.parametrize("seed", range(2))
 def test_across_a_split_every_later_text_that_is_near_an_earlier_one_is_found(seed):
     texts = families(seed + 10)
-    pairs = set(lint.near_pairs(texts, 200))
+    pairs = set(near.near_pairs(texts, 200))
     expected = {(i, j) for j in range(200, 300) for i in range(200) if 10 * jaccard(texts[i], texts[j]) >= 9}
     assert pairs <= expected
     assert {j for _, j in pairs} == {j for _, j in expected} != set()
@@ -371,7 +384,7 @@ def test_signatures_agree_as_often_as_the_sets_do():
     source = random.Random(1)
     base = ["".join(source.choices("abcdefghijklmnop", k=300)) for _ in range(40)]
     other = [text[: 300 - 6 * cut] + "z" * 6 * cut for cut, text in enumerate(base)]
-    _, hashes = lint._signatures([*base, *other])
+    _, hashes = near._signatures([*base, *other])
     shares = (hashes[:40] == hashes[40:]).mean(axis=1)
     exact = np.array([jaccard(*pair) for pair in zip(base, other, strict=True)])
     assert np.all(np.abs(shares - exact) < 5 * np.sqrt(exact * (1 - exact) / hashes.shape[1]) + 0.01)
@@ -380,9 +393,9 @@ def test_signatures_agree_as_often_as_the_sets_do():
 
 def test_a_signature_does_not_depend_on_the_texts_beside_it(monkeypatch):
     texts = [text for text in families(6, 60) if len(text) >= 5]
-    together = lint._signatures(texts)
-    monkeypatch.setattr(lint, "CHUNK", 1)
-    for one, other in zip(together, lint._signatures(texts), strict=True):
+    together = near._signatures(texts)
+    monkeypatch.setattr(near, "CHUNK", 1)
+    for one, other in zip(together, near._signatures(texts), strict=True):
         assert np.array_equal(one, other)
 
 
@@ -392,7 +405,7 @@ def test_candidates_at_the_threshold_are_found():
     for _ in range(200):
         text = "".join(source.choices("abcdefghijklmnopqrstuvw", k=384))
         texts += [text + "".join(source.choices("XYZ", k=20)), text + "".join(source.choices("UVW", k=20))]
-    pairs = set(lint.near_pairs(texts))
+    pairs = set(near.near_pairs(texts))
     assert all(0.9 <= jaccard(*texts[i : i + 2]) < 0.93 for i in range(0, 400, 2))
     assert sum((i, i + 1) in pairs for i in range(0, 400, 2)) >= 198
 
@@ -401,13 +414,13 @@ def test_candidates_at_the_threshold_are_found():
 
 
 def comparisons(monkeypatch, texts):
-    count, is_near = [0], lint.is_near
+    count, is_near = [0], near.is_near
 
     def counted(one, other):
         count[0] += 1
         return is_near(one, other)
 
-    monkeypatch.setattr(lint, "is_near", counted)
+    monkeypatch.setattr(near, "is_near", counted)
     return found(rows(*((text,) for text in texts))), count[0]
 
 
@@ -427,4 +440,4 @@ def test_rows_that_are_all_nearly_near_need_few_comparisons_each(monkeypatch):
     texts = [LONG + "".join(source.choices("ABCDEFGHIJ", k=10)) for _ in range(2000)]
     assert 0.8 < jaccard(texts[0], texts[1]) < 0.9
     _, count = comparisons(monkeypatch, texts)
-    assert count <= (lint.TRIES + 3) * 2000
+    assert count <= (near.TRIES + 3) * 2000

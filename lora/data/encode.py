@@ -1,5 +1,6 @@
 """Conversations become examples: a batch of rows at a time, kept as arrays, so that 100,000 rows need little memory."""
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -54,7 +55,7 @@ class _Collector:
     def __init__(self, chat: Chat, limit: int, train_on: str, overlong: str):
         self.chat, self.limit, self.train_on, self.overlong = chat, limit, train_on, overlong
         self.found, self.problems, self.stride = Encoded(), [], 1
-        self.tokens, self.trained, self.lengths = [], [], []
+        self.tokens, self.trained, self.lengths = array("i"), bytearray(), array("i")
 
     def add(self, rows: Sequence[Conversation | Problem]) -> None:
         conversations = [row for row in rows if isinstance(row, Conversation)]
@@ -98,14 +99,15 @@ class _Collector:
         return short
 
     def _store(self, example: Example, where: str) -> None:
-        self.tokens.append(np.array(example.tokens, np.int32))
-        self.trained.append(np.array(example.trained, bool))
+        self.tokens.extend(example.tokens)
+        self.trained.extend(example.trained)
         self.lengths.append(len(example.tokens))
         self.found.where.append(where)
 
     def result(self) -> Encoded:
         if self.lengths:
-            self.found.tokens, self.found.trained = np.concatenate(self.tokens), np.concatenate(self.trained)
+            self.found.tokens = np.frombuffer(self.tokens, np.int32)
+            self.found.trained = np.frombuffer(self.trained, bool)
             self.found.ends = np.concatenate([[0], np.cumsum(self.lengths)])
         return self.found
 
@@ -134,6 +136,8 @@ def encode(
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
     """The examples of several sources, one after another."""
+    if len(parts) == 1:
+        return parts[0]
     whole = Encoded(np.concatenate([p.tokens for p in parts]), np.concatenate([p.trained for p in parts]))
     whole.ends = np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]))])
     for part in parts:

@@ -12,7 +12,6 @@ bytes say, not its name. Nothing is repaired silently: what is wrong is collecte
 
 import gzip
 import json
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -343,16 +342,3 @@ def _train(message: dict, role: str, name: str) -> dict:
     if train and role != "assistant":
         raise _Wrong(f'{name} of {role} has "train": true, but only answers are learned. Remove it, or --train-on all')
     return {"train": False} if role == "assistant" and (train is False or weight == 0) else {}
-
-
-# ---- names with a number ---------------------------------------------------------------------------------------------
-
-
-def numbered(name: str) -> tuple[str, float | None]:
-    """`a.jsonl:3` as ("a.jsonl", 3.0): what follows the last colon is a number, or belongs to the name (None)."""
-    path, _, tail = name.rpartition(":")
-    try:
-        number = float(tail)
-    except ValueError:
-        return name, None
-    return (path, number) if path and not math.isnan(number) else (name, None)

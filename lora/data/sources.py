@@ -1,5 +1,6 @@
 """The files that --data, --replay and --eval-data name: read, counted, and what is to say about them."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +23,22 @@ class Sources(NamedTuple):
     held_out: Encoded | None
 
 
+def numbered(name: str) -> tuple[str, float | None]:
+    """`a.jsonl:3` as ("a.jsonl", 3.0): what follows the last colon is a number, or belongs to the name (None)."""
+    path, _, tail = name.rpartition(":")
+    try:
+        number = float(tail)
+    except ValueError:
+        return name, None
+    return (path, number) if path and not math.isnan(number) else (name, None)
+
+
 def named(s) -> list[tuple[str, str, float | None]]:
     """Flag, file and number of every file that is named. Raises BadInput for a number that makes no sense."""
     files, problems = [], []
     for flag, names in (("data", s.data), ("replay", s.replay), ("eval", s.eval_data)):
         for name in names or ():
-            path, number = (name, None) if flag == "eval" else formats.numbered(name)
+            path, number = (name, None) if flag == "eval" else numbered(name)
             files.append((flag, path, number))
             if (number is not None and not 0 < number <= 1e6) or (flag == "replay" and number is None):
                 what = "a share" if flag == "replay" else "a weight"
