@@ -6,6 +6,7 @@ Exit 0 when every mutation was noticed.
 """
 
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -18,6 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120  # a mutation may make a test loop
+PRELOADED = (  # others' packages, imported once, before the forks
+    "pytest", "hypothesis", "openai", "openai.resources.chat.completions", "gguf", "jinja2.sandbox", "jinja2.ext",
+    "safetensors.torch", "tokenizers", "tqdm", "huggingface_hub",
+)  # fmt: skip
 
 
 def rows(words: list[str]) -> list[dict]:
@@ -81,8 +86,10 @@ def start_worker(scratch: str) -> None:
 
 
 def main() -> int:
-    import torch  # imported once, before the forks
+    import torch
 
+    for name in PRELOADED:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]

@@ -129,7 +129,9 @@ def test_every_example_fits_and_every_row_is_an_example_or_dropped(limit, overlo
     found = encode(rows, chat_of("chatml"), limit, train_on, overlong)
     assert len(found) + found.dropped == found.rows == 4
     assert all(len(e.tokens) <= limit and any(e.trained) for e in found)
-    assert found.dropped + found.truncated == sum(len(chat_of("chatml").lay(r.messages)[0].tokens) > limit for r in rows)
+    assert found.dropped + found.truncated == sum(
+        len(chat_of("chatml").lay(r.messages)[0].tokens) > limit for r in rows
+    )
 
 
 # ---- to be seen ------------------------------------------------------------------------------------------------------
@@ -154,8 +156,8 @@ def test_a_preview_by_hand():
     [laid] = chat_of("chatml").lay(turns("Hi 日", "one\ntwo <|im_end|>"))
     found = preview.lines(laid.example(), byte_level(), False)
     text = ["".join(line[2:].split("│")).replace("…", "") for line in found]
-    assert text == ["<|im_start|>user⏎", "Hi 日<|im_end|>⏎", "<|im_start|>assistant⏎", "one⏎", "two <|im_end|><|im_end|>",
-                    "⏎"]  # fmt: skip
+    header, end = "<|im_start|>assistant⏎", "two <|im_end|><|im_end|>"
+    assert text == ["<|im_start|>user⏎", "Hi 日<|im_end|>⏎", header, "one⏎", end, "⏎"]
     assert [line[0] for line in found] == [" ", " ", " ", "+", "+", " "]
     assert found[4].endswith("│<|im_end|>") and "<│|│" in found[4]  # the spelled one is several tokens
 
@@ -198,7 +200,9 @@ def test_preview_counts_what_is_too_long(tmp_path):
 
 def test_files_are_mixed_and_replayed_as_asked_and_the_plan_says_so(tmp_path):
     for name, count in (("a", 4), ("b", 6), ("c", 3)):
-        (tmp_path / f"{name}.jsonl").write_text(cli.rows([[("user", name), ("assistant", str(i))] for i in range(count)]))
+        (tmp_path / f"{name}.jsonl").write_text(
+            cli.rows([[("user", name), ("assistant", str(i))] for i in range(count)])
+        )
     argv = ("--data", "a.jsonl:3", "b.jsonl", "--replay", "c.jsonl:0.5", "--batch-size", 4, "--max-steps", 5)
     done = cli.train("out", *argv, cwd=tmp_path)
     ok(done)
@@ -259,11 +263,15 @@ def test_a_base_model_without_a_template_trains_with_a_named_one_and_is_refused_
 
 def test_the_plan_tells_of_a_system_turn_that_the_template_adds(tmp_path):
     base = cli.write_model(tmp_path / "model")
-    template = "{% if messages[0].role != 'system' %}<|im_start|>system\nI am Quill.<|im_end|>\n{% endif %}" + cli.CHATML
+    template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nI am Quill.<|im_end|>\n{% endif %}" + cli.CHATML
+    )
     (base / "chat_template.jinja").write_text(template)
     argv = ("--model", "model", "--data", cli.data_file(), "--preview", 1, *cli.ON_CPU)
     done = cli.call("train", *argv, cwd=tmp_path)
-    assert "system   the template adds, where a row has none: <|im_start|>system I am Quill.<|im_end|> (--no" in done.err
+    assert (
+        "system   the template adds, where a row has none: <|im_start|>system I am Quill.<|im_end|> (--no" in done.err
+    )
     assert "Quill" in ok(done).replace("│", "")
     without = cli.call("train", *argv, "--no-system", cwd=tmp_path)
     assert "\n  <|im_start|>│user│⏎\n" in ok(without)  # nothing is left of it, though BOS begins every turn here

@@ -339,10 +339,20 @@ def test_a_file_of_a_data_set_is_read_from_the_hub_and_then_from_the_cache(hub, 
 @pytest.mark.parametrize(
     ("name", "says_no", "code", "message"),
     [
-        ("hub:owner/chats/none.jsonl", {}, 2, r"no file in hub:owner/chats/none\.jsonl: the dataset owner/chats has no"),
+        (
+            "hub:owner/chats/none.jsonl",
+            {},
+            2,
+            r"no file in hub:owner/chats/none\.jsonl: the dataset owner/chats has no",
+        ),
         ("hub:owner/none/a.jsonl", {}, 2, r"no dataset in hub:owner/none/a\.jsonl: no such repository, or it is priv"),
         ("hub:owner/chats/a.jsonl", {"datasets": (403, "GatedRepo")}, 2, r"no access to hub owner/chats: the reposit"),
-        ("hub:owner/chats/a.jsonl", {"datasets": (500, "")}, 3, r"no dataset in hub:owner/chats/a\.jsonl: the hub does"),
+        (
+            "hub:owner/chats/a.jsonl",
+            {"datasets": (500, "")},
+            3,
+            r"no dataset in hub:owner/chats/a\.jsonl: the hub does",
+        ),
         ("hub:owner/chats", {}, 2, r"wrong name in hub:owner/chats: expected hub:owner/name/file"),
         ("hub:owner/chats/../a", {}, 2, r"wrong name in hub:owner/chats/\.\./a: expected hub:owner/name/file"),
     ],

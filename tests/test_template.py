@@ -138,7 +138,7 @@ OPEN = (  # no control token at all
 QWEN25 = (  # a system turn of its own, written where the messages have none
     "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
     "{%- else %}{{- '<|im_start|>system\nYou are Quill. You help.<|im_end|>\n' }}{%- endif %}"
-    "{%- for m in messages %}{%- if m.role == 'user' or (m.role == 'system' and not loop.first) or m.role == 'assistant' %}"
+    "{%- for m in messages %}{%- if m.role != 'system' or not loop.first %}"
     "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
@@ -161,8 +161,8 @@ DEEPSEEK = (  # wide bars, no line ends, and no thoughts
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
 QWEN3 = (  # answers before the last question lose their thoughts; the last one is given empty ones if it has none
-    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
-    "{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}"
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}"
+    "{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}"
     "{%- set parts = m.content.split('</think>') %}{%- set said = parts[-1].lstrip('\n') %}"
     "{%- set thought = parts[0].replace('<think>', '').strip('\n') if parts|length > 1 else '' %}"
     "{{- '<|im_start|>assistant\n' }}{%- if loop.index0 > ns.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}"
@@ -399,7 +399,9 @@ def test_an_answer_without_control_tokens_around_it_ends_where_its_text_ends():
 # ---- templates that rewrite earlier turns ----------------------------------------------------------------------------
 
 
-THOUGHTS = turns("Hi", "<think>\nShort.\n</think>\n\nHello.", "And?", "So what.", "Why?", "<think>\nHm.\n</think>\n\nYes.")
+THOUGHTS = turns(
+    "Hi", "<think>\nShort.\n</think>\n\nHello.", "And?", "So what.", "Why?", "<think>\nHm.\n</think>\n\nYes."
+)
 
 
 def laid(name: str, messages, train_on: str = "assistant"):
@@ -411,7 +413,11 @@ def test_where_the_template_rewrites_earlier_turns_every_answer_becomes_an_examp
     before = chat.split
     examples = laid("qwen3", THOUGHTS)
     assert chat.split == before + 1
-    wanted = ["<think>\nShort.\n</think>\n\nHello.", "<think>\n\n</think>\n\nSo what.", "<think>\nHm.\n</think>\n\nYes."]
+    wanted = [
+        "<think>\nShort.\n</think>\n\nHello.",
+        "<think>\n\n</think>\n\nSo what.",
+        "<think>\nHm.\n</think>\n\nYes.",
+    ]
     for place, (tokens, trained), text in zip((1, 3, 5), examples, wanted, strict=True):
         ((begin, end),) = runs(trained)
         assert tokens[:begin] == chat.prompt(THOUGHTS[:place])

@@ -36,11 +36,13 @@ def contents(read: Callable[[str], torch.Tensor], names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def make(name: str, header: dict, read: Callable[[str], torch.Tensor], paths: Iterable[str], chat: dict) -> dict:
+def make(
+    name: str, header: dict, read: Callable[[str], torch.Tensor], paths: Iterable[str], chat: dict | None = None
+) -> dict:
     """The passport of an adapter on the Linears at `paths`, trained with this `chat`."""
     patched = contents(read, (f"{path}.weight" for path in paths))
     base = {"name": name, "structure": structure(header), "patched": patched}
-    return {"format": FORMAT, "base": base, "chat": chat}
+    return {"format": FORMAT, "base": base, "chat": chat or {}}
 
 
 def read(folder: Path) -> dict | None:

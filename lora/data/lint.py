@@ -87,6 +87,7 @@ PLACEHOLDER = re.compile(
     r"|(?<![\\^_}])\{\{\s*[^\W\d][\w .-]+\}\}"  # {{name}}; not TeX's x^{{n}}
 )
 
+
 def _alone(row: Conversation) -> Iterator[Finding]:
     slots = (PLACEHOLDER.search(CODE.sub(" ", message["content"])) for message in row.messages)
     if slot := next(filter(None, slots), None):
