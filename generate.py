@@ -97,7 +97,8 @@ def read_prompts(s) -> list[tuple[list[dict], str]] | None:
     if s.prompts is None:
         return None
     data = files.read_bytes(s.prompts)
-    if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+    start = data.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith((b"{", b"\x1f\x8b")) or (start.startswith(b"[") and s.prompts.endswith(".json")):
         return [(until_answer(c.messages), c.where) for c in formats.read([s.prompts], answered=False)]
     try:
         lines = data.decode("utf-8-sig").split("\n")

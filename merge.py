@@ -64,6 +64,10 @@ def story(argv) -> int:
         if template := passport.template_of(s.adapter):  # the one it was trained with
             files.write_bytes(folder / passport.TEMPLATE, files.read_bytes(template))
     bar.close()
+    system = ((passport.read(s.adapter) or {}).get("chat") or {}).get("system")
+    if isinstance(system, str):
+        text = " ".join(system.split())[:100]
+        say(f"note     it was trained with this system turn, which a merged model does not remember: {text}")
     say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
     return 0
 

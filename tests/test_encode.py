@@ -244,9 +244,19 @@ def test_generation_uses_the_template_system_and_date_of_training(tmp_path, name
     assert "system   as in training: Be kind.\n" in as_trained.err
     told = (*asked, "--system", "Be kind.", "--date", "2031-02-03", "--template", "out/chat_template.jinja")
     assert ok(as_trained) == ok(cli.ask("--adapter", "out", *told, cwd=tmp_path))
-    merged = ("--adapter", "out", "--out", "merged")
-    ok(cli.call("merge", *merged, cwd=tmp_path))
+    done = cli.call("merge", "--adapter", "out", "--out", "merged", cwd=tmp_path)
+    ok(done)
+    assert "system turn, which a merged model does not remember: Be kind.\n" in done.err
     assert (tmp_path / "merged/chat_template.jinja").read_bytes() == (tmp_path / "out/chat_template.jinja").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.gz"])
+def test_prompts_may_be_rows_in_lines_or_a_list_or_packed(tmp_path, name):
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("What is 1 and 1?", "Hello.")]
+    data = (json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows))).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name == "rows.gz" else data)
+    found = ok(cli.ask("--model", cli.model_folder(), "--prompts", name, cwd=tmp_path)).splitlines()
+    assert [json.loads(line)["prompt"] for line in found] == ["What is 1 and 1?", "Hello."]
 
 
 def test_a_base_model_without_a_template_trains_with_a_named_one_and_is_refused_without(tmp_path):

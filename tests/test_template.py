@@ -162,7 +162,8 @@ DEEPSEEK = (  # wide bars, no line ends, and no thoughts
 )
 QWEN3 = (  # answers before the last question lose their thoughts; the last one is given empty ones if it has none
     "{%- set ns = namespace(last=0) %}{%- for m in messages %}"
-    "{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}"
+    "{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}"
     "{%- set parts = m.content.split('</think>') %}{%- set said = parts[-1].lstrip('\n') %}"
     "{%- set thought = parts[0].replace('<think>', '').strip('\n') if parts|length > 1 else '' %}"
     "{{- '<|im_start|>assistant\n' }}{%- if loop.index0 > ns.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}"
