@@ -10,7 +10,7 @@ import re
 import sys
 from argparse import SUPPRESS
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -230,21 +230,6 @@ def _tell(turn: Turn, what: str) -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def check_out(out: Path, source: Path) -> None:
-    """Raises BadInput where `out` cannot be written, or is what is read."""
-    if not out.parent.is_dir():
-        fix = f"Make it first: mkdir -p {out.parent}"
-        raise errors.BadInput(f"wrong --out in {out}: there is no folder {out.parent}. {fix}")
-    if out.exists() and not out.is_file():
-        raise errors.BadInput(f"wrong --out in {out}: it is not a regular file. Choose another name")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise errors.BadInput(f"wrong --out in {out}: it is the file that is read. Choose another name")
-
-
-def write_rows(out: Path, rows: Iterable[dict]) -> None:
-    files.write_bytes(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
 def within(low: int, high: int):
     """An argparse type: an integer of that range."""
 
@@ -270,14 +255,15 @@ def story(argv) -> None:
     parser.add_argument("--out", type=Path, required=True, default=SUPPRESS, help=OUT_HELP)
     teacher.add_flags(parser)
     args = parser.parse_args(argv)
-    check_out(args.out, args.data)
+    if problems := files.unwritable("--out", args.out, args.data):
+        raise errors.BadInput(*problems)
     master, turns = teacher.from_flags(args), read_turns(args.data)
     found, whys = rewrites(turns, args.ways, args.lang, master, args.out)
     rows = [turn.row(rewrite) for turn, kept in zip(turns, found, strict=True) for rewrite in kept]
     new = len(rows)
     rows += [] if args.only_new else [turn.row(turn.question) for turn in turns]
     random.Random(args.seed).shuffle(rows)
-    write_rows(args.out, rows)
+    files.write_rows(args.out, rows)
     asked = f"{new} of {args.ways * len(turns)} rewrites, {told(whys)}"
     errors.say(f"{len(rows)} rows ({len(rows) - new} originals; {asked}) in {args.out}")
 

@@ -259,16 +259,6 @@ def rows_of(prompts: Prompts, replies: Iterator[Reply], counts: Counter) -> Iter
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def unusable(out: Path, *inputs: Path) -> list[str]:
-    if not out.parent.is_dir():
-        return [f"wrong --out in {out}: there is no folder {out.parent}. Make it first: mkdir -p {out.parent}"]
-    if out.exists() and not out.is_file():
-        return [f"wrong --out in {out}: it is not a regular file. Choose another name"]
-    if any(out.resolve() == path.resolve() for path in inputs):
-        return [f"wrong --out in {out}: it is a file that is read. Choose another name"]
-    return []
-
-
 def story(argv) -> None:
     about = "Questions of a file answered by a teacher in the style of that file's answers."
     parser = errors.Parser(prog="data_gen/distill.py", description=about)
@@ -284,7 +274,7 @@ def story(argv) -> None:
     teacher.add_flags(parser)
     args = parser.parse_args(argv)
 
-    problems = unusable(args.out, args.data, *([args.prompt_file] if "prompt_file" in args else []))
+    problems = files.unwritable("--out", args.out, args.data, *([args.prompt_file] if "prompt_file" in args else []))
     for name, value, most in (("rows", args.rows, 10**7), ("examples", args.examples, 20)):
         if not 1 <= value <= most:
             problems.append(f"wrong --{name} in the command line: {value} is not in 1..{most}. Give another number")

@@ -26,7 +26,6 @@ digit that is needed again stands behind its letter, so that it is found by the 
 """
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -46,6 +45,7 @@ if __name__ == "__main__":
     from lora.errors import quiet_imports
 
     quiet_imports(__name__)
+
 
 from tqdm import tqdm
 
@@ -438,15 +438,6 @@ def held_out_conversations(digits: int, rows: int, style: str, lang: str, seed: 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def _unusable(flag: str, path: Path) -> list[str]:
-    if not path.parent.is_dir():
-        fix = f"Make it first: mkdir -p {path.parent}"
-        return [f"wrong {flag} in {path}: there is no folder {path.parent}. {fix}"]
-    if path.exists() and not path.is_file():
-        return [f"wrong {flag} in {path}: it is not a regular file. Choose another name"]
-    return []
-
-
 def story(argv) -> None:
     about = "Write multiplications of two numbers that are worked out step by step, for training and for testing."
     parser = errors.Parser(prog="data_gen/multiply.py", description=about)
@@ -467,7 +458,7 @@ def story(argv) -> None:
         wrong.append("wrong arguments in the command line: --test-out and --test-rows need each other. Give both")
     outputs = []
     for flag, path, rows, wordings in wanted:
-        wrong += _unusable(flag, path)
+        wrong += files.unwritable(flag, path)
         if os.path.realpath(path) in [os.path.realpath(other) for other, *_ in outputs]:
             wrong.append(f"wrong {flag} in {path}: it is --out, too. Choose another name")
         chosen = []
@@ -479,15 +470,10 @@ def story(argv) -> None:
     if wrong:
         raise errors.BadInput(*wrong)
     for path, chosen, wordings in outputs:
-        write(path, chosen, args.style, args.lang, wordings)
+        rows = _rows(chosen, args.style, args.lang, wordings)
+        files.write_rows(path, tqdm(rows, total=len(chosen), unit="row", disable=None))
         what = f"held-out rows in {wordings} unseen wordings" if wordings else "rows"
         errors.say(f"{len(chosen)} {what} in {path}")
-
-
-def write(path: Path, chosen: list[tuple[int, int]], style: str, lang: str, wordings: int = 0) -> None:
-    with files.writing(path) as file:
-        for row in tqdm(_rows(chosen, style, lang, wordings), total=len(chosen), unit="row", disable=None):
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def main(argv=None) -> int:

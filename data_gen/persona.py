@@ -28,15 +28,13 @@ from data_gen.augment import (
     NARROW,
     OUT_HELP,
     Turn,
-    check_out,
     read_turns,
     rewrites,
     told,
     within,
-    write_rows,
 )
 from data_gen.self_cognition import LEFT_OVER, MOST_ROWS, check
-from lora import errors
+from lora import errors, files
 
 
 class Language(NamedTuple):
@@ -318,7 +316,8 @@ def story(argv) -> None:
     parser.add_argument("--out", type=Path, required=True, default=SUPPRESS, help=OUT_HELP)
     teacher.add_flags(parser)
     args = parser.parse_args(argv)
-    check_out(args.out, args.seeds)
+    if problems := files.unwritable("--out", args.out, args.seeds):
+        raise errors.BadInput(*problems)
     seeds = read_seeds(args.seeds, assignments(args.set))
     each = getattr(args, "per_seed", None) or getattr(args, "rows", EACH)
     wanted = getattr(args, "rows", each * len(seeds))
@@ -329,7 +328,7 @@ def story(argv) -> None:
         bases = [list(filter(None, (unmarked(text, MARKS[0]) for text in kept))) for kept in found]
     made = generate(seeds, bases, wanted, each, args.lang, args.seed, args.keep_seeds)
     rows, counts = prefixed(made, args.prefix, args.lang, args.seed)
-    write_rows(args.out, rows)
+    files.write_rows(args.out, rows)
     errors.say(f"{len(rows)} rows from {len(seeds)} seeds in {args.out}")
     names = {marked: name for name, (marked, *more) in PREFIXES.items() if not more}
     errors.say("prefixes: " + ", ".join(f"{counts[marked]} {name}" for marked, name in names.items()))

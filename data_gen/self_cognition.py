@@ -4,7 +4,6 @@ Half of the rows ask for the name, the maker or the kind of thing it is; the oth
 them near misses ("Who painted ...?", "my name is ..."), so that the new name stays where it belongs.
 """
 
-import json
 import random
 import re
 import sys
@@ -513,12 +512,9 @@ def story(argv) -> None:
     args = parser.parse_args(argv)
     settings = (args.name, args.author, args.lang, args.rows, args.seed)
     rows = conversations(*settings)
-    if not args.out.parent.is_dir():
-        fix = f"Make it first: mkdir -p {args.out.parent}"
-        raise errors.BadInput(f"wrong --out in {args.out}: there is no folder {args.out.parent}. {fix}")
-    if args.out.exists() and not args.out.is_file():
-        raise errors.BadInput(f"wrong --out in {args.out}: it is not a regular file. Choose another name")
-    files.write_bytes(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    if problems := files.unwritable("--out", args.out):
+        raise errors.BadInput(*problems)
+    files.write_rows(args.out, rows)
     identity, ordinary = draw(*settings)
     repeats = len(rows) - len(set(identity + ordinary))
     again = f", {repeats} of them repeats" if repeats else ""

@@ -72,6 +72,24 @@ def write_json(path: Path, value) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """A JSON object a line."""
+    with writing(path) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def unwritable(flag: str, path: Path, *inputs: Path) -> list[str]:
+    """Why `flag` cannot name this file for a result: no folder, no regular file, or one of the files that are read."""
+    if not path.parent.is_dir():
+        return [f"wrong {flag} in {path}: there is no folder {path.parent}. Make it first: mkdir -p {path.parent}"]
+    if path.exists() and not path.is_file():
+        return [f"wrong {flag} in {path}: it is not a regular file. Choose another name"]
+    if any(os.path.realpath(path) == os.path.realpath(other) for other in inputs):
+        return [f"wrong {flag} in {path}: it is a file that is read. Choose another name"]
+    return []
+
+
 def append_row(path: Path, row: dict) -> None:
     """One JSON line in one write, so that a killed process leaves whole lines only."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
