@@ -19,6 +19,7 @@ from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merged_weight
 from lora.errors import BadInput, BadNumbers, say
 from lora.model import pretrained
+from lora.model.template import ChatTemplate
 
 
 def story(argv) -> int:
@@ -59,15 +60,20 @@ def story(argv) -> int:
             raise BadNumbers(f"not finite in {name}: the merged weight does not fit {tensor.dtype}. {fix}")
         return tensor
 
+    template = passport.template_of(s.adapter)
+    source = files.read_bytes(template, pretrained.TEMPLATE_LIMIT) if template else b""
+    ChatTemplate(source.decode("utf-8-sig", "replace"), where=template or "")  # it can be read
     with files.new_folder(out, s.overwrite) as folder:
         pretrained.write_model(checkpoint, folder, change, dtype)
-        if template := passport.template_of(s.adapter):  # the one it was trained with
-            files.write_bytes(folder / passport.TEMPLATE, files.read_bytes(template))
+        if template:  # the one it was trained with
+            files.write_bytes(folder / passport.TEMPLATE, source)
     bar.close()
     system = ((passport.read(s.adapter) or {}).get("chat") or {}).get("system")
     if isinstance(system, str):
         text = " ".join(system.split())[:100]
         say(f"note     it was trained with this system turn, which a merged model does not remember: {text}")
+    elif system is False:
+        say("note     it was trained without a system turn; the template may add its own: give --no-system")
     say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
     return 0
 

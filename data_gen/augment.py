@@ -190,8 +190,12 @@ def rewrites(
         why = f"{len(places)} of {len(turns)} questions were not asked: {master.stopped}"
         errors.say(f"{why}. The same command, perhaps with more room, goes on")
     if not any(found):
-        why = f"no reply has a usable line, {told(whys)}"
-        raise errors.BadEnvironment(f"no rewrites in {journal}: {why}. Try another teacher or fewer rewrites")
+        if master.problem and not whys:
+            raise errors.BadEnvironment(
+                f"no replies in {journal}: {master.problem}. Check the teacher and run it again"
+            )
+        why, fix = f"no reply has a usable line, {told(whys)}", f"Give another teacher and --out, or delete {journal}"
+        raise errors.BadEnvironment(f"no rewrites in {journal}: {why}. {fix}")
     return found, whys
 
 

@@ -296,8 +296,9 @@ def story(argv) -> None:
             for row in rows_of(prompts, master.ask(prompts, journal, told), counts):
                 file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             if not counts["written"]:
-                why = "; ".join(filter(None, (master.stopped, master.problem))) or "no answer is one"
-                raise BadEnvironment(f"no rows in {args.out}: {why}. {kept_out(counts)}. Change that and run it again")
+                why = "; ".join(filter(None, (master.stopped, master.problem))) or "no answer is usable"
+                fix = f"Mend that; other settings need another --out, or delete {journal}"
+                raise BadEnvironment(f"no rows in {args.out}: {why}, {kept_out(counts)}. {fix}")
     except errors.Stopped as stop:
         stop.note = f"\nstopped; the same command goes on with the answers in {journal}"
         raise

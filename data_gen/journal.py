@@ -42,6 +42,10 @@ def digest(question: Question) -> str:
     return hashlib.sha256(json.dumps(question.messages).encode()).hexdigest()[:16]
 
 
+def _shown(value: object) -> str:
+    return "not given" if value is None else repr(value)
+
+
 class Journal:
     """Replies by key, each a line of `path`: `key in journal`, `journal[key]`, `add`. Texts stay on disk. `requests`,
     `tokens` and `cost` are those of all lines; `requests` only of those that were there before.
@@ -128,7 +132,7 @@ class Journal:
             return
         about = json.loads(json.dumps(about))
         changed = [
-            f"{name} was {first.get(name)!r} and is {about.get(name)!r}"
+            f"{name} was {_shown(first.get(name))} and is {_shown(about.get(name))}"
             for name in {**first, **about}
             if first.get(name) != about.get(name)
         ]

@@ -501,7 +501,7 @@ def count(text: str) -> int | None:
 
 
 def story(argv) -> None:
-    about = "Write conversations that give a chat model a name and a maker, mixed with as many ordinary ones."
+    about = "Write conversations that give a chat model a name and a maker, mixed with ordinary ones."
     parser = errors.Parser(prog="data_gen/self_cognition.py", description=about)
     parser.add_argument("--name", required=True, default=SUPPRESS, help="the name the model shall learn")
     parser.add_argument("--author", required=True, default=SUPPRESS, help="who made it")

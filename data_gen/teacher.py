@@ -236,6 +236,7 @@ class _Remote(Teacher):
         self._key, self._key_env = key, args.key_env
         self.about = {"teacher": self.model, **self.about}  # not where it is: an address may change
         self._limit = "max_tokens"
+        self._told, self._reached, self._unreached = False, False, 0
         self._open_at = 0.0  # nothing is asked before this moment: the server said so
         self._openai = _client_library()
 
@@ -295,6 +296,7 @@ class _Remote(Teacher):
             self.requests += 1
             try:
                 reply = await asyncio.wait_for(self._request(client, question), self.deadline)
+                self._reached = True
                 self._keep(question, reply, attempt)
                 return True
             except TimeoutError:
@@ -302,6 +304,12 @@ class _Remote(Teacher):
             except _Trouble as error:
                 trouble = error
             words = self.problem = self._safe(trouble.words)
+            if not self._told:  # or a wrong address would look like a slow teacher
+                self._told = True
+                errors.say(f"the endpoint's first trouble: {words}")
+            self._unreached = self._unreached + 1 if trouble.kind == "no connection" else 0
+            if self._unreached == 3 * self.concurrency and not self._reached:
+                self.stopped = self.stopped or "nothing answers at --base-url"
             if not trouble.again or attempt == ATTEMPTS:
                 self._lose(question, trouble.kind, words)
                 return True

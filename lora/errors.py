@@ -67,8 +67,8 @@ def one_line(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line for people. Answers go to stdout; everything else goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Lines for people. Answers go to stdout; everything else goes to stderr."""
+    print("\n".join(map(one_line, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def report(problems: Sequence[str]) -> None:
@@ -235,8 +235,12 @@ class Parser(argparse.ArgumentParser):
             return parsed
         flags = [flag for action in self._actions for flag in action.option_strings]
         problems = []
-        for word in unknown:
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+        for before, word in zip([None, *unknown], unknown):  # noqa: B905 (pairwise, with a first None)
+            if not word.startswith("-") and before and before.startswith("-") and "=" not in before:
+                continue  # what an unknown flag was given
+            name = word.split("=")[0]
+            near = [flag for flag in flags if len(name) > 3 and flag.startswith(name)]
+            near = near or difflib.get_close_matches(name, flags, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Run {self.prog} --help"
             problems.append(f"unknown argument {word!r} in the command line: no such flag. {hint}")
         raise BadInput(*problems)

@@ -67,6 +67,8 @@ SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
         ({"messages": [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "train": True}]}, UNTRAINED, "messages"),
         ({"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}, UNTRAINED, "messages"),
         ({"messages": [{**USER, "train": False}, ANSWER]}, PAIR, "messages"),
+        ({"messages": PAIR, "system": "Be brief."}, [SYSTEM, *PAIR], "messages"),
+        ({"instruction": "Add", "context": "1 2", "output": "3"}, ADD, "instruction/output"),
         ({"conversations": SAID}, PAIR, "conversations"),
         ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, [SYSTEM, *PAIR], "conversations"),
         ({"system": "Be brief.", "conversations": SAID}, [SYSTEM, *PAIR], "conversations"),
@@ -109,6 +111,9 @@ def test_any_pair_of_keys_can_be_named(tmp_path):
     )
     found = read([path], keys=("问题", "回答"))
     assert [(c.messages, c.shape) for c in found] == [(PAIR, "问题/回答"), (PAIR, "q/a")]
+    row = {"prompt": "Hi", "chosen": "Hello.", "rejected": "x", "messages": [*PAIR, *PAIR]}
+    [found] = read([written(tmp_path / "b.jsonl", row)], keys=("prompt", "chosen"))
+    assert found.messages == PAIR
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -166,6 +171,7 @@ def test_the_articles_line_with_two_objects_is_two_rows(tmp_path):
         (b'[{"q": "x", "a": "y"}', 1, "the list does not end"),
         (b'[{"q": "x", "a": "y"}\n{"q": "x", "a": "y"}]', 2, "expected a comma"),
         (b'[{"q": "x", "a": "y"},\n {"q": "x" "a": "y"}]', 2, "delimiter"),
+        (b'[{"q": "x", "a": "y"},]', 1, "broken JSON"),
         (b'[{"q": "x", "a": "y"}]\n[]', 2, "more after the list"),
         (b'[\n{"q": "caf\xe9"}]', 2, "not UTF-8"),
         (b'[\n{"q": NaN}]', 2, "NaN is no JSON"),
@@ -206,6 +212,8 @@ def test_progress_hears_of_every_byte_once(tmp_path):
         ("a.jsonl:-1", ("a.jsonl", -1.0)),
         ("a.jsonl:nan", ("a.jsonl:nan", None)),
         ("a.jsonl:", ("a.jsonl:", None)),
+        ("a.jsonl:1_0", ("a.jsonl:1_0", None)),
+        ("a.jsonl:٣", ("a.jsonl:٣", None)),
         (":3", (":3", None)),
         ("a:b.jsonl", ("a:b.jsonl", None)),
         ("a:2:b.jsonl:2", ("a:2:b.jsonl", 2.0)),
@@ -255,6 +263,13 @@ def test_conversations_to_be_answered_need_no_answer(tmp_path):
     assert len(problems_of(path)) == 2
 
 
+def test_prompts_may_be_rows_without_answers(tmp_path):
+    rows = [{"prompt": "Hi"}, {"question": "Hi"}, {"q": "Hi"}, {"instruction": "Hi"}]
+    path = written(tmp_path / "a.jsonl", *rows)
+    assert [c.messages for c in read([path], answered=False)] == [[USER]] * 4
+    assert len(problems_of(path)) == 4
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 DEEP = b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -279,6 +294,14 @@ BAD = [
     (b'{"prompt": "x", "chosen": "y", "rejected": "z"}', "a preference row"),
     (b'{"messages": [{"role": "tool", "content": "x"}]}', "message 1 has role 'tool'"),
     (b'{"messages": [{"role": "user", "content": null, "tool_calls": [1]}]}', "calls of tools are not trained here"),
+    (json.dumps({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}).encode(), "message 2 has tool_calls"),
+    (
+        json.dumps({"messages": [USER, {**ANSWER, "reasoning_content": "x"}]}).encode(),
+        "message 2 has reasoning_content",
+    ),
+    (json.dumps({"messages": PAIR, "tools": [{}]}).encode(), "it has tools"),
+    (json.dumps({"messages": [SYSTEM, *PAIR], "system": "x"}).encode(), "message 2 is a system turn"),
+    (b'{"question": "x", "context": "y", "answer": "z"}', "its context would not be learned"),
     (b'{"conversations": []}', "messages is not a list of messages"),
     (b'{"conversations": ["x"]}', "message 1 is no object"),
     (b'{"conversations": [{"from": "observation", "value": "x"}]}', "message 1 has role 'observation'"),

@@ -19,6 +19,7 @@ from lora.data.formats import Conversation, Problem, scan
 from lora.errors import BadInput, Refused
 from lora.model import template
 from lora.model.chat import Chat
+from lora.model.pretrained import FolderCheckpoint, load_chat
 from lora.model.template import ChatTemplate
 from tests import cli
 from tests.test_commands import ok
@@ -207,7 +208,8 @@ def test_files_are_mixed_and_replayed_as_asked_and_the_plan_says_so(tmp_path):
     done = cli.train("out", *argv, cwd=tmp_path)
     ok(done)
     assert "data     a.jsonl: 4 rows of messages, weight 3\ndata     b.jsonl: 6 rows of messages\n" in done.err
-    assert "replay   c.jsonl: 3 rows of messages, share 0.5\n" in done.err and "examples 13, " in done.err
+    assert "replay   c.jsonl: 3 rows of messages, share 0.5: 2 on top of the 4 of a step\n" in done.err
+    assert "examples 13, " in done.err
     saved = json.loads((tmp_path / "out/settings.json").read_text())
     assert saved["data"] == ["a.jsonl:3", "b.jsonl"] and saved["replay"] == ["c.jsonl:0.5"]
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
@@ -269,6 +271,28 @@ def test_a_base_model_without_a_template_trains_with_a_named_one_and_is_refused_
     assert refused.code == 2 and "or --template chatml, alpaca, qa, plain or a file" in refused.err
     ok(cli.call("train", *argv, "--template", "qa", cwd=tmp_path))
     assert ok(cli.ask("--adapter", "out", "--prompt", "Hi", cwd=tmp_path)) is not None
+    del settings["eos_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    ok(cli.call("train", *argv[:-6], "--out", "again", *cli.ON_CPU, "--template", "qa", cwd=tmp_path))
+    assert ok(cli.ask("--adapter", "again", "--prompt", "Hi", cwd=tmp_path)) is not None
+
+
+def test_a_built_in_template_begins_as_the_tokenizer_begins_texts(tmp_path):
+    base = cli.write_model(tmp_path / "model")
+    raw = json.loads((base / "tokenizer.json").read_text())
+    raw["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+        {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }  # fmt: skip
+    (base / "tokenizer.json").write_text(json.dumps(raw))
+    for name, system in (("qa", None), ("alpaca", None), ("alpaca", False)):
+        chat = load_chat(FolderCheckpoint(base), system, name)
+        ids = chat.prompt(turns("Hi"))
+        assert ids[0] == 0 and ids.count(0) == 1
+        [laid] = chat.lay(turns("Hi", "Hello."))
+        assert laid.tokens[: len(ids)] == ids and laid.tokens[laid.answers[0][1] - 1] == 2
 
 
 def test_the_plan_tells_of_a_system_turn_that_the_template_adds(tmp_path):

@@ -65,7 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for start, (status, code) in hub.says_no.items():
             if path.startswith(start):
                 return self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": "no"})
-        info = re.fullmatch(r"api/models/([^/]+/[^/]+)(/revision/\w+)?", path)
+        info = re.fullmatch(r"api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(/revision/\w+)?", path)
         if info and info[1] in hub.repos:
             return self.send(200, json.dumps(self.describe(info[1])).encode(), {"Content-Type": "application/json"})
         file = re.fullmatch(r"((?:datasets/)?[^/]+/[^/]+)/resolve/(\w+)/(.+)", path)
@@ -343,15 +343,20 @@ def test_a_file_of_a_data_set_is_read_from_the_hub_and_then_from_the_cache(hub, 
             "hub:owner/chats/none.jsonl",
             {},
             2,
-            r"no file in hub:owner/chats/none\.jsonl: the dataset owner/chats has no",
+            r"no file in hub:owner/chats/none\.jsonl: the data set owner/chats has no",
         ),
-        ("hub:owner/none/a.jsonl", {}, 2, r"no dataset in hub:owner/none/a\.jsonl: no such repository, or it is priv"),
-        ("hub:owner/chats/a.jsonl", {"datasets": (403, "GatedRepo")}, 2, r"no access to hub owner/chats: the reposit"),
+        ("hub:owner/none/a.jsonl", {}, 2, r"no data set in hub owner/none: no such repository, or it is priv"),
         (
             "hub:owner/chats/a.jsonl",
-            {"datasets": (500, "")},
+            {"api/datasets": (403, "GatedRepo")},
+            2,
+            r"no access to hub owner/chats: the reposit",
+        ),
+        (
+            "hub:owner/chats/a.jsonl",
+            {"api/datasets": (500, "")},
             3,
-            r"no dataset in hub:owner/chats/a\.jsonl: the hub does",
+            r"no data set in hub owner/chats: it does not answer",
         ),
         ("hub:owner/chats", {}, 2, r"wrong name in hub:owner/chats: expected hub:owner/name/file"),
         ("hub:owner/chats/../a", {}, 2, r"wrong name in hub:owner/chats/\.\./a: expected hub:owner/name/file"),

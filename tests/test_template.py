@@ -525,6 +525,68 @@ def test_a_truncated_example_fits_and_still_ends_with_an_end_of_turn(name, data)
     assert len(short.tokens) == limit or short.answers[-1] == whole.answers[len(short.answers) - 1]
 
 
+# ---- odd templates and tokenizers ------------------------------------------------------------------------------------
+
+
+def chat_with(source: str, tokenizer: Tokenizer | None = None, system=None) -> Chat:
+    return Chat(tokenizer or byte_level(), ChatTemplate(source, where="here"), [0], system)
+
+
+def test_tools_and_documents_are_none_as_other_programs_say():
+    source = "{% if tools is not none or documents is not none %}[TOOLS]{% endif %}" + CHATML
+    assert chat_with(source).prompt(turns("Hi")) == chat_with(CHATML).prompt(turns("Hi"))
+
+
+def test_a_control_token_before_the_answer_is_not_its_end():
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    [(tokens, trained)] = [part.example() for part in chat_with(source).lay(turns("Hi", "Hello.", "And?", "No."))]
+    found = [byte_level().decode(tokens[begin:end]) for begin, end in runs(trained)]
+    assert found == ["assistant\nHello.", "assistant\nNo."]
+    assert [tokens[end - 1] for _, end in runs(trained)] == [0, 0]
+
+
+@pytest.mark.parametrize("begin", ["<s>", "### Chat\n"])
+def test_what_begins_every_conversation_is_no_system_turn(begin):
+    chat = chat_with(begin + CHATML, system=False)
+    assert chat.own_system == "" and chat.prompt(turns("Hi")) == chat_with(begin + CHATML).prompt(turns("Hi"))
+
+
+def test_an_unknown_word_in_an_answer_does_not_end_it():
+    words = {"<unk>": 0, "<end>": 1, "user": 2, "assistant": 3, "a": 4, "b": 5, "c": 6, ":": 7}
+    fast = FastTokenizer(models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.add_special_tokens(["<unk>", "<end>"])
+    source = "{% for m in messages %}{{ m.role }} : {{ m.content }}<end>{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    [laid] = chat_with(source, Tokenizer(fast.to_str().encode())).lay(turns("a", "b zzz c"))
+    assert laid.tokens[slice(*laid.answers[0])] == [5, 0, 6, 1]
+
+
+def test_an_answer_not_to_train_that_is_rewritten_is_refused_with_every_token():
+    source = CHATML.replace("m.content", "(m.content if loop.last else m.content[:1])")
+    marked = [{**m, "train": False} if m["content"] == "Hello." else m for m in turns("H", "Hello.", "M", "No.")]
+    with pytest.raises(BadInput, match="cannot be left out of --train-on all"):
+        chat_with(source).lay(marked, "all")
+
+
+def test_what_is_encoded_grows_with_the_turns_and_not_with_their_square(monkeypatch):
+    chat, sizes = chat_of("chatml"), []
+    encode_all = chat.tokenizer.encode_all
+    monkeypatch.setattr(
+        chat.tokenizer, "encode_all", lambda texts: sizes.append(sum(map(len, texts))) or encode_all(texts)
+    )
+    [laid] = chat.lay(turns(*(f"turn {i}" for i in range(200))))
+    assert len(laid.answers) == 100 and sizes[0] < 2 * len(byte_level().spell(laid.tokens))
+
+
+def test_a_row_larger_than_a_template_may_write_is_bad_input(monkeypatch):
+    monkeypatch.setattr(product, "OUTPUT", 1000)
+    good, large = turns("Hi", "Hello."), turns("Hi", "x" * 600)
+    first, second = chat_of("chatml").lay_all([large, good])
+    assert isinstance(first, BadInput) and "Cut it" in str(first) and len(second) == 1
+
+
 # ---- text stays text -------------------------------------------------------------------------------------------------
 
 

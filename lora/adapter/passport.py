@@ -9,8 +9,8 @@ The chat template itself lies beside it, as `chat_template.jinja`.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -45,6 +45,13 @@ def make(
     return {"format": FORMAT, "base": base, "chat": chat or {}}
 
 
+def _is_date(value: object) -> bool:
+    try:
+        return value is None or str(date.fromisoformat(value)) == value
+    except (ValueError, TypeError):
+        return False
+
+
 def read(folder: Path) -> dict | None:
     """The passport in an adapter's folder, or None: adapters made elsewhere have none. Raises BadInput."""
     path = Path(folder) / store.PASSPORT
@@ -60,8 +67,7 @@ def read(folder: Path) -> dict | None:
             f"broken passport in {path}:base: name, structure and patched are needed. Train the adapter again"
         )
     chat = passport.setdefault("chat", {})
-    system, today = (chat.get("system") or "", chat.get("date", "2025-01-01")) if isinstance(chat, dict) else (None, "")
-    if not isinstance(system, str) or not isinstance(today, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", today):
+    if not isinstance(chat, dict) or not isinstance(chat.get("system") or "", str) or not _is_date(chat.get("date")):
         raise BadInput(f"broken passport in {path}:chat: system is no text or date no date. Train the adapter again")
     return passport
 

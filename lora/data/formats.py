@@ -97,7 +97,7 @@ def scan(
                 continue
             where, value = row
             try:
-                messages, shape = _messages(value, keys)
+                messages, shape = _messages(value, keys, answered)
                 if not answered and shape == "text":
                     raise _Wrong("a document asks nothing. Give prompts")
                 if answered and not any(m["role"] in ("assistant", "text") and "train" not in m for m in messages):
@@ -195,7 +195,7 @@ def _list(data: bytes, path: str, number: int) -> Iterator[tuple[str, object] | 
         yield Problem(f"{path}:{line}", "ENCODING", f"not UTF-8 at byte {error.start}. Convert the file to UTF-8")
         return
     position = counted = 0
-    separated = True
+    separated, some = True, False
 
     def skip(position: int) -> int:
         return BLANK.match(text, position).end()
@@ -214,7 +214,7 @@ def _list(data: bytes, path: str, number: int) -> Iterator[tuple[str, object] | 
             if listed:
                 yield wrong("the list does not end")
             return
-        if listed and text[position] == "]":
+        if listed and text[position] == "]" and not (separated and some):
             position = skip(position + 1)
             if position < len(text):
                 yield wrong("there is more after the list")
@@ -232,7 +232,7 @@ def _list(data: bytes, path: str, number: int) -> Iterator[tuple[str, object] | 
             yield wrong(str(error))
             return
         yield f"{path}:{number}", value
-        position = skip(position)
+        some, position = True, skip(position)
         separated = not listed
         if listed and text[position : position + 1] == ",":
             position, separated = position + 1, True
@@ -249,22 +249,32 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant)
 # ---- from a value to messages ----------------------------------------------------------------------------------------
 
 
-def _messages(value: object, keys: tuple[str, str] | None) -> tuple[list[dict], str]:
+def _messages(value: object, keys: tuple[str, str] | None, answered: bool) -> tuple[list[dict], str]:
     """Messages of a row, and the name of its shape."""
     if not isinstance(value, dict):
         raise _Wrong(f"expected an object, found {type(value).__name__}. Repair the line")
+    if keys and keys[0] in value and keys[1] in value:
+        return _checked(_turns(value, *keys), ROLES), "/".join(keys)
     if "chosen" in value and "rejected" in value:
-        fix = "Keep prompt and chosen, as prompt and completion"
+        fix = "Give --prompt-key prompt --response-key chosen to train the chosen ones"
         raise _Wrong(f"a preference row (chosen, rejected), which is not trained here. {fix}", "UNKNOWN")
-    if "messages" in value:
-        return _checked(value["messages"], ROLES), "messages"
-    if "conversations" in value:
-        return _checked(_sharegpt(value), SHAREGPT_ROLES), "conversations"
-    for prompt, answer in (*([keys] if keys else []), *PAIRS):
+    if value.get("tools") or value.get("functions"):
+        raise _Wrong("it has tools, whose calls are not trained here. Remove them", "UNKNOWN")
+    for key, roles in (("messages", ROLES), ("conversations", SHAREGPT_ROLES)):
+        if key in value:
+            turns, system = value[key], value.get("system")
+            turns = _sharegpt(turns) if key == "conversations" else turns
+            if system and isinstance(turns, list):  # beside the messages; twice is refused
+                turns = [{"role": "system", "content": system}, *turns]
+            return _checked(turns, roles), key
+    for prompt, answer in PAIRS:
         if prompt in value and answer in value:
             return _checked(_turns(value, prompt, answer), ROLES), f"{prompt}/{answer}"
     if "text" in value:
         return _checked([{"role": "text", "content": value["text"]}], {"text": "text"}), "text"
+    for prompt, _ in PAIRS:
+        if not answered and prompt in value:
+            return _checked([{"role": "user", "content": value[prompt]}], ROLES), prompt
     found = ", ".join(list(value)[:8])[:200] or "none"
     known = ", ".join(("messages", "conversations", *("/".join(pair) for pair in PAIRS), "text"))
     raise _Wrong(f"its keys are {found}. Known are {known}; others by --prompt-key and --response-key", "UNKNOWN")
@@ -275,8 +285,11 @@ def _turns(value: dict, prompt: str, answer: str) -> list[dict]:
     question, history, system = value[prompt], value.get("history") or [], value.get("system")
     if isinstance(question, list) and isinstance(value[answer], list):  # both are messages already
         return [*question, *value[answer]]
-    if prompt == "instruction" and value.get("input"):
-        question = f"{question}\n{value['input']}" if isinstance(value["input"], str) else value["input"]
+    for key in ("input", "context"):
+        if value.get(key) and key not in (prompt, answer):
+            if prompt != "instruction":
+                raise _Wrong(f"its {key} would not be learned. Put it into the {prompt}")
+            question = f"{question}\n{value[key]}" if isinstance(value[key], str) else value[key]
     if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
         raise _Wrong("history is not a list of [question, answer] pairs. Repair the line")
     texts = [text for pair in [*history, [question, value[answer]]] for text in pair]
@@ -284,13 +297,11 @@ def _turns(value: dict, prompt: str, answer: str) -> list[dict]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def _sharegpt(value: dict) -> object:
-    turns, system = value["conversations"], value.get("system")
+def _sharegpt(turns: object) -> object:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
-    turns = [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
-             for turn in turns]  # fmt: skip
-    return [{"role": "system", "content": system}, *turns] if system else turns
+    return [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
+            for turn in turns]  # fmt: skip
 
 
 def _checked(messages: object, roles: dict[str, str]) -> list[dict]:
@@ -312,6 +323,10 @@ def _checked(messages: object, roles: dict[str, str]) -> list[dict]:
         if not isinstance(content, str):
             tools = "; calls of tools are not trained here" if message.get("tool_calls") else ""
             raise _Wrong(f"{name} has {type(content).__name__} as content, expected text{tools}. Repair the line")
+        for lost in ("tool_calls", "function_call", "reasoning_content"):
+            if message.get(lost):
+                fix = "Put it into the content, or remove it"
+                raise _Wrong(f"{name} has {lost}, which is not trained here. {fix}")
         if role == "system" and number > 1:
             raise _Wrong(f"{name} is a system turn; only the first may be one. Repair the line", "ROLES")
         expected = "user" if not clean or clean[-1]["role"] != "user" else "assistant"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lora.data.encode import Encoded
+from lora.errors import one_line
 from lora.model.chat import Example
 from lora.model.tokenizer import BROKEN, Tokenizer
 
@@ -51,7 +52,7 @@ def show(examples: Encoded, count: int, tokenizer: Tokenizer) -> None:
     colour = coloured()
     for i in range(min(count, len(examples))):
         example = examples[i]
-        print(f"example {i + 1} of {len(examples)}, {examples.where[i]}: {len(example.tokens)} tokens, "
+        print(f"example {i + 1} of {len(examples)}, {one_line(examples.where[i])}: {len(example.tokens)} tokens, "
               f"{sum(example.trained)} trained (+)")  # fmt: skip
         print("\n".join(lines(example, tokenizer, colour)) + "\n")
 

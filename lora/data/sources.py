@@ -30,6 +30,8 @@ def numbered(name: str) -> tuple[str, float | None]:
         number = float(tail)
     except ValueError:
         return name, None
+    if "_" in tail or not tail.isascii():
+        return name, None
     return (path, number) if path and not math.isnan(number) else (name, None)
 
 
@@ -40,11 +42,11 @@ def named(s) -> list[tuple[str, str, float | None]]:
         for name in names or ():
             path, number = (name, None) if flag == "eval" else numbered(name)
             files.append((flag, path, number))
-            if (number is not None and not 0 < number <= 1e6) or (flag == "replay" and number is None):
-                what = "a share" if flag == "replay" else "a weight"
+            most, what = (10, "a share") if flag == "replay" else (1e6, "a weight")
+            if (flag == "replay" and number is None) or (number is not None and not 0 < number <= most):
                 why = f"{name!r} has no number that could be {what}"
-                problems.append(f"wrong --{flag} in the command line: {why}. Give FILE:NUMBER, the number above 0")
-    if (s.prompt_key is None) != (s.response_key is None):
+                problems.append(f"wrong --{flag} in the command line: {why}. Give FILE:NUMBER, above 0, as 0.25")
+    if bool(s.prompt_key) != bool(s.response_key):
         problems.append("wrong keys in the command line: --prompt-key and --response-key need each other. Give both")
     if problems:
         raise BadInput(*problems)
@@ -67,7 +69,9 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
             problems += error.problems
             continue
         what = f"{part.rows:,} rows of {' and '.join(part.shapes)}"
-        times = "" if number is None else f", {'share' if flag == 'replay' else 'weight'} {number:g}"
+        times = "" if number is None else f", weight {number:g}"
+        if flag == "replay":
+            times = f", share {number:g}: {number * s.batch_size:g} on top of the {s.batch_size} of a step"
         say(f"{flag:8} {name}: {what}{times}")
         if part.overlong:
             where, length = part.overlong
@@ -76,6 +80,12 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
         if not len(part):
             problems.append(f"nothing to train in {name}: no example fits {s.max_len} tokens. Raise --max-len")
         found[flag].append((part, number))
+    if s.prompt_key and not problems:
+        pair = f"{s.prompt_key}/{s.response_key}"
+        if not any(pair in part.shapes for parts in found.values() for part, _ in parts):
+            problems.append(
+                f"wrong keys in the command line: no row has both {pair}. Check --prompt-key, --response-key"
+            )
     if problems:
         raise BadInput(*problems)
     _notes(s, chat)

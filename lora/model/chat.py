@@ -5,13 +5,14 @@ sees what generation sees: the ids before an answer are those that `generate.py`
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 from lora.errors import BadInput
-from lora.model.template import ChatTemplate
+from lora.model.template import OUTPUT, ChatTemplate
 from lora.model.tokenizer import Tokenizer
 
 GUARDS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # "noncharacters": no tokenizer or template has a use for them
@@ -79,6 +80,12 @@ class _Text(NamedTuple):
         return [border for a in self.answers for border in ([a.begin] if a.ends else [a.begin, a.end])]
 
 
+def _before(starts: list[int], border: int) -> int:
+    """Where the last control token before a border starts; 0 for none."""
+    number = bisect_left(starts, border)
+    return starts[number - 1] if number else 0
+
+
 class Rewritten(BadInput):
     """A template that writes a conversation and its beginning so differently that an answer cannot be found."""
 
@@ -93,7 +100,6 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, eos: Sequence[int] = (), system=None):
         self.tokenizer, self.template, self.system = tokenizer, template, system
         strings = sorted(tokenizer.control, key=len, reverse=True)
-        self._control_ids = set(tokenizer.control.values())
         self._control = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
         self.end_of_document = self.end_of_turn = next(iter(eos), None)
         if self.end_of_turn is None:
@@ -133,6 +139,8 @@ class Chat:
             return ""
         rest = both.removeprefix(alone)
         inserted = implicit.removesuffix(rest) if rest and implicit.endswith(rest) else ""
+        if alone.startswith(inserted):  # what begins every conversation is no system turn
+            return ""
         bos = self.template.tokens.get("bos_token", "")
         return inserted if rest.startswith(bos) else inserted.removeprefix(bos)  # some begin every turn with it
 
@@ -157,7 +165,8 @@ class Chat:
         upto = text if i == len(messages) - 1 else self._render(messages[: i + 1])
         if not (text.startswith(before) and text.startswith(upto) and len(upto) >= len(before)):
             return None
-        return _Answer(len(before), len(upto), bool(self._control.search(upto, len(before))), i)
+        *_, last = [None, *self._control.finditer(upto, len(before))]
+        return _Answer(len(before), len(upto), bool(last) and not upto[last.end() :].strip(), i)
 
     def _text(self, messages: Sequence[dict], guard: str, generate: bool = False) -> _Text:
         """Messages as rendered, with all answers that can be found in the text."""
@@ -178,7 +187,11 @@ class Chat:
         shift = len(guarded) - len(messages)  # 1 where the system text of this chat came before them
         trained, masked = {i + shift for i in trained}, frozenset(i + shift for i in masked)
         whole = self._text(guarded, guard)
-        if train_on == "all" or trained <= {answer.turn for answer in whole.answers}:
+        found = {answer.turn for answer in whole.answers}
+        if train_on == "all" and not masked <= found:
+            why = 'an answer with "train": false is rewritten, so it cannot be left out of --train-on all'
+            raise Rewritten(f"chat template in {self.template.where}: {why}. Give another one by --template")
+        if train_on == "all" or trained <= found:
             return [self._check(whole._replace(trained=frozenset(trained), masked=masked))]
         texts = []
         for i in sorted(trained):
@@ -212,6 +225,26 @@ class Chat:
                 position = match.end()
         return ids
 
+    def _counts(self, text: _Text, tokens: list[int], parts: list[list[int]], starts: list[int]) -> list[int] | None:
+        """How many ids lie before each border, from the ids between it and the last control token before it; None
+        where the tokenizer fuses characters across a border."""
+        places, last = [], -1
+        for start in starts:
+            name = self._control.match(text.text, start)[0]
+            try:
+                last = tokens.index(self.tokenizer.control[name], last + 1)
+            except ValueError:  # not where the tokenizer sees it
+                return None
+            places.append(last)
+        counts = []
+        for border, ids in zip(text.borders, parts, strict=True):
+            number = bisect_left(starts, border)
+            begin = places[number - 1] if number else 0
+            counts.append(begin + len(ids))
+            if tokens[begin : counts[-1]] != ids:
+                return None
+        return counts
+
     def _cut(self, text: str, borders: Sequence[int], guard: str) -> tuple[list[int], list[int]]:
         """Ids of a text, and how many of them lie before each border. Ids are those of the whole text, unless the
         tokenizer would fuse characters across a border: there it is cut, because generation starts there."""
@@ -233,8 +266,13 @@ class Chat:
         for a in text.answers:
             first = before[a.begin] + added
             if a.ends:  # up to the last control token that the template wrote there
-                count = len(self._control.findall(text.text, a.begin, a.end))
-                last = [i for i in range(first, len(tokens)) if tokens[i] in self._control_ids][count - 1]
+                last = first - 1
+                for name in self._control.findall(text.text, a.begin, a.end):
+                    try:
+                        last = tokens.index(self.tokenizer.control[name], last + 1)
+                    except ValueError:
+                        why = f"the tokenizer makes no token of its {name}"
+                        raise BadInput(f"chat template in {self.template.where}: {why}. Give --template") from None
             else:  # the answer still has to learn to end
                 last = before[a.end] + added
                 tokens.insert(last, self.end_of_turn)
@@ -244,6 +282,8 @@ class Chat:
 
     def _document(self, text: str) -> Laid:
         """A plain document, all of it trained: what the tokenizer puts before any text, the text, the end."""
+        if len(text) > OUTPUT:
+            raise BadInput(f"a document of over {OUTPUT >> 20} M characters. Cut it")
         self.guarded += bool(self._control.search(text))
         tokens = self.tokenizer.encode_document(text)
         if tokens[-1:] != [self.end_of_document]:
@@ -289,7 +329,13 @@ class Chat:
             except BadInput as error:
                 results.append(error)
         # most texts have no control strings and no fused borders: they are encoded together, on all cores
-        pieces = [piece for t in texts for piece in (t.text, *(t.text[:border] for border in t.borders))]
+        starts = [[match.start() for match in self._control.finditer(t.text)] for t in texts]
+        pieces = [
+            piece
+            for t, at in zip(texts, starts, strict=True)
+            for piece in (t.text, *(t.text[_before(at, border) : border] for border in t.borders))
+        ]
+        starts = iter(starts)
         encoded = iter(self.tokenizer.encode_all(pieces))
         for i, found in enumerate(results):
             if not isinstance(found, list) or not isinstance(found[0], _Text):
@@ -298,11 +344,13 @@ class Chat:
             for text in found:
                 tokens, prefixes = None, []
                 if not text.guard:
-                    tokens, prefixes = next(encoded), [next(encoded) for _ in text.borders]
-                if tokens is None or any(tokens[: len(ids)] != ids for ids in prefixes):
+                    tokens, prefixes, at = next(encoded), [next(encoded) for _ in text.borders], next(starts)
+                    counts = self._counts(text, tokens, prefixes, at)
+                if tokens is None or counts is None:
                     tokens, counts = self._cut(text.text, text.borders, text.guard)
-                else:
-                    counts = list(map(len, prefixes))
-                examples.append(self._laid(text, tokens, counts))
-            results[i] = examples
+                examples.append((text, tokens, counts))
+            try:
+                results[i] = [self._laid(*example) for example in examples]
+            except BadInput as error:
+                results[i] = error
         return results

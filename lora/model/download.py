@@ -51,25 +51,25 @@ def _quiet_hub():
     return huggingface_hub
 
 
-def _ask_hub(repo: str, seconds: float):
+def _ask_hub(repo: str, seconds: float, kind: str = "model"):
     """The hub's description of a repository: its commit and its files. One request, no retry.
 
     Raises HubSilent, or BadInput where the hub answers and says no.
     """
-    hub = _quiet_hub()
+    hub, what = _quiet_hub(), {"model": "model", "dataset": "data set"}[kind]
     if hub.constants.HF_HUB_OFFLINE:
-        raise HubSilent(f"no model in hub {repo}: HF_HUB_OFFLINE is set. Unset it, or give a local folder")
+        raise HubSilent(f"no {what} in hub {repo}: HF_HUB_OFFLINE is set. Unset it, or give a local one")
     try:
-        return hub.HfApi().model_info(repo, files_metadata=True, timeout=seconds)
+        return hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=kind == "model", timeout=seconds)
     except hub.errors.GatedRepoError:
         raise BadInput(_gated(repo)) from None
     except hub.errors.RepositoryNotFoundError:
-        raise BadInput(f"no model in hub {repo}: no such repository, or it is private. Check the name") from None
+        raise BadInput(f"no {what} in hub {repo}: no such repository, or it is private. Check the name") from None
     except hub.errors.HFValidationError as error:
-        raise BadInput(f"no model in hub {repo}: {_why(error)}. Check the name") from None
+        raise BadInput(f"no {what} in hub {repo}: {_why(error)}. Check the name") from None
     except Exception as error:  # the HTTP client's own classes differ between versions
-        fix = "Try later, or give a local folder"
-        raise HubSilent(f"no model in hub {repo}: it does not answer ({_why(error)}). {fix}") from None
+        fix = "Try later, or give a local one"
+        raise HubSilent(f"no {what} in hub {repo}: it does not answer ({_why(error)}). {fix}") from None
 
 
 def _why(error: Exception) -> str:
@@ -136,16 +136,17 @@ def dataset_file(name: str, seconds: float = 10.0) -> Path:
         raise BadInput(f"wrong name in {name}: expected hub:owner/name/file. Give the file, too")
     repo, file = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        return Path(hub.hf_hub_download(repo, file, repo_type="dataset", etag_timeout=seconds))
-    except hub.errors.GatedRepoError:
-        raise BadInput(_gated(repo)) from None
-    except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError):
-        raise BadInput(f"no dataset in {name}: no such repository, or it is private. Check the name") from None
-    except hub.errors.LocalEntryNotFoundError:
-        fix = "Try later, or give a local file"
-        raise HubSilent(f"no dataset in {name}: the hub does not answer, and the cache has no copy. {fix}") from None
+        _ask_hub(repo, seconds, "dataset")  # once, as the download itself would try for 20 s and more
+        return Path(hub.hf_hub_download(repo, file, repo_type="dataset"))
+    except HubSilent as silent:
+        try:
+            return Path(hub.hf_hub_download(repo, file, repo_type="dataset", local_files_only=True))
+        except Exception:
+            raise silent from None
     except hub.errors.EntryNotFoundError:
-        raise BadInput(f"no file in {name}: the dataset {repo} has no {file}. Check the name") from None
+        raise BadInput(f"no file in {name}: the data set {repo} has no {file}. Check the name") from None
+    except LoraError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise

@@ -4,6 +4,7 @@ A checkpoint, folder or GGUF file, offers: `name`, `hub_id` (what others call it
 config.json), `header` (tensor name -> dtype name and shape), `read(name)` and `files()` (what is beside the weights).
 """
 
+import json
 import re
 from collections.abc import Callable
 from datetime import date
@@ -183,6 +184,17 @@ def load_model(checkpoint: Checkpoint | str, dtype: torch.dtype = torch.float32,
     return model.requires_grad_(False).eval()
 
 
+def _header(tokenizer: Tokenizer, special: dict[str, str]) -> str:
+    """What a built-in template needs to be whole wherever it is read: this model's end, and its BOS if it has one."""
+    eos, begin = special.get("eos_token", ""), tokenizer.encode_document("a")[:1]
+    bos = next((name for name, i in tokenizer.control.items() if [i] == begin), None)
+    header = f"{{% set eos_token = {json.dumps(eos, ensure_ascii=False)} %}}"
+    if bos is None:
+        return header
+    special["bos_token"] = bos
+    return f"{header}{{% set bos_token = {json.dumps(bos, ensure_ascii=False)} %}}{{{{ bos_token }}}}"
+
+
 def load_chat(
     checkpoint: Checkpoint, system: str | bool | None = None, template: str | None = None, today: date = FROZEN_DATE
 ) -> Chat:
@@ -212,14 +224,17 @@ def load_chat(
     eos.append(tokenizer.id(special["eos_token"]) if "eos_token" in special else None)
     eos = list(dict.fromkeys(i for i in eos if type(i) is int and 0 <= i < config.vocab_size))
 
+    if template is not None and special.get("eos_token") not in tokenizer.control and eos:
+        special["eos_token"] = tokenizer.token(eos[0]) or ""
     if template in BUILT_IN:
-        where, source = f"--template {template}", BUILT_IN[template]
+        where, source = f"--template {template}", _header(tokenizer, special) + BUILT_IN[template]
         if template == "chatml" and "<|im_end|>" not in tokenizer.control:
             others = ", ".join(other for other in BUILT_IN if other != template)
             raise BadInput(f"wrong {where} in {name}: its tokenizer has no token <|im_end|>. Give {others} or a file")
-        if tokenizer.control.get(special.get("eos_token")) is None and eos:
-            special["eos_token"] = tokenizer.token(eos[0]) or ""
     elif template is not None:
+        if not Path(template).exists() and "." not in template:
+            known = ", ".join(BUILT_IN)
+            raise BadInput(f"unknown template in the command line: {template}. Give {known} or a file")
         where, source = template, files.read_bytes(Path(template), TEMPLATE_LIMIT).decode("utf-8-sig", "replace")
     elif "chat_template.jinja" in beside:
         where, source = f"{name}/chat_template.jinja", beside["chat_template.jinja"].decode(errors="replace")

@@ -74,8 +74,8 @@ def _raise_exception(message):
     raise _TemplateError(str(message))
 
 
-def _tojson(value, indent=None, **_):
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _on_alarm(number, frame):
@@ -139,11 +139,15 @@ class ChatTemplate:
 
         Raises BadInput with the order of roles; Refused where the template breaks out of the sandbox or its limits.
         """
-        roles = "/".join(message["role"] for message in messages)
+        roles = "/".join(message["role"] for message in messages[:8])
+        if sum(len(message["content"]) for message in messages) > OUTPUT // 2:
+            raise BadInput(f"a conversation of over {OUTPUT >> 21} M characters. Cut it")
         try:
             with limits():
                 copies = [dict(message) for message in messages]
-                text = self._template.render(messages=copies, add_generation_prompt=generate, **self.tokens)
+                text = self._template.render(
+                    messages=copies, tools=None, documents=None, add_generation_prompt=generate, **self.tokens
+                )
                 text.encode()  # half a surrogate pair is no character
         except (SecurityError, _Late, MemoryError) as error:
             raise self._refused(error) from None
