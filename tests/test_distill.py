@@ -331,7 +331,15 @@ def test_a_closed_port_is_a_trouble_and_nothing_is_written(distilled, monkeypatc
         pass
     done = distilled(server)
     assert done.code == 3 and done.bytes is None and "kept out: 12 failed" in done.err
-    assert len(done.err.splitlines()) == 1 and "no connection" in done.err and "Traceback" not in done.err
+    first, last = done.err.splitlines()
+    assert first.startswith("the endpoint's first trouble: no connection: ") and last.startswith("error: no rows in ")
+
+
+def test_an_address_where_nothing_answers_is_given_up_before_all_attempts(distilled):
+    with TeacherServer() as server:
+        pass
+    done = distilled(server, concurrency=2)
+    assert done.code == 3 and done.bytes is None and "nothing answers at --base-url" in done.err
 
 
 def test_trouble_that_does_not_pass_fails_the_question_after_so_many_attempts(distilled):
@@ -636,7 +644,7 @@ def test_a_journal_of_something_else_is_refused_and_kept(distilled, data, tmp_pa
         for change, named in (
             ({"seed": 1}, "seed was 0 and is 1"), ({"teacher": "n"}, "teacher was 'm' and is 'n'"),
             ({"examples": 2}, "examples was 3 and is 2"), ({"lang": "zh"}, "prompt was"), ({"data": other}, "data was"),
-            ({"temperature": 1}, "temperature was None and is 1.0"), ({"answer_tokens": 5}, "answer_tokens was 1024"),
+            ({"temperature": 1}, "temperature was not given and is 1.0"), ({"answer_tokens": 5}, "answer_tokens was 1024"),
         ):  # fmt: skip
             done = distilled(server, **change)
             assert done.code == 2 and named in done.err and "delete the journal to start afresh" in done.err
@@ -778,7 +786,7 @@ def test_a_prompt_too_long_for_a_local_teacher_fails_alone(tmp_path):
 
 def test_an_adapter_changes_a_local_teacher_and_belongs_to_the_journal(tmp_path):
     plain = list(a_local().ask(questions(3), tmp_path / "j"))
-    with pytest.raises(BadInput, match="adapter was None"):
+    with pytest.raises(BadInput, match="adapter was not given"):
         list(a_local("--local-adapter", cli.adapter_folder()).ask(questions(3), tmp_path / "j"))
     assert list(a_local("--local-adapter", cli.adapter_folder()).ask(questions(3), tmp_path / "k")) != plain
 

@@ -261,6 +261,31 @@ def test_prompts_may_be_rows_in_lines_or_a_list_or_packed(tmp_path, name):
     assert [json.loads(line)["prompt"] for line in found] == ["What is 1 and 1?", "Hello."]
 
 
+def test_what_an_adapter_says_cannot_move_the_cursor(tmp_path):
+    ok(cli.train("out", "--max-steps", 1, "--system", "x", cwd=tmp_path))
+    path = tmp_path / "out/passport.json"
+    papers = json.loads(path.read_text())
+    papers["chat"]["system"] = "\x1b]0;gone\x07"
+    path.write_text(json.dumps(papers))
+    done = cli.ask("--adapter", "out", "--prompt", "Hi", cwd=tmp_path)
+    assert "\x1b" not in done.err and "\\x1b]0;gone" in done.err
+    for wrong in ("2025-13-45", "today", 7):
+        path.write_text(json.dumps(papers | {"chat": {"date": wrong}}))
+        done = cli.ask("--adapter", "out", "--prompt", "Hi", cwd=tmp_path)
+        assert done.code == 2 and "broken passport in out/passport.json:chat" in done.err
+
+
+def test_a_broken_template_of_an_adapter_is_not_merged(tmp_path):
+    ok(cli.train("out", "--max-steps", 1, "--no-system", cwd=tmp_path))
+    (tmp_path / "out/chat_template.jinja").write_text("{% for")
+    done = cli.call("merge", "--adapter", "out", "--out", "merged", cwd=tmp_path)
+    assert done.code == 2 and "broken chat template in out/chat_template.jinja" in done.err
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "out/chat_template.jinja").write_text(cli.CHATML)
+    done = cli.call("merge", "--adapter", "out", "--out", "merged", cwd=tmp_path)
+    assert done.code == 0 and "trained without a system turn" in done.err
+
+
 def test_a_base_model_without_a_template_trains_with_a_named_one_and_is_refused_without(tmp_path):
     base = cli.write_model(tmp_path / "model")
     settings = json.loads((base / "tokenizer_config.json").read_text())
