@@ -644,7 +644,8 @@ def test_a_journal_of_something_else_is_refused_and_kept(distilled, data, tmp_pa
         for change, named in (
             ({"seed": 1}, "seed was 0 and is 1"), ({"teacher": "n"}, "teacher was 'm' and is 'n'"),
             ({"examples": 2}, "examples was 3 and is 2"), ({"lang": "zh"}, "prompt was"), ({"data": other}, "data was"),
-            ({"temperature": 1}, "temperature was not given and is 1.0"), ({"answer_tokens": 5}, "answer_tokens was 1024"),
+            ({"temperature": 1}, "temperature was not given and is 1.0"),
+            ({"answer_tokens": 5}, "answer_tokens was 1024"),
         ):  # fmt: skip
             done = distilled(server, **change)
             assert done.code == 2 and named in done.err and "delete the journal to start afresh" in done.err
