@@ -56,9 +56,9 @@ def _ask_hub(repo: str, seconds: float, kind: str = "model"):
 
     Raises HubSilent, or BadInput where the hub answers and says no.
     """
-    hub, what = _quiet_hub(), {"model": "model", "dataset": "data set"}[kind]
+    hub, (what, local) = _quiet_hub(), {"model": ("model", "folder"), "dataset": ("data set", "file")}[kind]
     if hub.constants.HF_HUB_OFFLINE:
-        raise HubSilent(f"no {what} in hub {repo}: HF_HUB_OFFLINE is set. Unset it, or give a local one")
+        raise HubSilent(f"no {what} in hub {repo}: HF_HUB_OFFLINE is set. Unset it, or give a local {local}")
     try:
         return hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=kind == "model", timeout=seconds)
     except hub.errors.GatedRepoError:
@@ -68,7 +68,7 @@ def _ask_hub(repo: str, seconds: float, kind: str = "model"):
     except hub.errors.HFValidationError as error:
         raise BadInput(f"no {what} in hub {repo}: {_why(error)}. Check the name") from None
     except Exception as error:  # the HTTP client's own classes differ between versions
-        fix = "Try later, or give a local one"
+        fix = f"Try later, or give a local {local}"
         raise HubSilent(f"no {what} in hub {repo}: it does not answer ({_why(error)}). {fix}") from None
 
 
