@@ -228,18 +228,17 @@ class Chat:
     def _counts(self, text: _Text, tokens: list[int], parts: list[list[int]], starts: list[int]) -> list[int] | None:
         """How many ids lie before each border, from the ids between it and the last control token before it; None
         where the tokenizer fuses characters across a border."""
-        places, last = [], -1
+        places, last = {0: 0}, -1  # where a control token starts in the text -> its place among the ids
         for start in starts:
             name = self._control.match(text.text, start)[0]
             try:
                 last = tokens.index(self.tokenizer.control[name], last + 1)
             except ValueError:  # not where the tokenizer sees it
                 return None
-            places.append(last)
+            places[start] = last
         counts = []
         for border, ids in zip(text.borders, parts, strict=True):
-            number = bisect_left(starts, border)
-            begin = places[number - 1] if number else 0
+            begin = places[_before(starts, border)]
             counts.append(begin + len(ids))
             if tokens[begin : counts[-1]] != ids:
                 return None
