@@ -95,6 +95,11 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
     return Sources(list(data), weights, found["replay"], held_out)
 
 
+def _keys(s) -> tuple[str, str] | None:
+    """The keys of question and answer that were named."""
+    return (s.prompt_key, s.response_key) if s.prompt_key else None
+
+
 def _made(rows: Sequence[dict], s, chat: Chat) -> Encoded:
     conversations = (formats.Conversation(row["messages"], f"row {i}") for i, row in enumerate(rows, 1))
     part = encode(conversations, chat, s.max_len, s.train_on, s.overlong)
@@ -105,9 +110,8 @@ def _made(rows: Sequence[dict], s, chat: Chat) -> Encoded:
 
 def _read(path: Path, s, chat: Chat) -> Encoded:
     size = path.stat().st_size if path.is_file() else None
-    keys = (s.prompt_key, s.response_key) if s.prompt_key else None
     with tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        return encode(formats.scan([path], keys=keys, progress=bar.update), chat, s.max_len, s.train_on, s.overlong)
+        return encode(formats.scan([path], keys=_keys(s), progress=bar.update), chat, s.max_len, s.train_on, s.overlong)
 
 
 def _notes(s, chat: Chat) -> None:
@@ -126,7 +130,7 @@ def _notes(s, chat: Chat) -> None:
 
 def lint_report(s, locate: Callable[[str], Path]) -> int:
     """What --check finds, a line each on stdout; exit code 2 if anything."""
-    files, keys = named(s), (s.prompt_key, s.response_key) if s.prompt_key else None
+    files, keys = named(s), _keys(s)
     if not files:
         raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
     train = list(formats.scan([locate(name) for flag, name, _ in files if flag != "eval"], keys=keys))
