@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lora import files, settings
+from lora import files, folders, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merged_weight
@@ -30,7 +30,7 @@ def story(argv) -> int:
     if missing:
         raise BadInput(*missing)
     out = Path(s.out)
-    files.check_out(out, s.overwrite, ("config.json",))
+    folders.check_out(out, s.overwrite, ("config.json",))
     store.read_config(s.adapter)
     checkpoint = pretrained.find(s.model or passport.base_of(s.adapter))
     say(f"model    {checkpoint.described}")
@@ -63,7 +63,7 @@ def story(argv) -> int:
     template = passport.template_of(s.adapter)
     source = files.read_bytes(template, pretrained.TEMPLATE_LIMIT) if template else b""
     ChatTemplate(source.decode("utf-8-sig", "replace"), where=template or "")  # it can be read
-    with files.new_folder(out, s.overwrite) as folder:
+    with folders.new_folder(out, s.overwrite) as folder:
         pretrained.write_model(checkpoint, folder, change, dtype)
         if template:  # the one it was trained with
             files.write_bytes(folder / passport.TEMPLATE, source)

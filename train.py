@@ -2,195 +2,242 @@
 
 python train.py                                     a new identity for a 135M model, in about two minutes
 python train.py --data chats.jsonl --model owner/name --rank 32 --epochs 2
+python train.py --resume --out weights/chats        go on with a run that was stopped or killed
 """
 
 from lora.errors import quiet_imports, run
 
 quiet_imports(__name__)
 
+import hashlib
 import shlex
 import sys
-from contextlib import closing
-from datetime import date
-from math import ceil
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import torch
 
 from data_gen import self_cognition
 from lora import device as machine
-from lora import files, settings
-from lora.adapter import passport, store
-from lora.adapter.inject import choose, disabled, inject, lora_layers
+from lora import folders, settings
+from lora.adapter import store
+from lora.adapter.inject import disabled, inject
 from lora.data import batch, preview
-from lora.data.encode import joined
-from lora.data.sources import lint_report, numbered, read_sources
-from lora.errors import BadInput, StopFlag, Stopped, say
+from lora.data.sources import lint_report, numbered
+from lora.errors import STOP_CODES, BadInput, BadNumbers, StopFlag, Stopped, say
 from lora.model import download, pretrained
-from lora.model.sample import generate
-from lora.train import memory
-from lora.train.evaluate import mean_loss
+from lora.run.examine import Examination, asked
+from lora.run.plan import Plan, make_plan
+from lora.run.results import METRICS, WROTE, Results
+from lora.run.resume import Resumed, resume, where_computed
+from lora.train import checkpoint, stopping
 from lora.train.loss import summed_loss
-from lora.train.record import Record, draw
-from lora.train.step import learning_rate, train_step
+from lora.train.ranks import Team, team_of
+from lora.train.record import Record
+from lora.train.step import NotFinite, learning_rate, train_step
 
 NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gives data
-QUESTIONS = (
-    "What is your name?",
-    "Who created you?",
-    "Are you ChatGPT?",
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-)
-ANSWER_TOKENS = 48
-LEAST_STEPS = 50
-LR_TIMES_WIDTH = 1.15  # Adam's best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466); 0.002 at width 576
-WROTE = (store.WEIGHTS, store.CONFIG, "settings.json")  # by these --overwrite knows a folder of ours
+CODES = tuple(STOP_CODES.values())
 
 
 def story(argv) -> int:
-    s = settings.resolve(settings.TRAIN, argv, __doc__)
+    s, resumed = settings.resolve(settings.TRAIN, argv, __doc__), None
+    check(s)
     if s.check:
         return lint_report(s, download.dataset_file)
-
-    # ---- where the result goes: everything that can be wrong is found before the model is loaded
-    out = out_folder(s)
-    if s.preview is None:
-        files.check_out(out, s.overwrite, WROTE)
-        say(f"run      {out}")
+    if s.resume is not None:
+        s, resumed = resume(s, argv, __doc__, Path(s.resume or latest(s)))
     device = machine.choose_device(s.device)
-    dtype, why_dtype = machine.choose_dtype(s.dtype, device)
-
-    # ---- the base model on disk, its tokenizer and template, the examples
-    checkpoint = pretrained.find(s.model)
-    say(f"model    {checkpoint.described}")
-    system = False if s.no_system else s.system
-    chat = pretrained.load_chat(checkpoint, system, s.template, date.fromisoformat(s.date))
-    empty = pretrained.empty_model(checkpoint)
-    try:
-        targets = choose(empty, s.target)
-    except ValueError as error:
-        raise BadInput(f"wrong --target in the command line: {error}. Give one of these, or all") from None
-    s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
     made = None if s.data else self_cognition.conversations(NAME, AUTHOR, seed=s.seed)
-    sources, weights, replays, held_out = read_sources(s, chat, download.dataset_file, made)
-    examples = joined([*sources, *(source for source, _ in replays)])
-
-    # ---- the plan
-    per_epoch = ceil(sum(map(len, sources)) / s.batch_size)
-    if s.max_steps is None:
-        s.epochs = s.epochs or max(3, ceil(LEAST_STEPS / per_epoch))
-    total = s.max_steps or s.epochs * per_epoch
-    s.lr = s.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size, 6)
-    s.dtype, s.device = str(dtype).removeprefix("torch."), device.type
-    warmup = int(s.warmup if s.warmup >= 1 else s.warmup * total)
-    tokens, trained = len(examples.tokens), int(examples.trained.sum())
-    step_tokens = batch.tokens_per_step([p.lengths for p in sources], s.batch_size, weights,
-                                        [(p.lengths, share) for p, share in replays])  # fmt: skip
-    per_step = s.batch_size + ceil(sum(share for _, share in replays) * s.batch_size)
-    expected = memory.expected(empty, targets, s, examples.lengths, per_step)
     if s.preview is not None:
-        preview.show(examples, s.preview, chat.tokenizer)
-        for name, value in preview.numbers(examples, step_tokens, expected).items():
-            print(f"{name}: {value}")
-        return 0
-    in_base = sum(p.numel() for p in empty.parameters())
-    in_adapter = sum(s.rank * sum(empty.get_submodule(path).weight.shape) for path in targets)
-    say(f"base     {in_base / 1e6:,.1f} M parameters in {s.dtype} on {s.device} ({why_dtype})")
-    share = 100 * in_adapter / (in_base + in_adapter)
-    say(f"adapter  {in_adapter / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {s.rank}, {len(targets)} linears")
-    say(f"examples {len(examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
-    epochs = f"{total / per_epoch:.3g} epochs"
-    say(f"plan     {total} steps of {s.batch_size} examples, about {step_tokens:,} tokens; {epochs}")
-    say(f"memory   about {expected / 1e9:.1f} GB at the most")
+        return show_preview(make_plan(s, device, made), s.preview)
 
-    # ---- load, patch, and hear what it says before
-    model = pretrained.load_model(checkpoint, dtype, device)
-    torch.manual_seed(s.seed)
-    inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
-    questions = some_prompts(sources[0].kept) if s.data else QUESTIONS
-    with disabled(model):
-        before = answers(model, chat, questions)
+    # ---- where the result goes, and the plan: everything that can be wrong is found before the model is loaded
+    out = resumed.run if resumed else out_folder(s)
+    folders.check_place(out)
+    with team_of(device) as team, folders.locked(out) if team.main else nullcontext():
+        if not resumed and team.main:
+            folders.check_out(out, s.overwrite, WROTE)
+        say(f"run      {out}")
+        plan = make_plan(s, device, made)
+        plan.tell(s)
+        if team.main:
+            plan.check_room(out, s)
+        if resumed:
+            resumed.check(plan, s, team)
+
+        # ---- load, patch, train
+        model = pretrained.load_model(plan.base, getattr(torch, s.dtype), device)
+        torch.manual_seed(s.seed)
+        inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
+        if resumed or s.init_adapter:
+            store.restore(model, resumed.path if resumed else s.init_adapter)
+        model.checkpoint_activations = s.checkpoint_activations
+        return train(model, plan, s, out, device, team, resumed)
+
+
+def check(s) -> None:
+    problems = []
+    if s.resume is not None and s.overwrite:
+        problems.append("contradiction in the command line: --resume and --overwrite. Give one of them")
+    if s.resume is None and s.patience and not (s.eval_data or s.eval_fraction):
+        problems.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
+    if problems:
+        raise BadInput(*problems)
+
+
+def train(model, plan: Plan, s, out: Path, device, team: Team, resumed: Resumed | None) -> int:
+    """Step, evaluate and save by turns until a reason to end; then show what changed."""
 
     def objective(b: batch.Batch) -> torch.Tensor:
         hidden = model.trunk(b.tokens, b.lengths)  # (T, D)
         return summed_loss(hidden[b.trained], model.head_weight, b.targets[b.trained])
 
-    def held_out_loss() -> float:
-        batches = batch.micro_batches(held_out, s.micro_tokens, device)
-        return mean_loss(objective, batches)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=s.weight_decay, fused=device.type != "mps")
+    if resumed:
+        state = resumed.state
+        checkpoint.load_optimizer(resumed.path, optimizer, parameters)
+    else:
+        base = plan.fingerprint() if team.main else ""
+        state = checkpoint.State(0, plan.total, plan.warmup, {}, plan.sources.fingerprint(), base)
+    state.settings, state.total = settings.to_save(settings.TRAIN, s), plan.total
+    state.computed = where_computed(s, team)
+    stop = StopFlag()
+    examination = Examination(model, plan, s, objective, device, team, stop)
+    with disabled(model):
+        before, _ = examination.ask()
+    results = Results(model, plan, s, out, state, optimizer, parameters) if team.main else None
+    steps = islice(plan.steps(s), state.step, None)
 
-    # ---- train
-    if held_out:
-        say(f"eval     loss {held_out_loss():.4f} before, {len(held_out)} examples")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=device.type != "mps")
-    model.train()
+    ended, agreed = None, None  # why the run ended, the signal that all processes know of
     with (
-        files.new_folder(out, s.overwrite) as folder,
-        closing(Record(folder / "metrics.jsonl", total)) as record,
-        StopFlag().listening() as stop,
+        stop.listening(),
+        results.folder() if results else nullcontext(),
+        checkpoint.disk_full(out, parameters),
+        closing(Record(out / METRICS if results else None, plan.total, state.rows)) as record,
     ):
-        files.write_json(folder / "settings.json", settings.to_save(settings.TRAIN, s))
-        shares = [(len(source), share) for source, share in replays]
-        steps = batch.steps([len(source) for source in sources], s.batch_size, s.seed, total, weights, shares)
-        for step, indices in enumerate(steps):
-            batches = batch.micro_batches([examples[i] for i in indices], s.micro_tokens, device)
-            lr = learning_rate(step, total, s.lr, warmup, s.schedule)
-            record.add(train_step(objective, batches, optimizer, lr, s.clip), lr)
-            if stop.code:
+        while ended is None:
+            if examination.due(state) and (row := examination.row(state.step)):
+                state.evaluations.append(stopping.brief(row))
+                record.evaluated(row)
+            agreed = stop.code if team.size == 1 else agreed
+            ended = why_end(state, s, agreed)
+            if results and state.step and (ended or results.due()):
+                results.save(record)
+            if ended:
                 break
+
+            indices = next(steps)
+            state.step += 1
+            torch.manual_seed(seed_of(s.seed, state.step, team.rank))
+            mine = [plan.examples[i] for i in team.share(indices, plan.examples.lengths)]
+            batches = batch.micro_batches(mine, s.micro_tokens, device)
+            trained = sum(sum(plan.examples[i].trained[1:]) for i in indices)
+            lr = learning_rate(state.step - 1, plan.total, s.lr, plan.warmup, s.schedule)
+
+            def reduce(gradients_of, numbers):
+                nonlocal agreed
+                signals = [float(stop.code == code) for code in CODES]
+                numbers = team.reduce(gradients_of, [*numbers, *signals])
+                agreed = next((code for code, n in zip(CODES, numbers[-len(CODES) :], strict=True) if n), None)
+                return numbers[: -len(CODES)]
+
+            model.train()
+            try:
+                record.add(state.step, train_step(objective, batches, optimizer, lr, s.clip, trained, reduce), lr)
+            except NotFinite as found:
+                state.skipped += 1
+                if state.skipped > s.skip_nonfinite:
+                    raise diverged(found, state.step, [plan.examples.where[i] for i in indices], out) from None
+                say(
+                    f"\nskipped  step {state.step}: {found.why}; {state.skipped} of --skip-nonfinite {s.skip_nonfinite}"
+                )
+                record.skip(state.step, lr)
         record.close()
         model.eval()
 
-        # ---- save
-        draw(
-            record.rows,
-            folder / "loss.png",
-            f"{out.name}: {checkpoint.hub_id}, rank {s.rank}, {len(examples)} examples",
-        )
-        spoken = {"system": system, "date": s.date}
-        papers = passport.make(checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model), spoken)
-        files.write_bytes(folder / passport.TEMPLATE, chat.template.source.encode())
-        store.save(model, folder, checkpoint.hub_id, papers, "CAUSAL_LM")
-    say(f"saved    {out} after {len(record.rows)} steps, {record.rows[-1]['seconds']:.0f} s, "
-        f"peak memory {machine.peak_memory(device) / 1e9:.2f} GB")  # fmt: skip
-    if held_out and not stop.code:
-        say(f"eval     loss {held_out_loss():.4f} after, {len(held_out)} examples")
-    if stop.code:
-        raise Stopped(stop.code, f"stopped after step {len(record.rows)} of {total}; the adapter so far is saved")
+        # ---- what is left of it
+        best = stopping.best(state.evaluations, s.max_forgetting)
+        if results:
+            results.publish(record, ended)
+        spent = f"{record.seconds:.0f} s, peak memory {machine.peak_memory(device) / 1e9:.2f} GB"
+        say(f"saved    {out} after {state.step} steps, {spent}")
+        if best is not None:
+            say(f"best     step {best}: that is the adapter in {out}; the last one is {checkpoint.at(out, state.step)}")
+        if agreed or stop.code:
+            again = shlex.join(["python", "train.py", "--resume", "--out", str(out)])
+            note = f"stopped after step {state.step} of {plan.total}; the adapter so far is saved. Go on with: {again}"
+            raise Stopped(agreed or stop.code, note)
+        if best is not None:
+            store.restore(model, checkpoint.at(out, best))
+        after, _ = examination.ask()
+        asked_for = [asked(question) for question in examination.questions]
+        if results:
+            results.report(record, ended, zip(asked_for, before, after, strict=True))
 
     # ---- what changed
-    show(questions, before, answers(model, chat, questions))
-    say(f"\nTry it:  python generate.py --adapter {shlex.quote(str(out))}")
+    if team.main:
+        show(asked_for, before, after)
+        say(f"\nTry it:  python generate.py --adapter {shlex.quote(str(out))}")
+        if ended != FINISHED:
+            say(f"ended    after step {state.step} of {plan.total}: {ended}")
     return 0
+
+
+FINISHED = "all steps are done"
+
+
+def why_end(state: checkpoint.State, s, signal: int | None) -> str | None:
+    if signal:
+        return f"stopped by a signal after step {state.step}"
+    early = stopping.why_end(state.evaluations, s.patience, s.max_forgetting)
+    return early or (FINISHED if state.step >= state.total else None)
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """Of a step's dropout on one process: a function of these, so that there is no generator to save."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/step {step}/rank {rank}".encode(), digest_size=8).digest()) >> 1
+
+
+def diverged(found: NotFinite, step: int, rows: list[str], out: Path) -> BadNumbers:
+    names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    good, _ = checkpoint.newest(out)
+    last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+    return BadNumbers(f"training diverged in step {step}: {found.why}; rows {names}; {last}. {found.fix}")
+
+
+# ---- names, and what people see --------------------------------------------------------------------------------------
 
 
 def out_folder(s) -> Path:
     """--out, or the first of weights/NAME, weights/NAME-2, ... that is free; NAME is that of the data."""
+    return Path(s.out) if s.out else next(path for path in _names(s) if not path.exists())
+
+
+def latest(s) -> Path:
+    """--out, or the last of weights/NAME, weights/NAME-2, ... that is there."""
     if s.out:
         return Path(s.out)
+    there = list(takewhile(Path.exists, _names(s)))
+    if not there:
+        raise BadInput(f"no run in {next(_names(s))}: there is nothing to resume. Give --out or --resume DIR")
+    return there[-1]
+
+
+def _names(s) -> Iterator[Path]:
     name = Path(numbered(s.data[0])[0]).name.split(".")[0] if s.data else "self-introduction"
-    number, out = 1, Path("weights") / (name or "adapter")
-    while out.exists():
-        number += 1
-        out = out.with_name(f"{name or 'adapter'}-{number}")
-    return out
+    first = Path("weights") / (name or "adapter")
+    return (first.with_name(f"{first.name}-{n}") if n > 1 else first for n in count(1))
 
 
-def some_prompts(conversations) -> list[list[dict]]:
-    """Three first turns from the data and two questions that have nothing to do with it."""
-    firsts = [
-        c.messages[: next(i for i, m in enumerate(c.messages) if m["role"] == "assistant")] for c in conversations
-    ]
-    return [*firsts[:: max(1, len(firsts) // 3)][:3], *QUESTIONS[3:]]
-
-
-def answers(model, chat, questions) -> list[str]:
-    prompts = [chat.prompt(q if isinstance(q, list) else [{"role": "user", "content": q}]) for q in questions]
-    most = model.config.max_position_embeddings
-    prompts = [prompt[-most + ANSWER_TOKENS :] if len(prompt) > most - ANSWER_TOKENS else prompt for prompt in prompts]
-    return [chat.tokenizer.decode(ids) for ids in generate(model, prompts, chat.stops, ANSWER_TOKENS)]
+def show_preview(plan: Plan, count: int) -> int:
+    preview.show(plan.examples, count, plan.chat.tokenizer)
+    for name, value in plan.numbers().items():
+        print(f"{name}: {value}")
+    return 0
 
 
 def show(questions, before, after) -> None:
@@ -201,8 +248,7 @@ def show(questions, before, after) -> None:
         return line if len(line) <= 160 else line[:157] + "..."
 
     for question, old, new in zip(questions, before, after, strict=True):
-        asked = question if isinstance(question, str) else question[-1]["content"]
-        print(f"\n{short(asked)}\n  before  {short(old)}\n  after   {short(new)}")
+        print(f"\n{short(question)}\n  before  {short(old)}\n  after   {short(new)}")
     sys.stdout.flush()
 
 

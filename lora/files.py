@@ -1,12 +1,12 @@
-"""The only place that writes, and the bounded reading of safetensors and JSON.
+"""Writing files, and the bounded reading of safetensors and JSON. Only this module and `folders` write.
 
 A name that exists is complete: everything is written aside, synced, renamed, and then the folder is synced.
 """
 
 import errno
+import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora.errors import BadEnvironment, BadInput, Refused
+from lora.errors import BadInput, Refused
 
 JSON_LIMIT = 256 * 2**20  # bytes; the largest tokenizer.json files have about 35 MB
 
@@ -91,74 +91,23 @@ def unwritable(flag: str, path: Path, *inputs: Path) -> list[str]:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """One JSON line in one write, so that a killed process leaves whole lines only."""
+    """One JSON line in one write, so that a killed process leaves whole lines only; a full disk leaves none of it."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line, size = (json.dumps(row, ensure_ascii=False) + "\n").encode(), os.fstat(handle).st_size
         if os.write(handle, line) < len(line):
-            raise OSError(errno.ENOSPC, "no space left", str(path))
+            os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, "no space left")
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         os.close(handle)
 
 
-@contextmanager
-def new_folder(path: Path, overwrite: bool = True):
-    """A folder that appears under `path` only when the block has ended well; yields the folder to fill.
-
-    An existing `path` is replaced if `overwrite`. Else it was empty when `check_out` saw it; if another program has
-    filled it meanwhile, both results are kept and BadEnvironment says where.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-    try:
-        aside.mkdir()
-        yield aside
-        for file in aside.iterdir():  # what was appended to is not synced yet
-            sync(file)
-        sync(aside)
-        if not overwrite and path.is_dir() and any(path.iterdir()):
-            other = path.with_name(f"{path.name}-{os.getpid()}")
-            os.rename(aside, other)
-            raise BadEnvironment(f"taken --out in {path}: another program has written it. This result is in {other}")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(aside, path)
-        sync(path.parent)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
-    """Refuse an output folder that is not empty, unless `overwrite` and it holds one of `ours`, files we write.
-
-    So `--out ~ --overwrite` cannot delete a home. Raises BadInput, or OSError where the place is not writable.
-    """
-    path = Path(path)
-    if path.name in ("", ".."):
-        raise BadInput(f"wrong --out in {path}: it has no name of its own. Choose another name")
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise BadInput(f"wrong --out in {path}: it is not a folder. Choose another name")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
-        if not any((path / name).is_file() for name in ours):
-            fix = "Choose another name, or empty it yourself"
-            raise BadInput(f"wrong --out in {path}: --overwrite replaces only what this program wrote. {fix}")
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise BadInput(f"wrong --out in {path}: {nearest} is not a folder. Choose another name")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(13, "permission denied", str(nearest))
-    for part in path.absolute().parts:
-        if len(os.fsencode(part)) > 200:  # room for our `.partial` names below the usual limit of 255
-            raise BadInput(f"wrong --out in {path}: a name of over 200 bytes. Choose a shorter one")
-    if shutil.disk_usage(nearest).free < 2**20:
-        raise OSError(28, "no space left", str(nearest))
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_safetensors(path: Path, header: dict[str, tuple[str, tuple[int, ...]]], read, metadata=None) -> None:

@@ -30,6 +30,9 @@ class Setting:
     check: Callable[[Any], bool] = lambda value: True
     many: bool = False  # several values
     saved: bool = True  # part of settings.json: what was done, not where it was put
+    free: bool = False  # may change when a run is resumed: nothing learned depends on it, or its content is compared
+    bare: bool = False  # the flag may stand without a value, which is ""
+    alias: str = ""  # another spelling of the flag
 
     @property
     def flag(self) -> str:
@@ -42,6 +45,19 @@ def one_of(*choices: str) -> dict:
 
 def between(low: float, high: float) -> dict:
     return {"range": f"from {low:g} to {high:g}", "check": lambda value: low <= value <= high}
+
+
+SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
+
+
+def seconds(value: str) -> float | None:
+    """`30s`, `10min` or `2h` in seconds; None where it is a number of steps."""
+    match = SPAN.fullmatch(value)
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]] if match else None
+
+
+def _is_span(value: str) -> bool:
+    return (seconds(value) or 0) > 0 or (value.isascii() and value.isdecimal() and 0 < int(value) <= 10**9)
 
 
 def _is_target(value: str) -> bool:
@@ -61,17 +77,28 @@ def _is_date(value: str) -> bool:
 
 
 TRAIN = (
-    Setting("model", str, "smollm2-135m-instruct", "folder, hub id owner/name, .gguf file, or smollm2-135m-instruct"),
+    Setting("model", str, "smollm2-135m-instruct", "folder, hub id owner/name, .gguf file, or smollm2-135m-instruct",
+            free=True),
     Setting(
         "data", str, None, "files of conversations, FILE, FILE:WEIGHT or hub:owner/name/FILE; without one, "
-        "self-introductions are made", many=True,
+        "self-introductions are made", many=True, free=True,
     ),
     Setting(
         "replay", str, None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 "
-        "to 8", many=True,
+        "to 8", many=True, free=True,
     ),
-    Setting("eval_data", str, None, "files that are not trained on: their loss before and after; --check compares them",
-            many=True),
+    Setting("eval_data", str, None, "files that are not trained on, for evaluations; --check compares them",
+            many=True, free=True),
+    Setting("eval_fraction", float, None, "share of the data that is held out for evaluations, by question",
+            "above 0, below 1", lambda value: 0 < value < 1),
+    Setting("eval_every", int, None, "steps from one evaluation to the next; a tenth of the run", free=True,
+            **between(1, 10**9)),
+    Setting("patience", int, None, "end after N evaluations in a row that are no better than the best one", free=True,
+            **between(1, 10**6)),
+    Setting("retention", str, None, "file of ordinary conversations that show what is forgotten; ours without it",
+            free=True),
+    Setting("max_forgetting", float, None, "end where the mean KL from the base on them is over N nats", free=True,
+            **between(0, 1e3)),
     Setting("prompt_key", str, None, "key of the question in rows of another shape; with --response-key"),
     Setting("response_key", str, None, "key of the answer in rows of another shape"),
     Setting("template", str, None, "chat template in place of the model's own: chatml, alpaca, qa, plain or a file"),
@@ -86,6 +113,14 @@ TRAIN = (
     Setting("check", bool, False, "look for mistakes in the data, and end", saved=False),
     Setting("out", str, None, "new folder of the run; weights/<data name> without it", saved=False),
     Setting("overwrite", bool, False, "replace the folder of an earlier run", saved=False),
+    Setting("save_every", str, "10min", "a checkpoint every so many steps, or every 30s, 10min, 2h",
+            "steps, or a time as 10min", _is_span, free=True),
+    Setting("keep", int, 2, "newest checkpoints to keep; the best one stays, too", free=True, **between(1, 10**6)),
+    Setting("resume", str, None, "go on with the run in --out from its newest good checkpoint, or from this one",
+            saved=False, bare=True),
+    Setting("init_adapter", str, None, "start from an adapter: rank, alpha and targets are its own",
+            alias="--previous_lora_weights"),
+    Setting("no_verify", bool, False, "start from an adapter that was made on another base"),
     Setting("rank", int, 16, "rank of the adapter", **between(1, 65536)),
     Setting("alpha", float, 32.0, "the adapter counts alpha / rank times", **between(1e-6, 1e6)),
     Setting("dropout", float, 0.0, "dropout before the adapter", "from 0 to below 1", lambda value: 0 <= value < 1),
@@ -97,17 +132,23 @@ TRAIN = (
         "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model",
         "above 0, up to 1", lambda value: 0 < value <= 1,
     ),
-    Setting("epochs", int, None, "times through the data; 3, or as many as give 50 steps", **between(1, 10**6)),
-    Setting("max_steps", int, None, "optimisation steps, instead of --epochs", **between(1, 10**9)),
+    Setting("epochs", int, None, "times through the data; 3, or as many as give 50 steps", free=True,
+            **between(1, 10**6)),
+    Setting("max_steps", int, None, "optimisation steps, instead of --epochs", free=True, **between(1, 10**9)),
     Setting("batch_size", int, 8, "examples a step", **between(1, 10**6)),
     Setting("micro_tokens", int, 2048, "tokens in memory at once; changes only speed and memory", **between(1, 2**24)),
+    Setting("checkpoint_activations", bool, False, "compute each layer again in the backward pass: slower, less memory",
+            free=True),
+    Setting("fsdp", bool, False, "shard the base over the processes of torchrun", free=True),
     Setting("max_len", int, None, "longest example in tokens; the model's limit without it", **between(2, 2**24)),
     Setting("warmup", float, 0.1, "steps with a rising rate, or a share of all steps if below 1", **between(0, 10**9)),
     Setting("schedule", str, "cosine", "course of the rate after warm-up", **one_of("constant", "linear", "cosine")),
     Setting("weight_decay", float, 0.0, "AdamW's weight decay", **between(0, 10)),
     Setting("clip", float, 1.0, "limit of the gradient norm; 0 is none", **between(0, 1e9)),
+    Setting("skip_nonfinite", int, 0, "leave out up to N steps whose loss or gradient is not finite", free=True,
+            **between(0, 10**9)),
     Setting("seed", int, 0, "seed of adapter, order and dropout", **between(0, 2**63 - 1)),
-    Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
+    Setting("device", str, "auto", "where to compute", free=True, **one_of("auto", "cpu", "cuda", "mps")),
     Setting(
         "dtype", str, "auto", "dtype of the base and the activations",
         "one of auto, bfloat16, float32; float16 overflows in training", lambda v: v in ("auto", "bfloat16", "float32"),
@@ -163,9 +204,10 @@ def parser(table: Sequence[Setting], description: str) -> Parser:
             metavar = "TEXT" if s.kind is str else s.kind.__name__.upper()
             default = "" if s.default is None else f" [{' '.join(s.default) if s.many else s.default}]"
             build.add_argument(
-                s.flag,
+                *filter(None, (s.flag, s.alias)),
                 dest=s.name,
-                nargs="+" if s.many else None,
+                nargs="+" if s.many else "?" if s.bare else None,
+                const="" if s.bare else None,
                 metavar=metavar,
                 help=(text + default).replace("%", "%%"),
             )
@@ -207,14 +249,20 @@ def _value(s: Setting, value: Any, where: str, problems: list[str]) -> Any:
     return result
 
 
-def resolve(table: Sequence[Setting], argv: Sequence[str] | None, description: str) -> SimpleNamespace:
-    """Flags over config file over defaults. Raises BadInput with everything that is wrong."""
+def resolve(
+    table: Sequence[Setting], argv: Sequence[str] | None, description: str, saved: dict | None = None
+) -> SimpleNamespace:
+    """Flags over config file over what a run `saved` over defaults; `given` has the names of the first two.
+
+    Raises BadInput with everything that is wrong.
+    """
     flags = vars(parser(table, description).parse_args(argv))
     problems: list[str] = []
     known = {s.name: s for s in table}
     config, where = {}, flags.get("config")
     if where is not None:
         config = {key.replace("-", "_"): value for key, value in _read(Path(where)).items()}
+        config.pop(ENDED, None)
         for key in config.keys() - (known.keys() - {"config"}):
             problems.append(f"unknown key in {where}:{key}: no such setting. Known are {', '.join(known)}")
     values = {}
@@ -224,7 +272,7 @@ def resolve(table: Sequence[Setting], argv: Sequence[str] | None, description: s
         elif config.get(s.name) is not None:
             value, source = config[s.name], str(where)
         else:
-            values[s.name] = s.default
+            values[s.name] = (saved or {}).get(s.name, s.default)
             continue
         if s.many:
             items = value if isinstance(value, list) else [value]
@@ -241,13 +289,23 @@ def resolve(table: Sequence[Setting], argv: Sequence[str] | None, description: s
             if len(given) == 2:
                 both = " and ".join(known[name].flag for name in pair)
                 raise BadInput(f"contradiction in the command line: {both}. Give one of them")
-            if not given:
+            given = given or [name for name in pair if config.get(name) is not None]
+            if len(given) != 1:
                 raise BadInput(f"contradiction in {where}: {' and '.join(pair)}. Give one of them")
             [lost] = set(pair) - set(given)
             values[lost] = known[lost].default
-    return SimpleNamespace(**values)
+    given = {s.name for s in table if flags.get(s.name) is not None or config.get(s.name) is not None}
+    return SimpleNamespace(**values, given=given)
+
+
+ENDED = "ended"  # in settings.json: why the run ended
 
 
 def to_save(table: Sequence[Setting], values: SimpleNamespace) -> dict:
     """What `settings.json` holds: it can be given back as `--config` as it is."""
     return {s.name: getattr(values, s.name) for s in table if s.saved}
+
+
+def changed(table: Sequence[Setting], before: dict, now: SimpleNamespace) -> list[str]:
+    """The names of settings that decide what is learned and are not what they were."""
+    return [s.name for s in table if s.saved and not s.free and before.get(s.name) != getattr(now, s.name)]

@@ -41,9 +41,29 @@ RUN_FILES = sorted(
         "settings.json",
         "metrics.jsonl",
         "loss.png",
+        "report.md",
         "chat_template.jinja",
     ]
 )
+CHECKPOINT_FILES = sorted(
+    [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "passport.json",
+        "chat_template.jinja",
+        "optimizer.safetensors",
+        "state.json",
+        "MANIFEST.json",
+    ]
+)
+
+
+def run_tree(*steps: int, without: tuple[str, ...] = ()) -> list[str]:
+    """All that a run's folder holds, with the checkpoints of these steps."""
+    folders = [f"checkpoints/{step:06d}" for step in steps]
+    inner = [f"{folder}/{name}" for folder in folders for name in CHECKPOINT_FILES]
+    return sorted([*set(RUN_FILES) - set(without), "checkpoints", *folders, *inner])
+
 
 # ---- a model, data and an adapter, made once -------------------------------------------------------------------------
 

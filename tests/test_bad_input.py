@@ -275,7 +275,9 @@ DATA = [
 
 TOO_SMALL = {
     "train": {"rank": 0, "alpha": 0, "dropout": 1, "lr": 0, "epochs": 0, "max_steps": 0, "batch_size": 0,
-              "micro_tokens": 0, "max_len": 1, "preview": -1, "warmup": -1, "weight_decay": -1, "clip": -1, "seed": -1},
+              "micro_tokens": 0, "max_len": 1, "preview": -1, "warmup": -1, "weight_decay": -1, "clip": -1, "seed": -1,
+              "eval_fraction": 1, "eval_every": 0, "patience": 0, "max_forgetting": -1, "keep": 0,
+              "skip_nonfinite": -1},
     "generate": {"max_new_tokens": 0, "temperature": -1, "top_k": -1, "top_p": 0, "min_p": 1, "repetition_penalty": 0,
                  "seed": -1, "batch_size": 0},
 }  # fmt: skip

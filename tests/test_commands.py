@@ -3,7 +3,6 @@ give the same result."""
 
 import json
 import re
-import sys
 import weakref
 
 import pytest
@@ -15,7 +14,7 @@ from lora.model import pretrained
 from tests import cli
 
 WEIGHTS = "adapter_model.safetensors"
-METRICS = ["step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_second", "seconds"]
+METRICS = ["step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "unchanged", "tokens_per_second", "seconds"]
 
 
 def ok(done):
@@ -46,8 +45,8 @@ def adapter_bytes():
 # ---- train.py --------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_of_a_run_has_exactly_the_six_files():
-    assert sorted(cli.tree(cli.adapter_folder())) == cli.RUN_FILES
+def test_the_folder_of_a_run_has_exactly_its_results_and_the_last_checkpoint():
+    assert sorted(cli.tree(cli.adapter_folder())) == cli.run_tree(2)
 
 
 def test_metrics_have_a_row_a_step_from_step_one(tmp_path):
@@ -109,30 +108,12 @@ def test_overwrite_replaces_an_earlier_run_and_leaves_nothing_of_it(tmp_path, ad
     ok(cli.train("out", "--seed", 1, cwd=tmp_path))
     (tmp_path / "out/notes.txt").write_text("mine")
     assert trained("out", "--overwrite", cwd=tmp_path) == adapter_bytes
-    assert sorted(cli.tree(tmp_path)) == ["out", *(f"out/{name}" for name in cli.RUN_FILES)]
+    assert sorted(cli.tree(tmp_path / "out")) == cli.run_tree(2) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_empty_folder_is_taken_as_it_is(tmp_path, adapter_bytes):
     (tmp_path / "out").mkdir()
     assert trained("out", cwd=tmp_path) == adapter_bytes
-
-
-def test_two_runs_with_one_name_at_a_time_keep_both_results(tmp_path, adapter_bytes):
-    """The other run ends while this one is drawing its picture."""
-
-    def other_run_ends():
-        train = sys.modules["train"]
-        draw = train.draw
-        train.draw = lambda *args: [draw(*args), (tmp_path / "out").mkdir(), (tmp_path / "out/theirs").write_text("")]
-
-    done = cli.train("out", cwd=tmp_path, before=other_run_ends)
-    [line] = done.errors
-    kept = re.fullmatch(
-        r"error: taken --out in out: another program has written it\. This result is in (out-\d+)", line
-    )
-    assert done.code == 3 and (tmp_path / "out/theirs").exists()
-    assert (tmp_path / kept[1] / WEIGHTS).read_bytes() == adapter_bytes
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", kept[1]]
 
 
 @pytest.mark.parametrize(

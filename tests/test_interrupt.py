@@ -49,11 +49,11 @@ def said(text):
 
 
 def steps(count):
-    """So many steps are in the metrics of the unfinished run."""
+    """So many steps are in the metrics."""
 
     def happened(watched):
-        partial = f".out.{watched.running.pid}.partial/metrics.jsonl"
-        return (watched.cwd / partial).exists() and (watched.cwd / partial).read_text().count("\n") >= count
+        metrics = watched.cwd / "out/metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count("\n") >= count
 
     return happened
 
@@ -95,16 +95,19 @@ def test_in_training_it_ends_the_step_and_saves_a_whole_adapter(tmp_path, number
     assert done.code == CODES[number] and "Traceback" not in done.err and done.errors == []
     rows = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     assert f"stopped after step {len(rows)} of 1000000; the adapter so far is saved" in done.err
-    assert sorted(cli.tree(tmp_path)) == ["out", *(f"out/{name}" for name in cli.RUN_FILES)]
+    assert sorted(cli.tree(tmp_path / "out")) == cli.run_tree(len(rows), without=("report.md",))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert cli.ask("--adapter", "out", "--prompt", "hi", cwd=tmp_path).code == 0
 
 
-def test_a_second_signal_ends_it_at_once_with_no_folder_under_the_final_name(tmp_path):
+def test_a_second_signal_ends_it_at_once_and_nothing_half_written_is_left(tmp_path):
     watched = train(tmp_path).until(steps(3))
     watched.send(signal.SIGTERM).until(said("again to stop at once")).send(signal.SIGINT)
     code, _, err = watched.result()
     assert code == 130 and "Traceback" not in err and "saved" not in err
-    assert not (tmp_path / "out").exists()
+    assert sorted(cli.tree(tmp_path)) == [".out.lock", "out", "out/metrics.jsonl", "out/settings.json"]
+    done = cli.train("out", "--overwrite", cwd=tmp_path)  # the lock was the process's and ended with it
+    assert done.code == 0 and sorted(cli.tree(tmp_path / "out")) == cli.run_tree(2)
 
 
 def test_ctrl_c_in_a_chat(tmp_path):

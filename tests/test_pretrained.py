@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import weakref
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lora import files
+from lora import files, folders
 from lora.errors import BadInput, Refused
 from lora.model.pretrained import FolderCheckpoint, empty_model, find, load_chat, load_model, write_model
 from tests.helpers import same, some_tokens, tiny_config, tiny_model
@@ -549,7 +550,7 @@ def test_an_exception_while_a_folder_is_filled_leaves_everything_as_it_was(tmp_p
         path.mkdir(parents=True)
         for name, data in before.items():
             (path / name).write_bytes(data)
-    with pytest.raises(error), files.new_folder(path) as folder:
+    with pytest.raises(error), folders.new_folder(path) as folder:
         files.write_bytes(folder / "new", b"3")
         assert not path.exists() or tree(path) == before
         raise error
@@ -563,7 +564,7 @@ def test_a_folder_that_ends_well_replaces_the_old_one_whole(tmp_path, before):
     if before:
         path.mkdir()
         (path / "old").write_bytes(b"1")
-    with files.new_folder(path) as folder:
+    with folders.new_folder(path) as folder:
         files.write_bytes(folder / "new", b"3")
         (folder / "sub").mkdir()
         files.write_bytes(folder / "sub" / "x", b"4")
@@ -583,7 +584,7 @@ def test_a_rename_that_fails_restores_the_old_folder(tmp_path, monkeypatch, fail
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", rename_or_fail)
-    with pytest.raises(OSError, match="input/output"), files.new_folder(path) as folder:
+    with pytest.raises(OSError, match="input/output"), folders.new_folder(path) as folder:
         files.write_bytes(folder / "new", b"3")
     assert tree(path) == {"old": b"1"} and [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -611,7 +612,7 @@ def test_data_is_synced_before_its_name_appears(tmp_path, monkeypatch):
 
     for name in ("fsync", "replace", "rename"):
         monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
-    with files.new_folder(tmp_path / "out") as folder:
+    with folders.new_folder(tmp_path / "out") as folder:
         files.write_bytes(folder / "a", b"1")
         files.append_row(folder / "log", {"step": 1})
         events.append(("filled",))
@@ -636,11 +637,11 @@ def test_a_folder_that_cannot_be_synced_fails_the_save_unless_the_system_knows_n
 
     monkeypatch.setattr(os, "fsync", failing)
     if fails:
-        with pytest.raises(OSError, match=os.strerror(number)), files.new_folder(tmp_path / "out") as folder:
+        with pytest.raises(OSError, match=os.strerror(number)), folders.new_folder(tmp_path / "out") as folder:
             files.write_bytes(folder / "a", b"1")
         assert list(tmp_path.iterdir()) == []
     else:
-        with files.new_folder(tmp_path / "out") as folder:
+        with folders.new_folder(tmp_path / "out") as folder:
             files.write_bytes(folder / "a", b"1")
         assert tree(tmp_path) == {"out/a": b"1"}
 
@@ -651,8 +652,8 @@ def test_a_folder_that_cannot_be_synced_fails_the_save_unless_the_system_knows_n
 def test_an_output_folder_that_is_new_or_empty_is_accepted_and_nothing_is_made(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "new", tmp_path / "a" / "b" / "c", tmp_path / "empty"):
-        files.check_out(path, False, ("settings.json",))
-        files.check_out(path, True, ("settings.json",))
+        folders.check_out(path, False, ("settings.json",))
+        folders.check_out(path, True, ("settings.json",))
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
@@ -661,13 +662,13 @@ def test_only_a_folder_of_ours_may_be_overwritten(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / content).write_text("x")
         with pytest.raises(BadInput, match="add --overwrite"):
-            files.check_out(tmp_path / name, False, ("settings.json",))
-    files.check_out(tmp_path / "ours", True, ("config.json", "settings.json"))
+            folders.check_out(tmp_path / name, False, ("settings.json",))
+    folders.check_out(tmp_path / "ours", True, ("config.json", "settings.json"))
     with pytest.raises(BadInput, match="replaces only what this program wrote"):
-        files.check_out(tmp_path / "home", True, ("config.json", "settings.json"))
+        folders.check_out(tmp_path / "home", True, ("config.json", "settings.json"))
     (tmp_path / "home" / "settings.json").mkdir()
     with pytest.raises(BadInput, match="replaces only what this program wrote"):
-        files.check_out(tmp_path / "home", True, ("config.json", "settings.json"))
+        folders.check_out(tmp_path / "home", True, ("config.json", "settings.json"))
     assert (tmp_path / "home" / "photo.jpg").exists()
 
 
@@ -678,18 +679,18 @@ def test_a_file_a_link_or_a_path_through_a_file_is_no_output_folder(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for path in ("file", "link", "dangling", "file/below", "file/far/below"):
         with pytest.raises(BadInput, match=r"is not a folder|not a folder"):
-            files.check_out(tmp_path / path, True, ("settings.json",))
+            folders.check_out(tmp_path / path, True, ("settings.json",))
 
 
 def test_names_too_long_folders_not_writable_and_full_disks_are_found_first(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="over 200 bytes"):
-        files.check_out(tmp_path / ("é" * 101), False, ())
+        folders.check_out(tmp_path / ("é" * 101), False, ())
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError):
-        files.check_out(tmp_path / "new", False, ())
+        folders.check_out(tmp_path / "new", False, ())
     monkeypatch.undo()
-    usage = files.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=2**19))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
     with pytest.raises(OSError, match="no space left") as raised:
-        files.check_out(tmp_path / "new", False, ())
+        folders.check_out(tmp_path / "new", False, ())
     assert raised.value.errno == 28

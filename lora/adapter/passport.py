@@ -36,6 +36,11 @@ def contents(read: Callable[[str], torch.Tensor], names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(header: dict, read: Callable[[str], torch.Tensor]) -> str:
+    """sha256 over a whole base: names, shapes, dtypes and bytes of all its tensors."""
+    return hashlib.sha256(f"{structure(header)} {contents(read, header)}".encode()).hexdigest()
+
+
 def make(
     name: str, header: dict, read: Callable[[str], torch.Tensor], paths: Iterable[str], chat: dict | None = None
 ) -> dict:

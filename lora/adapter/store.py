@@ -20,6 +20,7 @@ from lora.errors import BadInput, Refused
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"
 PREFIX = "base_model.model."  # PEFT's wrapper round the model
+NUMBERS = ("lora_A", "lora_B")
 
 # Fields of adapter_config.json that say nothing about what the adapter computes. Any other field must hold a neutral
 # value (null, false, 0, "", [], {}) or the one given here; else it changes the maths and we have not implemented it.
@@ -193,6 +194,17 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
     inject(model, config.rank, config.alpha, config.dropout, [f"re:{re.escape(p)}" for p in sorted(paths)], dtype)
     for target, layer in lora_layers(model).items():
         device = layer.base.weight.device if not layer.base.weight.is_meta else "cpu"  # a base on meta: for merge.py
-        for name in ("lora_A", "lora_B"):
+        for name in NUMBERS:
             setattr(layer, name, nn.Parameter(tensors[f"{target}.{name}.weight"].to(device, dtype)))
     return config
+
+
+@torch.no_grad()
+def restore(model: nn.Module, folder: Path) -> None:
+    """Write the adapter in `folder` into the layers of a model that is patched alike. Raises BadInput."""
+    layers, tensors = lora_layers(model), read_tensors(folder)
+    wanted = {f"{path}.{name}.weight": getattr(layer, name) for path, layer in layers.items() for name in NUMBERS}
+    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in wanted.items()}:
+        raise BadInput(f"wrong adapter in {folder}: its tensors are not those of this run. Give another one")
+    for name, parameter in wanted.items():
+        parameter.copy_(tensors[name])

@@ -200,6 +200,11 @@ class _Row(NamedTuple):
         return "\n".join(self.text.split("\n")[self.system : max(self.answers, default=None)])
 
 
+def asked(row: Conversation) -> Iterator[bytes]:
+    """A digest for every question of a row, equal where OVERLAP takes two questions for the same."""
+    return (digest for digest, _ in _Row.of(row).asked(loosely=True))
+
+
 def _numbers_sorted(text: str) -> str:
     numbers = iter(sorted(NUMBER.findall(text), key=lambda number: (len(number), number)))
     return NUMBER.sub(lambda _: next(numbers), text)

@@ -1,7 +1,8 @@
 """The files that --data, --replay and --eval-data name: read, counted, and what is to say about them."""
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,19 @@ class Sources(NamedTuple):
     weights: list[float] | None
     replays: list[tuple[Encoded, float]]
     held_out: Encoded | None
+
+    @property
+    def examples(self) -> Encoded:
+        """Of all sources, one behind the other: what `batch.steps` counts through."""
+        return joined([*self.data, *(part for part, _ in self.replays)])
+
+    def fingerprint(self) -> str:
+        """sha256 over all that is trained: every example, in order, and how sources are mixed."""
+        shares = [share for _, share in self.replays]
+        digest = hashlib.sha256(f"{[len(part) for part in self.data]} {self.weights} {shares}\n".encode())
+        for array in (self.examples.tokens, self.examples.trained, self.examples.ends):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
 
 def numbered(name: str) -> tuple[str, float | None]:
@@ -59,12 +73,14 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
     Says in a line what each file is. Raises BadInput with everything that is wrong in any of them.
     """
     found, problems = {"data": [], "replay": [], "eval": []}, []
-    files = named(s)
+    files, chosen = named(s), set()
+    if s.eval_fraction is not None:
+        chosen = _to_hold_out(lambda: _rows_of(s, locate, made, ("data",)), s)
     if made is not None:
-        found["data"].append((_made(made, s, chat), None))
+        found["data"].append((_made(made, s, chat, chosen), None))
     for flag, name, number in files:
         try:
-            part = _read(locate(name), s, chat)
+            part = _read(locate(name), s, chat, chosen if flag != "eval" else ())
         except BadInput as error:
             problems += error.problems
             continue
@@ -89,6 +105,12 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
     if problems:
         raise BadInput(*problems)
     _notes(s, chat)
+    if chosen:
+        rows = (row for row in _rows_of(s, locate, made, ("data",)) if group(row) in chosen)
+        part = encode(rows, chat, s.max_len, s.train_on, s.overlong)
+        say(f"held out {part.rows:,} rows, chosen by question")
+        if len(part):
+            found["eval"].append((part, None))
     data, numbers = zip(*found["data"], strict=True)
     weights = None if not any(numbers) else [number or 1.0 for number in numbers]
     held_out = joined([part for part, _ in found["eval"]]) if found["eval"] else None
@@ -100,18 +122,55 @@ def _keys(s) -> tuple[str, str] | None:
     return (s.prompt_key, s.response_key) if s.prompt_key else None
 
 
-def _made(rows: Sequence[dict], s, chat: Chat) -> Encoded:
-    conversations = (formats.Conversation(row["messages"], f"row {i}") for i, row in enumerate(rows, 1))
+def _rows_of(s, locate: Callable, made: Sequence[dict] | None, flags: Iterable[str]) -> Iterator:
+    """The rows that were made, and those of all files that some flags name."""
+    yield from _conversations(made or ())
+    for flag, name, _ in named(s):
+        if flag in flags:
+            yield from formats.scan([locate(name)], keys=_keys(s))
+
+
+def trained_rows(s, locate: Callable[[str], Path], made: Sequence[dict] | None = None) -> Iterator:
+    """The rows of all examples and replays, to be compared with."""
+    return _rows_of(s, locate, made, ("data", "replay"))
+
+
+def group(row) -> bytes | None:
+    """What rows with the same first question have in common (a document: its text), as the linter compares them; so no
+    question is on both sides where rows are split by it. None for a row that cannot be read."""
+    return None if isinstance(row, formats.Problem) else next(lint.asked(row))
+
+
+def _to_hold_out(rows: Callable[[], Iterator], s) -> set[bytes]:
+    """The groups that --eval-fraction holds out: those with the smallest hashes, the same whatever the rows' order."""
+    groups = {group(row) for row in rows()} - {None}
+    count = min(max(1, round(s.eval_fraction * len(groups))), len(groups) - 1)
+    if count < 1:
+        why = "the data has but one question, and something must be left to train"
+        raise BadInput(f"wrong --eval-fraction in the command line: {why}. Give --eval-data")
+    key = f"{s.seed}/held out/".encode()
+    return set(sorted(groups, key=lambda one: hashlib.blake2b(key + one).digest())[:count])
+
+
+def _conversations(rows: Sequence[dict]) -> Iterator[formats.Conversation]:
+    return (formats.Conversation(row["messages"], f"row {i}") for i, row in enumerate(rows, 1))
+
+
+def _made(rows: Sequence[dict], s, chat: Chat, without: set[bytes]) -> Encoded:
+    conversations = (row for row in _conversations(rows) if group(row) not in without)
     part = encode(conversations, chat, s.max_len, s.train_on, s.overlong)
     if not len(part):
         raise BadInput(f"nothing to train in the rows made here: none fits {s.max_len} tokens. Raise --max-len")
     return part
 
 
-def _read(path: Path, s, chat: Chat) -> Encoded:
+def _read(path: Path, s, chat: Chat, without: set[bytes]) -> Encoded:
+    """The examples of a file, but for rows of some groups."""
     size = path.stat().st_size if path.is_file() else None
     with tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        return encode(formats.scan([path], keys=_keys(s), progress=bar.update), chat, s.max_len, s.train_on, s.overlong)
+        rows = formats.scan([path], keys=_keys(s), progress=bar.update)
+        rows = (row for row in rows if group(row) not in without) if without else rows
+        return encode(rows, chat, s.max_len, s.train_on, s.overlong)
 
 
 def _notes(s, chat: Chat) -> None:

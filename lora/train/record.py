@@ -1,76 +1,156 @@
 """What people see of a run: the progress bar, metrics.jsonl, and the picture of the loss."""
 
 import io
+import json
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lora import files
+from lora.errors import BadInput, say
 from lora.train.step import StepResult
 
 
 class Record:
-    """A row a step in `metrics.jsonl`, and a progress bar with loss, learning rate, tokens/s and time left."""
+    """A row a step and a row an evaluation in `metrics.jsonl`; a progress bar with loss, rate, tokens/s and time left.
+    `kept` is how many rows an interrupted run goes on from. Without a path nothing is written or shown."""
 
-    def __init__(self, path: Path, total: int):
-        self.path, self.rows = Path(path), []
+    def __init__(self, path: Path | None, total: int, kept: int = 0):
+        self.path, self.rows = path, cut(path, kept) if path and kept else []
+        self.earlier = self.rows[-1]["seconds"] if self.rows else 0.0
         self.start = self.last = time.monotonic()
-        self.bar = tqdm(total=total, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.tokens = 0
+        self.bar = tqdm(
+            total=total,
+            initial=len(self.steps),
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=path is None,
+        )
 
-    def add(self, result: StepResult, lr: float) -> None:
+    @property
+    def steps(self) -> list[dict]:
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def seconds(self) -> float:
+        return round(self.earlier + time.monotonic() - self.start, 3)
+
+    def add(self, step: int, result: StepResult, lr: float) -> None:
         now = time.monotonic()
-        row = {
-            "step": len(self.rows) + 1,
+        self._append({
+            "step": step,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
             "trained_tokens": result.trained_tokens,
+            "unchanged": result.unchanged,
             "tokens_per_second": round(result.tokens / (now - self.last), 1),
-            "seconds": round(now - self.start, 3),
-        }
+            "seconds": self.seconds,
+        })  # fmt: skip
+        self.tokens += result.tokens
         self.last = now
-        self.rows.append(row)
-        files.append_row(self.path, row)
-        speed = sum(r["tokens"] for r in self.rows) / (now - self.start)
+        speed = self.tokens / (now - self.start)
         self.bar.set_postfix_str(f"loss {result.loss:.3f}, lr {lr:.1e}, {speed:.0f} tok/s")
         self.bar.update()
+
+    def skip(self, step: int, lr: float, why: str) -> None:
+        """A step whose loss or gradient was not finite; JSON has no word for such numbers."""
+        self._append({"step": step, "loss": None, "lr": lr, "grad_norm": None, "seconds": self.seconds})
+        self.note(f"skipped  step {step}: {why}")
+        self.bar.update()
+
+    def evaluated(self, row: dict) -> None:
+        self._append({**row, "seconds": self.seconds})
+        self.last = time.monotonic()
+        words = [f"loss {row['eval_loss']:.4f}"] if "eval_loss" in row else []
+        words.append(f"{row['retention_kl']:.4f} nats forgotten")
+        words.append(f"loss on ordinary text {row['retention_loss']:.3f}, was {row['retention_loss_before']:.3f}")
+        self.note(f"eval     step {row['step']}: {', '.join(words)}")
+
+    def note(self, text: str) -> None:
+        """A line above the progress bar."""
+        with self.bar.external_write_mode():
+            say(text)
+
+    def _append(self, row: dict) -> None:
+        self.rows.append(row)
+        if self.path:
+            files.append_row(self.path, row)
 
     def close(self) -> None:
         self.bar.close()
 
 
-def draw(rows: list[dict], path: Path, title: str) -> None:
-    """The picture: loss a step with its running mean, and the learning rate, over trained tokens."""
+def cut(path: Path, count: int) -> list[dict]:
+    """The first `count` rows of a file that an interrupted run went on with; the rest is removed from it."""
+    try:
+        lines = files.read_bytes(path, limit=2**40).splitlines()[:count]
+        rows = [json.loads(line) for line in lines]
+    except (BadInput, ValueError):
+        rows = []
+    if len(rows) < count or not all(isinstance(row, dict) and "seconds" in row for row in rows):
+        say(f"note     {path} does not have the rows before this step any more; it begins anew")
+        rows = []
+    files.write_rows(path, rows)
+    return rows
+
+
+def draw(rows: list[dict], path: Path, title: str, best: int | None = None) -> None:
+    """The picture: loss a step with its running mean, evaluations with the `best` one, what was forgotten, the rate."""
     import matplotlib  # slow to import, so only where a picture is drawn
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, mean = [], losses[0]
-    weight = max(0.1, 1 - len(losses) / 100)  # about the last ten steps, fewer in a short run
-    for loss in losses:
-        mean += weight * (loss - mean)
-        smooth.append(mean)
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(8, 5), dpi=120, sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
+    trained = [row for row in rows if row.get("loss") is not None]
+    held_out = [row for row in rows if "eval_loss" in row]
+    kept = [row for row in rows if "retention_kl" in row]
+    heights = (3, 1, 1) if kept else (3, 1)
+    figure, (above, *middle, below) = plt.subplots(
+        len(heights), 1, figsize=(8, 4 + len(heights) / 2), dpi=120, sharex=True, height_ratios=heights,
+        layout="constrained",
+    )  # fmt: skip
+    steps, losses = [row["step"] for row in trained], [row["loss"] for row in trained]
     above.plot(steps, losses, color="#9db8d9", linewidth=1, marker=".", markersize=4, label="each step")
-    above.plot(steps, smooth, color="#1f4e8c", linewidth=2, label="running mean")
+    above.plot(steps, smooth(losses), color="#1f4e8c", linewidth=2, label="running mean")
+    _evaluations(above, held_out, "eval_loss", "#2f7d32", "held out")
+    if best is not None:
+        above.axvline(best, color="#2f7d32", linewidth=1, linestyle=":", label=f"best, step {best}")
     above.set_ylabel("loss (nats per trained token)")
-    above.set_ylim(bottom=0)
     above.set_title(title, fontsize=10)
-    above.legend(frameon=False)
-    below.plot(steps, [row["lr"] for row in rows], color="#b35900", linewidth=1.5)
+    for axes in middle:
+        _evaluations(axes, kept, "retention_kl", "#8c2f5b", "forgotten")
+        axes.set_ylabel("forgotten\n(KL, nats)")
+    below.plot(steps, [row["lr"] for row in trained], color="#b35900", linewidth=1.5)
     below.set_ylabel("learning rate")
-    below.set_ylim(bottom=0)
     below.set_xlabel("step")
-    for axes in (above, below):
+    for axes in (above, *middle, below):
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    above.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
     files.write_bytes(path, buffer.getvalue())
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """Their running mean over about the last ten, fewer in a short run."""
+    means, mean = [], losses[0] if losses else 0.0
+    weight = max(0.1, 1 - len(losses) / 100)
+    for loss in losses:
+        mean += weight * (loss - mean)
+        means.append(mean)
+    return means
+
+
+def _evaluations(axes, rows: list[dict], key: str, color: str, label: str) -> None:
+    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+    if rows:
+        axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=4, label=label)

@@ -23,21 +23,34 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 0, schedule:
 
 
 class StepResult(NamedTuple):
-    """`loss` in nats per trained token, before the update; `grad_norm` before clipping."""
+    """`loss` in nats per trained token, before the update; `grad_norm` before clipping; `unchanged` is the share of
+    numbers that the update left as they were: it was rounded away, or zero."""
 
     loss: float
     grad_norm: float
     tokens: int
     trained_tokens: int
+    unchanged: float
 
 
-def accumulate(objective: Callable, batches: Sequence) -> tuple[float, int]:
+class NotFinite(BadNumbers):
+    """Loss or gradient is not finite; the weights were not stepped."""
+
+    fix = "Lower --lr, or use --dtype float32"
+
+    def __init__(self, loss: float, norm: float):
+        self.why = f"loss {loss:g}, gradient norm {norm:g}"
+        super().__init__(f"training diverged in this step: {self.why}. {self.fix}")
+
+
+def accumulate(objective: Callable, batches: Sequence, trained: int | None = None) -> tuple[float, int]:
     """Add the gradients of a whole step to `.grad`; returns its mean loss and its number of trained tokens.
 
     `objective(batch)` is the loss summed over trained tokens. Each sum is divided by the trained tokens of the whole
-    step, so every token weighs the same however the step is cut.
+    step, so every token weighs the same however the step is cut. Where these batches are only a part of the step,
+    `trained` counts the tokens of all of it, and the loss is their part of the mean.
     """
-    trained = sum(int(batch.trained.sum()) for batch in batches)
+    trained = sum(int(batch.trained.sum()) for batch in batches) if trained is None else trained
     loss = 0.0
     for batch in batches:
         part = objective(batch) / trained
@@ -55,18 +68,34 @@ def clip(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
     return norm.item()
 
 
-def train_step(objective: Callable, batches: Sequence, optimizer: torch.optim.Optimizer, lr: float, limit: float = 0.0):
-    """Accumulate, clip, update. Raises BadNumbers, the weights not stepped, where loss or gradient is not finite."""
+def alone(parameters: Sequence, numbers: list[float]) -> list[float]:
+    """The sum over all processes of the gradients, in place, and of some numbers, where there is but one."""
+    return numbers
+
+
+def train_step(
+    objective: Callable,
+    batches: Sequence,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    limit: float = 0.0,
+    trained: int | None = None,
+    reduce: Callable[[Sequence, list[float]], list[float]] = alone,
+) -> StepResult:
+    """Accumulate, reduce, clip, update. With several processes `batches` are this one's, `trained` counts the trained
+    tokens of all, and `reduce(parameters, numbers)` sums over them. Raises NotFinite, the weights not stepped."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss, trained = accumulate(objective, batches)
+    loss, trained = accumulate(objective, batches, trained)
+    tokens = sum(len(batch.tokens) for batch in batches)
+    loss, tokens = reduce(parameters, [loss, tokens])
     norm = clip(parameters, limit)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
-        raise BadNumbers(
-            f"training diverged in this step: loss {loss:g}, gradient norm {norm:g}. Lower --lr, or use --dtype float32"
-        )
+        raise NotFinite(loss, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    before = [p.detach().clone() for p in parameters]
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(loss, norm, sum(len(batch.tokens) for batch in batches), trained)
+    same = sum(int((p == old).sum()) for p, old in zip(parameters, before, strict=True))
+    return StepResult(loss, norm, int(tokens), trained, same / sum(p.numel() for p in parameters))

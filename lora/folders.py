@@ -1,0 +1,166 @@
+"""Folders of results: made whole or while others look on, locked, checked before anything is computed, cleaned up."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lora.errors import BadEnvironment, BadInput
+from lora.files import sync
+
+try:
+    import fcntl
+except ImportError:  # Windows: there runs are not kept apart
+    fcntl = None
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool = True):
+    """A folder that appears under `path` only when the block has ended well; yields the folder to fill.
+
+    An existing `path` is replaced if `overwrite`. Else it was empty when `check_out` saw it; if another program has
+    filled it meanwhile, both results are kept and BadEnvironment says where.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    try:
+        aside.mkdir()
+        yield aside
+        for file in aside.iterdir():  # what was appended to is not synced yet
+            sync(file)
+        sync(aside)
+        if not overwrite and path.is_dir() and any(path.iterdir()):
+            other = path.with_name(f"{path.name}-{os.getpid()}")
+            os.rename(aside, other)
+            raise BadEnvironment(f"taken --out in {path}: another program has written it. This result is in {other}")
+        if path.exists():
+            os.rename(path, old)
+        os.rename(aside, path)
+        sync(path.parent)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
+    """A new folder that fills up while others look on. Where the block fails before `saved()`, what was there is there
+    again: an earlier run that `overwrite` replaces, an empty folder, or nothing."""
+    path = Path(path)
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        if not overwrite and any(path.iterdir()):
+            raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
+        os.rename(path, old)
+    try:
+        path.mkdir(parents=True)
+        yield path
+    except BaseException:
+        if not saved():
+            shutil.rmtree(path, ignore_errors=True)
+            if old.exists():
+                os.rename(old, path)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path):
+    """The name `path` is this process's while the block runs. The kernel holds the lock: a killed process leaves none.
+
+    Raises BadEnvironment with the pid of the process that has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    made = [p for p in Path(path).parents if not p.exists()]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    name = Path(path).with_name(f".{Path(path).name}.lock")
+    while True:
+        handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(handle, 20).decode(errors="replace") or "unknown"
+            os.close(handle)
+            raise BadEnvironment(
+                f"busy --out in {path}: another run, process {pid}, writes it. Wait for it, or choose another name"
+            ) from None
+        with suppress(FileNotFoundError):  # its last owner may have removed the file that we have locked
+            if os.stat(name).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+        os.close(handle)
+        for parent in made:  # a run that came to nothing leaves no empty folders
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder; only for who holds its lock."""
+    for pattern in (".*.partial", ".*.old"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    """Its name is gone at once; a kill while it is being emptied leaves a hidden remainder, for `sweep`."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.rename(path, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a name under which no folder could be written. Raises BadInput, or OSError where it is not permitted."""
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise BadInput(f"wrong --out in {path}: it has no name of its own. Choose another name")
+    for part in path.absolute().parts:
+        if len(os.fsencode(part)) > 200:  # room for our `.partial` names below the usual limit of 255
+            raise BadInput(f"wrong --out in {path}: a name of over 200 bytes. Choose a shorter one")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise BadInput(f"wrong --out in {path}: it is not a folder. Choose another name")
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise BadInput(f"wrong --out in {path}: {nearest} is not a folder. Choose another name")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(13, "permission denied", str(nearest))
+    if shutil.disk_usage(nearest).free < 2**20:
+        raise OSError(28, "no space left", str(nearest))
+
+
+def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
+    """Refuse an output folder that is not empty, unless `overwrite` and it holds one of `ours`, files we write.
+
+    So `--out ~ --overwrite` cannot delete a home. Raises BadInput, or OSError where the place is not writable.
+    """
+    path = Path(path)
+    check_place(path)
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
+        if not any((path / name).is_file() for name in ours):
+            fix = "Choose another name, or empty it yourself"
+            raise BadInput(f"wrong --out in {path}: --overwrite replaces only what this program wrote. {fix}")
+
+
+def check_room(path: Path, needed: int, what: str) -> None:
+    """Raises BadEnvironment, with the bytes, where fewer than `needed` are free on the disk of `path`."""
+    nearest = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise BadEnvironment(f"disk full in {path}: {what} needs {needed:,} bytes, {free:,} are free. Free some space")

@@ -1,0 +1,1 @@
+"""A training run: where the four parts meet. `train.py` tells its story."""

@@ -1,0 +1,151 @@
+"""What a run will do, before the model is loaded: the base on disk, examples, adapter, course, memory."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from lora import device as machine
+from lora import folders
+from lora.adapter import passport, store
+from lora.adapter.inject import choose, lora_layers
+from lora.data import batch, preview
+from lora.data.encode import Encoded
+from lora.data.sources import Sources, read_sources
+from lora.errors import BadInput, say
+from lora.model import download, pretrained
+from lora.model.chat import Chat
+from lora.model.decoder import Model
+from lora.train import memory
+
+LEAST_STEPS = 50
+LR_TIMES_WIDTH = 1.15  # Adam's best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466); 0.002 at width 576
+
+
+@dataclass
+class Plan:
+    """Everything but the weights. `empty` is the model on meta, `made` are rows where no data was given."""
+
+    base: pretrained.Checkpoint
+    chat: Chat
+    empty: Model
+    targets: list[str]
+    made: Sequence[dict] | None
+    sources: Sources
+    examples: Encoded
+    why_dtype: str
+    per_epoch: int  # steps
+    total: int  # steps
+    warmup: int  # steps
+    step_tokens: int  # on average
+    memory: float  # bytes
+
+    def fingerprint(self) -> str:
+        """Of the base's weights."""
+        return passport.fingerprint(self.base.header, self.base.read)
+
+    def steps(self, s: SimpleNamespace) -> Iterator[list[int]]:
+        """The indices of each step's examples: a pure function of data and settings."""
+        sizes = [len(part) for part in self.sources.data]
+        shares = [(len(part), share) for part, share in self.sources.replays]
+        return batch.steps(sizes, s.batch_size, s.seed, self.total, self.sources.weights, shares)
+
+    def in_adapter(self, s: SimpleNamespace) -> int:
+        """The number of the adapter's parameters."""
+        return sum(s.rank * sum(self.empty.get_submodule(path).weight.shape) for path in self.targets)
+
+    def check_room(self, out: Path, s: SimpleNamespace) -> None:
+        """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""
+        size = 3 * self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize + 2**20
+        folders.check_room(out, (s.keep + 1) * size, f"a run with {s.keep} checkpoints (--keep)")
+
+    def numbers(self) -> dict:
+        """Statistics of the data."""
+        return preview.numbers(self.examples, self.step_tokens, self.memory)
+
+    def tell(self, s: SimpleNamespace) -> None:
+        tokens, trained = len(self.examples.tokens), int(self.examples.trained.sum())
+        in_base, in_adapter = sum(p.numel() for p in self.empty.parameters()), self.in_adapter(s)
+        share, linears = 100 * in_adapter / (in_base + in_adapter), f"{len(self.targets)} linears"
+        epochs = f"{self.total / self.per_epoch:.3g} epochs"
+        say(f"base     {in_base / 1e6:,.1f} M parameters in {s.dtype} on {s.device} ({self.why_dtype})")
+        say(f"adapter  {in_adapter / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {s.rank}, {linears}")
+        say(f"examples {len(self.examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
+        say(f"plan     {self.total} steps of {s.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
+        say(f"memory   about {self.memory / 1e9:.1f} GB at the most")
+
+
+def make_plan(s: SimpleNamespace, device: torch.device, made: Sequence[dict] | None) -> Plan:
+    """Read everything but the weights, and write into `s` what the settings left open. Raises BadInput."""
+    dtype, why_dtype = machine.choose_dtype(s.dtype, device)
+    s.dtype, s.device = str(dtype).removeprefix("torch."), device.type
+    base = pretrained.find(s.model)
+    say(f"model    {base.described}")
+    empty = pretrained.empty_model(base)
+    if s.init_adapter:
+        take_over(s, base)
+    chat = pretrained.load_chat(base, False if s.no_system else s.system, s.template, date.fromisoformat(s.date))
+    targets = _targets(s, empty)
+    s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
+    sources = read_sources(s, chat, download.dataset_file, made)
+    examples = sources.examples
+
+    per_epoch = math.ceil(sum(map(len, sources.data)) / s.batch_size)
+    if s.max_steps is None:
+        s.epochs = s.epochs or max(3, math.ceil(LEAST_STEPS / per_epoch))
+    total = s.max_steps or s.epochs * per_epoch
+    s.lr = s.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size, 6)
+    warmup = int(s.warmup if s.warmup >= 1 else s.warmup * total)
+    step_tokens = batch.tokens_per_step([p.lengths for p in sources.data], s.batch_size, sources.weights,
+                                        [(p.lengths, share) for p, share in sources.replays])  # fmt: skip
+    per_step = s.batch_size + math.ceil(sum(share for _, share in sources.replays) * s.batch_size)
+    expected = memory.expected(empty, targets, s, examples.lengths, per_step)
+    return Plan(
+        base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, expected
+    )
+
+
+def _targets(s: SimpleNamespace, empty: Model) -> list[str]:
+    try:
+        return choose(empty, s.target)
+    except ValueError as error:
+        raise BadInput(f"wrong --target in the command line: {error}. Give one of these, or all") from None
+
+
+def take_over(s: SimpleNamespace, base: pretrained.Checkpoint) -> None:
+    """Rank, alpha and targets of --init-adapter; where no flag says otherwise, its template, system turn and date too.
+
+    Raises BadInput for flags that contradict it, and for an adapter that does not fit the base.
+    """
+    trial = pretrained.empty_model(base)
+    wanted = _targets(s, trial)
+    config = store.load(trial, s.init_adapter)  # strict about every tensor, before any weights are loaded
+    paths = list(lora_layers(trial))
+    contradictions = [
+        (name, given, its)
+        for name, given, its in (
+            ("rank", s.rank, config.rank),
+            ("alpha", s.alpha, config.alpha),
+            ("target", f"{' '.join(s.target)} ({len(wanted)} linears)", f"{len(paths)} linears"),
+        )
+        if name in s.given and (wanted != paths if name == "target" else given != its)
+    ]
+    if contradictions:
+        raise BadInput(*(
+            f"contradiction in the command line: --{name} {given}, {s.init_adapter} has {its}. Leave it out"
+            for name, given, its in contradictions
+        ))  # fmt: skip
+    if not s.no_verify:
+        passport.verify(s.init_adapter, base.name, base.header, base.read, paths)
+    names = store.target_modules(trial)
+    s.rank, s.alpha, s.target = config.rank, float(config.alpha), names if isinstance(names, list) else [f"re:{names}"]
+    trained = (passport.read(s.init_adapter) or {}).get("chat", {})
+    if not s.given & {"system", "no_system"}:
+        s.system, s.no_system = trained.get("system") or None, trained.get("system") is False
+    if "date" not in s.given:
+        s.date = trained.get("date") or s.date
+    s.template = s.template or passport.template_of(s.init_adapter)

@@ -1,0 +1,105 @@
+"""The folder of a run: checkpoints while it goes on; adapter, picture and report at its end."""
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora import files, folders, settings
+from lora.adapter import passport, store
+from lora.adapter.inject import lora_layers
+from lora.errors import say
+from lora.run.plan import Plan
+from lora.train import checkpoint, report, stopping
+from lora.train.record import Record, draw
+
+SETTINGS, METRICS, PICTURE, REPORT = "settings.json", "metrics.jsonl", "loss.png", "report.md"
+ADAPTER = (passport.TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
+WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
+
+
+class Results:
+    """What the one process that writes knows: the run's folder, and when a checkpoint is due."""
+
+    def __init__(self, model, plan: Plan, s, out: Path, state: checkpoint.State, optimizer, parameters: dict):
+        self.model, self.plan, self.s, self.out, self.state = model, plan, s, out, state
+        self.optimizer, self.parameters = optimizer, parameters
+        self.saved, self.last = state.step, time.monotonic()
+        base, spoken = plan.base, {"system": False if s.no_system else s.system, "date": s.date}
+        self.papers = passport.make(base.name, base.header, base.read, lora_layers(model), spoken)
+
+    @contextmanager
+    def folder(self):
+        """The folder of a new run, or of the one that is gone on with, without what came after its checkpoint."""
+        if self.state.step == 0:
+            with folders.live_folder(self.out, self.s.overwrite, lambda: self.saved > 0):
+                files.write_json(self.out / SETTINGS, self.state.settings)
+                yield
+            return
+        for place in (self.out, self.out / checkpoint.FOLDER):
+            folders.sweep(place)
+        later = [step for step in checkpoint.steps(self.out) if step > self.state.step]
+        if later:
+            say(f"removed  checkpoints after step {self.state.step}: {', '.join(map(str, later))}")
+        for step in later:
+            folders.remove_folder(checkpoint.at(self.out, step))
+        yield
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best evaluation so far."""
+        return stopping.best(self.state.evaluations, self.s.max_forgetting)
+
+    def due(self) -> bool:
+        """Is it time for a checkpoint, or was the last evaluation the best?"""
+        step, seconds = self.state.step, settings.seconds(self.s.save_every)
+        on_time = step % int(self.s.save_every) == 0 if seconds is None else time.monotonic() - self.last >= seconds
+        return on_time or step == self.best
+
+    def save(self, record: Record) -> None:
+        """Write a checkpoint of this step, if there is none yet; only then are older ones removed."""
+        if self.saved == self.state.step:
+            return
+        self.state.rows = len(record.rows)
+        files.sync(self.out / METRICS)
+        checkpoint.save(self.out, self.state, self.optimizer, self.parameters, self._write_adapter)
+        self.saved, self.last = self.state.step, time.monotonic()
+        checkpoint.prune(self.out, self.s.keep, [] if self.best is None else [self.best])
+
+    def _write_adapter(self, folder: Path) -> None:
+        files.write_bytes(folder / passport.TEMPLATE, self.plan.chat.template.source.encode())
+        store.save(self.model, folder, self.plan.base.hub_id, self.papers, "CAUSAL_LM")
+
+    def publish(self, record: Record, ended: str) -> None:
+        """The best adapter, or without evaluations the last one, under the run's own name; settings and picture."""
+        if self.best is None:
+            self._write_adapter(self.out)
+        else:
+            for name in ADAPTER:
+                source = checkpoint.at(self.out, self.best) / name
+                files.write_bytes(self.out / name, files.read_bytes(source, limit=2**40))
+        files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
+        draw(record.rows, self.out / PICTURE, self._title(), self.best)
+
+    def report(self, record: Record, ended: str, answers) -> None:
+        """`report.md`, with (question, before, after) of some answers."""
+        python, out = "python", str(self.out)
+        commands = [
+            (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
+            (python, "generate.py", "--adapter", out),
+            (python, "evaluate.py", "--adapter", out, "--data", *(self.s.eval_data or self.s.data or ["FILE"])),
+        ]
+        numbers = self.plan.numbers() | {"adapter parameters": f"{self.plan.in_adapter(self.s):,}"}
+        report.write(
+            self.out / REPORT,
+            self._title(),
+            ended,
+            self.state.settings,
+            numbers,
+            record.rows,
+            self.best,
+            answers,
+            commands,
+        )
+
+    def _title(self) -> str:
+        return f"{self.out.name}: {self.plan.base.hub_id}, rank {self.s.rank}, {len(self.plan.examples)} examples"

@@ -1,0 +1,60 @@
+"""`report.md`: what a run was, how it went, what changed, and the commands that do it again."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lora import files
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(_cell(value) for value in line) + " |" for line in lines]
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def write(
+    path: Path,
+    title: str,
+    ended: str,
+    settings: dict,
+    numbers: dict,
+    rows: Sequence[dict],
+    best: int | None,
+    answers: Iterable[tuple[str, str, str]],
+    commands: Iterable[Sequence[str]],
+) -> None:
+    """`numbers` are statistics of data and adapter, `rows` those of metrics.jsonl, `answers` (question, before, after),
+    `commands` the words of each."""
+    trained = [row for row in rows if row.get("loss") is not None]
+    evaluated = [row for row in rows if "eval_loss" in row or "retention_kl" in row]
+    lines = [f"# {title}", "", f"{ended[:1].upper()}{ended[1:]}.", "", "![the run](loss.png)", ""]
+    lines += ["## Course", ""]
+    shown = trained[:: max(1, len(trained) // 10)]
+    shown += [] if not trained or shown[-1] is trained[-1] else [trained[-1]]
+    head = ("step", "loss", "gradient norm", "learning rate", "unchanged by the update")
+    forms = {"step": "", "loss": ".4f", "grad_norm": ".3g", "lr": ".2e", "unchanged": ".2%"}
+    lines += table(head, ([format(row[key], form) for key, form in forms.items()] for row in shown))
+    if evaluated:
+        what = {
+            "eval_loss": "held-out loss",
+            "retention_kl": "forgotten (KL, nats)",
+            "retention_loss": "loss on ordinary text",
+            "repetition": "repetition of answers",
+            "ended": "answers that end",
+        }
+        keys = [key for key in what if any(key in row for row in evaluated)]
+        values = [[f"{row[key]:.4f}" if key in row else "" for key in keys] for row in evaluated]
+        marks = [f"{row['step']}{' (best)' if row['step'] == best else ''}" for row in evaluated]
+        rows = ([mark, *line] for mark, line in zip(marks, values, strict=True))
+        lines += ["", "## Evaluations", "", *table(("step", *(what[key] for key in keys)), rows)]
+    lines += ["", "## What changed", "", *table(("asked", "before", "after"), answers)]
+    lines += ["", "## Data and adapter", "", *table(("what", "value"), numbers.items())]
+    used = {name: value for name, value in settings.items() if value not in (None, False)}
+    lines += ["", "## Settings", "", *table(("setting", "value"), used.items())]
+    lines += ["", "## Again", "", "```", *(shlex.join(map(str, command)) for command in commands), "```", ""]
+    files.write_bytes(path, "\n".join(lines).encode())

@@ -1,0 +1,38 @@
+"""Which evaluation is the best so far, and when there is no point in going on. Pure functions of the evaluations.
+
+An evaluation is a row {"step", "eval_loss", "retention_kl"}; either number may be missing. Step 0 is the start.
+"""
+
+from collections.abc import Sequence
+
+
+def brief(row: dict) -> dict:
+    """Of a whole evaluation what decisions need."""
+    return {key: row[key] for key in ("step", "eval_loss", "retention_kl") if key in row}
+
+
+def best(evaluations: Sequence[dict], most: float | None = None) -> int | None:
+    """The step with the lowest `eval_loss`, the first of equals; without losses the last one. Only evaluations that
+    forgot at most so many nats count. None where there is none after step 0."""
+    fitting = [row for row in evaluations if row["step"] > 0 and not _forgot(row, most)]
+    if not fitting:
+        return None
+    if "eval_loss" not in fitting[-1]:
+        return fitting[-1]["step"]
+    return min((row for row in fitting if "eval_loss" in row), key=lambda row: row["eval_loss"])["step"]
+
+
+def why_end(evaluations: Sequence[dict], patience: int | None = None, most: float | None = None) -> str | None:
+    """The reason to end a run after its last evaluation, if there is one."""
+    rows = [row for row in evaluations if row["step"] > 0]
+    if rows and _forgot(rows[-1], most):
+        forgot, step = rows[-1]["retention_kl"], rows[-1]["step"]
+        return f"{forgot:.3f} nats forgotten by step {step}, over --max-forgetting {most:g}"
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    if patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
+        return f"no better evaluation than at step {best(evaluations)} in {patience} (--patience)"
+    return None
+
+
+def _forgot(row: dict, most: float | None) -> bool:
+    return most is not None and row.get("retention_kl", 0.0) > most
