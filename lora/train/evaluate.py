@@ -1,15 +1,94 @@
-"""How well a model predicts examples that it does not learn from."""
+"""How well a model predicts examples that it does not learn from, and what it forgot of what its base knew.
 
-from collections.abc import Callable, Iterable
+Forgetting is the mean of KL(p_base || p_adapted) = Σ_v p_base(v) (log p_base(v) - log p_adapted(v)) over all next-token
+positions of ordinary conversations, in nats.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora.train.loss import ROWS
+
+Total = Callable[[list[float]], list[float]]  # adds numbers over processes; `list` where there is one process
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Inside the block the model is in eval mode: no dropout. Afterwards every module is in the mode it was in."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in before.items():
+            module.training = training
 
 
 @torch.no_grad()
-def mean_loss(objective: Callable[..., torch.Tensor], batches: Iterable) -> float:
+def mean_loss(objective: Callable[..., torch.Tensor], batches: Iterable, total: Total = list) -> float:
     """Summed loss over count of all trained tokens, however they are batched; `objective` as for `train_step`."""
-    total, count = 0.0, 0
+    loss, count = 0.0, 0
     for batch in batches:
-        total += objective(batch).item()
+        loss += objective(batch).item()
         count += int(batch.trained.sum())
-    return total / count
+    loss, count = total([loss, count])
+    return loss / count
+
+
+class Retained(NamedTuple):
+    """Nats per next-token position: KL(p_base || p_adapted), the base's loss, and the loss now."""
+
+    kl: float
+    loss_before: float
+    loss: float
+
+
+class Retention:
+    """The meter of forgetting: call it, as often as wanted, and it says how far the model is from its base now.
+
+    `trunk(batch)` gives hidden states (T, D), and those of the base inside `base()`; `head_weight` (V, D) is frozen.
+    Measured are the trained positions of `batches`, each with `.trained` (T,) bool and `.targets` (T,). Of the base
+    only hidden states are kept, so a call costs one pass forward, and never a second model.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        trunk: Callable[..., torch.Tensor],
+        head_weight: torch.Tensor,
+        batches: Sequence,
+        base: Callable[[], AbstractContextManager],
+    ):
+        self.trunk, self.head_weight, self.batches = trunk, head_weight, batches
+        with base():
+            self.of_base = [trunk(batch)[batch.trained] for batch in batches]  # (N, D) each
+
+    @torch.no_grad()
+    def __call__(self, total: Total = list) -> Retained:
+        sums = [0.0, 0.0, 0.0]
+        for batch, of_base in zip(self.batches, self.of_base, strict=True):
+            hidden = self.trunk(batch)[batch.trained]
+            found = divergence(of_base, hidden, self.head_weight, batch.targets[batch.trained])
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+        *sums, count = total([*sums, sum(map(len, self.of_base))])
+        return Retained(*(value / count for value in sums))
+
+
+def plain_divergence(of_base: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor):
+    """Hidden states of base and model (N, D), head (V, D), targets (N,) -> sums over all N positions, in float32 or
+    wider: KL(p_base || p_adapted), the base's loss, the model's loss."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    base, now = (F.log_softmax(states @ head.T, -1, dtype=wide) for states in (of_base, hidden))  # (N, V)
+    losses = (-scores.gather(1, targets[:, None]).sum() for scores in (base, now))
+    return ((base.exp() * (base - now)).sum().item(), *(loss.item() for loss in losses))
+
+
+def divergence(of_base, hidden, head, targets, rows: int = ROWS) -> list[float]:
+    """`plain_divergence` with the logits of `rows` positions at a time."""
+    parts = zip(*(tensor.split(rows) for tensor in (of_base, hidden, targets)), strict=True)
+    sums = [plain_divergence(base, now, head, answers) for base, now, answers in parts]
+    return [sum(column) for column in zip(*sums, strict=True)]
