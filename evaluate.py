@@ -10,7 +10,6 @@ quiet_imports(__name__)
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -82,8 +81,7 @@ def story(argv) -> int:
     rows = check(s, names)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
-    first = s.adapter[0] if s.adapter else None
-    checkpoint = pretrained.find(s.model or (passport.base_of(first) if first else download.DEFAULT))
+    checkpoint = pretrained.find(s.model or (passport.base_of(s.adapter[0]) if s.adapter else download.DEFAULT))
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(s.device)
     dtype, _ = machine.choose_dtype(s.dtype, device)
@@ -97,7 +95,7 @@ def story(argv) -> int:
                 try_adapter(empty, adapter, checkpoint, s)
             columns.append(lay_out(name, adapter, checkpoint, empty, rows, s))
     if problems:
-        raise BadInput(*problems)
+        raise BadInput(*dict.fromkeys(problems))
     if not s.no_generate and s.max_new_tokens is None:
         longest = max(len(columns[0].chat.tokenizer.encode_plain(row.target)) for row in rows)
         s.max_new_tokens = max(LEAST_TOKENS, ceil(ROOM * longest))
@@ -111,13 +109,12 @@ def story(argv) -> int:
             store.load(model, column.adapter)
         figures[column.name] = losses(model, column, device, s)
         if not s.no_generate:
-            if column.adapter:
-                merge(model)  # answers come from rounded sums, as those of generate.py do
+            merge(model)  # answers come from rounded sums, as those of generate.py do
             ids = answer_all(model, column, s)
             texts = [column.chat.tokenizer.decode(i) for i in ids]
-            figures[column.name] |= grade(rows, texts, s) | describe(model, column, ids, texts, s.max_new_tokens)
+            grades, faults[column.name] = grade(rows, texts, s)
+            figures[column.name] |= grades | describe(model, column, ids, texts, s.max_new_tokens)
             predictions[column.name] = texts
-            faults[column.name] = first_faults(rows, texts, s)
             if column.adapter:
                 unmerge(model)
         unload(model)
@@ -126,16 +123,24 @@ def story(argv) -> int:
     if folder := predictions_folder(s):
         folder.mkdir(exist_ok=True)
         for name, texts in predictions.items():
-            files.write_rows(folder / f"{name}.jsonl", (as_row(*pair) for pair in zip(rows, texts, strict=True)))
+            pairs = zip(rows, texts, strict=True)
+            answered = ({"prompt": r.asked[-1]["content"], "target": r.target, "prediction": t} for r, t in pairs)
+            files.write_rows(folder / f"{name}.jsonl", answered)
         say(f"answers  {folder}")
     if s.out:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         report = {
             "figures": figures,
             "rows": len(rows),
             "model": {"name": checkpoint.name, "source": checkpoint.described},
             "adapters": {name: adapter for name, adapter in names.items() if adapter},
             "settings": settings.to_save(settings.EVALUATE, s),
-            "machine": machine_facts(device, dtype),
+            "machine": {
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "device": where,
+                "dtype": s.dtype,
+            },
         }
         files.write_json(Path(s.out), report | ({"faults": faults} if s.task and faults else {}))
         say(f"figures  {s.out}")
@@ -182,7 +187,6 @@ def check(s, names: dict[str, str | None]) -> list[Row]:
     for adapter in s.adapter or []:
         if (other := seen.setdefault(os.path.realpath(adapter), adapter)) is not adapter:
             problems.append(f"wrong --adapter in {adapter}: it is the folder {other}, given twice. Give it once")
-            continue
         with collecting(problems):
             store.read_config(adapter)
     for path in s.data or []:
@@ -190,11 +194,13 @@ def check(s, names: dict[str, str | None]) -> list[Row]:
             for conversation in formats.read([download.dataset_file(path)]):
                 rows.append(cut(conversation, problems, s.no_generate))
     if s.task and not s.data:
-        with collecting(problems):
+        try:
             made = multiply.held_out_conversations(s.digits, s.rows or TASK_ROWS, s.style, s.lang, s.seed)
-            for number, row in enumerate(made, 1):
-                conversation = formats.Conversation(row["messages"], f"row {number}")
-                rows.append(cut(conversation, problems)._replace(numbers=(row["a"], row["b"])))
+        except BadInput as error:
+            made, problems = [], [*problems, str(error).replace("--test-rows", "--rows")]
+        for number, row in enumerate(made, 1):
+            conversation = formats.Conversation(row["messages"], f"row {number}")
+            rows.append(cut(conversation, problems)._replace(numbers=(row["a"], row["b"])))
     if s.retention:
         with collecting(problems):
             formats.read([Path(s.retention)])
@@ -210,8 +216,7 @@ def cut(conversation: formats.Conversation, problems: list[str], loss_only: bool
     messages = conversation.messages
     places = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
     if not places and not loss_only:
-        fix = "Remove it, or add --no-generate"
-        problems.append(f"wrong row in {conversation.where}: a document has no answer to compare. {fix}")
+        problems.append(f"wrong row in {conversation.where}: a document has no answer. Remove it or add --no-generate")
     last = places[-1] if places else 0
     return Row(conversation, messages[:last], messages[last]["content"])
 
@@ -219,14 +224,13 @@ def cut(conversation: formats.Conversation, problems: list[str], loss_only: bool
 def unwritable(s, names: dict[str, str | None]) -> list[str]:
     """Why the results could not be written where they are to go."""
     inputs = [Path(path) for path in (*(s.data or []), *filter(None, [s.retention]))]
-    outputs, folder = [("--out", Path(s.out))] if s.out else [], predictions_folder(s)
+    problems, outputs, folder = [], [("--out", Path(s.out))] if s.out else [], predictions_folder(s)
     if folder and folder.is_dir():
         outputs += [("--predictions", folder / f"{name}.jsonl") for name in names]
     elif folder and folder.exists():
-        return [f"wrong --predictions in {folder}: it is not a folder. Choose another name"]
-    elif folder:
+        problems.append(f"wrong --predictions in {folder}: it is not a folder. Choose another name")
+    elif s.predictions:
         outputs.append(("--predictions", folder))
-    problems = []
     for flag, path in outputs:
         problems += files.unwritable(flag, path, *inputs)
         if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):
@@ -294,28 +298,18 @@ def answer_all(model, column: Column, s) -> list[list[int]]:
     return found
 
 
-def grade(rows: list[Row], texts: list[str], s) -> dict[str, float]:
-    """Shares of right answers: by the task's own grader, or of those that are the target."""
-
-    def share(right: Callable[[Row, str], bool]) -> float:
-        return sum(right(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows)
-
-    if s.task:
-        return {
-            "working_right": 1 - len(first_faults(rows, texts, s)) / len(rows),
-            "result_right": share(lambda row, text: multiply.final(text) == row.numbers[0] * row.numbers[1]),
-        }
-    return {"exact_match": share(lambda row, text: answers.exact_match(text, row.target))}
-
-
-def first_faults(rows: list[Row], texts: list[str], s) -> list[dict]:
-    """Of a task, the first wrong line of every answer that has one."""
-    found = []
-    for row, text in zip(rows, texts, strict=True) if s.task else ():
+def grade(rows: list[Row], texts: list[str], s) -> tuple[dict[str, float], list[dict]]:
+    """Shares of right answers, and of a task the first wrong line of every answer that has one."""
+    if not s.task:
+        matches = sum(answers.exact_match(text, row.target) for row, text in zip(rows, texts, strict=True))
+        return {"exact_match": matches / len(rows)}, []
+    faults, right = [], 0
+    for row, text in zip(rows, texts, strict=True):
         a, b = row.numbers
+        right += multiply.final(text) == a * b
         if fault := multiply.check(a, b, text.strip(), s.style, s.lang):
-            found.append({"a": a, "b": b, **fault._asdict()})
-    return found
+            faults.append({"a": a, "b": b, **fault._asdict()})
+    return {"working_right": (len(rows) - len(faults)) / len(rows), "result_right": right / len(rows)}, faults
 
 
 def describe(model, column: Column, ids: list[list[int]], texts: list[str], most: int) -> dict[str, float]:
@@ -332,16 +326,6 @@ def describe(model, column: Column, ids: list[list[int]], texts: list[str], most
 
 
 # ---- the results -----------------------------------------------------------------------------------------------------
-
-
-def as_row(row: Row, text: str) -> dict:
-    return {"prompt": row.asked[-1]["content"], "target": row.target, "prediction": text}
-
-
-def machine_facts(device: torch.device, dtype: torch.dtype) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": name}
-    return facts | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def table(figures: dict[str, dict[str, float]], rows: int) -> str:
