@@ -27,7 +27,7 @@ from lora.adapter import passport, store
 from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.merge import merge, unload, unmerge
 from lora.data import formats
-from lora.data.batch import micro_batches
+from lora.data.batch import Batch, micro_batches
 from lora.data.encode import Encoded, encode
 from lora.data.retention import retention_batches
 from lora.errors import BadInput, say
@@ -48,9 +48,9 @@ FIGURES = {  # in the JSON -> in the table, with its format
     "retention_kl": ("forgotten: KL from the base, nats", "{:.4f}"),
     "retention_loss_before": ("ordinary conversations: loss of the base", "{:.4f}"),
     "retention_loss": ("ordinary conversations: loss now", "{:.4f}"),
-    "distinct_1": ("distinct-1", "{:.3f}"),
-    "distinct_2": ("distinct-2", "{:.3f}"),
-    "repetition": ("repeated 4-grams within an answer", "{:.1%}"),
+    "distinct_1": ("distinct-1, words", "{:.3f}"),
+    "distinct_2": ("distinct-2, words", "{:.3f}"),
+    "repetition": ("repeated 4-grams, tokens", "{:.1%}"),
     "length": ("answer length, tokens", "{:.1f}"),
     "ended": ("answers that ended by themselves", "{:.1%}"),
 }
@@ -73,6 +73,7 @@ class Column(NamedTuple):
     chat: Chat
     examples: Encoded
     prompts: list[list[int]]
+    ordinary: list[Batch]  # for the meter of forgetting; none of them for the base
 
 
 def story(argv) -> int:
@@ -93,7 +94,7 @@ def story(argv) -> int:
             if adapter:
                 say(f"adapter  {name}: {adapter}")
                 try_adapter(empty, adapter, checkpoint, s)
-            columns.append(lay_out(name, adapter, checkpoint, empty, rows, s))
+            columns.append(lay_out(name, adapter, checkpoint, empty, rows, device, s))
     if problems:
         raise BadInput(*dict.fromkeys(problems))
     if not s.no_generate and s.max_new_tokens is None:
@@ -128,19 +129,14 @@ def story(argv) -> int:
             files.write_rows(folder / f"{name}.jsonl", answered)
         say(f"answers  {folder}")
     if s.out:
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         report = {
             "figures": figures,
             "rows": len(rows),
             "model": {"name": checkpoint.name, "source": checkpoint.described},
             "adapters": {name: adapter for name, adapter in names.items() if adapter},
             "settings": settings.to_save(settings.EVALUATE, s),
-            "machine": {
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "device": where,
-                "dtype": s.dtype,
-            },
+            "machine": dict(torch=torch.__version__, threads=torch.get_num_threads(), device=name, dtype=s.dtype),
         }
         files.write_json(Path(s.out), report | ({"faults": faults} if s.task and faults else {}))
         say(f"figures  {s.out}")
@@ -162,21 +158,18 @@ def collecting(problems: list[str]):
 
 def column_names(adapters: list[str]) -> dict[str, str | None]:
     """Column -> folder: `base`, and each adapter's folder name, numbered where it is there already."""
-    names, taken = {"base": None}, {"base"}
+    names: dict[str, str | None] = {"base": None}
     for adapter in adapters:
-        name = wanted = Path(adapter).resolve().name or "adapter"
-        number = 1
-        while name.casefold() in taken:  # they are file names, too
-            number += 1
-            name = f"{wanted}-{number}"
-        names[name] = adapter
-        taken.add(name.casefold())
+        wanted = os.path.basename(os.path.abspath(adapter)) or "adapter"
+        taken = {name.casefold() for name in names}  # they become file names
+        numbered = (wanted, *(f"{wanted}-{number}" for number in range(2, len(adapters) + 3)))
+        names[next(name for name in numbered if name.casefold() not in taken)] = adapter
     return names
 
 
 def check(s, names: dict[str, str | None]) -> list[Row]:
     """The rows to score. Raises BadInput with everything that is wrong with the flags and files."""
-    problems, rows, seen = [], [], {}
+    problems, rows, seen = [], [], set()
     if bool(s.data) == bool(s.task):
         what = "contradiction" if s.data else "nothing to score"
         problems.append(f"{what} in the command line: there must be --data or --task. Give one of them")
@@ -185,8 +178,10 @@ def check(s, names: dict[str, str | None]) -> list[Row]:
             both = f"--{off.replace('_', '-')} and --{flag}"
             problems.append(f"contradiction in the command line: {both}. Give one of them")
     for adapter in s.adapter or []:
-        if (other := seen.setdefault(os.path.realpath(adapter), adapter)) is not adapter:
-            problems.append(f"wrong --adapter in {adapter}: it is the folder {other}, given twice. Give it once")
+        folder = os.path.realpath(adapter)
+        if folder in seen:
+            problems.append(f"wrong --adapter in {adapter}: its folder is given twice. Give it once")
+        seen.add(folder)
         with collecting(problems):
             store.read_config(adapter)
     for path in s.data or []:
@@ -254,14 +249,18 @@ def try_adapter(empty, adapter: str, checkpoint, s) -> None:
         unload(empty)
 
 
-def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], s) -> Column:
+def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, s) -> Column:
     chat, most = load_chat(checkpoint, adapter, s), empty.config.max_position_embeddings
     examples = encode((row.conversation for row in rows), chat, most)
     if examples.overlong:
         where, length = examples.overlong
         raise BadInput(f"too long in {where}: {length} tokens, the model has room for {most}. Remove the row")
     prompts = [] if s.no_generate else [encode_prompt(empty, chat, r.asked, r.conversation.where) for r in rows]
-    return Column(name, adapter, chat, examples, prompts)
+    ordinary = []
+    if adapter and not s.no_retention:
+        ordinary, count, _ = retention_batches(chat, s.retention, s.micro_tokens, device)
+        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) for b in ordinary):,} tokens")
+    return Column(name, adapter, chat, examples, prompts, ordinary)
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
@@ -279,10 +278,8 @@ def losses(model, column: Column, device, s) -> dict[str, float]:
     batches = micro_batches(column.examples, s.micro_tokens, device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
     figures = {"loss": mean_loss(objective, bar)}
-    if column.adapter and not s.no_retention:
-        batches, count, _ = retention_batches(column.chat, s.retention, s.micro_tokens, device)
-        say(f"{column.name}: {count} ordinary conversations, {sum(len(b.tokens) for b in batches):,} tokens")
-        retained = Retention(trunk, model.head_weight, batches, lambda: disabled(model))()
+    if column.ordinary:
+        retained = Retention(trunk, model.head_weight, column.ordinary, lambda: disabled(model))()
         figures |= {f"retention_{key}": value for key, value in retained._asdict().items()}
     return figures
 

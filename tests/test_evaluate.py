@@ -410,7 +410,7 @@ def test_multiplications_are_graded_by_their_whole_working_and_by_their_result(t
 
 def test_an_answer_ended_by_itself_if_a_stop_came_before_its_limit():
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10))
-    column = evaluate.Column("base", None, None, None, [[1], [1], [1] * 8, [1] * 8])
+    column = evaluate.Column("base", None, None, None, [[1], [1], [1] * 8, [1] * 8], [])
     found = evaluate.describe(model, column, [[5, 6], [5, 6, 7], [5], [5, 6]], ["", "", "", ""], 3)
     assert found["ended"] == 2 / 4 and found["length"] == 2
 
