@@ -457,8 +457,8 @@ BAD = {
         ["missing adapter in nothing", "missing file in none.jsonl", "missing file in gone.jsonl"],
     ),
     "an adapter twice": (
-        ("--data", "d.jsonl", "--adapter", "a", "./a"),
-        ["wrong --adapter in ./a: it is the folder a"],
+        ("--data", "d.jsonl", "--adapter", "a", "./a", "a"),
+        ["wrong --adapter in ./a: its folder is given twice", "wrong --adapter in a: its folder is given twice"],
     ),
     "nowhere to write": (
         ("--data", "d.jsonl", "--out", "no/out.json", "--predictions", "d.jsonl"),
