@@ -40,7 +40,7 @@ def story(argv) -> int:
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(s.device)
     dtype, _ = machine.choose_dtype(s.dtype, device)
-    chat = load_chat(checkpoint, s)
+    chat = load_chat(checkpoint, s.adapter, s)
     model = pretrained.load_model(checkpoint, dtype, device)
     if s.adapter:
         store.load(model, s.adapter)
@@ -76,11 +76,11 @@ def check(s) -> None:
         raise BadInput(*problems)
 
 
-def load_chat(checkpoint, s):
+def load_chat(checkpoint, adapter: str | None, s):
     """The chat as an adapter was trained with it, unless flags say otherwise."""
-    trained = ((passport.read(s.adapter) if s.adapter else None) or {}).get("chat", {})
+    trained = ((passport.read(adapter) if adapter else None) or {}).get("chat", {})
     system = False if s.no_system else trained.get("system") if s.system is None else s.system
-    template = s.template or (passport.template_of(s.adapter) if s.adapter else None)
+    template = s.template or (passport.template_of(adapter) if adapter else None)
     today = date.fromisoformat(s.date or trained.get("date") or str(FROZEN_DATE))
     if s.system is None and not s.no_system and isinstance(system, str):
         say(f"system   as in training: {' '.join(system.split())[:100]}")

@@ -190,6 +190,33 @@ MERGE = (
     Setting("no_verify", bool, False, "merge into another base than the adapter was trained on"),
 )  # fmt: skip
 
+EVALUATE = (
+    Setting("model", str, None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own"),
+    Setting("adapter", str, None, "folders of adapters, each a column beside the base", many=True),
+    Setting("data", str, None, "files of conversations, FILE or hub:owner/name/FILE; or --task", many=True),
+    Setting("task", str, None, "a task that makes its own held-out rows and grades answers", **one_of("multiply")),
+    Setting("rows", int, None, "so many rows; all of --data, 60 of --task", **between(1, 10**6)),
+    Setting("digits", int, 2, "of multiply: numbers have up to so many digits", **between(1, 9)),
+    Setting("style", str, "terse", "of multiply: how it is worked out", **one_of("article", "terse")),
+    Setting("lang", str, "en", "of multiply: language of questions and article lines", **one_of("en", "zh")),
+    Setting("seed", int, 0, "of multiply: which pairs", **between(0, 2**62)),
+    Setting("out", str, None, "JSON file for all figures, settings and faults"),
+    Setting("predictions", str, None, "folder for a JSONL file a column; FILE.predictions beside --out FILE.json"),
+    Setting("no_generate", bool, False, "losses and retention only"),
+    Setting("max_new_tokens", int, None, "longest answer; 1.5 longest targets, 48 at least", **between(1, 10**6)),
+    Setting("retention", str, None, "conversations for the meter of forgetting; those of the project without it"),
+    Setting("no_retention", bool, False, "do not measure forgetting"),
+    Setting("template", str, None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own"),
+    Setting("system", str, None, "system turn; without it as in training, or as the chat template decides"),
+    Setting("no_system", bool, False, "no system turn, not even the template's own"),
+    Setting("date", str, None, "what today is, for templates that ask; as in training", "as 2025-01-01", _is_date),
+    Setting("batch_size", int, 16, "rows answered at once", **between(1, 4096)),
+    Setting("micro_tokens", int, 2048, "tokens in memory at once, for losses", **between(1, 2**24)),
+    Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
+    Setting("dtype", str, "auto", "dtype of the model", **one_of("auto", "bfloat16", "float32")),
+    Setting("no_verify", bool, False, "use adapters on another base than they were trained on"),
+)  # fmt: skip
+
 
 ONE_OF_TWO = (("epochs", "max_steps"), ("system", "no_system"))
 

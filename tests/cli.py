@@ -32,7 +32,13 @@ from tests.helpers import tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
 ON_CPU = ("--device", "cpu", "--dtype", "float32")  # the same on every machine, and in a forked child
-SCRIPTS = {"train": "train", "generate": "generate", "merge": "merge", "self_cognition": "data_gen.self_cognition"}
+SCRIPTS = {
+    "train": "train",
+    "generate": "generate",
+    "evaluate": "evaluate",
+    "merge": "merge",
+    "self_cognition": "data_gen.self_cognition",
+}
 RUN_FILES = sorted(
     [
         "adapter_model.safetensors",
