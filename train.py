@@ -152,10 +152,7 @@ def train(model, plan: Plan, s, out: Path, device, team: Team, resumed: Resumed 
                 state.skipped += 1
                 if state.skipped > s.skip_nonfinite:
                     raise diverged(found, state.step, [plan.examples.where[i] for i in indices], out) from None
-                say(
-                    f"\nskipped  step {state.step}: {found.why}; {state.skipped} of --skip-nonfinite {s.skip_nonfinite}"
-                )
-                record.skip(state.step, lr)
+                record.skip(state.step, lr, f"{found.why}; {state.skipped} of --skip-nonfinite {s.skip_nonfinite}")
         record.close()
         model.eval()
 

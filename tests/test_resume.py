@@ -578,7 +578,7 @@ def test_a_run_from_an_adapter_has_its_rank_alpha_and_targets_and_starts_at_its_
     first = ("--rank", 3, "--alpha", 7, "--target", "q_proj", "down_proj", "--eval-data", cli.data_file(),
              "--retention", ordinary())  # fmt: skip
     assert train("first", *first, cwd=tmp_path).code == 0
-    inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), *first[-4:])
+    inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), "--micro-tokens", 40, *first[-4:])
     done = cli.call("train", *inputs, flag, "first", "--out", "next", "--max-steps", 2, *cli.ON_CPU, cwd=tmp_path)
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "next/adapter_config.json").read_text())

@@ -32,4 +32,4 @@ def retention_batches(
 
 
 def _asked(row: formats.Conversation) -> set[bytes]:
-    return {asked for asked, _ in lint._Row.of(row).asked(loosely=True)}
+    return set(lint.asked(row))
