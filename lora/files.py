@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,22 @@ class Safetensors:
             return self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BadInput(f"broken safetensors in {self.path}:{name}: {error}. Download it again") from None
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor, and no others are read: the library's slices read all of it first."""
+        dtype, shape = self.header[name]
+        rows = torch.empty((stop - start, *shape[1:]), dtype=DTYPES[dtype])
+        buffer = rows.reshape(-1).view(torch.uint8).numpy()
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[name] + start * rows[:1].nbytes)
+            if file.readinto(buffer) < buffer.nbytes:
+                raise BadInput(f"broken safetensors in {self.path}:{name}: it has been cut. Download it again")
+        return rows
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        """Where in the file each tensor begins; the header has been checked when it was opened."""
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return {name: 8 + length + header[name]["data_offsets"][0] for name in self.header}

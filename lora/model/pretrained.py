@@ -97,6 +97,10 @@ class FolderCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         return self._where[name].read(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor, without reading the others."""
+        return self._where[name].read_rows(name, start, stop)
+
     def shard_of(self, name: str) -> str:
         """The file a tensor is in."""
         return self._where[name].path.name
