@@ -279,7 +279,7 @@ def losses(model, column: Column, device, s) -> dict[str, float]:
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
     figures = {"loss": mean_loss(objective, bar)}
     if column.ordinary:
-        retained = Retention(trunk, model.head_weight, column.ordinary, lambda: disabled(model))()
+        retained = Retention(trunk, lambda: model.head_weight, column.ordinary, lambda: disabled(model))()
         figures |= {f"retention_{key}": value for key, value in retained._asdict().items()}
     return figures
 

@@ -28,13 +28,13 @@ from lora.data import batch, preview
 from lora.data.sources import lint_report, numbered
 from lora.errors import STOP_CODES, BadInput, BadNumbers, StopFlag, Stopped, say
 from lora.model import download, pretrained
-from lora.run.examine import Examination, asked
+from lora.run.examine import Examination, Interrupted, asked
 from lora.run.plan import Plan, make_plan
-from lora.run.results import METRICS, WROTE, Results
+from lora.run.results import METRICS, REPORT, WROTE, Results
 from lora.run.resume import Resumed, resume, where_computed
-from lora.train import checkpoint, stopping
+from lora.train import checkpoint, ranks, stopping
 from lora.train.loss import summed_loss
-from lora.train.ranks import Team, team_of
+from lora.train.ranks import Team
 from lora.train.record import Record
 from lora.train.step import NotFinite, learning_rate, train_step
 
@@ -43,60 +43,77 @@ CODES = tuple(STOP_CODES.values())
 
 
 def story(argv) -> int:
-    s, resumed = settings.resolve(settings.TRAIN, argv, __doc__), None
-    check(s)
+    s = settings.resolve(settings.TRAIN, argv, __doc__)
     if s.check:
         return lint_report(s, download.dataset_file)
+    with ranks.team(machine.choose_device(s.device)) as team:
+        return story_of(team, s, argv)
+
+
+def story_of(team: Team, s, argv) -> int:
+    """The same story in each process; all but the first are silent."""
+    resumed = None
     if s.resume is not None:
         s, resumed = resume(s, argv, __doc__, Path(s.resume or latest(s)))
-    device = machine.choose_device(s.device)
+    check(s)
     made = None if s.data else self_cognition.conversations(NAME, AUTHOR, seed=s.seed)
     if s.preview is not None:
-        return show_preview(make_plan(s, device, made), s.preview)
+        return show_preview(make_plan(s, team, made), s.preview)
 
     # ---- where the result goes, and the plan: everything that can be wrong is found before the model is loaded
     out = resumed.run if resumed else out_folder(s)
     folders.check_place(out)
-    with team_of(device) as team, folders.locked(out) if team.main else nullcontext():
-        if not resumed and team.main:
+    with folders.locked(out) if team.main else nullcontext():
+        if not resumed:
             folders.check_out(out, s.overwrite, WROTE)
         say(f"run      {out}")
-        plan = make_plan(s, device, made)
+        plan = make_plan(s, team, made, start=not resumed)
         plan.tell(s)
-        if team.main:
-            plan.check_room(out, s)
+        plan.check_room(out, s)
         if resumed:
             resumed.check(plan, s, team)
 
         # ---- load, patch, train
-        model = pretrained.load_model(plan.base, getattr(torch, s.dtype), device)
+        if s.fsdp:
+            from lora.model.shard import load_sharded as load_model  # it is slow to import
+        else:
+            load_model = pretrained.load_model
+        model = load_model(plan.base, getattr(torch, s.dtype), team.device)
         torch.manual_seed(s.seed)
         inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
         if resumed or s.init_adapter:
             store.restore(model, resumed.path if resumed else s.init_adapter)
         model.checkpoint_activations = s.checkpoint_activations
-        return train(model, plan, s, out, device, team, resumed)
+        return train(model, plan, s, out, team, resumed)
 
 
 def check(s) -> None:
     problems = []
     if s.resume is not None and s.overwrite:
         problems.append("contradiction in the command line: --resume and --overwrite. Give one of them")
-    if s.resume is None and s.patience and not (s.eval_data or s.eval_fraction):
+    if s.patience and not (s.eval_data or s.eval_fraction):
         problems.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
     if problems:
         raise BadInput(*problems)
 
 
-def train(model, plan: Plan, s, out: Path, device, team: Team, resumed: Resumed | None) -> int:
+def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) -> int:
     """Step, evaluate and save by turns until a reason to end; then show what changed."""
 
     def objective(b: batch.Batch) -> torch.Tensor:
         hidden = model.trunk(b.tokens, b.lengths)  # (T, D)
         return summed_loss(hidden[b.trained], model.head_weight, b.targets[b.trained])
 
+    def micro_batches(indices: list[int]) -> list[batch.Batch]:
+        """Of this process's share of a step."""
+        parts = ranks.shares(indices, lengths, team.size) if team.size > 1 else [indices]
+        parts = parts if s.fsdp else [parts[team.rank]]
+        cuts = [batch.micro_batches([plan.examples[i] for i in part], s.micro_tokens, team.device) for part in parts]
+        return team.padded(cuts, batch.nothing(team.device)) if s.fsdp else cuts[0]
+
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=s.weight_decay, fused=device.type != "mps")
+    fused, lengths = team.device.type != "mps", plan.examples.lengths
+    optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=s.weight_decay, fused=fused)
     if resumed:
         state = resumed.state
         checkpoint.load_optimizer(resumed.path, optimizer, parameters)
@@ -106,7 +123,7 @@ def train(model, plan: Plan, s, out: Path, device, team: Team, resumed: Resumed 
     state.settings, state.total = settings.to_save(settings.TRAIN, s), plan.total
     state.computed = where_computed(s, team)
     stop = StopFlag()
-    examination = Examination(model, plan, s, objective, device, team, stop)
+    examination = Examination(model, plan, s, objective, team, stop)
     with disabled(model):
         before, _ = examination.ask()
     results = Results(model, plan, s, out, state, optimizer, parameters) if team.main else None
@@ -133,8 +150,7 @@ def train(model, plan: Plan, s, out: Path, device, team: Team, resumed: Resumed 
             indices = next(steps)
             state.step += 1
             torch.manual_seed(seed_of(s.seed, state.step, team.rank))
-            mine = [plan.examples[i] for i in team.share(indices, plan.examples.lengths)]
-            batches = batch.micro_batches(mine, s.micro_tokens, device)
+            batches = micro_batches(indices)
             trained = sum(sum(plan.examples[i].trained[1:]) for i in indices)
             lr = learning_rate(state.step - 1, plan.total, s.lr, plan.warmup, s.schedule)
 
@@ -160,7 +176,7 @@ def train(model, plan: Plan, s, out: Path, device, team: Team, resumed: Resumed 
         best = stopping.best(state.evaluations, s.max_forgetting)
         if results:
             results.publish(record, ended)
-        spent = f"{record.seconds:.0f} s, peak memory {machine.peak_memory(device) / 1e9:.2f} GB"
+        spent = f"{record.seconds:.0f} s, peak memory {machine.peak_memory(team.device) / 1e9:.2f} GB"
         say(f"saved    {out} after {state.step} steps, {spent}")
         if best is not None:
             say(f"best     step {best}: that is the adapter in {out}; the last one is {checkpoint.at(out, state.step)}")
@@ -169,8 +185,13 @@ def train(model, plan: Plan, s, out: Path, device, team: Team, resumed: Resumed 
             note = f"stopped after step {state.step} of {plan.total}; the adapter so far is saved. Go on with: {again}"
             raise Stopped(agreed or stop.code, note)
         if best is not None:
-            store.restore(model, checkpoint.at(out, best))
-        after, _ = examination.ask()
+            if team.main:
+                store.restore(model, checkpoint.at(out, best))
+            team.spread(parameters.values())
+        try:
+            after, _ = examination.ask()
+        except Interrupted:
+            raise Stopped(stop.code, f"stopped; the run is done and {out} is saved, but for {REPORT}") from None
         asked_for = [asked(question) for question in examination.questions]
         if results:
             results.report(record, ended, zip(asked_for, before, after, strict=True))
@@ -254,4 +275,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())

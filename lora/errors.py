@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -117,11 +118,15 @@ class StopFlag:
     """Set by the first signal, so that a loop can finish its step; a second signal ends the process at once."""
 
     code: int | None = None
+    when = 0.0
 
     def _on_signal(self, number, frame):
         if self.code is not None:
-            _exit_now(number, frame)
-        self.code = STOP_CODES[number]
+            # Ctrl-C in a terminal reaches torchrun as well, which then sends a signal of its own to every process
+            if time.monotonic() - self.when > 3.0 or "TORCHELASTIC_RUN_ID" not in os.environ:
+                _exit_now(number, frame)
+            return
+        self.code, self.when = STOP_CODES[number], time.monotonic()
         say("\nstopping after this step (again to stop at once)")
 
     @contextmanager

@@ -40,7 +40,9 @@ def examples(lengths=LENGTHS) -> list[Example]:
 
 
 def retention(model, batches) -> Retention:
-    return Retention(lambda b: model.trunk(b.tokens, b.lengths), model.head_weight, batches, lambda: disabled(model))
+    return Retention(
+        lambda b: model.trunk(b.tokens, b.lengths), lambda: model.head_weight, batches, lambda: disabled(model)
+    )
 
 
 def tensor(*values) -> torch.Tensor:
@@ -109,7 +111,7 @@ def test_the_base_is_computed_once_and_every_call_is_one_pass():
     model, passes = patched(tiny_model()), []
     trunk = lambda b: passes.append(b) or model.trunk(b.tokens, b.lengths)  # noqa: E731
     batches = micro_batches(examples(), 40)
-    measure = Retention(trunk, model.head_weight, batches, lambda: disabled(model))
+    measure = Retention(trunk, lambda: model.head_weight, batches, lambda: disabled(model))
     assert len(passes) == len(batches) and all(len(x) == sum(b.lengths) for x, b in zip(measure.of_base, batches))  # noqa: B905
     first, second = measure(), measure()
     assert first == second and len(passes) == 3 * len(batches)

@@ -45,6 +45,11 @@ def lay_out(examples: Sequence[Example], device="cpu") -> Batch:
     return Batch(torch.tensor(tokens, device=device), lengths, torch.tensor(targets, device=device))
 
 
+def nothing(device="cpu") -> Batch:
+    """One dead token, nothing trained: for a process that has no examples but must take part."""
+    return Batch(torch.zeros(1, dtype=torch.long, device=device), [1], torch.full((1,), IGNORE, device=device))
+
+
 def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu") -> list[Batch]:
     """Cut a step into batches of at most `micro_tokens` tokens; a longer example has a batch of its own."""
     batches, room = [], 0

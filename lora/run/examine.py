@@ -27,25 +27,30 @@ QUESTIONS = (
 ANSWER_TOKENS = 48
 
 
+class Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
 class Examination:
     """What evaluations measure. Nothing of it changes the training: there are no gradients, and each step seeds its own
     dropout. `objective(batch)` is the summed loss, as for training."""
 
-    def __init__(self, model, plan: Plan, s, objective, device, team: Team, stop: StopFlag):
+    def __init__(self, model, plan: Plan, s, objective, team: Team, stop: StopFlag):
         self.model, self.chat, self.team, self.stop, self.objective = model, plan.chat, team, stop, objective
+        self.fsdp = s.fsdp
         self.questions = some_prompts(plan.sources.data[0].kept) if s.data else list(QUESTIONS)
         self.total, self.every = plan.total, s.eval_every or max(1, math.ceil(plan.total / 10))
-        held_out = plan.sources.held_out
+        self.held_out = held_out = plan.sources.held_out
         self.wanted = bool(held_out or s.retention or s.eval_every or s.max_forgetting is not None)
         if not self.wanted:
             return
-        self.batches = batch.micro_batches(held_out or [], s.micro_tokens, device)
+        self.batches = self._mine(batch.micro_batches(held_out or [], s.micro_tokens, team.device))
         rows = trained_rows(s, download.dataset_file, plan.made)
-        ordinary, used, left_out = retention_batches(self.chat, s.retention, s.micro_tokens, device, rows)
+        ordinary, used, left_out = retention_batches(self.chat, s.retention, s.micro_tokens, team.device, rows)
         parts = f"{len(held_out or ())} held-out examples, {used} ordinary conversations"
         say(f"eval     {parts} ({left_out} left out, they are trained on), every {self.every} steps")
         base = lambda: disabled(model)  # noqa: E731
-        self.meter = Retention(self._trunk, model.head_weight, team.part(ordinary), base)
+        self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base)
 
     def due(self, state: checkpoint.State) -> bool:
         """Is there to be an evaluation after this step which has not been made? At the start and the end there is."""
@@ -57,11 +62,11 @@ class Examination:
         self.model.eval()
         row = {"step": step}
         try:
-            if self.batches:
-                row["eval_loss"] = mean_loss(self._loss, self.team.part(self.batches), self.team.total)
+            if self.held_out:
+                row["eval_loss"] = mean_loss(self._loss, self.batches, self.team.total)
             kept = self.meter(self.team.total)
             texts, ended = self.ask()
-        except InterruptedError:
+        except Interrupted:
             return None
         row |= {"retention_kl": kept.kl, "retention_loss_before": kept.loss_before, "retention_loss": kept.loss}
         row["repetition"] = sum(measures.repetition(text) for text in texts) / len(texts)
@@ -71,8 +76,16 @@ class Examination:
             raise BadNumbers(f"training diverged by step {step}: an evaluation is not finite. Lower --lr")
         return row
 
+    def _mine(self, batches: list[batch.Batch]) -> list[batch.Batch]:
+        """This process's part of the batches."""
+        cuts = [batches[rank :: self.team.size] for rank in range(self.team.size)]
+        return self.team.padded(cuts, batch.nothing(self.team.device)) if self.fsdp else cuts[self.team.rank]
+
     def ask(self) -> tuple[list[str], float]:
-        """Greedy answers to the questions, and the share of them that came to an end."""
+        """Greedy answers to the questions, and the share of them that came to an end. With a sharded base all processes
+        answer together; else only the one that writes does."""
+        if not self.team.main and not self.fsdp:
+            return [""] * len(self.questions), 0.0
         prompts = [
             self.chat.prompt(q if isinstance(q, list) else [{"role": "user", "content": q}]) for q in self.questions
         ]
@@ -86,7 +99,7 @@ class Examination:
         """A signal ends an evaluation at once; it is made when the run goes on. Not among several processes, where one
         that left would keep the others waiting."""
         if self.stop.code and self.team.size == 1:
-            raise InterruptedError
+            raise Interrupted
 
     def _trunk(self, b: batch.Batch) -> torch.Tensor:
         self._look_up()

@@ -15,12 +15,13 @@ from lora.adapter import passport, store
 from lora.adapter.inject import choose, lora_layers
 from lora.data import batch, preview
 from lora.data.encode import Encoded
-from lora.data.sources import Sources, read_sources
+from lora.data.sources import Sources, named, read_sources
 from lora.errors import BadInput, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.decoder import Model
 from lora.train import memory
+from lora.train.ranks import Team
 
 LEAST_STEPS = 50
 LR_TIMES_WIDTH = 1.15  # Adam's best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466); 0.002 at width 576
@@ -79,14 +80,19 @@ class Plan:
         say(f"memory   about {self.memory / 1e9:.1f} GB at the most")
 
 
-def make_plan(s: SimpleNamespace, device: torch.device, made: Sequence[dict] | None) -> Plan:
-    """Read everything but the weights, and write into `s` what the settings left open. Raises BadInput."""
-    dtype, why_dtype = machine.choose_dtype(s.dtype, device)
-    s.dtype, s.device = str(dtype).removeprefix("torch."), device.type
-    base = pretrained.find(s.model)
+def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, start: bool = True) -> Plan:
+    """Read everything but the weights, and write into `s` what the settings left open; at the `start` of a run also
+    what --init-adapter brings. Raises BadInput."""
+    dtype, why_dtype = machine.choose_dtype(s.dtype, team.device)
+    s.dtype, s.device = str(dtype).removeprefix("torch."), team.device.type
+    with team.in_turn():  # what one process downloads, the others find
+        base = pretrained.find(s.model)
+        if team.size > 1:
+            for _, name, _ in named(s):
+                download.dataset_file(name)
     say(f"model    {base.described}")
     empty = pretrained.empty_model(base)
-    if s.init_adapter:
+    if s.init_adapter and start:
         take_over(s, base)
     chat = pretrained.load_chat(base, False if s.no_system else s.system, s.template, date.fromisoformat(s.date))
     targets = _targets(s, empty)

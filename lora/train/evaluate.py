@@ -50,7 +50,7 @@ class Retained(NamedTuple):
 class Retention:
     """The meter of forgetting: call it, as often as wanted, and it says how far the model is from its base now.
 
-    `trunk(batch)` gives hidden states (T, D), and those of the base inside `base()`; `head_weight` (V, D) is frozen.
+    `trunk(batch)` gives hidden states (T, D), and those of the base inside `base()`; `head_weight()` (V, D) is frozen.
     Measured are the trained positions of `batches`, each with `.trained` (T,) bool and `.targets` (T,). Of the base
     only hidden states are kept, so a call costs one pass forward, and never a second model.
     """
@@ -59,7 +59,7 @@ class Retention:
     def __init__(
         self,
         trunk: Callable[..., torch.Tensor],
-        head_weight: torch.Tensor,
+        head_weight: Callable[[], torch.Tensor],
         batches: Sequence,
         base: Callable[[], AbstractContextManager],
     ):
@@ -72,7 +72,7 @@ class Retention:
         sums = [0.0, 0.0, 0.0]
         for batch, of_base in zip(self.batches, self.of_base, strict=True):
             hidden = self.trunk(batch)[batch.trained]
-            found = divergence(of_base, hidden, self.head_weight, batch.targets[batch.trained])
+            found = divergence(of_base, hidden, self.head_weight(), batch.targets[batch.trained])
             sums = [a + b for a, b in zip(sums, found, strict=True)]
         *sums, count = total([*sums, sum(map(len, self.of_base))])
         return Retained(*(value / count for value in sums))
