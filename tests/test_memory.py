@@ -1,7 +1,10 @@
 """Recomputed activations change no bit, and the memory that is expected is what autograd and the optimizer keep."""
 
+import os
+import platform
 import re
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -301,3 +304,29 @@ def test_free_memory_is_the_machines_within_the_limits_of_control_groups(tmp_pat
 def test_free_memory_of_this_machine_is_a_number_of_bytes_or_unknown():
     free = machine.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def holes() -> int:
+    """Bytes that stay after blocks of 25 MB were freed between small ones that are kept."""
+    bytearray(25 * 2**20)  # by itself glibc keeps blocks of this size from now on
+    before, kept = resident(), []
+    large = []
+    for _ in range(4):
+        large.append(bytearray(25 * 2**20))
+        kept.append(bytearray(100_000))
+    large.clear()
+    return resident() - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_are_returned_though_small_ones_lie_between_them():
+    child = os.fork()
+    if not child:
+        machine.give_back_large_blocks()
+        os._exit(0 if holes() < 10 * 2**20 else 1)
+    assert os.waitpid(child, 0)[1] == 0

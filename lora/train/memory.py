@@ -18,9 +18,10 @@ AGAIN = {"cpu": 80e6}  # torch's compiler, which torch.utils.checkpoint imports
 GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
 EXPLICIT = {"cpu": 512}  # documents up to this length hold their T × T weights: `lora.model.attention.SHORT`
 ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from before the step
-# oneDNN multiplies bf16 on a CPU. It compiles every shape anew and keeps so many; the counts are those of its log:
+# oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
+# leave about as much in holes. Shapes were counted in its log, bytes in the heap:
 # https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
-COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 1024, 0.58e6, 24, 5
+COMPILED, COMPILED_BYTES, OF_A_STEP, OF_A_DOCUMENT = 2 * 1024, 0.58e6, 24, 5
 
 
 def expected(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> float:
@@ -33,8 +34,8 @@ def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], b
 
     `model` may be on `meta`; `targets` are the paths of its patched Linears; `s` are the settings of train.py, device
     and dtype resolved; `lengths` are the tokens of every example, of which `batch_size` make a step. Evaluation and the
-    retention meter do not count, and loading needs less: one tensor at a time is there twice. Checked on a CPU; CUDA has
-    the same terms without a heap to fragment, and was not measured.
+    retention meter do not count, and loading needs less: one tensor at a time is there twice. Checked on a CPU; CUDA
+    has the same terms without a heap to fragment, and was not measured.
     """
     c, size = model.config, getattr(torch, s.dtype).itemsize
     growth = GROWTH.get(s.device, 1.0)
@@ -42,14 +43,12 @@ def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], b
     def activations(documents: list[int]) -> dict[str, float]:
         tokens, blocks = sum(documents), kept(c, targets, s, documents)
         row = tokens * c.hidden_size * size
-        inputs = row * len(blocks) if s.checkpoint_activations else 0
-        held = max(blocks, default=0) if s.checkpoint_activations else sum(blocks)
         backward = 2 * tokens * c.intermediate_size * size + 2 * row  # gradients on their way through an MLP
         logits = min(ROWS, tokens) * c.vocab_size * ((10 if size == 2 else 8) + 4 * (tokens > ROWS))
         loss = 3 * row + logits  # hidden states, the trained ones, their gradient
-        if s.checkpoint_activations:  # a block is there only after the loss
-            return {"block inputs": inputs, "one block or the loss": max(held + backward, loss)}
-        return {"blocks": held, "backward or the loss": max(backward, loss)}
+        if s.checkpoint_activations:  # a whole block is there only after the loss
+            return {"blocks": row * len(blocks), "backward or the loss": max(max(blocks) + backward, loss)}
+        return {"blocks": sum(blocks), "backward or the loss": max(backward, loss)}
 
     short = [n for n in lengths if n - 1 <= EXPLICIT.get(s.device, 0)]  # they may need more than longer ones
     batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, short) if len(pool)]
@@ -84,7 +83,7 @@ def compiled(s, lengths: Sequence[int], batch_size: int) -> float:
         return 0.0
     steps = s.max_steps or s.epochs * ceil(len(lengths) / batch_size)
     documents = min(len({int(n) for n in lengths if n - 1 <= EXPLICIT["cpu"]}), steps * batch_size)
-    return COMPILED_BYTES * min(COMPILED, OF_A_BATCH * steps + OF_A_DOCUMENT * documents)
+    return COMPILED_BYTES * min(COMPILED, OF_A_STEP * steps + OF_A_DOCUMENT * documents)
 
 
 def attention(c, s, documents: list[int]) -> float:
