@@ -21,7 +21,7 @@ ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from 
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
 # https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
-COMPILED, COMPILED_BYTES, OF_A_STEP, OF_A_DOCUMENT = 2 * 1024, 0.58e6, 24, 5
+COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.58e6, 24, 5
 
 
 def expected(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> float:
@@ -78,12 +78,13 @@ def micro_batch(lengths: Sequence[int], batch_size: int, micro_tokens: int) -> l
 
 
 def compiled(s, lengths: Sequence[int], batch_size: int) -> float:
-    """Bytes of machine code for the shapes of a run: a step has its own at least, a document by its length."""
+    """Bytes of machine code for the shapes of a run: a micro-batch has its own, a document by its length."""
     if (s.device, s.dtype) != ("cpu", "bfloat16"):
         return 0.0
     steps = s.max_steps or s.epochs * ceil(len(lengths) / batch_size)
+    batches = steps * ceil(batch_size * sum(lengths) / len(lengths) / s.micro_tokens)
     documents = min(len({int(n) for n in lengths if n - 1 <= EXPLICIT["cpu"]}), steps * batch_size)
-    return COMPILED_BYTES * min(COMPILED, OF_A_STEP * steps + OF_A_DOCUMENT * documents)
+    return COMPILED_BYTES * min(COMPILED, OF_A_BATCH * batches + OF_A_DOCUMENT * documents)
 
 
 def attention(c, s, documents: list[int]) -> float:
