@@ -125,7 +125,8 @@ def main() -> None:
         if not chosen.names or any(word in name for word in chosen.names)
     ]
     if not chosen.names and not chosen.fit:
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__,
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        machine = {"cpu": model[1] if model else platform.machine(), "torch": torch.__version__,
                    "python": platform.python_version(), "libc": " ".join(platform.libc_ver())}  # fmt: skip
         files.write_json(RESULT, {"machine": machine, "runs": rows})
     worst = max(abs(1 - row["ratio"]) for row in rows)
