@@ -1,6 +1,10 @@
 """Which device and dtype to compute with, and why."""
 
+import ctypes
+import platform
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +44,16 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
 
 
+def give_back_large_blocks() -> None:
+    """Let glibc return every block of 16 MiB or more to the system when it is freed; elsewhere nothing.
+
+    By itself it raises its threshold to the largest block freed so far (mallopt(3), M_MMAP_THRESHOLD). Then the logits
+    of every step leave holes in the heap, and a run of a hundred steps holds a gigabyte that nobody uses.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-3, 16 * 2**20)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes so far: of the GPU where one is used, else of the process."""
     if device.type == "cuda":
@@ -48,3 +62,38 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that can still be had: of the GPU, or of this machine within the limits of the control groups that the
+    process is in; None where the system does not say. `root` is where `proc` and `sys` are."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = re.search(r"^MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    return min([int(available[1]) * 1024, *_free_in_groups(root, groups)]) if available else None
+
+
+def _free_in_groups(root: Path, groups: list[str]):
+    """What each control group with a limit has left, counting as free the file pages it would drop. Version 2 has one
+    hierarchy, version 1 one for memory: https://docs.kernel.org/admin-guide/cgroup-v2.html, cgroup-v1/memory.html."""
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, limit, used, pages = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, used = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            pages = "total_inactive_file"
+        else:
+            continue
+        group = root / base / path.lstrip("/")
+        for folder in (group, *group.parents):  # in a container the path may be the host's: then only the top is here
+            with suppress(OSError, ValueError):  # no file: not a group, or no limit; "max" is none either
+                dropped = re.search(rf"^{pages} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                yield max(0, left) + int(dropped[1] if dropped else 0)
+            if folder == root / base:
+                break

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora.model.attention import Cache, attend
 from lora.model.config import ModelConfig
@@ -120,11 +121,15 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """A causal language model: `logits = head(trunk(tokens, ...))`."""
+    """A causal language model: `logits = head(trunk(tokens, ...))`.
+
+    With `checkpoint_activations` only the input of every block is kept for the backward pass, which computes the rest
+    again (Chen et al. 2016, https://arxiv.org/abs/1604.06174): the same numbers, dropout included.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.checkpoint_activations = config, False
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -153,8 +158,12 @@ class Model(nn.Module):
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
         x = self.model.embed_tokens(tokens)  # (T, D)
+        again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.model.layers:
-            x = block(x, cos, sin, lengths, cache)
+            if again:
+                x = checkpoint(block, x, cos, sin, lengths, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, lengths, cache)
         if cache:
             cache.advance(lengths)
         return self.model.norm(x)

@@ -1,31 +1,170 @@
-"""How much memory a run will take, before it takes it."""
+"""How much memory a run will take, before it takes it, and which flag to lower where that is too much.
 
+The terms are counted from what the code keeps; only `RUNTIME` and `GROWTH` are fitted, by `bench/memory.py`.
+"""
+
+from bisect import bisect_right
 from collections.abc import Sequence
+from copy import copy
+from math import ceil
 
 import torch
 from torch import nn
 
 from lora.train.loss import ROWS
 
-RUNTIME = 450e6  # bytes of Python, torch and its buffers before a model is there
-GROWTH = 1.7  # the heap fragments as the sizes of micro-batches vary; measured over a hundred steps with glibc
+RUNTIME = {"cpu": 300e6}  # Python, torch, a tokenizer; a GPU counts its tensors only
+AGAIN = {"cpu": 80e6}  # torch's compiler, which torch.utils.checkpoint imports
+GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
+EXPLICIT = {"cpu": 512}  # documents up to this length hold their T × T weights: `lora.model.attention.SHORT`
+ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from before the step
+# oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
+# leave about as much in holes. Shapes were counted in its log, bytes in the heap:
+# https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.58e6, 24, 5
 
 
 def expected(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> float:
-    """Bytes at the peak: weights, adapter with its gradients and Adam's two moments, activations of the largest
-    micro-batch, and the logits of one chunk. `model` may be on `meta`; `s` are the settings, dtype resolved; `lengths`
-    are those of all examples, of which `batch_size` make a step."""
+    """Bytes at the peak of a run: the sum of `parts`, which see for the arguments."""
+    return sum(parts(model, targets, s, lengths, batch_size).values())
+
+
+def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> dict[str, float]:
+    """What is held at the peak of a run, in bytes by name.
+
+    `model` may be on `meta`; `targets` are the paths of its patched Linears; `s` are the settings of train.py, device
+    and dtype resolved; `lengths` are the tokens of every example, of which `batch_size` make a step. Evaluation and the
+    retention meter do not count, and loading needs less: one tensor at a time is there twice. Checked on a CPU; CUDA
+    has the same terms without a heap to fragment, and was not measured.
+    """
     c, size = model.config, getattr(torch, s.dtype).itemsize
-    base = sum(p.numel() for p in model.parameters()) * size
-    adapter = sum(s.rank * sum(model.get_submodule(path).weight.shape) for path in targets) * 4 * 4
-    longest, step = int(max(lengths)), int(sum(sorted(lengths)[-batch_size:]))
-    tokens = max(longest, min(s.micro_tokens, step))
+    growth = GROWTH.get(s.device, 1.0)
+
+    def activations(documents: list[int]) -> dict[str, float]:
+        tokens, blocks = sum(documents), kept(c, targets, s, documents)
+        row = tokens * c.hidden_size * size
+        backward = 2 * tokens * c.intermediate_size * size + 2 * row  # gradients on their way through an MLP
+        logits = min(ROWS, tokens) * c.vocab_size * ((10 if size == 2 else 8) + 4 * (tokens > ROWS))
+        loss = 3 * row + logits  # hidden states, the trained ones, their gradient
+        if s.checkpoint_activations:  # a whole block is there only after the loss
+            return {"blocks": row * len(blocks), "backward or the loss": max(max(blocks) + backward, loss)}
+        return {"blocks": sum(blocks), "backward or the loss": max(backward, loss)}
+
+    short = [n for n in lengths if n - 1 <= EXPLICIT.get(s.device, 0)]  # they may need more than longer ones
+    batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, short) if len(pool)]
+    largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
+    adapter = sum(s.rank * sum(model.get_submodule(path).weight.shape) for path in targets)
+    return {
+        "runtime": RUNTIME.get(s.device, 0.0) + s.checkpoint_activations * AGAIN.get(s.device, 0.0),
+        "compiled kernels": compiled(s, lengths, batch_size),
+        "weights": sum(p.numel() for p in model.parameters()) * size,
+        "adapter and optimizer": ADAPTERS * adapter * getattr(torch, s.adapter_dtype).itemsize,
+        **{name: growth * value for name, value in largest.items()},
+    }
+
+
+def micro_batch(lengths: Sequence[int], batch_size: int, micro_tokens: int) -> list[int]:
+    """The documents of about the largest micro-batch of a run, the longest first, the last cut so that they fit.
+
+    Of 160 steps of random examples one has more tokens than the mean and 2.5 standard deviations.
+    """
+    documents = torch.as_tensor(lengths, dtype=torch.float64) - 1  # a last token predicts nothing
+    likely = batch_size * documents.mean() + 2.5 * batch_size**0.5 * documents.std(correction=0)
+    longest = documents.sort(descending=True).values[:batch_size].tolist()
+    room, chosen = max(longest[0], min(micro_tokens, likely.item())), []
+    for length in longest:
+        chosen.append(int(min(length, room - sum(chosen))))
+    return [length for length in chosen if length > 0]
+
+
+def compiled(s, lengths: Sequence[int], batch_size: int) -> float:
+    """Bytes of machine code for the shapes of a run: a micro-batch has its own, a document by its length."""
+    if (s.device, s.dtype) != ("cpu", "bfloat16"):
+        return 0.0
+    steps = s.max_steps or s.epochs * ceil(len(lengths) / batch_size)
+    batches = steps * ceil(batch_size * sum(lengths) / len(lengths) / s.micro_tokens)
+    documents = min(len({int(n) for n in lengths if n - 1 <= EXPLICIT["cpu"]}), steps * batch_size)
+    return COMPILED_BYTES * min(COMPILED, OF_A_BATCH * batches + OF_A_DOCUMENT * documents)
+
+
+def attention(c, s, documents: list[int]) -> float:
+    """Bytes that one block's attention keeps beside q, k and v: softmax in float32, rounded, and the mask; or the
+    output and a log-sum of the fused kernel."""
+    size, heads = getattr(torch, s.dtype).itemsize, c.num_attention_heads
+    weights = heads * (4 if size == 4 else 4 + size) + 1
+    fused = heads * (c.head_dim * size + 4)
+    return sum(n * n * weights if n <= EXPLICIT.get(s.device, 0) else n * fused for n in documents)
+
+
+def kept(c, targets: Sequence[str], s, documents: list[int]) -> list[float]:
+    """Bytes that autograd keeps of each block's forward pass for a micro-batch; nothing before the first target."""
+    size, tokens, patched = getattr(torch, s.dtype).itemsize, sum(documents), set(targets)
+    hidden, inner = c.hidden_size, c.intermediate_size
     heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    # per token and layer: two norms in float32 and their outputs, q/k/v twice (before and after RoPE), the residuals,
-    # gate, up, silu and product, and x A of every target
-    width = 8 * c.hidden_size + 3 * heads + 4 * kv + 4 * c.intermediate_size + 7 * s.rank
-    wide = 2 * 2 * c.hidden_size * 4
-    per_token = c.num_hidden_layers * (width * size + wide)
-    attention = c.num_hidden_layers * c.num_attention_heads * min(longest, 512) * (size + 4) * tokens
-    logits = min(ROWS, tokens) * c.vocab_size * (4 + 2 * size)
-    return RUNTIME + base + adapter + GROWTH * (tokens * per_token + attention) + logits
+    norm = tokens * 4 * (hidden + 1)  # its input in float32, and 1 / RMS
+    halves = {  # what is kept whatever is patched, and the inputs of Linears, kept where one is
+        "self_attn": (
+            tokens * size * (heads + 2 * kv) + attention(c, s, documents),
+            ((hidden, ("q_proj", "k_proj", "v_proj")), (heads, ("o_proj",))),
+        ),
+        "mlp": (  # gate, silu(gate) and up
+            tokens * size * 3 * inner,
+            ((hidden, ("gate_proj", "up_proj")), (inner, ("down_proj",))),
+        ),
+    }
+    blocks, started = [], False
+    for index in range(c.num_hidden_layers):
+        blocks.append(0.0)
+        for half, (always, inputs) in halves.items():
+            counts = [sum(f"model.layers.{index}.{half}.{name}" in patched for name in names) for _, names in inputs]
+            if not started and not any(counts):
+                continue
+            blocks[-1] += always + norm * started
+            started = True
+            for (width, _), count in zip(inputs, counts, strict=True):
+                copies = (
+                    2 * count if s.dropout else min(count, 1)
+                )  # with dropout the noise and the product, each its own
+                blocks[-1] += tokens * size * (copies * width + count * s.rank)
+    return blocks
+
+
+def warning(free: int | None, model, targets, s, lengths, batch_size) -> str | None:
+    """One line where a run is expected to need more than is free: how much, and what to change. Else None, also where
+    nobody knows what is free. Arguments as for `parts`."""
+    needed = expected(model, targets, s, lengths, batch_size)
+    if free is None or needed <= free:
+        return None
+    fix = advice(free, model, targets, s, lengths, batch_size)
+    return f"little memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. {fix}"
+
+
+def advice(free: float, model, targets, s, lengths, batch_size) -> str:
+    """Which flag to change, and to what, so that a run fits into `free` bytes. Arguments as for `parts`.
+
+    Asked after memory ran out where the estimate fits, it was too low: then four fifths of it have to do.
+    """
+
+    def needed(**changes) -> float:
+        changed = copy(s)
+        vars(changed).update(changes)
+        limit = changes.get("max_len", max(lengths))
+        fitting = [min(n, limit) for n in lengths if n <= limit or s.overlong == "truncate"]
+        return expected(model, targets, changed, fitting, batch_size) if fitting else float("inf")
+
+    def largest(below: int, changes) -> int:
+        """The largest multiple of 64 below `below` with which it fits; 0 where none does."""
+        return 64 * bisect_right(range(64, below, 64), room, key=lambda n: needed(**changes(n)))
+
+    room = min(free, 0.8 * needed())
+    if n := largest(s.micro_tokens, lambda n: {"micro_tokens": n}):
+        return f"Lower --micro-tokens to {n}"
+    fixes = []
+    if n := largest(int(max(lengths)), lambda n: {"max_len": n, "micro_tokens": min(n, s.micro_tokens)}):
+        fixes.append(f"lower --max-len to {n}" + f" and --micro-tokens to {n}" * (n < s.micro_tokens))
+    if not s.checkpoint_activations:
+        if needed(checkpoint_activations=True) <= room:
+            fixes.append("add --checkpoint-activations")
+        elif n := largest(s.micro_tokens, lambda n: {"micro_tokens": n, "checkpoint_activations": True}):
+            fixes.append(f"add --checkpoint-activations and lower --micro-tokens to {n}")
+    return (", or ".join(fixes) or "take a smaller model").capitalize()
