@@ -43,6 +43,7 @@ CODES = tuple(STOP_CODES.values())
 
 
 def story(argv) -> int:
+    machine.give_back(16 * 2**20)
     s = settings.resolve(settings.TRAIN, argv, __doc__)
     if s.check:
         return lint_report(s, download.dataset_file)
@@ -58,7 +59,7 @@ def story_of(team: Team, s, argv) -> int:
     check(s)
     made = None if s.data else self_cognition.conversations(NAME, AUTHOR, seed=s.seed)
     if s.preview is not None:
-        return show_preview(make_plan(s, team, made), s.preview)
+        return show_preview(make_plan(s, team, made), s)
 
     # ---- where the result goes, and the plan: everything that can be wrong is found before the model is loaded
     out = resumed.run if resumed else out_folder(s)
@@ -74,17 +75,18 @@ def story_of(team: Team, s, argv) -> int:
             resumed.check(plan, s, team)
 
         # ---- load, patch, train
-        if s.fsdp:
-            from lora.model.shard import load_sharded as load_model  # it is slow to import
-        else:
-            load_model = pretrained.load_model
-        model = load_model(plan.base, getattr(torch, s.dtype), team.device)
-        torch.manual_seed(s.seed)
-        inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
-        if resumed or s.init_adapter:
-            store.restore(model, resumed.path if resumed else s.init_adapter)
-        model.checkpoint_activations = s.checkpoint_activations
-        return train(model, plan, s, out, team, resumed)
+        with plan.within_memory(s, team.device):
+            if s.fsdp:
+                from lora.model.shard import load_sharded as load_model  # it is slow to import
+            else:
+                load_model = pretrained.load_model
+            model = load_model(plan.base, getattr(torch, s.dtype), team.device)
+            torch.manual_seed(s.seed)
+            inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
+            if resumed or s.init_adapter:
+                store.restore(model, resumed.path if resumed else s.init_adapter)
+            model.checkpoint_activations = s.checkpoint_activations
+            return train(model, plan, s, out, team, resumed)
 
 
 def check(s) -> None:
@@ -251,9 +253,9 @@ def _names(s) -> Iterator[Path]:
     return (first.with_name(f"{first.name}-{n}") if n > 1 else first for n in count(1))
 
 
-def show_preview(plan: Plan, count: int) -> int:
-    preview.show(plan.examples, count, plan.chat.tokenizer)
-    for name, value in plan.numbers().items():
+def show_preview(plan: Plan, s) -> int:
+    preview.show(plan.examples, s.preview, plan.chat.tokenizer)
+    for name, value in plan.numbers(s).items():
         print(f"{name}: {value}")
     return 0
 

@@ -44,14 +44,14 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
 
 
-def give_back_large_blocks() -> None:
-    """Let glibc return every block of 16 MiB or more to the system when it is freed; elsewhere nothing.
+def give_back(size: int) -> None:
+    """Let glibc return every block of `size` bytes or more to the system when it is freed; elsewhere nothing.
 
     By itself it raises its threshold to the largest block freed so far (mallopt(3), M_MMAP_THRESHOLD). Then the logits
     of every step leave holes in the heap, and a run of a hundred steps holds a gigabyte that nobody uses.
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-3, 16 * 2**20)
+        ctypes.CDLL(None).mallopt(-3, size)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -168,6 +168,14 @@ def _of_bug(error: BaseException) -> LoraError:
     return LoraError(f"internal in {where}: {what}. This is a bug; LORA_DEBUG=1 shows the trace")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own error, torch's for a GPU, or torch's for the CPU, which is a RuntimeError like any other."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def _mend_streams() -> None:
     """A closed stream (`>&-`) is an empty one, and no text fails for an encoding that does not know its characters."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -194,16 +202,11 @@ def run(story: Callable[[Sequence[str] | None], int | None], argv: Sequence[str]
                 return 0
             except OSError as error:
                 raise _of_os_error(error) from error
-            except MemoryError as error:
-                fix = "Lower --micro-tokens, --batch-size or --max-len"
-                raise BadEnvironment(f"out of memory in this run: nothing is left. {fix}") from error
-            except RuntimeError as error:
-                if "out of memory" in str(error) or "can't allocate memory" in str(error):
-                    fix = "Lower --micro-tokens, --batch-size or --max-len"
-                    why = str(error).splitlines()[0].rstrip(".")
-                    raise BadEnvironment(f"out of memory in this run: {why}. {fix}") from error
-                raise _of_bug(error) from error
             except Exception as error:
+                if is_out_of_memory(error):
+                    fix = "Lower --micro-tokens, --batch-size or --max-len"
+                    why = (str(error).splitlines() or ["nothing is left"])[0].rstrip(".")
+                    raise BadEnvironment(f"out of memory in this run: {why}. {fix}") from error
                 raise _of_bug(error) from error
     except LoraError as error:
         report(error.problems)

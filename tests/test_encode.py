@@ -6,16 +6,18 @@ import random
 import re
 import tracemalloc
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lora import errors
+from lora import errors, settings
 from lora.data import preview
 from lora.data.encode import KEPT, ROWS, encode, joined
 from lora.data.formats import Conversation, Problem, scan
+from lora.data.sources import read_sources
 from lora.errors import BadInput, Refused
 from lora.model import template
 from lora.model.chat import Chat
@@ -405,3 +407,35 @@ def test_two_hundred_mutated_templates_work_or_are_refused_in_one_line(monkeypat
             line = errors.one_line(problem)
             assert re.match(r"(broken )?chat template in here: .+\. .+|wrong text in ", line) and len(line) < 600
     assert 20 < worked < 180
+
+
+# ---- what is held out ------------------------------------------------------------------------------------------------
+
+
+def questions_of(part, chat) -> set[str]:
+    """The first question of every example, as text."""
+    return {re.search(r"Question \d+", chat.tokenizer.decode(part[i].tokens))[0] for i in range(len(part))}
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.9])
+def test_what_is_held_out_has_no_question_in_common_with_what_is_trained_or_replayed(tmp_path, fraction):
+    """Rows in two files and in a file to replay, many of them with one question and other answers."""
+    random.seed(1)
+    talks = [turns(f"Question {random.randrange(40)}", f"Answer {i}.") for i in range(120)]
+    for name, part in (("a", talks[:50]), ("b", talks[50:90]), ("r", talks[90:])):
+        rows = ({"messages": messages} for messages in part)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b, r = (str(tmp_path / f"{name}.jsonl") for name in "abr")
+    argv = ["--data", a, b, "--replay", f"{r}:0.5", "--eval-fraction", str(fraction), "--max-len", "500"]
+    chat, s = chat_of("smollm2"), settings.resolve(settings.TRAIN, argv, "")
+    found = read_sources(s, chat, Path)
+    trained = set().union(*(questions_of(part, chat) for part in [*found.data, found.replays[0][0]]))
+    held_out = questions_of(found.held_out, chat)
+    there = {messages[0]["content"] for messages in talks[:90]}
+    assert held_out and trained and not held_out & trained
+    assert len(held_out) == max(1, round(fraction * len(there))) and held_out <= there
+    again = read_sources(s, chat, Path)
+    assert again.fingerprint() == found.fingerprint() and questions_of(again.held_out, chat) == held_out
+    argv[2], argv[1] = argv[1], argv[2]  # in another order the same questions are held out
+    other = read_sources(settings.resolve(settings.TRAIN, argv, ""), chat, Path)
+    assert questions_of(other.held_out, chat) == held_out and other.fingerprint() != found.fingerprint()

@@ -15,7 +15,6 @@ from lora.data.batch import Batch, lay_out, micro_batches, steps
 from lora.errors import BadNumbers
 from lora.model.chat import Example
 from lora.train import loss as losses
-from lora.train import memory
 from lora.train.evaluate import mean_loss
 from lora.train.loss import plain_loss, summed_loss
 from lora.train.step import SCHEDULES, accumulate, clip, learning_rate, train_step
@@ -357,24 +356,6 @@ def test_eight_examples_are_learned_by_heart():
     assert found[0] > 3 and sum(sums) / 64 < 0.05
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def test_expected_memory_is_positive_and_grows_with_micro_tokens_rank_and_dtype():
-    model = tiny_model(torch.float32)
-    targets = [path for path in dict(model.named_modules()) if path.endswith("_proj")]
-
-    def expected(**changes) -> float:
-        s = {"dtype": "float32", "rank": 8, "micro_tokens": 64, "batch_size": 4} | changes
-        return memory.expected(model, targets, SimpleNamespace(**s), [len(e.tokens) for e in UNEQUAL], s["batch_size"])
-
-    assert expected() > memory.RUNTIME > 0
-    sizes = [expected(micro_tokens=n, batch_size=5) for n in (1, 240, 300)]
-    assert sizes[0] < sizes[1] < sizes[2]  # the longest example has 202 tokens: less than that is not to be had
-    assert expected(micro_tokens=10**6) == expected(micro_tokens=10**7)  # a step has no more
-    assert expected(rank=16) > expected() > expected(dtype="bfloat16")
-
-
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
     model = patched(tiny_model())
@@ -382,3 +363,19 @@ def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
     each = [objective_of(model)(lay_out([example])).item() for example in UNEQUAL]
     expected = sum(each) / sum(sum(example.trained[1:]) for example in UNEQUAL)
     assert abs(found - expected) < 1e-12 * expected
+
+
+def test_updates_that_bf16_rounds_away_are_counted():
+    shares = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(torch.bfloat16)
+        inject(model, 4, 8, dtype=dtype)
+        for p in adapter(model):
+            torch.nn.init.uniform_(p, 0.5, 1.0)  # next to them bf16 has steps of 0.002
+        optimizer = torch.optim.AdamW(adapter(model), weight_decay=0.0)
+        before = [p.detach().clone() for p in adapter(model)]
+        result = train_step(objective_of(model), micro_batches(UNEQUAL, 300), optimizer, 1e-5)
+        same = sum(int(torch.eq(p, old).sum()) for p, old in zip(adapter(model), before, strict=True))
+        assert result.unchanged == same / sum(p.numel() for p in before)
+        shares[dtype] = result.unchanged
+    assert shares[torch.float32] < 0.01 and shares[torch.bfloat16] > 0.99

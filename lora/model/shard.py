@@ -4,8 +4,6 @@ FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. O
 are injected afterwards, so FSDP never hears of them. Every process must call `trunk` equally often, backward included.
 """
 
-import ctypes
-import sys
 from math import ceil
 
 import torch
@@ -13,11 +11,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from lora.device import give_back
 from lora.errors import BadInput
 from lora.model.decoder import Model
 from lora.model.pretrained import Checkpoint, empty_model
-
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def load_sharded(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
@@ -29,7 +26,8 @@ def load_sharded(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, dev
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise BadInput("wrong --fsdp in the command line: one process has nobody to share with. Start with torchrun")
-    _give_memory_back()
+    # on a CPU gathered blocks come and go: a base of 220 MB on two processes took 820 MB each without this, 180 with it
+    give_back(128 * 1024)
     model = shard(empty_model(checkpoint).to(dtype).requires_grad_(False).eval(), device)
     _fill(model, checkpoint)
     with torch.no_grad():  # once before any `inference_mode`: what it allocates there could not be trained with later
@@ -48,13 +46,6 @@ def shard(model: Model, device) -> Model:
     fully_shard(model, mesh=mesh)  # the rest: head and last norm, which stay gathered until the backward pass
     register_fsdp_forward_method(model, "trunk")
     return model.to_empty(device=device)
-
-
-def _give_memory_back() -> None:
-    """On a CPU gathered blocks come and go. glibc learns from that to keep freed memory, mallopt(3), and fragments: a
-    base of 220 MB on two processes took 820 MB each, and 180 MB with the size above which it gives back held fast."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
-        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 @torch.no_grad()

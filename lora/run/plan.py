@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora.adapter.inject import choose, lora_layers
 from lora.data import batch, preview
 from lora.data.encode import Encoded
 from lora.data.sources import Sources, named, read_sources
-from lora.errors import BadInput, say
+from lora.errors import BadEnvironment, BadInput, is_out_of_memory, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.decoder import Model
@@ -43,7 +44,11 @@ class Plan:
     total: int  # steps
     warmup: int  # steps
     step_tokens: int  # on average
-    memory: float  # bytes
+    per_step: int  # examples at most, replays included
+
+    def needs(self, s: SimpleNamespace) -> tuple:
+        """What `memory` counts with."""
+        return self.empty, self.targets, s, self.examples.lengths, self.per_step
 
     def fingerprint(self) -> str:
         """Of the base's weights."""
@@ -64,9 +69,9 @@ class Plan:
         size = 3 * self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize + 2**20
         folders.check_room(out, (s.keep + 1) * size, f"a run with {s.keep} checkpoints (--keep)")
 
-    def numbers(self) -> dict:
+    def numbers(self, s: SimpleNamespace) -> dict:
         """Statistics of the data."""
-        return preview.numbers(self.examples, self.step_tokens, self.memory)
+        return preview.numbers(self.examples, self.step_tokens, memory.expected(*self.needs(s)))
 
     def tell(self, s: SimpleNamespace) -> None:
         tokens, trained = len(self.examples.tokens), int(self.examples.trained.sum())
@@ -77,7 +82,23 @@ class Plan:
         say(f"adapter  {in_adapter / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {s.rank}, {linears}")
         say(f"examples {len(self.examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
         say(f"plan     {self.total} steps of {s.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
-        say(f"memory   about {self.memory / 1e9:.1f} GB at the most")
+        if not s.fsdp:
+            say(f"memory   about {memory.expected(*self.needs(s)) / 1e9:.1f} GB at the most")
+
+    @contextmanager
+    def within_memory(self, s: SimpleNamespace, device: torch.device):
+        """Says what is too much before the block, and after it what to lower: where memory runs out, BadEnvironment."""
+        free = machine.free_memory(device)
+        if free is not None and (line := memory.warning(free, *self.needs(s))):
+            say(f"warning: {line}")
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = (str(error).splitlines() or ["nothing is left"])[0].rstrip(".")
+            fix = memory.advice(memory.expected(*self.needs(s)) if free is None else free, *self.needs(s))
+            raise BadEnvironment(f"out of memory in this run: {why}. {fix}") from error
 
 
 def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, start: bool = True) -> Plan:
@@ -109,9 +130,8 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, start
     step_tokens = batch.tokens_per_step([p.lengths for p in sources.data], s.batch_size, sources.weights,
                                         [(p.lengths, share) for p, share in sources.replays])  # fmt: skip
     per_step = s.batch_size + math.ceil(sum(share for _, share in sources.replays) * s.batch_size)
-    expected = memory.expected(empty, targets, s, examples.lengths, per_step)
     return Plan(
-        base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, expected
+        base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, per_step
     )
 
 

@@ -88,7 +88,7 @@ class Results:
             (python, "generate.py", "--adapter", out),
             (python, "evaluate.py", "--adapter", out, "--data", *(self.s.eval_data or self.s.data or ["FILE"])),
         ]
-        numbers = self.plan.numbers() | {"adapter parameters": f"{self.plan.in_adapter(self.s):,}"}
+        numbers = self.plan.numbers(self.s) | {"adapter parameters": f"{self.plan.in_adapter(self.s):,}"}
         report.write(
             self.out / REPORT,
             self._title(),

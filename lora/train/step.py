@@ -86,7 +86,9 @@ def train_step(
     tokens of all, and `reduce(parameters, numbers)` sums over them. Raises NotFinite, the weights not stepped."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, trained = accumulate(objective, batches, trained)
-    tokens = sum(len(batch.tokens) for batch in batches)
+    tokens = sum(
+        len(batch.tokens) for batch in batches if batch.trained.any()
+    )  # others only keep step with other ranks
     loss, tokens = reduce(parameters, [loss, tokens])
     norm = clip(parameters, limit)
     if not (math.isfinite(loss) and math.isfinite(norm)):
