@@ -378,4 +378,4 @@ def test_updates_that_bf16_rounds_away_are_counted():
         same = sum(int(torch.eq(p, old).sum()) for p, old in zip(adapter(model), before, strict=True))
         assert result.unchanged == same / sum(p.numel() for p in before)
         shares[dtype] = result.unchanged
-    assert shares[torch.float32] < 0.01 and shares[torch.bfloat16] > 0.99
+    assert shares[torch.float32] < 0.1 and shares[torch.bfloat16] > 0.99
