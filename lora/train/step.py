@@ -99,5 +99,5 @@ def train_step(
     before = [p.detach().clone() for p in parameters]
     optimizer.step()
     optimizer.zero_grad()
-    same = sum(int((p == old).sum()) for p, old in zip(parameters, before, strict=True))
-    return StepResult(loss, norm, int(tokens), trained, same / sum(p.numel() for p in parameters))
+    same = sum((p == old).sum() for p, old in zip(parameters, before, strict=True))  # on the device, fetched once
+    return StepResult(loss, norm, int(tokens), trained, int(same) / sum(p.numel() for p in parameters))
