@@ -15,6 +15,14 @@ except ImportError:  # Windows: there runs are not kept apart
     fcntl = None
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those above it, where they are missing; their names survive a power loss."""
+    path = Path(path)
+    for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 @contextmanager
 def new_folder(path: Path, overwrite: bool = True):
     """A folder that appears under `path` only when the block has ended well; yields the folder to fill.
@@ -23,7 +31,7 @@ def new_folder(path: Path, overwrite: bool = True):
     filled it meanwhile, both results are kept and BadEnvironment says where.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     try:
         aside.mkdir()
@@ -58,7 +66,7 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
             raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
         os.rename(path, old)
     try:
-        path.mkdir(parents=True)
+        make_folder(path)
         yield path
     except BaseException:
         if not saved():
@@ -81,7 +89,7 @@ def locked(path: Path):
         yield
         return
     made = [p for p in Path(path).parents if not p.exists()]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     name = Path(path).with_name(f".{Path(path).name}.lock")
     while True:
         handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
