@@ -1,6 +1,7 @@
 """Folders of results: made whole or while others look on, locked, checked before anything is computed, cleaned up."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -75,8 +76,14 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
                 os.rename(old, path)
         raise
     finally:
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if saved():
+            for left in _replaced(path):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _replaced(path: Path) -> list[Path]:
+    """What new results replaced under this name, where a killed process could not remove it."""
+    return [p for p in path.parent.glob(".*.old") if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.old", p.name)]
 
 
 @contextmanager
@@ -119,10 +126,9 @@ def locked(path: Path):
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder; only for who holds its lock."""
-    for pattern in (".*.partial", ".*.old"):
-        for left in folder.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+    """Remove what killed processes left half-written in a folder, and what it replaced; only for who holds its lock."""
+    for left in (*folder.glob(".*.partial"), *folder.glob(".*.old"), *_replaced(folder)):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def remove_folder(path: Path) -> None:
@@ -161,7 +167,8 @@ def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
-        if not any((path / name).is_file() for name in ours):
+        others = [p for p in path.iterdir() if not p.match(".*.partial")]  # a run killed at its start has no more
+        if others and not any((path / name).is_file() for name in ours):
             fix = "Choose another name, or empty it yourself"
             raise BadInput(f"wrong --out in {path}: --overwrite replaces only what this program wrote. {fix}")
 
