@@ -145,6 +145,9 @@ class _Raw(io.FileIO):
 # ---- power loss ------------------------------------------------------------------------------------------------------
 
 
+Tree = dict[Path, bytes | None]  # None: a folder
+
+
 class _Node:
     """A file or folder, as programs see it and as it is known to be on the disk. Of a folder, `waiting` are the changes
     of names since it was synced, each {name: node or None}."""

@@ -22,7 +22,7 @@ from lora.adapter import store
 from lora.adapter.inject import inject
 from lora.errors import BadEnvironment, BadInput
 from lora.run import results
-from lora.run.results import ADAPTER, SETTINGS, Results
+from lora.run.results import ADAPTER, SETTINGS, WROTE, Results
 from lora.train import checkpoint
 from lora.train.record import cut
 from tests import cli
@@ -163,6 +163,28 @@ def test_a_save_killed_and_killed_again_while_going_on_is_survived(new_run):
         check_tidy(run, 1)
 
 
+def test_a_run_that_replaces_another_and_is_killed_as_it_starts_can_be_started_again(tmp_path):
+    def start(place: Path) -> None:
+        folders.check_out(place / "out", True, WROTE)
+        with folders.live_folder(place / "out", True, lambda: True):
+            files.write_json(place / "out" / SETTINGS, {"rank": 3})
+
+    def earlier() -> Path:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        place.mkdir()
+        for run in (a_run(), a_run() / checkpoint.FOLDER / "000001"):
+            shutil.copytree(run, place / "out", dirs_exist_ok=True)
+        shutil.copytree(a_run(), place / ".out.b.1.old")  # of a run with another name
+        return place
+
+    wanted = [".out.b.1.old", "out", f"out/{SETTINGS}"]
+    for at, part in moments(operations(earlier(), start)):
+        place = earlier()
+        kill(place, start, Blow(at, part))
+        start(place)
+        assert [name for name in cli.tree(place) if "/00" not in name and "1.old/" not in name] == wanted
+
+
 # ---- failed ----------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +289,7 @@ def test_after_a_power_loss_at_any_moment_no_checkpoint_with_wrong_bytes_is_beli
             assert step == 3, f"after {done} of {len(ops)} operations"
         elif earlier:
             assert step in (2, 3), f"after {done} of {len(ops)} operations"
-    assert len(known) > len(ops) and len({step for _, step in found}) == 2
+    assert len(known) > len(ops) / 2 and len({step for _, step in found}) == 2
 
 
 def newest_on(disk: dict, run: Path, place: Path) -> int | None:
@@ -367,7 +389,7 @@ def test_a_state_of_other_types_is_passed_over_though_its_seal_is_right(new_run,
 
 def publish(run: Path, step: int, best: int | None = None) -> None:
     """The adapter of a step, or that of the `best` checkpoint."""
-    model, optimizer, parameters = trained(step)
+    model, _, _ = trained(step)
     ended = object.__new__(Results)  # without a base model: `publish` wants no more than this
     ended.model, ended.out, ended.papers = model, run, {"a": 1}
     ended.s = SimpleNamespace(max_forgetting=None, rank=2)
