@@ -62,6 +62,7 @@ def flags(evaluated: bool) -> list[str]:
 
 def train(folder: Path, argv: list[str], before: Callable | None = None, seconds: float = SECONDS) -> int:
     """The exit code of train.py in folder/work, in a child that runs `before` first and is killed after `seconds`."""
+    cli.warm()
     (folder / "work").mkdir(exist_ok=True)
     with open(os.devnull, "rb") as nothing, open(folder / "log", "ab") as log:
         child = os.fork()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench import kills
 from lora import files, folders
 from lora.adapter import store
 from lora.adapter.inject import inject
@@ -444,3 +445,31 @@ def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated
             folders.sweep(run)
             story(run)
             assert final(run) == new and hidden(run) == []
+
+
+# ---- training, killed and gone on with -------------------------------------------------------------------------------
+
+
+def test_a_run_killed_once_ends_as_if_it_never_was(tmp_path):
+    argv = [*kills.flags(False), "--max-steps", "8"]
+    trees = []
+    for blow in (None, Blow(100, "half")):  # in the second of three saves, about
+        folder = tmp_path / str(blow is None)
+        folder.mkdir()
+        before = Disk(folder / "work", blow).__enter__ if blow else None
+        code = kills.train(folder, argv, before)
+        if blow:
+            assert code == -signal.SIGKILL and checkpoint.newest(folder / "work/out")[0] is not None
+            code = kills.train(folder, [*argv, "--resume"])
+        assert code == 0, (folder / "log").read_text()
+        trees.append(kills.outcome(folder / "work"))
+    assert trees[0] == trees[1] and len(trees[0]) > 20
+
+
+def test_training_survives_25_kills_at_random_moments_bit_for_bit(tmp_path, capsys):
+    code = kills.main(["--kills", "25", "--out", str(tmp_path / "kills.jsonl")])
+    said = capsys.readouterr().out
+    assert code == 0 and " 0 differences" in said, said
+    rows = kills.read(tmp_path / "kills.jsonl")
+    assert sum(row["kills"] for row in rows) >= 25 and all(row["same"] for row in rows)
+    assert len({step for row in rows for step in row["from"]}) > 5
