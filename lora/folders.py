@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from lora.errors import BadEnvironment, BadInput
@@ -24,6 +25,12 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name that is free. In a container our number may be that of a process that was killed there."""
+    names = (path.with_name(f".{path.name}.{number}.{kind}") for number in count(os.getpid()))
+    return next(name for name in names if not name.exists())
+
+
 @contextmanager
 def new_folder(path: Path, overwrite: bool = True):
     """A folder that appears under `path` only when the block has ended well; yields the folder to fill.
@@ -33,7 +40,7 @@ def new_folder(path: Path, overwrite: bool = True):
     """
     path = Path(path)
     make_folder(path.parent)
-    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    aside, old = (_beside(path, kind) for kind in ("partial", "old"))
     try:
         aside.mkdir()
         yield aside
@@ -61,7 +68,7 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
     """A new folder that fills up while others look on. Where the block fails before `saved()`, what was there is there
     again: an earlier run that `overwrite` replaces, an empty folder, or nothing."""
     path = Path(path)
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _beside(path, "old")
     if path.exists():
         if not overwrite and any(path.iterdir()):
             raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
@@ -133,7 +140,7 @@ def sweep(folder: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Its name is gone at once; a kill while it is being emptied leaves a hidden remainder, for `sweep`."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _beside(path, "old")
     os.rename(path, old)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -186,6 +186,19 @@ def test_a_run_that_replaces_another_and_is_killed_as_it_starts_can_be_started_a
         assert [name for name in cli.tree(place) if "/00" not in name and "1.old/" not in name] == wanted
 
 
+def test_what_a_killed_process_with_our_number_left_is_not_in_the_way(new_run):
+    run = new_run()
+    place = run / checkpoint.FOLDER
+    for name in (place / f".000003.{os.getpid()}.partial", *(place / f".00000{n}.{os.getpid()}.old" for n in (1, 2))):
+        shutil.copytree(place / "000001", name)
+    save(run, 3, 1)
+    assert believed(run) == 3 and checkpoint.steps(run) == [3]
+    shutil.copytree(run, run.with_name(f".{run.name}.{os.getpid()}.old"))
+    with folders.live_folder(run, True, lambda: True):
+        files.write_json(run / SETTINGS, {})
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+
+
 # ---- failed ----------------------------------------------------------------------------------------------------------
 
 
