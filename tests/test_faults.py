@@ -29,9 +29,6 @@ from lora.train.record import cut
 from tests import cli
 from tests.faults import Blow, Disk, replay
 
-KEEP = pytest.mark.parametrize("keep", [1, 2])
-
-
 # ---- a run in small --------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +135,7 @@ def check_tidy(run: Path, keep: int) -> None:
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 
-@KEEP
+@pytest.mark.parametrize("keep", [1, 2])
 def test_a_save_killed_at_any_operation_leaves_the_old_or_the_new_checkpoint_and_the_next_save_tidies_up(new_run, keep):
     story = lambda run: save(run, 3, keep)  # noqa: E731
     ops, found = operations(new_run(), story), []
@@ -154,7 +151,7 @@ def test_a_save_killed_at_any_operation_leaves_the_old_or_the_new_checkpoint_and
 def test_a_save_killed_and_killed_again_while_going_on_is_survived(new_run):
     story, again = (lambda run: save(run, 3, 1)), (lambda run: go_on(run, 1))
     chosen, ops = random.Random(0), operations(new_run(), story)
-    for at, part in chosen.sample(moments(ops), 25):
+    for at, part in chosen.sample(moments(ops), 16):
         run, trial = new_run(), new_run()
         for copy in (run, trial):
             kill(copy, story, Blow(at, part))
@@ -202,9 +199,8 @@ def test_what_a_killed_process_with_our_number_left_is_not_in_the_way(new_run):
 # ---- failed ----------------------------------------------------------------------------------------------------------
 
 
-@KEEP
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
-def test_an_operation_that_fails_is_an_error_and_leaves_nothing_half_written(new_run, keep, number):
+@pytest.mark.parametrize(("number", "keep"), [(errno.ENOSPC, 1), (errno.EIO, 2)], ids=["full", "broken"])
+def test_an_operation_that_fails_is_an_error_and_leaves_nothing_half_written(new_run, number, keep):
     ops = operations(new_run(), lambda run: save(run, 3, keep))
     for at, part in moments(ops)[:-1]:
         run = new_run()
@@ -417,20 +413,17 @@ def publish(run: Path, step: int, best: int | None = None) -> None:
     ended.publish(SimpleNamespace(rows=[]), f"after step {step}")
 
 
-@pytest.mark.parametrize("earlier", [None, 1], ids=["first", "again"])
-@pytest.mark.parametrize("best", [None, 2], ids=["last", "best"])
+@pytest.mark.parametrize(("best", "earlier"), [(2, None), (None, 1)], ids=["best-first", "last-again"])
 def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated(
     tmp_path, new_run, monkeypatch, best, earlier
 ):
     monkeypatch.setattr(results, "draw", lambda rows, path, title, best: files.write_bytes(path, b"a picture"))
-    if best:
-        template = checkpoint.at(a_run(), best) / ADAPTER[0]
-        if not template.exists():
-            template.write_text("{{ messages }}")
     story = lambda run: publish(run, 3, best)  # noqa: E731
 
     def start():
         run = new_run()
+        if best:
+            (checkpoint.at(run, best) / ADAPTER[0]).write_text("{{ messages }}")
         if earlier:
             publish(run, earlier)
         return run
