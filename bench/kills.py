@@ -1,6 +1,6 @@
 """Kill training again and again, go on each time, and compare the end with that of a run that was left alone.
 
-    python bench/kills.py [--kills 1000] [--out bench/results/kills.jsonl] [--seed N]
+    python bench/kills.py [--kills 1000] [--minutes M] [--out bench/results/kills.jsonl] [--seed N]
 
 A run is 60 steps of a tiny model with dropout, a checkpoint every 3 and, in half of the runs, an evaluation every 10.
 It is killed (SIGKILL) up to four times, at a random time or before, within or after a random operation on a file, and

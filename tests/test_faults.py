@@ -397,20 +397,28 @@ def test_a_state_of_other_types_is_passed_over_though_its_seal_is_right(new_run,
 # ---- the end of a run ------------------------------------------------------------------------------------------------
 
 
-def publish(run: Path, step: int, best: int | None = None) -> None:
-    """The adapter of a step, or that of the `best` checkpoint."""
-    model, _, _ = trained(step)
-    ended = object.__new__(Results)  # without a base model: `publish` wants no more than this
-    ended.model, ended.out, ended.papers = model, run, {"a": 1}
-    ended.s = SimpleNamespace(max_forgetting=None, rank=2)
-    ended.plan = SimpleNamespace(
-        chat=SimpleNamespace(template=SimpleNamespace(source="{{ messages }}")),
-        base=SimpleNamespace(hub_id="base"),
-        examples=[],
-    )
+def results_of(run: Path, step: int, best: int | None = None) -> Results:
+    """What writes a run that stands after a step; without a base model, as nothing here asks for one."""
+    made = object.__new__(Results)
+    made.model, made.out, made.papers = trained(step)[0], run, {"a": 1}
+    made.s = SimpleNamespace(max_forgetting=None, rank=2, keep=1)
+    template, base = SimpleNamespace(source="{{ messages }}"), SimpleNamespace(hub_id="base")
+    made.plan = SimpleNamespace(chat=SimpleNamespace(template=template), base=base, examples=[])
     evaluations = [] if best is None else [{"step": best, "eval_loss": 1.0}]
-    ended.state = checkpoint.State(step, 60, 0, {"rank": 2}, "data", "base", evaluations=evaluations)
-    ended.publish(SimpleNamespace(rows=[]), f"after step {step}")
+    made.state = checkpoint.State(step, 60, 0, {"rank": 2}, "data", "base", evaluations=evaluations)
+    return made
+
+
+def publish(run: Path, step: int, best: int | None = None) -> None:
+    results_of(run, step, best).publish(SimpleNamespace(rows=[]), f"after step {step}")
+
+
+@pytest.mark.parametrize("best", [None, 1])
+def test_a_run_killed_before_it_removed_older_checkpoints_does_so_when_it_goes_on(new_run, best):
+    run = new_run()
+    save(run, 3), save(run, 4)
+    with results_of(run, 3, best).folder():
+        assert checkpoint.steps(run) == ([3] if best is None else [best, 3])
 
 
 @pytest.mark.parametrize(("best", "earlier"), [(2, None), (None, 1)], ids=["best-first", "last-again"])
