@@ -1,9 +1,11 @@
 """Folders of results: made whole or while others look on, locked, checked before anything is computed, cleaned up."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from lora.errors import BadEnvironment, BadInput
@@ -15,6 +17,20 @@ except ImportError:  # Windows: there runs are not kept apart
     fcntl = None
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those above it, where they are missing; their names survive a power loss."""
+    path = Path(path)
+    for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name that is free. In a container our number may be that of a process that was killed there."""
+    names = (path.with_name(f".{path.name}.{number}.{kind}") for number in count(os.getpid()))
+    return next(name for name in names if not name.exists())
+
+
 @contextmanager
 def new_folder(path: Path, overwrite: bool = True):
     """A folder that appears under `path` only when the block has ended well; yields the folder to fill.
@@ -23,8 +39,8 @@ def new_folder(path: Path, overwrite: bool = True):
     filled it meanwhile, both results are kept and BadEnvironment says where.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    make_folder(path.parent)
+    aside, old = (_beside(path, kind) for kind in ("partial", "old"))
     try:
         aside.mkdir()
         yield aside
@@ -52,13 +68,13 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
     """A new folder that fills up while others look on. Where the block fails before `saved()`, what was there is there
     again: an earlier run that `overwrite` replaces, an empty folder, or nothing."""
     path = Path(path)
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _beside(path, "old")
     if path.exists():
         if not overwrite and any(path.iterdir()):
             raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
         os.rename(path, old)
     try:
-        path.mkdir(parents=True)
+        make_folder(path)
         yield path
     except BaseException:
         if not saved():
@@ -67,8 +83,14 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
                 os.rename(old, path)
         raise
     finally:
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if saved():
+            for left in _replaced(path):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _replaced(path: Path) -> list[Path]:
+    """What new results replaced under this name, where a killed process could not remove it."""
+    return [p for p in path.parent.glob(".*.old") if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.old", p.name)]
 
 
 @contextmanager
@@ -81,7 +103,7 @@ def locked(path: Path):
         yield
         return
     made = [p for p in Path(path).parents if not p.exists()]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     name = Path(path).with_name(f".{Path(path).name}.lock")
     while True:
         handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -111,15 +133,14 @@ def locked(path: Path):
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder; only for who holds its lock."""
-    for pattern in (".*.partial", ".*.old"):
-        for left in folder.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+    """Remove what killed processes left half-written in a folder, and what it replaced; only for who holds its lock."""
+    for left in (*folder.glob(".*.partial"), *folder.glob(".*.old"), *_replaced(folder)):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def remove_folder(path: Path) -> None:
     """Its name is gone at once; a kill while it is being emptied leaves a hidden remainder, for `sweep`."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _beside(path, "old")
     os.rename(path, old)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -153,7 +174,8 @@ def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
-        if not any((path / name).is_file() for name in ours):
+        others = [p for p in path.iterdir() if not p.match(".*.partial")]  # a run killed at its start has no more
+        if others and not any((path / name).is_file() for name in ours):
             fix = "Choose another name, or empty it yourself"
             raise BadInput(f"wrong --out in {path}: --overwrite replaces only what this program wrote. {fix}")
 

@@ -42,6 +42,7 @@ class Results:
             say(f"removed  checkpoints after step {self.state.step}: {', '.join(map(str, later))}")
         for step in later:
             folders.remove_folder(checkpoint.at(self.out, step))
+        self._prune()  # it may have been killed between a save and this
         yield
 
     @property
@@ -63,6 +64,9 @@ class Results:
         files.sync(self.out / METRICS)
         checkpoint.save(self.out, self.state, self.optimizer, self.parameters, self._write_adapter)
         self.saved, self.last = self.state.step, time.monotonic()
+        self._prune()
+
+    def _prune(self) -> None:
         checkpoint.prune(self.out, self.s.keep, [] if self.best is None else [self.best])
 
     def _write_adapter(self, folder: Path) -> None:
