@@ -130,7 +130,8 @@ def fault(path: Path) -> str | None:
                 return f"{name} has {(path / name).stat().st_size} bytes, not those of the manifest"
             if files.sha256(path / name) != seal.get("sha256"):
                 return f"{name} is not what was written (sha256)"
-        read_state(path)
+        if (step := read_state(path).step) != int(path.name):
+            return f"it says step {step}"
     except BadInput as error:
         return str(error)
     except OSError as error:
