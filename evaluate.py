@@ -258,7 +258,7 @@ def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], 
     prompts = [] if s.no_generate else [encode_prompt(empty, chat, r.asked, r.conversation.where) for r in rows]
     ordinary = []
     if adapter and not s.no_retention:
-        ordinary, count, _ = retention_batches(chat, s.retention, s.micro_tokens, device)
+        ordinary, count, _ = retention_batches(chat, s.retention, most, s.micro_tokens, device)
         say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) for b in ordinary):,} tokens")
     return Column(name, adapter, chat, examples, prompts, ordinary)
 

@@ -26,9 +26,9 @@ from lora.adapter import store
 from lora.adapter.inject import disabled, inject
 from lora.data import batch, preview
 from lora.data.sources import lint_report, numbered
-from lora.errors import STOP_CODES, BadInput, BadNumbers, StopFlag, Stopped, say
+from lora.errors import BadInput, BadNumbers, StopFlag, Stopped, say
 from lora.model import download, pretrained
-from lora.run.examine import Examination, Interrupted, asked
+from lora.run.examine import Examination, Interrupted, question_text
 from lora.run.plan import Plan, make_plan
 from lora.run.results import METRICS, REPORT, WROTE, Results
 from lora.run.resume import Resumed, resume, where_computed
@@ -39,33 +39,33 @@ from lora.train.record import Record
 from lora.train.step import NotFinite, learning_rate, train_step
 
 NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gives data
-CODES = tuple(STOP_CODES.values())
 
 
 def story(argv) -> int:
     machine.give_back(16 * 2**20)
-    s = settings.resolve(settings.TRAIN, argv, __doc__)
+    s, resumed = settings.resolve(settings.TRAIN, argv, __doc__), None
     if s.check:
         return lint_report(s, download.dataset_file)
-    with ranks.team(machine.choose_device(s.device)) as team:
-        return story_of(team, s, argv)
-
-
-def story_of(team: Team, s, argv) -> int:
-    """The same story in each process; all but the first are silent."""
-    resumed = None
     if s.resume is not None:
         s, resumed = resume(s, argv, __doc__, Path(s.resume or latest(s)))
     check(s)
+    with ranks.team(machine.choose_device(s.device)) as team:  # one process, unless torchrun started more
+        return story_of(team, s, resumed)
+
+
+def story_of(team: Team, s, resumed: Resumed | None) -> int:
+    """The same story in each process; all but the first are silent."""
     made = None if s.data else self_cognition.conversations(NAME, AUTHOR, seed=s.seed)
     if s.preview is not None:
-        return show_preview(make_plan(s, team, made), s)
+        return show_preview(make_plan(s, team, made, start=not resumed), s)
 
     # ---- where the result goes, and the plan: everything that can be wrong is found before the model is loaded
     out = resumed.run if resumed else out_folder(s)
     folders.check_place(out)
     with folders.locked(out) if team.main else nullcontext():
-        if not resumed:
+        if resumed:
+            resumed.tell()
+        else:
             folders.check_out(out, s.overwrite, WROTE)
         say(f"run      {out}")
         plan = make_plan(s, team, made, start=not resumed)
@@ -125,25 +125,24 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     state.settings, state.total = settings.to_save(settings.TRAIN, s), plan.total
     state.computed = where_computed(s, team)
     stop = StopFlag()
-    examination = Examination(model, plan, s, objective, team, stop)
+    agreement, examination = ranks.Agreement(team, stop), Examination(model, plan, s, objective, team, stop)
+    examination.begin(state)
     with disabled(model):
-        before, _ = examination.ask()
+        before = examination.ask()
     results = Results(model, plan, s, out, state, optimizer, parameters) if team.main else None
     steps = islice(plan.steps(s), state.step, None)
-
-    ended, agreed = None, None  # why the run ended, the signal that all processes know of
     with (
         stop.listening(),
         results.folder() if results else nullcontext(),
         checkpoint.disk_full(out, parameters),
         closing(Record(out / METRICS if results else None, plan.total, state.rows)) as record,
     ):
-        while ended is None:
+        while True:
             if examination.due(state) and (row := examination.row(state.step)):
                 state.evaluations.append(stopping.brief(row))
                 record.evaluated(row)
-            agreed = stop.code if team.size == 1 else agreed
-            ended = why_end(state, s, agreed)
+            signal = agreement.code
+            ended = why_end(state, s, signal)
             if results and state.step and (ended or results.due()):
                 results.save(record)
             if ended:
@@ -151,21 +150,14 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
 
             indices = next(steps)
             state.step += 1
-            torch.manual_seed(seed_of(s.seed, state.step, team.rank))
-            batches = micro_batches(indices)
-            trained = sum(sum(plan.examples[i].trained[1:]) for i in indices)
             lr = learning_rate(state.step - 1, plan.total, s.lr, plan.warmup, s.schedule)
-
-            def reduce(gradients_of, numbers):
-                nonlocal agreed
-                signals = [float(stop.code == code) for code in CODES]
-                numbers = team.reduce(gradients_of, [*numbers, *signals])
-                agreed = next((code for code, n in zip(CODES, numbers[-len(CODES) :], strict=True) if n), None)
-                return numbers[: -len(CODES)]
-
-            model.train()
+            torch.manual_seed(seed_of(s.seed, state.step, team.rank))
+            trained = plan.examples.trained_in(indices)
             try:
-                record.add(state.step, train_step(objective, batches, optimizer, lr, s.clip, trained, reduce), lr)
+                model.train()
+                batches = micro_batches(indices)
+                result = train_step(objective, batches, optimizer, lr, s.clip, trained, agreement.reduce)
+                record.add(state.step, result, lr)
             except NotFinite as found:
                 state.skipped += 1
                 if state.skipped > s.skip_nonfinite:
@@ -182,25 +174,25 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
         say(f"saved    {out} after {state.step} steps, {spent}")
         if best is not None:
             say(f"best     step {best}: that is the adapter in {out}; the last one is {checkpoint.at(out, state.step)}")
-        if agreed or stop.code:
+        if signal:
             again = shlex.join(["python", "train.py", "--resume", "--out", str(out)])
             note = f"stopped after step {state.step} of {plan.total}; the adapter so far is saved. Go on with: {again}"
-            raise Stopped(agreed or stop.code, note)
+            raise Stopped(signal, note)
         if best is not None:
             if team.main:
                 store.restore(model, checkpoint.at(out, best))
             team.spread(parameters.values())
         try:
-            after, _ = examination.ask()
+            after = examination.ask()
         except Interrupted:
             raise Stopped(stop.code, f"stopped; the run is done and {out} is saved, but for {REPORT}") from None
-        asked_for = [asked(question) for question in examination.questions]
+        asked = [question_text(question) for question in examination.questions]
         if results:
-            results.report(record, ended, zip(asked_for, before, after, strict=True))
+            results.report(record, ended, zip(asked, before.texts, after.texts, strict=True))
 
     # ---- what changed
     if team.main:
-        show(asked_for, before, after)
+        show(asked, before.texts, after.texts)
         say(f"\nTry it:  python generate.py --adapter {shlex.quote(str(out))}")
         if ended != FINISHED:
             say(f"ended    after step {state.step} of {plan.total}: {ended}")

@@ -212,7 +212,7 @@ def tiny_chat():
 
 
 def test_every_next_token_of_the_shipped_conversations_counts():
-    batches, used, left_out = retention_batches(tiny_chat(), None, 2048)
+    batches, used, left_out = retention_batches(tiny_chat(), None, 4096, 2048)
     assert (used, left_out) == (len(formats.read([SHIPPED])), 0)
     assert all((batch.targets != IGNORE).all() for batch in batches)
     chat, tokens = tiny_chat(), 0
@@ -232,7 +232,7 @@ def test_conversations_that_are_trained_on_are_left_out(tmp_path):
     file.write_text(cli.rows([[("user", question), ("assistant", "So.")] for question in asked]))
 
     def left(*without):
-        _, used, out = retention_batches(tiny_chat(), file, 64, without=without)
+        _, used, out = retention_batches(tiny_chat(), file, 256, 64, without=without)
         assert used + out == 4
         return out
 

@@ -43,6 +43,10 @@ class Encoded(Sequence):
         part = slice(self.ends[i], self.ends[i + 1])
         return Example(self.tokens[part].tolist(), self.trained[part].tolist())
 
+    def trained_in(self, indices: Sequence[int]) -> int:
+        """How many tokens of some examples are trained; the first token of one has nothing before it."""
+        return sum(int(self.trained[self.ends[i] + 1 : self.ends[i + 1]].sum()) for i in indices)
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (N,)."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from lora.data import formats, lint
@@ -32,8 +33,9 @@ class Sources(NamedTuple):
         """sha256 over all that is trained: every example, in order, and how sources are mixed."""
         shares = [share for _, share in self.replays]
         digest = hashlib.sha256(f"{[len(part) for part in self.data]} {self.weights} {shares}\n".encode())
-        for array in (self.examples.tokens, self.examples.trained, self.examples.ends):
-            digest.update(array.tobytes())
+        whole = self.examples
+        for array in (whole.tokens, whole.trained, whole.ends):
+            digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
 

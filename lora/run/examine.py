@@ -1,6 +1,9 @@
 """Evaluations: the loss on what is held out, what was forgotten, sampled answers."""
 
+import hashlib
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +17,7 @@ from lora.model.sample import generate
 from lora.run.plan import Plan
 from lora.train import answers as measures
 from lora.train import checkpoint
-from lora.train.evaluate import Retention, mean_loss
+from lora.train.evaluate import Retention, evaluating, mean_loss
 from lora.train.ranks import Team
 
 QUESTIONS = (
@@ -31,26 +34,46 @@ class Interrupted(Exception):
     """A signal came during an evaluation."""
 
 
+class Answers(NamedTuple):
+    """Texts; the share of them that came to an end; the mean share of their 4-grams that are repetitions."""
+
+    texts: list[str]
+    ended: float
+    repetition: float
+
+
 class Examination:
     """What evaluations measure. Nothing of it changes the training: there are no gradients, and each step seeds its own
     dropout. `objective(batch)` is the summed loss, as for training."""
 
     def __init__(self, model, plan: Plan, s, objective, team: Team, stop: StopFlag):
         self.model, self.chat, self.team, self.stop, self.objective = model, plan.chat, team, stop, objective
-        self.fsdp = s.fsdp
+        self.sharded = s.fsdp
         self.questions = some_prompts(plan.sources.data[0].kept) if s.data else list(QUESTIONS)
         self.total, self.every = plan.total, s.eval_every or max(1, math.ceil(plan.total / 10))
-        self.held_out = held_out = plan.sources.held_out
-        self.wanted = bool(held_out or s.retention or s.eval_every or s.max_forgetting is not None)
+        held_out = plan.sources.held_out or []
+        self.wanted = bool(len(held_out) or s.retention or s.eval_every or s.max_forgetting is not None)
+        self.has_loss, self.fingerprint = bool(len(held_out)), ""
         if not self.wanted:
             return
-        self.batches = self._mine(batch.micro_batches(held_out or [], s.micro_tokens, team.device))
-        rows = trained_rows(s, download.dataset_file, plan.made)
-        ordinary, used, left_out = retention_batches(self.chat, s.retention, s.micro_tokens, team.device, rows)
-        parts = f"{len(held_out or ())} held-out examples, {used} ordinary conversations"
-        say(f"eval     {parts} ({left_out} left out, they are trained on), every {self.every} steps")
-        base = lambda: disabled(model)  # noqa: E731
-        self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base)
+        rows, limit = trained_rows(s, download.dataset_file, plan.made), model.config.max_position_embeddings
+        ordinary, used, left = retention_batches(self.chat, s.retention, limit, s.micro_tokens, team.device, rows)
+        batches = batch.micro_batches(held_out, s.micro_tokens, team.device)
+        self.fingerprint = fingerprint([*batches, *ordinary])
+        parts = f"{len(held_out)} held-out examples, {used} ordinary conversations"
+        without = f" ({left} are trained on or too long)" if left else ""
+        say(f"eval     {parts}{without}, every {self.every} steps")
+        self.batches = self._mine(batches)
+        with evaluating(model):
+            base = lambda: disabled(model)  # noqa: E731
+            self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base)
+
+    def begin(self, state: checkpoint.State) -> None:
+        """Earlier evaluations of a run that is gone on with count only if they were made on the same rows."""
+        if state.evaluations and state.examined != self.fingerprint:
+            say("note     evaluations are made on other rows than before: earlier ones do not count any more")
+            state.evaluations = []
+        state.examined = self.fingerprint
 
     def due(self, state: checkpoint.State) -> bool:
         """Is there to be an evaluation after this step which has not been made? At the start and the end there is."""
@@ -59,41 +82,38 @@ class Examination:
 
     def row(self, step: int) -> dict | None:
         """A row for metrics.jsonl; None where a signal came first. Raises BadNumbers where it is not finite."""
-        self.model.eval()
         row = {"step": step}
         try:
-            if self.held_out:
-                row["eval_loss"] = mean_loss(self._loss, self.batches, self.team.total)
-            kept = self.meter(self.team.total)
-            texts, ended = self.ask()
+            with evaluating(self.model):
+                if self.has_loss:
+                    row["eval_loss"] = mean_loss(self._loss, self.batches, self.team.total)
+                kept, answers = self.meter(self.team.total), self.ask()
         except Interrupted:
             return None
         row |= {"retention_kl": kept.kl, "retention_loss_before": kept.loss_before, "retention_loss": kept.loss}
-        row["repetition"] = sum(measures.repetition(text) for text in texts) / len(texts)
-        row["ended"] = ended
-        row["samples"] = dict(zip(map(asked, self.questions), texts, strict=True))
-        if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
+        row |= {"repetition": answers.repetition, "ended": answers.ended}
+        if not all(map(math.isfinite, row.values())):
             raise BadNumbers(f"training diverged by step {step}: an evaluation is not finite. Lower --lr")
-        return row
+        return {**row, "samples": dict(zip(map(question_text, self.questions), answers.texts, strict=True))}
+
+    def ask(self) -> Answers:
+        """Greedy answers to the questions. With a sharded base all processes answer together; else only the one that
+        writes does."""
+        if not self.team.main and not self.sharded:
+            return Answers([""] * len(self.questions), 0.0, 0.0)
+        turns = ([{"role": "user", "content": q}] if isinstance(q, str) else q for q in self.questions)
+        room = self.model.config.max_position_embeddings - ANSWER_TOKENS
+        prompts = [self.chat.prompt(messages)[-max(1, room) :] for messages in turns]
+        with evaluating(self.model):
+            found = generate(self.model, prompts, self.chat.stops, ANSWER_TOKENS, on_token=lambda *_: self._look_up())
+        ended = sum(len(ids) < ANSWER_TOKENS for ids in found) / len(found)
+        repeated = sum(measures.repetition(ids) for ids in found) / len(found)
+        return Answers([self.chat.tokenizer.decode(ids) for ids in found], ended, repeated)
 
     def _mine(self, batches: list[batch.Batch]) -> list[batch.Batch]:
         """This process's part of the batches."""
         cuts = [batches[rank :: self.team.size] for rank in range(self.team.size)]
-        return self.team.padded(cuts, batch.nothing(self.team.device)) if self.fsdp else cuts[self.team.rank]
-
-    def ask(self) -> tuple[list[str], float]:
-        """Greedy answers to the questions, and the share of them that came to an end. With a sharded base all processes
-        answer together; else only the one that writes does."""
-        if not self.team.main and not self.fsdp:
-            return [""] * len(self.questions), 0.0
-        prompts = [
-            self.chat.prompt(q if isinstance(q, list) else [{"role": "user", "content": q}]) for q in self.questions
-        ]
-        room = self.model.config.max_position_embeddings - ANSWER_TOKENS
-        prompts = [prompt[-room:] if len(prompt) > room else prompt for prompt in prompts]
-        found = generate(self.model, prompts, self.chat.stops, ANSWER_TOKENS, on_token=lambda *_: self._look_up())
-        ended = sum(len(ids) < ANSWER_TOKENS for ids in found) / len(found)
-        return [self.chat.tokenizer.decode(ids) for ids in found], ended
+        return self.team.padded(cuts, batch.nothing(self.team.device)) if self.sharded else cuts[self.team.rank]
 
     def _look_up(self) -> None:
         """A signal ends an evaluation at once; it is made when the run goes on. Not among several processes, where one
@@ -110,6 +130,14 @@ class Examination:
         return self.objective(b)
 
 
+def fingerprint(batches: Iterable[batch.Batch]) -> str:
+    """sha256 over what is measured."""
+    digest = hashlib.sha256()
+    for b in batches:
+        digest.update(f"{b.lengths} {b.tokens.tolist()} {b.targets.tolist()}".encode())
+    return digest.hexdigest()
+
+
 def some_prompts(conversations) -> list[list[dict]]:
     """Three first turns from the data and two questions that have nothing to do with it."""
     firsts = [
@@ -118,6 +146,6 @@ def some_prompts(conversations) -> list[list[dict]]:
     return [*firsts[:: max(1, len(firsts) // 3)][:3], *QUESTIONS[3:]]
 
 
-def asked(question: str | list[dict]) -> str:
+def question_text(question: str | list[dict]) -> str:
     """The text of a question."""
     return question if isinstance(question, str) else question[-1]["content"]

@@ -1,6 +1,7 @@
 """What a run will do, before the model is loaded: the base on disk, examples, adapter, course, memory."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Plan:
     total: int  # steps
     warmup: int  # steps
     step_tokens: int  # on average
-    per_step: int  # examples at most, replays included
+    per_step: int  # examples of one process at most, replays included
 
     def needs(self, s: SimpleNamespace) -> tuple:
         """What `memory` counts with."""
@@ -89,7 +90,9 @@ class Plan:
     def within_memory(self, s: SimpleNamespace, device: torch.device):
         """Says what is too much before the block, and after it what to lower: where memory runs out, BadEnvironment."""
         free = machine.free_memory(device)
-        if free is not None and (line := memory.warning(free, *self.needs(s))):
+        if free is not None and device.type == "cpu":
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: as many share it
+        if not s.fsdp and free is not None and (line := memory.warning(free, *self.needs(s))):
             say(f"warning: {line}")
         try:
             yield
@@ -130,6 +133,7 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, start
     step_tokens = batch.tokens_per_step([p.lengths for p in sources.data], s.batch_size, sources.weights,
                                         [(p.lengths, share) for p, share in sources.replays])  # fmt: skip
     per_step = s.batch_size + math.ceil(sum(share for _, share in sources.replays) * s.batch_size)
+    per_step = math.ceil(per_step / team.size)
     return Plan(
         base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, per_step
     )

@@ -67,7 +67,10 @@ class Results:
         self._prune()
 
     def _prune(self) -> None:
-        checkpoint.prune(self.out, self.s.keep, [] if self.best is None else [self.best])
+        """The newest stay, and the best as each of them sees it: the run may go on from any."""
+        most, rows = self.s.max_forgetting, self.state.evaluations
+        seen = ([row for row in rows if row["step"] <= step] for step in checkpoint.steps(self.out)[-self.s.keep :])
+        checkpoint.prune(self.out, self.s.keep, {stopping.best(part, most) for part in seen} - {None})
 
     def _write_adapter(self, folder: Path) -> None:
         files.write_bytes(folder / passport.TEMPLATE, self.plan.chat.template.source.encode())

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import torch
 
 from lora import settings
-from lora.errors import BadInput, say
+from lora.errors import BadEnvironment, BadInput, say
 from lora.run.plan import Plan
-from lora.train import checkpoint
+from lora.train import checkpoint, stopping
 from lora.train.ranks import Team
 
 
@@ -21,10 +21,21 @@ class Resumed:
 
     run: Path
     path: Path
+    passed_over: list[str]
     state: checkpoint.State
+    there: list[int]  # the steps of all its checkpoints
+
+    def tell(self) -> None:
+        for line in self.passed_over:
+            say(f"passed over {line}")
+        say(f"resume   {self.path}, step {self.state.step} of {self.state.total}")
 
     def check(self, plan: Plan, s: SimpleNamespace, team: Team) -> None:
-        """Raises BadInput naming everything that is not as it was and decides what is learned."""
+        """Raises BadInput naming everything that is not as it was and decides what is learned; BadEnvironment where
+        another process has gone on with the run meanwhile."""
+        if checkpoint.steps(self.run) != self.there:
+            why = "another process has gone on with it meanwhile"
+            raise BadEnvironment(f"changed run in {self.run}: {why}. Give the same command again")
         old, problems = self.state, []
         fix = "Leave it out, or start a new run"
         for name in settings.changed(settings.TRAIN, old.settings, s):
@@ -46,10 +57,16 @@ class Resumed:
         if problems:
             raise BadInput(*problems)
         plan.warmup = old.warmup  # of the first total, where there are more steps now
+        best = stopping.best(old.evaluations, s.max_forgetting)
+        if best is not None and (best not in self.there or checkpoint.fault(checkpoint.at(self.run, best))):
+            say(f"note     the checkpoint of step {best}, the best so far, is not there: only later evaluations count")
+            old.evaluations = [row for row in old.evaluations if row["step"] == old.step]
         here = where_computed(s, team)
         for key in here.keys() & old.computed.keys():
             if here[key] != old.computed[key]:
                 say(f"note     {key}: {here[key]}, was {old.computed[key]}; what follows may differ in the last bits")
+        if s.device == "cuda":
+            say("note     on CUDA some sums have no fixed order: what follows may differ in the last bits")
 
 
 def resume(s: SimpleNamespace, argv: Sequence[str] | None, about: str, named: Path) -> tuple[SimpleNamespace, Resumed]:
@@ -60,11 +77,9 @@ def resume(s: SimpleNamespace, argv: Sequence[str] | None, about: str, named: Pa
     run, path, passed_over = checkpoint.find(named)
     if s.out is not None and Path(s.out).resolve() != run.resolve():
         raise BadInput(f"contradiction in the command line: --out {s.out}, and --resume {run}. Leave out --out")
-    for line in passed_over:
-        say(f"passed over {line}")
     state = checkpoint.read_state(path)
-    say(f"resume   {path}, step {state.step} of {state.total}")
-    return settings.resolve(settings.TRAIN, argv, about, state.settings), Resumed(run, path, state)
+    found = Resumed(run, path, passed_over, state, checkpoint.steps(run))
+    return settings.resolve(settings.TRAIN, argv, about, state.settings), found
 
 
 def where_computed(s: SimpleNamespace, team: Team) -> dict:

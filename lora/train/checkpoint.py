@@ -40,6 +40,7 @@ class State:
     skipped: int = 0  # steps left out because they were not finite
     rows: int = 0  # in metrics.jsonl
     evaluations: list = field(default_factory=list)
+    examined: str = ""  # fingerprint of what evaluations measure on
     computed: dict = field(default_factory=dict)  # where: bits are promised on the same machine only
     format: int = FORMAT
 

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lora.errors import BadEnvironment, BadInput, BadNumbers, Refused, Stopped, report, signals
+from lora.errors import STOP_CODES, BadEnvironment, BadInput, LoraError, StopFlag, Stopped, report, signals
 
 # A process that ends is noticed by its closed connection, at once. So a collective may wait as long as another rank may
 # take to save or to download a model; the limit is for a machine that vanishes without closing anything.
@@ -27,7 +27,12 @@ TIMEOUT = timedelta(hours=2)
 FOREVER = timedelta(days=365)
 GRACE = 5.0  # seconds in which a rank that lost another may notice it by itself, and end in good order
 DONE = -1  # a rank's last word to the one that watches it; another number is a rank that was lost
-PATIENCE = {Stopped: 25.0, BadInput: 5.0, BadNumbers: 5.0, Refused: 5.0}  # seconds that rank 0 may take to end as well
+# Seconds that rank 0 may take to end as well, by what ended this rank; then this one has nothing to add.
+PATIENCE = {Stopped: 25.0, LoraError: 5.0, OSError: 5.0}
+
+
+class Lost(BadEnvironment):
+    """Another rank is gone."""
 
 
 def shares(indices: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -116,14 +121,34 @@ class Team:
         except RuntimeError as error:
             raise self.lost(error) from error
 
-    def lost(self, why: object) -> BadEnvironment:
+    def lost(self, why: object) -> Lost:
         where, fix = f"rank {self.rank} of {self.size}", "See its own error; --resume goes on from the last checkpoint"
-        return BadEnvironment(f"lost another rank in {where}: {_reason(why)}. {fix}")
+        return Lost(f"lost another rank in {where}: {_reason(why)}. {fix}")
 
 
 def _reason(error: object) -> str:
     """The first sentence, without the source file that gloo puts before it."""
     return re.sub(r"^\[\S+\] ", "", str(error).split("\n")[0]).split(". ")[0][:160].rstrip(".")
+
+
+class Agreement:
+    """Sums each step over the ranks, and carries the signals along: all know of one after the same step."""
+
+    def __init__(self, team: Team, stop: StopFlag):
+        self.team, self.stop, self._heard = team, stop, None
+
+    @property
+    def code(self) -> int | None:
+        """The exit code of a signal that every rank knows of."""
+        return self.stop.code if self.team.size == 1 else self._heard
+
+    def reduce(self, parameters: Iterable[torch.nn.Parameter], numbers: Sequence[float]) -> list[float]:
+        """As `Team.reduce`."""
+        codes = tuple(STOP_CODES.values())
+        sums = self.team.reduce(parameters, [*numbers, *(float(self.stop.code == code) for code in codes)])
+        asked = sums[len(numbers) :]
+        self._heard = next((code for code, ranks in zip(codes, asked, strict=True) if ranks), None)
+        return sums[: len(numbers)]
 
 
 class _Watch(threading.Thread):
@@ -240,11 +265,15 @@ def team(device: torch.device):
         with nullcontext() if this.main else _silent():
             yield this
         watch.end()
+    except Lost:
+        watch.leaving.set()
+        raise
     except tuple(PATIENCE) as error:
         watch.leaving.set()
+        patience = next(seconds for kind, seconds in PATIENCE.items() if isinstance(error, kind))
         with signals(_deaf):
-            if not this.main and (watch.lost.wait(PATIENCE[type(error)]) or isinstance(error, Stopped)):
-                raise SystemExit(error.code) from None  # rank 0 has said it
+            if not this.main and (watch.lost.wait(patience) or isinstance(error, Stopped)):
+                raise SystemExit(getattr(error, "code", BadEnvironment.code)) from None  # rank 0 has said it
         raise
     except RuntimeError as error:
         watch.leaving.set()

@@ -68,6 +68,11 @@ def clip(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
     return norm.item()
 
 
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A copy of all their numbers in one row, (N,)."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
 def alone(parameters: Sequence, numbers: list[float]) -> list[float]:
     """The sum over all processes of the gradients, in place, and of some numbers, where there is but one."""
     return numbers
@@ -83,7 +88,8 @@ def train_step(
     reduce: Callable[[Sequence, list[float]], list[float]] = alone,
 ) -> StepResult:
     """Accumulate, reduce, clip, update. With several processes `batches` are this one's, `trained` counts the trained
-    tokens of all, and `reduce(parameters, numbers)` sums over them. Raises NotFinite, the weights not stepped."""
+    tokens of all, and `reduce(parameters, numbers)` sums over them. Raises NotFinite, the weights not stepped,
+    and whatever `reduce` raises."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, trained = accumulate(objective, batches, trained)
     tokens = sum(
@@ -96,8 +102,8 @@ def train_step(
         raise NotFinite(loss, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = [p.detach().clone() for p in parameters]
+    before = flat(parameters)
     optimizer.step()
     optimizer.zero_grad()
-    same = sum((p == old).sum() for p, old in zip(parameters, before, strict=True))  # on the device, fetched once
-    return StepResult(loss, norm, int(tokens), trained, int(same) / sum(p.numel() for p in parameters))
+    unchanged = int((flat(parameters) == before).sum()) / len(before)
+    return StepResult(loss, norm, int(tokens), trained, unchanged)
