@@ -605,3 +605,76 @@ def test_an_adapter_of_another_base_is_refused_unless_one_insists(tmp_path):
     done = cli.train("out", "--init-adapter", cli.adapter_folder(), cwd=tmp_path, model=other)
     assert done.code == 2 and "wrong base" in done.err
     assert cli.train("out", "--init-adapter", cli.adapter_folder(), "--no-verify", cwd=tmp_path, model=other).code == 0
+
+
+# ---- what changes between a run and its continuation -----------------------------------------------------------------
+
+
+def test_the_best_checkpoint_as_an_older_one_sees_it_stays_too(tmp_path):
+    """Losses 5, 4, 6, 3 after steps 2, 4, 6, 8: whoever goes on from step 6 needs step 4, though 8 is the best."""
+    losses = iter((9.0, 5.0, 4.0, 6.0, 3.0, 7.0))
+    argv = ("--eval-data", cli.data_file(), "--eval-every", 2, "--retention", ordinary(), "--keep", 3)
+    done = train("out", *argv, cwd=tmp_path, before=lambda: scripted(losses))
+    assert done.code == 0, done.err
+    assert checkpoint.steps(tmp_path / "out") == [4, 6, 8, 9]
+    done = cli.call(
+        "train", "--resume", "out/checkpoints/000006", cwd=tmp_path, before=lambda: scripted(iter((8.0,) * 9))
+    )
+    assert done.code == 0 and "best     step 4" in done.err, done.err
+
+
+def scripted(losses):
+    from lora.run import examine
+
+    examine.mean_loss = lambda *args: next(losses)
+
+
+def test_a_best_checkpoint_that_is_gone_is_said_and_does_not_end_the_run(tmp_path):
+    argv = ("--eval-data", cli.data_file(), "--eval-every", 2, "--retention", ordinary(), "--keep", 1)
+    done = train("out", *argv, cwd=tmp_path, before=lambda: scripted(iter((9.0, 2.0, 5.0, 5.0, 5.0, 5.0))))
+    assert done.code == 0 and checkpoint.steps(tmp_path / "out") == [2, 9]
+    shutil.rmtree(tmp_path / "out/checkpoints/000002")
+    done = go_on("--eval-every", 3, cwd=tmp_path)
+    assert done.code == 0 and "the checkpoint of step 2, the best so far, is not there" in done.err, done.err
+    assert "best     step 9" in done.err
+
+
+def test_evaluations_on_other_rows_do_not_count(tmp_path):
+    (tmp_path / "easy.jsonl").write_text(cli.rows([[("user", "Hello."), ("assistant", "Hi!")]]))
+    how = ("--eval-every", 2, "--retention", ordinary(), "--max-steps", 6, "--schedule", "constant", "--warmup", 1)
+    assert train("out", *how, "--eval-data", "easy.jsonl", cwd=tmp_path).code == 0
+    done = go_on("--eval-data", cli.data_file(), "--max-steps", 8, cwd=tmp_path)
+    assert done.code == 0 and "earlier ones do not count any more" in done.err
+    rows = [row for row in metrics(tmp_path / "out") if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 6, 8]  # the same step, on the new rows
+    best = min(rows[4:], key=lambda row: row["eval_loss"])["step"]
+    assert f"best     step {best}:" in done.err
+
+
+def test_a_signal_after_the_last_step_leaves_a_run_that_is_done(tmp_path):
+    def stop_in_publish():
+        from lora.run import results
+
+        draw = results.draw
+        results.draw = lambda *args: [draw(*args), os.kill(os.getpid(), signal.SIGTERM)]
+
+    done = train("out", cwd=tmp_path, before=stop_in_publish)
+    assert done.code == 143 and "the run is done and out is saved, but for report.md" in done.err
+    assert json.loads((tmp_path / "out/settings.json").read_text())["ended"] == "all steps are done"
+    assert go_on(cwd=tmp_path).code == 0 and (tmp_path / "out/report.md").exists()
+
+
+def test_where_nothing_is_within_the_limit_it_is_said_that_the_adapter_is_the_last_one(tmp_path):
+    argv = ("--max-forgetting", 0.0, "--eval-every", 2, "--retention", ordinary())
+    done = train("out", *argv, cwd=tmp_path)
+    assert done.code == 0 and done.err.rstrip().endswith("none was within it, so the adapter is the last one")
+
+
+def test_a_run_remembers_its_device(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "out")
+
+    def only_cpu():
+        machine = sys.modules["train"].machine
+        machine.choose_device = lambda name: torch.device({"cpu": "cpu"}[name])
+
+    assert go_on(cwd=tmp_path, before=only_cpu).code == 0
