@@ -227,10 +227,20 @@ def unwritable(s, names: dict[str, str | None]) -> list[str]:
     elif s.predictions:
         outputs.append(("--predictions", folder))
     for flag, path in outputs:
-        problems += files.unwritable(flag, path, *inputs)
+        found = files.unwritable(flag, path, *inputs)
+        problems += found
+        if not found and flag == "--out" and path.is_file() and not is_report(path):
+            problems.append(f"wrong --out in {path}: it is there and no report of this program. Choose another name")
         if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):
             problems.append(f"wrong {flag} in {path}: its folder cannot be written to. Choose another one")
     return problems
+
+
+def is_report(path: Path) -> bool:
+    try:
+        return "figures" in files.read_json(path)
+    except BadInput:
+        return False
 
 
 def predictions_folder(s) -> Path | None:

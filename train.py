@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from itertools import count, islice, takewhile
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from lora.errors import BadInput, BadNumbers, StopFlag, Stopped, say
 from lora.model import download, pretrained
 from lora.run.examine import Examination, Interrupted, question_text
 from lora.run.plan import Plan, make_plan
-from lora.run.results import METRICS, REPORT, WROTE, Results
+from lora.run.results import HOLDS, METRICS, REPORT, WROTE, Results
 from lora.run.resume import Resumed, resume, where_computed
 from lora.train import checkpoint, ranks, stopping
 from lora.train.loss import summed_loss
@@ -57,7 +58,7 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
     """The same story in each process; all but the first are silent."""
     made = None if s.data else self_cognition.conversations(NAME, AUTHOR, seed=s.seed)
     if s.preview is not None:
-        return show_preview(make_plan(s, team, made, start=not resumed), s)
+        return show_preview(make_plan(s, team, made, resumed and resumed.path), s)
 
     # ---- where the result goes, and the plan: everything that can be wrong is found before the model is loaded
     out = resumed.run if resumed else out_folder(s)
@@ -66,9 +67,11 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
         if resumed:
             resumed.tell()
         else:
-            folders.check_out(out, s.overwrite, WROTE)
+            if team.main and folders.recover(out, lambda: (out / store.WEIGHTS).exists() or checkpoint.steps(out)):
+                say(f"note     a run that was to replace the one in {out} was killed before it saved: that one is back")
+            folders.check_out(out, s.overwrite, WROTE, HOLDS)
         say(f"run      {out}")
-        plan = make_plan(s, team, made, start=not resumed)
+        plan = make_plan(s, team, made, resumed and resumed.path)
         plan.tell(s)
         plan.check_room(out, s)
         if resumed:
@@ -125,12 +128,13 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     state.settings, state.total = settings.to_save(settings.TRAIN, s), plan.total
     state.computed = where_computed(s, team)
     stop = StopFlag()
-    agreement, examination = ranks.Agreement(team, stop), Examination(model, plan, s, objective, team, stop)
+    last = partial(last_good, out)
+    agreement, examination = ranks.Agreement(team, stop), Examination(model, plan, s, objective, team, stop, last)
     examination.begin(state)
     with disabled(model):
         before = examination.ask()
     results = Results(model, plan, s, out, state, optimizer, parameters) if team.main else None
-    steps = islice(plan.steps(s), state.step, None)
+    steps, first = islice(plan.steps(s), state.step, None), state.step
     with (
         stop.listening(),
         results.folder() if results else nullcontext(),
@@ -143,7 +147,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
                 record.evaluated(row)
             signal = agreement.code
             ended = why_end(state, s, signal)
-            if results and state.step and (ended or results.due()):
+            if results and state.step > first and (ended or results.due()):
                 results.save(record)
             if ended:
                 break
@@ -167,13 +171,16 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
         model.eval()
 
         # ---- what is left of it
+        if signal and state.step == first:
+            raise Stopped(signal, "stopped before a step was made; nothing has changed")
         best = stopping.best(state.evaluations, s.max_forgetting)
         if results:
             results.publish(record, ended)
         spent = f"{record.seconds:.0f} s, peak memory {machine.peak_memory(team.device) / 1e9:.2f} GB"
         say(f"saved    {out} after {state.step} steps, {spent}")
         if best is not None:
-            say(f"best     step {best}: that is the adapter in {out}; the last one is {checkpoint.at(out, state.step)}")
+            what, last_one = "best" if examination.has_loss else "kept", checkpoint.at(out, state.step)
+            say(f"{what}     step {best}: that is the adapter in {out}; the last one is {last_one}")
         if signal:
             again = shlex.join(["python", "train.py", "--resume", "--out", str(out)])
             note = f"stopped after step {state.step} of {plan.total}; the adapter so far is saved. Go on with: {again}"
@@ -216,9 +223,12 @@ def seed_of(seed: int, step: int, rank: int) -> int:
 
 def diverged(found: NotFinite, step: int, rows: list[str], out: Path) -> BadNumbers:
     names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return BadNumbers(f"training diverged in step {step}: {found.why}; rows {names}; {last_good(out)}. {found.fix}")
+
+
+def last_good(out: Path) -> str:
     good, _ = checkpoint.newest(out)
-    last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-    return BadNumbers(f"training diverged in step {step}: {found.why}; rows {names}; {last}. {found.fix}")
+    return f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
 
 
 # ---- names, and what people see --------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ class StopFlag:
                 _exit_now(number, frame)
             return
         self.code, self.when = STOP_CODES[number], time.monotonic()
-        say("\nstopping after this step (again to stop at once)")
+        with suppress(OSError, ValueError):  # not `say`: the signal may have come while something was being printed
+            os.write(sys.stderr.fileno(), b"\nstopping after this step (again to stop at once)\n")
 
     @contextmanager
     def listening(self):

@@ -68,9 +68,9 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
     """A new folder that fills up while others look on. Where the block fails before `saved()`, what was there is there
     again: an earlier run that `overwrite` replaces, an empty folder, or nothing."""
     path = Path(path)
-    old = _beside(path, "old")
-    if path.exists():
-        if not overwrite and any(path.iterdir()):
+    old, there = _beside(path, "old"), path.exists()
+    if there and any(path.iterdir()):  # an empty one is taken as it is: it may be a mount point
+        if not overwrite:
             raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
         os.rename(path, old)
     try:
@@ -81,6 +81,8 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
             shutil.rmtree(path, ignore_errors=True)
             if old.exists():
                 os.rename(old, path)
+            elif there:
+                path.mkdir(exist_ok=True)
         raise
     finally:
         if saved():
@@ -91,6 +93,21 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
 def _replaced(path: Path) -> list[Path]:
     """What new results replaced under this name, where a killed process could not remove it."""
     return [p for p in path.parent.glob(".*.old") if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.old", p.name)]
+
+
+def recover(path: Path, saved: Callable[[], bool]) -> bool:
+    """Put back what a run was to replace that was killed before it had `saved()`; only for who holds the lock.
+
+    Returns whether there was something.
+    """
+    earlier = sorted(_replaced(Path(path)), key=os.path.getmtime)
+    if not earlier or saved():
+        return False
+    if Path(path).exists():
+        remove_folder(Path(path))
+        earlier = [p for p in earlier if p.exists()]
+    os.rename(earlier[0], path)
+    return True
 
 
 @contextmanager
@@ -134,7 +151,8 @@ def locked(path: Path):
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder, and what it replaced; only for who holds its lock."""
-    for left in (*folder.glob(".*.partial"), *folder.glob(".*.old"), *_replaced(folder)):
+    ours = [path for path in folder.glob(".*") if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name)]
+    for left in (*ours, *_replaced(folder)):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
@@ -158,14 +176,15 @@ def check_place(path: Path) -> None:
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise BadInput(f"wrong --out in {path}: {nearest} is not a folder. Choose another name")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(13, "permission denied", str(nearest))
-    if shutil.disk_usage(nearest).free < 2**20:
-        raise OSError(28, "no space left", str(nearest))
+    for place in (nearest, path.absolute().parent if path.exists() else nearest):  # its lock lies beside it
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(13, "permission denied", str(place))
+    check_room(path, 2**20, "any result")
 
 
-def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
-    """Refuse an output folder that is not empty, unless `overwrite` and it holds one of `ours`, files we write.
+def check_out(path: Path, overwrite: bool, ours: Iterable[str], others: Iterable[str] | None = None) -> None:
+    """Refuse an output folder that is not empty, unless `overwrite` and it holds one of `ours`, files we write; and,
+    where `others` are given, nothing but these and hidden files.
 
     So `--out ~ --overwrite` cannot delete a home. Raises BadInput, or OSError where the place is not writable.
     """
@@ -174,15 +193,24 @@ def check_out(path: Path, overwrite: bool, ours: Iterable[str]) -> None:
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
-        others = [p for p in path.iterdir() if not p.match(".*.partial")]  # a run killed at its start has no more
-        if others and not any((path / name).is_file() for name in ours):
-            fix = "Choose another name, or empty it yourself"
+        found = [p.name for p in path.iterdir() if not p.match(".*.partial")]  # a run killed at its start has no more
+        fix = "Choose another name, or empty it yourself"
+        if found and not any((path / name).is_file() for name in ours):
             raise BadInput(f"wrong --out in {path}: --overwrite replaces only what this program wrote. {fix}")
+        foreign = [] if others is None else sorted({*found} - {*ours, *others, ".DS_Store"})
+        if foreign:
+            what = f"{foreign[0]} in it is not of this program, and --overwrite would delete it"
+            raise BadInput(f"wrong --out in {path}: {what}. Move it away, or choose another name")
+
+
+def free_bytes(path: Path) -> int:
+    """On the disk of a folder that need not be there yet."""
+    nearest = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    return shutil.disk_usage(nearest).free
 
 
 def check_room(path: Path, needed: int, what: str) -> None:
     """Raises BadEnvironment, with the bytes, where fewer than `needed` are free on the disk of `path`."""
-    nearest = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    free = shutil.disk_usage(nearest).free
+    free = free_bytes(path)
     if free < needed:
         raise BadEnvironment(f"disk full in {path}: {what} needs {needed:,} bytes, {free:,} are free. Free some space")

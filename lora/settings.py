@@ -298,8 +298,10 @@ def resolve(
             value, source = flags[s.name], "the command line"
         elif config.get(s.name) is not None:
             value, source = config[s.name], str(where)
+        elif (saved or {}).get(s.name) is not None:
+            value, source = saved[s.name], "the checkpoint"
         else:
-            values[s.name] = (saved or {}).get(s.name, s.default)
+            values[s.name] = s.default
             continue
         if s.many:
             items = value if isinstance(value, list) else [value]

@@ -107,6 +107,9 @@ def test_without_out_the_run_is_named_after_its_data(tmp_path):
 def test_overwrite_replaces_an_earlier_run_and_leaves_nothing_of_it(tmp_path, adapter_bytes):
     ok(cli.train("out", "--seed", 1, cwd=tmp_path))
     (tmp_path / "out/notes.txt").write_text("mine")
+    done = cli.train("out", "--overwrite", cwd=tmp_path)
+    assert done.code == 2 and "notes.txt in it is not of this program" in done.err
+    (tmp_path / "out/notes.txt").unlink()
     assert trained("out", "--overwrite", cwd=tmp_path) == adapter_bytes
     assert sorted(cli.tree(tmp_path / "out")) == cli.run_tree(2) and len(list(tmp_path.iterdir())) == 1
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from itertools import product
 from pathlib import Path
@@ -517,3 +518,16 @@ def test_an_adapter_of_another_base_and_a_row_without_room_are_found_before_the_
 def test_columns_of_folders_with_one_name_are_numbered():
     names = evaluate.column_names(["x/run", "y/run", "z/RUN/", "base"])
     assert names == {"base": None, "run": "x/run", "run-2": "y/run", "RUN-3": "z/RUN/", "base-2": "base"}
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "a/adapter_config.json", "notes.txt", "."])
+def test_a_report_replaces_nothing_but_a_report(tmp_path, name):
+    shutil.copytree(cli.model_folder(), tmp_path / "model")
+    shutil.copytree(cli.adapter_folder(), tmp_path / "a")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = cli.tree(tmp_path)
+    how = ("--adapter", "a", "--model", "model", "--data", cli.data_file(), "--no-generate", "--no-retention")
+    done = score(*how, "--out", name, cwd=tmp_path)
+    assert done.code == 2 and "wrong --out" in done.err and cli.tree(tmp_path) == before
+    for _ in range(2):
+        assert score(*how, "--out", "r.json", cwd=tmp_path).code == 0

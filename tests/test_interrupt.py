@@ -137,3 +137,19 @@ def test_ctrl_c_while_a_script_is_importing(tmp_path, script, argv):
     code, out, err = Watched(script, *argv, cwd=tmp_path).until(importing).send(signal.SIGINT).result()
     assert (code, out) == (130, "") and err == "\nstopped\n"
     assert cli.tree(tmp_path) == {}
+
+
+def test_a_signal_while_a_line_is_being_printed_still_ends_the_step(tmp_path):
+    """Nobody reads stderr, so a write to it blocks; Python forbids to print from a signal handler inside a print."""
+    inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), "--out", "out")
+    running = cli.start("train", *inputs, *ENDLESS, cwd=tmp_path, env={"PYTHONUNBUFFERED": None})
+    metrics, deadline, seen = tmp_path / "out/metrics.jsonl", time.monotonic() + cli.SECONDS, -1
+    while time.monotonic() < deadline:  # until no step is made any more: it waits for its reader
+        time.sleep(0.7)
+        rows = metrics.read_text().count("\n") if metrics.exists() else 0
+        if rows == seen > 0:
+            break
+        seen = rows
+    running.send_signal(signal.SIGTERM)
+    done = cli.finish(running)
+    assert done.code == 143 and done.errors == [] and (tmp_path / "out/adapter_model.safetensors").exists(), done.err

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from lora import files, folders
-from lora.errors import BadInput, Refused
+from lora.errors import BadEnvironment, BadInput, Refused
 from lora.model.pretrained import FolderCheckpoint, empty_model, find, load_chat, load_model, write_model
 from tests.helpers import same, some_tokens, tiny_config, tiny_model
 from tests.test_template import CHATML, CONTROL, SMOLLM2, byte_level, byte_level_json
@@ -691,6 +691,6 @@ def test_names_too_long_folders_not_writable_and_full_disks_are_found_first(tmp_
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
-    with pytest.raises(OSError, match="no space left") as raised:
-        folders.check_out(tmp_path / "new", False, ())
-    assert raised.value.errno == 28
+    with pytest.raises(BadEnvironment, match="a model needs 524,289 bytes, 524,288 are free"):
+        folders.check_room(tmp_path / "new", 2**19 + 1, "a model")
+    folders.check_room(tmp_path / "new", 2**19, "a model")

@@ -235,13 +235,31 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, whole):
     assert result(tmp_path / "out") == result(whole)
 
 
-def test_a_named_checkpoint_is_gone_on_with_and_later_ones_are_removed(tmp_path, whole):
+def test_a_named_checkpoint_is_gone_on_with_and_later_ones_stay_until_it_has_saved(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out")
-    done = cli.call("train", "--resume", "out/checkpoints/000008", cwd=tmp_path, before=kill_before_step(1))
-    assert done.code == 137 and "removed  checkpoints after step 8: 9" in done.err
-    assert checkpoint.steps(tmp_path / "out") == [8]
-    assert go_on(cwd=tmp_path).code == 0
-    assert result(tmp_path / "out") == result(whole)
+    before = cli.tree(tmp_path / "out")
+    for how in ({"before": kill_before_step(1)}, {"before": stop_before_a_step}):
+        done = cli.call("train", "--resume", "out/checkpoints/000008", cwd=tmp_path, **how)
+        assert done.code in (137, 143), done.err
+        assert cli.tree(tmp_path / "out") == before  # whoever makes no step loses nothing
+        (tmp_path / ".out.lock").unlink(missing_ok=True)
+    for named in ("out/checkpoints/000008/", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / "out/checkpoints/000008")
+        assert cli.call("train", "--resume", named, "--save-every", 99, cwd=tmp_path).code == 0
+        assert result(tmp_path / "out")[:2] == result(whole)[:2]
+
+
+def stop_before_a_step():
+    train = sys.modules["train"]
+    results = train.Results
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return results(*args)
+
+    stop = train.StopFlag
+    train.StopFlag = lambda: setattr(train, "Results", stopped) or stop()
 
 
 @pytest.mark.parametrize(
@@ -678,3 +696,64 @@ def test_a_run_remembers_its_device(tmp_path, whole):
         machine.choose_device = lambda name: torch.device({"cpu": "cpu"}[name])
 
     assert go_on(cwd=tmp_path, before=only_cpu).code == 0
+
+
+# ---- nothing of the user's is lost -----------------------------------------------------------------------------------
+
+
+def test_what_a_killed_run_was_to_replace_is_back_with_the_next_one(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "out")
+    before = cli.tree(tmp_path / "out")
+    assert train("out", "--overwrite", cwd=tmp_path, before=kill_before_step(2)).code == 137
+    assert len(list(tmp_path.glob(".out.*.old"))) == 1
+    done = train("out", cwd=tmp_path)  # refused: the earlier run is there
+    assert done.code == 2 and "that one is back" in done.err and cli.tree(tmp_path / "out") == before
+    assert train("out", "--overwrite", cwd=tmp_path, before=kill_before_step(4)).code == 137  # it has saved step 2
+    assert train("out", "--overwrite", cwd=tmp_path).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and result(tmp_path / "out") == result(whole)
+
+
+def test_a_template_and_an_adapter_that_a_run_began_with_need_not_be_there_to_go_on(tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                                      "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
+    assert train("a", "--template", "t.jinja", cwd=tmp_path).code == 0
+    inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), *cli.ON_CPU, "--init-adapter", "a")
+    inputs += ("--max-steps", 6, *WHOLE[2:])
+    for out in ("whole", "out"):
+        how = {"before": kill_before_step(4)} if out == "out" else {}
+        done = cli.call("train", *inputs, "--out", out, cwd=tmp_path, **how)
+        assert done.code == (137 if out == "out" else 0), done.err
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "t.jinja").unlink()
+    done = go_on(cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert result(tmp_path / "out", 6)[:2] == result(tmp_path / "whole", 6)[:2]
+
+
+def test_files_that_only_look_like_leftovers_are_left_alone(tmp_path, whole):
+    copy_of(whole, tmp_path / "out", 8)
+    for name in (".thesis.old", ".x.partial", "notes.txt", "checkpoints/999999/mine"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "out/.metrics.jsonl.77.partial").write_text("of a killed run")
+    done = go_on(cwd=tmp_path)
+    assert done.code == 0 and "passed over out/checkpoints/999999" in done.err
+    left = cli.tree(tmp_path / "out")
+    assert {".thesis.old", ".x.partial", "notes.txt", "checkpoints/999999/mine"} <= set(left)
+    assert ".metrics.jsonl.77.partial" not in left and result(tmp_path / "out") == result(whole)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "out")
+    before = cli.tree(tmp_path / "out")
+
+    def broken_disk():
+        from lora import files
+
+        def fail(path):
+            raise OSError(5, "Input/output error", str(path))
+
+        files.sha256 = fail
+
+    assert go_on(cwd=tmp_path, before=broken_disk).code == 3
+    assert cli.tree(tmp_path / "out") == before

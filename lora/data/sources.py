@@ -96,7 +96,8 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
             done = f"{part.dropped} dropped, {part.truncated} truncated"
             say(f"overlong {done}; over {s.max_len} tokens (--max-len), the first is {where} with {length}")
         if not len(part):
-            problems.append(f"nothing to train in {name}: no example fits {s.max_len} tokens. Raise --max-len")
+            what = "measure" if flag == "eval" else "train"
+            problems.append(f"nothing to {what} in {name}: no example fits {s.max_len} tokens. Raise --max-len")
         found[flag].append((part, number))
     if s.prompt_key and not problems:
         pair = f"{s.prompt_key}/{s.response_key}"
@@ -110,7 +111,8 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
     if chosen:
         rows = (row for row in _rows_of(s, locate, made, ("data",)) if group(row) in chosen)
         part = encode(rows, chat, s.max_len, s.train_on, s.overlong)
-        say(f"held out {part.rows:,} rows, chosen by question")
+        over = f", {part.dropped} over {s.max_len} tokens dropped" if part.dropped else ""
+        say(f"held out {part.rows:,} rows, chosen by question{over}")
         if len(part):
             found["eval"].append((part, None))
     data, numbers = zip(*found["data"], strict=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -46,9 +46,9 @@ class Examination:
     """What evaluations measure. Nothing of it changes the training: there are no gradients, and each step seeds its own
     dropout. `objective(batch)` is the summed loss, as for training."""
 
-    def __init__(self, model, plan: Plan, s, objective, team: Team, stop: StopFlag):
+    def __init__(self, model, plan: Plan, s, objective, team: Team, stop: StopFlag, last_good: Callable[[], str]):
         self.model, self.chat, self.team, self.stop, self.objective = model, plan.chat, team, stop, objective
-        self.sharded = s.fsdp
+        self.sharded, self.last_good = s.fsdp, last_good
         self.questions = some_prompts(plan.sources.data[0].kept) if s.data else list(QUESTIONS)
         self.total, self.every = plan.total, s.eval_every or max(1, math.ceil(plan.total / 10))
         held_out = plan.sources.held_out or []
@@ -93,7 +93,8 @@ class Examination:
         row |= {"retention_kl": kept.kl, "retention_loss_before": kept.loss_before, "retention_loss": kept.loss}
         row |= {"repetition": answers.repetition, "ended": answers.ended}
         if not all(map(math.isfinite, row.values())):
-            raise BadNumbers(f"training diverged by step {step}: an evaluation is not finite. Lower --lr")
+            fix = "Lower --lr" if step else "Look at --eval-data and --retention, or use --dtype float32"
+            raise BadNumbers(f"not finite in the evaluation after step {step}: {self.last_good()}. {fix}")
         return {**row, "samples": dict(zip(map(question_text, self.questions), answers.texts, strict=True))}
 
     def ask(self) -> Answers:

@@ -22,6 +22,7 @@ from lora.errors import BadEnvironment, BadInput, is_out_of_memory, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.decoder import Model
+from lora.model.template import BUILT_IN
 from lora.train import memory
 from lora.train.ranks import Team
 
@@ -68,7 +69,9 @@ class Plan:
     def check_room(self, out: Path, s: SimpleNamespace) -> None:
         """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""
         size = 3 * self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize + 2**20
-        folders.check_room(out, (s.keep + 1) * size, f"a run with {s.keep} checkpoints (--keep)")
+        most = math.ceil(self.total / int(s.save_every)) if s.save_every.isdecimal() else 2
+        count = max(1, min(s.keep, most))
+        folders.check_room(out, (count + 1) * size, f"a run with {count} checkpoints (--keep)")
 
     def numbers(self, s: SimpleNamespace) -> dict:
         """Statistics of the data."""
@@ -104,9 +107,11 @@ class Plan:
             raise BadEnvironment(f"out of memory in this run: {why}. {fix}") from error
 
 
-def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, start: bool = True) -> Plan:
-    """Read everything but the weights, and write into `s` what the settings left open; at the `start` of a run also
-    what --init-adapter brings. Raises BadInput."""
+def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resumed: Path | None = None) -> Plan:
+    """Read everything but the weights, and write into `s` what the settings left open. Raises BadInput.
+
+    A new run takes what --init-adapter brings; one that is gone on with has all that in its checkpoint `resumed`.
+    """
     dtype, why_dtype = machine.choose_dtype(s.dtype, team.device)
     s.dtype, s.device = str(dtype).removeprefix("torch."), team.device.type
     with team.in_turn():  # what one process downloads, the others find
@@ -116,9 +121,12 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, start
                 download.dataset_file(name)
     say(f"model    {base.described}")
     empty = pretrained.empty_model(base)
-    if s.init_adapter and start:
+    if s.init_adapter and not resumed:
         take_over(s, base)
-    chat = pretrained.load_chat(base, False if s.no_system else s.system, s.template, date.fromisoformat(s.date))
+    template = s.template
+    if resumed and template not in (None, *BUILT_IN) and "template" not in s.given:
+        template = passport.template_of(resumed)  # the file itself may be gone
+    chat = pretrained.load_chat(base, False if s.no_system else s.system, template, date.fromisoformat(s.date))
     targets = _targets(s, empty)
     s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
     sources = read_sources(s, chat, download.dataset_file, made)

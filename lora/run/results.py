@@ -7,7 +7,7 @@ from pathlib import Path
 from lora import files, folders, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
-from lora.errors import say
+from lora.data.sources import numbered
 from lora.run.plan import Plan
 from lora.train import checkpoint, report, stopping
 from lora.train.record import Record, draw
@@ -15,6 +15,7 @@ from lora.train.record import Record, draw
 SETTINGS, METRICS, PICTURE, REPORT = "settings.json", "metrics.jsonl", "loss.png", "report.md"
 ADAPTER = (passport.TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
+HOLDS = (*ADAPTER, METRICS, PICTURE, REPORT, checkpoint.FOLDER)  # and these are all that it may hold besides
 
 
 class Results:
@@ -23,7 +24,7 @@ class Results:
     def __init__(self, model, plan: Plan, s, out: Path, state: checkpoint.State, optimizer, parameters: dict):
         self.model, self.plan, self.s, self.out, self.state = model, plan, s, out, state
         self.optimizer, self.parameters = optimizer, parameters
-        self.saved, self.last = state.step, time.monotonic()
+        self.saved, self.last, self.later = state.step, time.monotonic(), []
         base, spoken = plan.base, {"system": False if s.no_system else s.system, "date": s.date}
         self.papers = passport.make(base.name, base.header, base.read, lora_layers(model), spoken)
 
@@ -37,12 +38,9 @@ class Results:
             return
         for place in (self.out, self.out / checkpoint.FOLDER):
             folders.sweep(place)
-        later = [step for step in checkpoint.steps(self.out) if step > self.state.step]
-        if later:
-            say(f"removed  checkpoints after step {self.state.step}: {', '.join(map(str, later))}")
-        for step in later:
-            folders.remove_folder(checkpoint.at(self.out, step))
-        self._prune()  # it may have been killed between a save and this
+        self.later = [step for step in checkpoint.ours(self.out) if step > self.state.step]
+        if not self.later:
+            self._prune()  # it may have been killed between a save and this
         yield
 
     @property
@@ -64,12 +62,16 @@ class Results:
         files.sync(self.out / METRICS)
         checkpoint.save(self.out, self.state, self.optimizer, self.parameters, self._write_adapter)
         self.saved, self.last = self.state.step, time.monotonic()
+        for step in self.later:  # of the run before it was gone on with from an earlier checkpoint
+            if step > self.state.step and checkpoint.at(self.out, step).exists():
+                folders.remove_folder(checkpoint.at(self.out, step))
+        self.later = []
         self._prune()
 
     def _prune(self) -> None:
         """The newest stay, and the best as each of them sees it: the run may go on from any."""
         most, rows = self.s.max_forgetting, self.state.evaluations
-        seen = ([row for row in rows if row["step"] <= step] for step in checkpoint.steps(self.out)[-self.s.keep :])
+        seen = ([row for row in rows if row["step"] <= step] for step in checkpoint.ours(self.out)[-self.s.keep :])
         checkpoint.prune(self.out, self.s.keep, {stopping.best(part, most) for part in seen} - {None})
 
     def _write_adapter(self, folder: Path) -> None:
@@ -93,7 +95,7 @@ class Results:
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
             (python, "generate.py", "--adapter", out),
-            (python, "evaluate.py", "--adapter", out, "--data", *(self.s.eval_data or self.s.data or ["FILE"])),
+            (python, "evaluate.py", "--adapter", out, "--data", *(self.s.eval_data or files_of(self.s) or ["FILE"])),
         ]
         numbers = self.plan.numbers(self.s) | {"adapter parameters": f"{self.plan.in_adapter(self.s):,}"}
         report.write(
@@ -110,3 +112,8 @@ class Results:
 
     def _title(self) -> str:
         return f"{self.out.name}: {self.plan.base.hub_id}, rank {self.s.rank}, {len(self.plan.examples)} examples"
+
+
+def files_of(s) -> list[str]:
+    """The files of --data, without weights."""
+    return [numbered(name)[0] for name in s.data or ()]

@@ -11,7 +11,6 @@ generator and no place in the data to save.
 """
 
 import errno
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +23,7 @@ from lora.errors import ENVIRONMENT_ERRNOS, BadEnvironment, BadInput
 
 FOLDER, OPTIMIZER, STATE, MANIFEST = "checkpoints", "optimizer.safetensors", "state.json", "MANIFEST.json"
 FORMAT = 1
+NOW = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,7 +51,13 @@ def at(run: Path, step: int) -> Path:
 
 def steps(run: Path) -> list[int]:
     """The steps of all checkpoints of a run, good or not."""
-    return sorted(int(path.name) for path in (Path(run) / FOLDER).glob("*") if path.name.isdecimal() and path.is_dir())
+    names = (path.name for path in (Path(run) / FOLDER).glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal() and name == at(run, int(name)).name)
+
+
+def ours(run: Path) -> list[int]:
+    """Those that were written to the end, and may be removed."""
+    return [step for step in steps(run) if (at(run, step) / MANIFEST).exists()]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -79,7 +85,7 @@ def disk_full(run: Path, parameters: dict):
         if error.errno not in FULL:
             raise
         good, _ = newest(run)
-        needed, free = size(parameters.values()), shutil.disk_usage(run).free
+        needed, free = size(parameters.values()), folders.free_bytes(run)
         why, fix = ENVIRONMENT_ERRNOS[error.errno].split(". ")
         last = f"the last good one is {good}" if good else "there is none yet"
         again = "then go on with --resume" if good else "then start again"
@@ -107,7 +113,7 @@ def _write_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: d
 
 def prune(run: Path, keep: int, also: Iterable[int] = ()) -> None:
     """Remove all but the `keep` newest checkpoints and those of the steps `also`."""
-    there = steps(run)
+    there = ours(run)
     for step in set(there[:-keep]) - set(also):
         folders.remove_folder(at(run, step))
 
@@ -136,6 +142,8 @@ def fault(path: Path) -> str | None:
     except BadInput as error:
         return str(error)
     except OSError as error:
+        if error.errno in NOW:
+            raise
         return error.strerror or str(error)
     return None
 
@@ -156,11 +164,14 @@ def find(named: Path) -> tuple[Path, Path, list[str]]:
 
     Raises BadInput where there is none to believe.
     """
-    named = Path(named)
-    if named.name.isdecimal() and named.parent.name == FOLDER:
+    named, place = Path(named), Path(named).resolve()
+    if place.parent.name == FOLDER and place.name.isdecimal():
+        named = named if named.parent.name == FOLDER and named.name == place.name else place
         if why := fault(named):
             raise BadInput(f"broken checkpoint in {named}: {why}. Give another one, or --resume alone")
         return named.parent.parent, named, []
+    if place.name == FOLDER or not named.name or named.is_symlink():
+        named = place.parent if place.name == FOLDER else place
     path, passed_over = newest(named)
     if path is None:
         why = "; ".join(passed_over) or f"there is no folder in {named / FOLDER}"
@@ -175,6 +186,11 @@ def read_state(path: Path) -> State:
         value = found.get(entry.name)
         if type(value) is not entry.type or (entry.type is int and value < 0):
             raise BadInput(f"broken checkpoint in {path / STATE}:{entry.name}: {value!r:.50}. Give another checkpoint")
+    rows = found["evaluations"]
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        raise BadInput(f"broken checkpoint in {path / STATE}:evaluations: no list of rows. Give another checkpoint")
+    if found["step"] > found["total"]:
+        raise BadInput(f"broken checkpoint in {path / STATE}:step: over {found['total']}. Give another checkpoint")
     if found["format"] != FORMAT:
         raise BadInput(f"newer checkpoint in {path / STATE}:format: {found['format']}. Use a newer version")
     return State(**{entry.name: found[entry.name] for entry in fields(State)})

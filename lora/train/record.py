@@ -17,7 +17,8 @@ class Record:
     `kept` is how many rows an interrupted run goes on from. Without a path nothing is written or shown."""
 
     def __init__(self, path: Path | None, total: int, kept: int = 0):
-        self.path, self.rows = path, cut(path, kept) if path and kept else []
+        self.path, self.rows = path, read_rows(path, kept) if path and kept else []
+        self.kept = kept  # rows of the file; others are cut when there is one to add
         self.earlier = self.rows[-1]["seconds"] if self.rows else 0.0
         self.start = self.last = time.monotonic()
         self.tokens = 0
@@ -78,6 +79,9 @@ class Record:
             say(text)
 
     def _append(self, row: dict) -> None:
+        if self.path and self.kept:
+            files.write_rows(self.path, self.rows)
+            self.kept = 0
         self.rows.append(row)
         if self.path:
             files.append_row(self.path, row)
@@ -86,8 +90,8 @@ class Record:
         self.bar.close()
 
 
-def cut(path: Path, count: int) -> list[dict]:
-    """The first `count` rows of a file that an interrupted run went on with; the rest is removed from it."""
+def read_rows(path: Path, count: int) -> list[dict]:
+    """The first `count` rows of a file that an interrupted run went on with; none where they are not there."""
     try:
         lines = files.read_bytes(path, limit=2**40).splitlines()[:count]
         rows = [json.loads(line) for line in lines]
@@ -96,7 +100,6 @@ def cut(path: Path, count: int) -> list[dict]:
     if len(rows) < count or not all(isinstance(row, dict) and "seconds" in row for row in rows):
         say(f"note     {path} does not have the rows before this step any more; it begins anew")
         rows = []
-    files.write_rows(path, rows)
     return rows
 
 

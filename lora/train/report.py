@@ -54,7 +54,7 @@ def write(
         lines += ["", "## Evaluations", "", *table(("step", *(what[key] for key in keys)), rows)]
     lines += ["", "## What changed", "", *table(("asked", "before", "after"), answers)]
     lines += ["", "## Data and adapter", "", *table(("what", "value"), numbers.items())]
-    used = {name: value for name, value in settings.items() if value not in (None, False)}
+    used = {name: value for name, value in settings.items() if value is not None and value is not False}
     lines += ["", "## Settings", "", *table(("setting", "value"), used.items())]
     lines += ["", "## Again", "", "```", *(shlex.join(map(str, command)) for command in commands), "```", ""]
     files.write_bytes(path, "\n".join(lines).encode())
