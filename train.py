@@ -14,7 +14,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from functools import partial
 from itertools import count, islice, takewhile
 from pathlib import Path
 
@@ -128,8 +127,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     state.settings, state.total = settings.to_save(settings.TRAIN, s), plan.total
     state.computed = where_computed(s, team)
     stop = StopFlag()
-    last = partial(last_good, out)
-    agreement, examination = ranks.Agreement(team, stop), Examination(model, plan, s, objective, team, stop, last)
+    agreement, examination = ranks.Agreement(team, stop), Examination(model, plan, s, out, objective, team, stop)
     examination.begin(state)
     with disabled(model):
         before = examination.ask()
@@ -137,8 +135,8 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     steps, first = islice(plan.steps(s), state.step, None), state.step
     with (
         stop.listening(),
-        results.folder() if results else nullcontext(),
         checkpoint.disk_full(out, parameters),
+        results.folder() if results else nullcontext(),
         closing(Record(out / METRICS if results else None, plan.total, state.rows)) as record,
     ):
         while True:
@@ -223,12 +221,9 @@ def seed_of(seed: int, step: int, rank: int) -> int:
 
 def diverged(found: NotFinite, step: int, rows: list[str], out: Path) -> BadNumbers:
     names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return BadNumbers(f"training diverged in step {step}: {found.why}; rows {names}; {last_good(out)}. {found.fix}")
-
-
-def last_good(out: Path) -> str:
-    good, _ = checkpoint.newest(out)
-    return f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+    return BadNumbers(
+        f"training diverged in step {step}: {found.why}; rows {names}; {checkpoint.last_good(out)}. {found.fix}"
+    )
 
 
 # ---- names, and what people see --------------------------------------------------------------------------------------

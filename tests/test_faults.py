@@ -213,7 +213,7 @@ def test_an_operation_that_fails_is_an_error_and_leaves_nothing_half_written(new
                 save(run, 3, keep)
             good = checkpoint.at(run, believed(run))
             if number == errno.ENOSPC:
-                assert f"the last good one is {good}" in str(raised.value) and "are free" in str(raised.value)
+                assert f"the last good checkpoint is {good}" in str(raised.value) and "are free" in str(raised.value)
             else:
                 assert raised.value.errno == errno.EIO and raised.value.filename
             assert hidden(run) == []

@@ -524,7 +524,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_says_the_bytes
     assert done.code == 3
     [line] = done.errors
     assert re.search(
-        r"a checkpoint needs [\d,]+ bytes, [\d,]+ are free; the last good one is out/checkpoints/00000\d", line
+        r"a checkpoint needs [\d,]+ bytes, [\d,]+ are free; the last good checkpoint is out/checkpoints/00000\d", line
     )
     assert "then go on with --resume" in line
     assert not [path for path in (tmp_path / "out").rglob(".*")]

@@ -2,17 +2,15 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from lora.adapter.inject import disabled
 from lora.data import batch
-from lora.data.retention import retention_batches
-from lora.data.sources import trained_rows
 from lora.errors import BadNumbers, StopFlag, say
-from lora.model import download
 from lora.model.sample import generate
 from lora.run.plan import Plan
 from lora.train import answers as measures
@@ -46,27 +44,20 @@ class Examination:
     """What evaluations measure. Nothing of it changes the training: there are no gradients, and each step seeds its own
     dropout. `objective(batch)` is the summed loss, as for training."""
 
-    def __init__(self, model, plan: Plan, s, objective, team: Team, stop: StopFlag, last_good: Callable[[], str]):
+    def __init__(self, model, plan: Plan, s, run: Path, objective, team: Team, stop: StopFlag):
         self.model, self.chat, self.team, self.stop, self.objective = model, plan.chat, team, stop, objective
-        self.sharded, self.last_good = s.fsdp, last_good
+        self.sharded, self.run = s.fsdp, run
         self.questions = some_prompts(plan.sources.data[0].kept) if s.data else list(QUESTIONS)
         self.total, self.every = plan.total, s.eval_every or max(1, math.ceil(plan.total / 10))
-        held_out = plan.sources.held_out or []
-        self.wanted = bool(len(held_out) or s.retention or s.eval_every or s.max_forgetting is not None)
-        self.has_loss, self.fingerprint = bool(len(held_out)), ""
-        if not self.wanted:
-            return
-        rows, limit = trained_rows(s, download.dataset_file, plan.made), model.config.max_position_embeddings
-        ordinary, used, left = retention_batches(self.chat, s.retention, limit, s.micro_tokens, team.device, rows)
-        batches = batch.micro_batches(held_out, s.micro_tokens, team.device)
-        self.fingerprint = fingerprint([*batches, *ordinary])
-        parts = f"{len(held_out)} held-out examples, {used} ordinary conversations"
-        without = f" ({left} are trained on or too long)" if left else ""
-        say(f"eval     {parts}{without}, every {self.every} steps")
-        self.batches = self._mine(batches)
-        with evaluating(model):
-            base = lambda: disabled(model)  # noqa: E731
-            self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base)
+        self.wanted, self.has_loss = plan.ordinary is not None, bool(plan.sources.held_out)
+        held_out = batch.micro_batches(plan.sources.held_out or [], s.micro_tokens, team.device)
+        ordinary = plan.ordinary or []
+        self.fingerprint, self.batches = fingerprint([*held_out, *ordinary]), self._mine(held_out)
+        if self.wanted:
+            say(f"eval     every {self.every} steps")
+            with evaluating(model):
+                base = lambda: disabled(model)  # noqa: E731
+                self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base)
 
     def begin(self, state: checkpoint.State) -> None:
         """Earlier evaluations of a run that is gone on with count only if they were made on the same rows."""
@@ -94,7 +85,7 @@ class Examination:
         row |= {"repetition": answers.repetition, "ended": answers.ended}
         if not all(map(math.isfinite, row.values())):
             fix = "Lower --lr" if step else "Look at --eval-data and --retention, or use --dtype float32"
-            raise BadNumbers(f"not finite in the evaluation after step {step}: {self.last_good()}. {fix}")
+            raise BadNumbers(f"not finite in the evaluation after step {step}: {checkpoint.last_good(self.run)}. {fix}")
         return {**row, "samples": dict(zip(map(question_text, self.questions), answers.texts, strict=True))}
 
     def ask(self) -> Answers:

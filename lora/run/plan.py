@@ -17,7 +17,8 @@ from lora.adapter import passport, store
 from lora.adapter.inject import choose, lora_layers
 from lora.data import batch, preview
 from lora.data.encode import Encoded
-from lora.data.sources import Sources, named, read_sources
+from lora.data.retention import retention_batches
+from lora.data.sources import Sources, named, read_sources, trained_rows
 from lora.errors import BadEnvironment, BadInput, is_out_of_memory, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
@@ -47,6 +48,7 @@ class Plan:
     warmup: int  # steps
     step_tokens: int  # on average
     per_step: int  # examples of one process at most, replays included
+    ordinary: list[batch.Batch] | None  # what is remembered of it is measured; None without evaluations
 
     def needs(self, s: SimpleNamespace) -> tuple:
         """What `memory` counts with."""
@@ -143,8 +145,21 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resum
     per_step = s.batch_size + math.ceil(sum(share for _, share in sources.replays) * s.batch_size)
     per_step = math.ceil(per_step / team.size)
     return Plan(
-        base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, per_step
-    )
+        base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, per_step,
+        _ordinary(s, chat, sources, made, empty.config.max_position_embeddings, team.device),
+    )  # fmt: skip
+
+
+def _ordinary(s, chat: Chat, sources: Sources, made, limit: int, device) -> list[batch.Batch] | None:
+    """The conversations on which forgetting is measured, where anything is to be evaluated."""
+    held_out = sources.held_out or []
+    if not (len(held_out) or s.retention or s.eval_every or s.max_forgetting is not None):
+        return None
+    rows = trained_rows(s, download.dataset_file, made)
+    found, used, left = retention_batches(chat, s.retention, limit, s.micro_tokens, device, rows)
+    without = f" ({left} are trained on or too long)" if left else ""
+    say(f"eval     {len(held_out)} held-out examples, {used} ordinary conversations{without}")
+    return found
 
 
 def _targets(s: SimpleNamespace, empty: Model) -> list[str]:

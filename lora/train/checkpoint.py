@@ -87,9 +87,8 @@ def disk_full(run: Path, parameters: dict):
         good, _ = newest(run)
         needed, free = size(parameters.values()), folders.free_bytes(run)
         why, fix = ENVIRONMENT_ERRNOS[error.errno].split(". ")
-        last = f"the last good one is {good}" if good else "there is none yet"
         again = "then go on with --resume" if good else "then start again"
-        why += f"; a checkpoint needs {needed:,} bytes, {free:,} are free; {last}"
+        why += f"; a checkpoint needs {needed:,} bytes, {free:,} are free; {last_good(run)}"
         raise BadEnvironment(f"file operation failed in {error.filename or run}: {why}. {fix}, {again}") from error
 
 
@@ -157,6 +156,12 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
             return at(run, step), passed_over
         passed_over.append(f"{at(run, step)}: {why}")
     return None, passed_over
+
+
+def last_good(run: Path) -> str:
+    """For messages that end a run."""
+    good, _ = newest(run)
+    return f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
 
 
 def find(named: Path) -> tuple[Path, Path, list[str]]:
