@@ -42,7 +42,6 @@ NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gi
 
 
 def story(argv) -> int:
-    machine.give_back(16 * 2**20)
     s, resumed = settings.resolve(settings.TRAIN, argv, __doc__), None
     if s.check:
         return lint_report(s, download.dataset_file)
