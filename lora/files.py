@@ -83,7 +83,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 def unwritable(flag: str, path: Path, *inputs: Path) -> list[str]:
     """Why `flag` cannot name this file for a result: no folder, no regular file, or one of the files that are read."""
     if path.name in ("", ".."):
-        return [f"wrong {flag} in {path}: it has no name of its own. Give a file"]
+        return [f"wrong {flag} in {path}: it is not a regular file. Give a file name"]
     if not path.parent.is_dir():
         return [f"wrong {flag} in {path}: there is no folder {path.parent}. Make it first: mkdir -p {path.parent}"]
     if path.exists() and not path.is_file():

@@ -30,7 +30,7 @@ class Results:
 
     @contextmanager
     def folder(self):
-        """The folder of a new run, or of the one that is gone on with, without what came after its checkpoint."""
+        """The folder of a new run, or of the one that is gone on with, cleared of what killed processes left."""
         if self.state.step == 0:
             with folders.live_folder(self.out, self.s.overwrite, lambda: self.saved > 0):
                 files.write_json(self.out / SETTINGS, self.state.settings)
