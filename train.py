@@ -109,10 +109,15 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
 
     def micro_batches(indices: list[int]) -> list[batch.Batch]:
         """Of this process's share of a step."""
-        parts = ranks.shares(indices, lengths, team.size) if team.size > 1 else [indices]
-        parts = parts if s.fsdp else [parts[team.rank]]
-        cuts = [batch.micro_batches([plan.examples[i] for i in part], s.micro_tokens, team.device) for part in parts]
-        return team.padded(cuts, batch.nothing(team.device)) if s.fsdp else cuts[0]
+
+        def cut(part: list[int]) -> list[batch.Batch]:
+            return batch.micro_batches([plan.examples[i] for i in part], s.micro_tokens, team.device)
+
+        if not s.fsdp:
+            return cut(team.share(indices, lengths))
+        return team.padded(
+            [cut(part) for part in ranks.shares(indices, lengths, team.size)], batch.nothing(team.device)
+        )
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fused, lengths = team.device.type != "mps", plan.examples.lengths

@@ -68,14 +68,7 @@ def train(folder: Path, argv: list[str], before: Callable | None = None, seconds
         child = os.fork()
         if child == 0:
             cli._child("train", argv, folder / "work", {}, (nothing, log, log), before)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return cli.wait(child, seconds)[0]
 
 
 def outcome(work: Path) -> dict[str, str]:

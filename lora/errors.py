@@ -177,6 +177,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def out_of_memory(error: BaseException, fix: str) -> BadEnvironment:
+    why = (str(error).splitlines() or ["nothing is left"])[0].rstrip(".")
+    return BadEnvironment(f"out of memory in this run: {why}. {fix}")
+
+
 def _mend_streams() -> None:
     """A closed stream (`>&-`) is an empty one, and no text fails for an encoding that does not know its characters."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -205,9 +210,7 @@ def run(story: Callable[[Sequence[str] | None], int | None], argv: Sequence[str]
                 raise _of_os_error(error) from error
             except Exception as error:
                 if is_out_of_memory(error):
-                    fix = "Lower --micro-tokens, --batch-size or --max-len"
-                    why = (str(error).splitlines() or ["nothing is left"])[0].rstrip(".")
-                    raise BadEnvironment(f"out of memory in this run: {why}. {fix}") from error
+                    raise out_of_memory(error, "Lower --micro-tokens, --batch-size or --max-len") from error
                 raise _of_bug(error) from error
     except LoraError as error:
         report(error.problems)

@@ -137,6 +137,12 @@ def write_safetensors(path: Path, header: dict[str, tuple[str, tuple[int, ...]]]
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata=None) -> None:
+    """`write_safetensors` of tensors that are in memory."""
+    header = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_safetensors(path, header, tensors.get, metadata)
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
     old, there = _beside(path, "old"), path.exists()
     if there and any(path.iterdir()):  # an empty one is taken as it is: it may be a mount point
         if not overwrite:
-            raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
+            raise _taken(path)
         os.rename(path, old)
     try:
         make_folder(path)
@@ -88,6 +88,10 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
         if saved():
             for left in _replaced(path):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _taken(path: Path) -> BadInput:
+    return BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
 
 
 def _replaced(path: Path) -> list[Path]:
@@ -163,6 +167,11 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _nearest(path: Path) -> Path:
+    """The path itself or the first above it that is there."""
+    return next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+
+
 def check_place(path: Path) -> None:
     """Refuse a name under which no folder could be written. Raises BadInput, or OSError where it is not permitted."""
     path = Path(path)
@@ -173,7 +182,7 @@ def check_place(path: Path) -> None:
             raise BadInput(f"wrong --out in {path}: a name of over 200 bytes. Choose a shorter one")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise BadInput(f"wrong --out in {path}: it is not a folder. Choose another name")
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    nearest = _nearest(path)
     if not nearest.is_dir():
         raise BadInput(f"wrong --out in {path}: {nearest} is not a folder. Choose another name")
     for place in (nearest, path.absolute().parent if path.exists() else nearest):  # its lock lies beside it
@@ -192,7 +201,7 @@ def check_out(path: Path, overwrite: bool, ours: Iterable[str], others: Iterable
     check_place(path)
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
-            raise BadInput(f"wrong --out in {path}: the folder is not empty. Choose another name or add --overwrite")
+            raise _taken(path)
         found = [p.name for p in path.iterdir() if not p.match(".*.partial")]  # a run killed at its start has no more
         fix = "Choose another name, or empty it yourself"
         if found and not any((path / name).is_file() for name in ours):
@@ -205,8 +214,7 @@ def check_out(path: Path, overwrite: bool, ours: Iterable[str], others: Iterable
 
 def free_bytes(path: Path) -> int:
     """On the disk of a folder that need not be there yet."""
-    nearest = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    return shutil.disk_usage(nearest).free
+    return shutil.disk_usage(_nearest(path)).free
 
 
 def check_room(path: Path, needed: int, what: str) -> None:

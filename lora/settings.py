@@ -157,16 +157,24 @@ TRAIN = (
     Setting("config", str, None, "TOML or JSON file of settings; flags override it", saved=False),
 )  # fmt: skip
 
+CHAT = (  # of a trained model, with adapters or without
+    Setting("template", str, None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own"),
+    Setting("system", str, None, "system turn; without it as in training, or as the chat template decides"),
+    Setting("no_system", bool, False, "no system turn, not even the template's own"),
+    Setting("date", str, None, "what today is, for templates that ask; as in training", "as 2025-01-01", _is_date),
+)
+WHERE = (
+    Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
+    Setting("dtype", str, "auto", "dtype of the model", **one_of("auto", "bfloat16", "float32")),
+)
+
 GENERATE = (
     Setting("model", str, None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own"),
     Setting("adapter", str, None, "folder of an adapter"),
     Setting("prompt", str, None, "one prompt, or - for stdin; without --prompt and --prompts, a chat"),
     Setting("prompts", str, None, "file with a prompt a line, or conversation rows; answered in batches"),
     Setting("out", str, None, "JSONL file for the answers to --prompts; stdout without it"),
-    Setting("template", str, None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own"),
-    Setting("system", str, None, "system turn; without it as in training, or as the chat template decides"),
-    Setting("no_system", bool, False, "no system turn, not even the template's own"),
-    Setting("date", str, None, "what today is, for templates that ask; as in training", "as 2025-01-01", _is_date),
+    *CHAT,
     Setting("max_new_tokens", int, 256, "longest answer", **between(1, 10**6)),
     Setting("temperature", float, 0.0, "0 takes the likeliest token", **between(0, 100)),
     Setting("top_k", int, 0, "draw from the k likeliest; 0 is all", **between(0, 2**24)),
@@ -175,8 +183,7 @@ GENERATE = (
     Setting("repetition_penalty", float, 1.0, "above 1 makes repetition unlikely", **between(0.01, 100)),
     Setting("seed", int, 0, "seed of the drawing", **between(0, 2**62)),
     Setting("batch_size", int, 16, "prompts answered at once", **between(1, 4096)),
-    Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
-    Setting("dtype", str, "auto", "dtype of the model", **one_of("auto", "bfloat16", "float32")),
+    *WHERE,
     Setting("no_verify", bool, False, "use an adapter on another base than it was trained on"),
 )  # fmt: skip
 
@@ -206,14 +213,10 @@ EVALUATE = (
     Setting("max_new_tokens", int, None, "longest answer; 1.5 longest targets, 48 at least", **between(1, 10**6)),
     Setting("retention", str, None, "conversations for the meter of forgetting; those of the project without it"),
     Setting("no_retention", bool, False, "do not measure forgetting"),
-    Setting("template", str, None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own"),
-    Setting("system", str, None, "system turn; without it as in training, or as the chat template decides"),
-    Setting("no_system", bool, False, "no system turn, not even the template's own"),
-    Setting("date", str, None, "what today is, for templates that ask; as in training", "as 2025-01-01", _is_date),
+    *CHAT,
     Setting("batch_size", int, 16, "rows answered at once", **between(1, 4096)),
     Setting("micro_tokens", int, 2048, "tokens in memory at once, for losses", **between(1, 2**24)),
-    Setting("device", str, "auto", "where to compute", **one_of("auto", "cpu", "cuda", "mps")),
-    Setting("dtype", str, "auto", "dtype of the model", **one_of("auto", "bfloat16", "float32")),
+    *WHERE,
     Setting("no_verify", bool, False, "use adapters on another base than they were trained on"),
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -312,17 +313,21 @@ def _child(script: str, argv: list[str], cwd: Path, env: dict, streams: tuple, b
         os._exit(code)
 
 
-def _wait(child: int) -> int:
-    deadline = time.monotonic() + SECONDS
+def wait(child: int, seconds: float) -> tuple[int, bool]:
+    """The exit code of a child (minus a signal's number), which is killed after so many seconds; did it end by then?"""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
-        time.sleep(0.005)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return 124
+            return os.waitstatus_to_exitcode(status), True
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), False
+
+
+def _wait(child: int) -> int:
+    code, in_time = wait(child, SECONDS)
+    return 124 if not in_time else code if code >= 0 else 128 - code
 
 
 def start(script: str, *argv, cwd: Path, env: dict | None = None, **how) -> subprocess.Popen:

@@ -90,8 +90,7 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     files.write_json(folder / CONFIG, config)
     if passport is not None:
         files.write_json(folder / PASSPORT, passport)
-    header = {name: (files.NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    files.write_safetensors(folder / WEIGHTS, header, tensors.get, metadata={"format": "pt"})
+    files.write_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
 
 
 def read_config(folder: Path) -> LoRAConfig:

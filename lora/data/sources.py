@@ -3,8 +3,9 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -15,7 +16,8 @@ from lora.errors import BadInput, say
 from lora.model.chat import Chat
 
 
-class Sources(NamedTuple):
+@dataclass(frozen=True)
+class Sources:
     """Examples of every data file and their weights (None where none has one); of files to replay, each with its share
     of a step; and those held out."""
 
@@ -24,7 +26,7 @@ class Sources(NamedTuple):
     replays: list[tuple[Encoded, float]]
     held_out: Encoded | None
 
-    @property
+    @cached_property
     def examples(self) -> Encoded:
         """Of all sources, one behind the other: what `batch.steps` counts through."""
         return joined([*self.data, *(part for part, _ in self.replays)])
@@ -33,8 +35,7 @@ class Sources(NamedTuple):
         """sha256 over all that is trained: every example, in order, and how sources are mixed."""
         shares = [share for _, share in self.replays]
         digest = hashlib.sha256(f"{[len(part) for part in self.data]} {self.weights} {shares}\n".encode())
-        whole = self.examples
-        for array in (whole.tokens, whole.trained, whole.ends):
+        for array in (self.examples.tokens, self.examples.trained, self.examples.ends):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 

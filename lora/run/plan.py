@@ -19,12 +19,12 @@ from lora.data import batch, preview
 from lora.data.encode import Encoded
 from lora.data.retention import retention_batches
 from lora.data.sources import Sources, named, read_sources, trained_rows
-from lora.errors import BadEnvironment, BadInput, is_out_of_memory, say
+from lora.errors import BadInput, is_out_of_memory, out_of_memory, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.decoder import Model
 from lora.model.template import BUILT_IN
-from lora.train import memory
+from lora.train import checkpoint, memory
 from lora.train.ranks import Team
 
 LEAST_STEPS = 50
@@ -66,11 +66,11 @@ class Plan:
 
     def in_adapter(self, s: SimpleNamespace) -> int:
         """The number of the adapter's parameters."""
-        return sum(s.rank * sum(self.empty.get_submodule(path).weight.shape) for path in self.targets)
+        return memory.in_adapter(self.empty, self.targets, s.rank)
 
     def check_room(self, out: Path, s: SimpleNamespace) -> None:
         """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""
-        size = 3 * self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize + 2**20
+        size = checkpoint.size(self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize)
         most = math.ceil(self.total / int(s.save_every)) if s.save_every.isdecimal() else 2
         count = max(1, min(s.keep, most))
         folders.check_room(out, (count + 1) * size, f"a run with {count} checkpoints (--keep)")
@@ -104,9 +104,8 @@ class Plan:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            why = (str(error).splitlines() or ["nothing is left"])[0].rstrip(".")
             fix = memory.advice(memory.expected(*self.needs(s)) if free is None else free, *self.needs(s))
-            raise BadEnvironment(f"out of memory in this run: {why}. {fix}") from error
+            raise out_of_memory(error, fix) from error
 
 
 def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resumed: Path | None = None) -> Plan:

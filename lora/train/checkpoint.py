@@ -85,16 +85,16 @@ def disk_full(run: Path, parameters: dict):
         if error.errno not in FULL:
             raise
         good, _ = newest(run)
-        needed, free = size(parameters.values()), folders.free_bytes(run)
+        needed, free = size(sum(p.nbytes for p in parameters.values())), folders.free_bytes(run)
         why, fix = ENVIRONMENT_ERRNOS[error.errno].split(". ")
         again = "then go on with --resume" if good else "then start again"
         why += f"; a checkpoint needs {needed:,} bytes, {free:,} are free; {last_good(run)}"
         raise BadEnvironment(f"file operation failed in {error.filename or run}: {why}. {fix}, {again}") from error
 
 
-def size(parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes of a checkpoint: an adapter and its two moments, and some room for the small files."""
-    return 3 * sum(p.numel() * p.element_size() for p in parameters) + 2**20
+def size(adapter: int) -> int:
+    """Bytes of a checkpoint: of the adapter and its two moments, and some room for the small files."""
+    return 3 * adapter + 2**20
 
 
 def _seal(path: Path) -> dict:
@@ -106,8 +106,7 @@ def _write_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: d
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value
-    header = {name: (files.NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    files.write_safetensors(path, header, tensors.get)
+    files.write_tensors(path, tensors)
 
 
 def prune(run: Path, keep: int, also: Iterable[int] = ()) -> None:

@@ -29,6 +29,11 @@ def expected(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int]
     return sum(parts(model, targets, s, lengths, batch_size).values())
 
 
+def in_adapter(model: nn.Module, targets: Sequence[str], rank: int) -> int:
+    """The number of an adapter's parameters."""
+    return sum(rank * sum(model.get_submodule(path).weight.shape) for path in targets)
+
+
 def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> dict[str, float]:
     """What is held at the peak of a run, in bytes by name.
 
@@ -53,7 +58,7 @@ def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], b
     short = [n for n in lengths if n - 1 <= EXPLICIT.get(s.device, 0)]  # they may need more than longer ones
     batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, short) if len(pool)]
     largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
-    adapter = sum(s.rank * sum(model.get_submodule(path).weight.shape) for path in targets)
+    adapter = in_adapter(model, targets, s.rank)
     return {
         "runtime": RUNTIME.get(s.device, 0.0) + s.checkpoint_activations * AGAIN.get(s.device, 0.0),
         "compiled kernels": compiled(s, lengths, batch_size),
