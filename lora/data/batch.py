@@ -15,39 +15,38 @@ import torch
 
 from lora.model.chat import Example
 
-IGNORE = -100  # a target that is not trained
-
 
 @dataclass
 class Batch:
-    """Documents end to end: `tokens` (T,), `lengths` of the documents (they sum to T), and what each position should
-    predict, `targets` (T,), IGNORE where nothing is trained."""
+    """Documents end to end: `tokens` (T,), `lengths` of the documents (they sum to T), the positions that are trained,
+    `rows` (N,), and what each of them should predict, `targets` (N,)."""
 
     tokens: torch.Tensor
     lengths: list[int]
+    rows: torch.Tensor
     targets: torch.Tensor
-
-    @property
-    def trained(self) -> torch.Tensor:
-        """Positions that are trained, (T,) bool."""
-        return self.targets != IGNORE
 
 
 def lay_out(examples: Sequence[Example], device="cpu") -> Batch:
     """The shift happens here and only here: position t predicts token t + 1. A last token predicts nothing: it is left
     out."""
-    tokens, targets = [], []
+    tokens, rows, targets = [], [], []
     for example in examples:
+        trained = [t for t in range(len(example.tokens) - 1) if example.trained[t + 1]]
+        rows += [len(tokens) + t for t in trained]
+        targets += [example.tokens[t + 1] for t in trained]
         tokens += example.tokens[:-1]
-        answers = zip(example.tokens[1:], example.trained[1:], strict=True)
-        targets += [token if trained else IGNORE for token, trained in answers]
     lengths = [len(example.tokens) - 1 for example in examples]
-    return Batch(torch.tensor(tokens, device=device), lengths, torch.tensor(targets, device=device))
+    return Batch(_ids(tokens, device), lengths, _ids(rows, device), _ids(targets, device))
+
+
+def _ids(values: list[int], device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)
 
 
 def nothing(device="cpu") -> Batch:
     """One dead token, nothing trained: for a process that has no examples but must take part."""
-    return Batch(torch.zeros(1, dtype=torch.long, device=device), [1], torch.full((1,), IGNORE, device=device))
+    return Batch(_ids([0], device), [1], _ids([], device), _ids([], device))
 
 
 def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu") -> list[Batch]:
