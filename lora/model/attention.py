@@ -4,17 +4,58 @@ Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245):
 h // (H / KV). No padding exists in training, so there is no mask but the causal one inside each document.
 """
 
+from functools import cache, partial
+from inspect import signature
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
+
+from lora.device import upload
 
 # Up to this length the explicit T × T form is faster on a CPU than the blocked kernel; beyond, its T² memory hurts.
 SHORT = 512
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Documents of `lengths` end to end: q (T, H, d), k and v (T, KV, d) -> (T, H, d). Nobody sees another document."""
+class Documents(NamedTuple):
+    """How documents lie end to end. `starts` (N + 1,) int32 says where each begins and the last one ends, on a device
+    whose kernel takes all of them at once; None where they are taken one after another."""
+
+    lengths: list[int]
+    starts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device, dtype: torch.dtype, head_dim: int) -> "Documents":
+        """Made once for all layers."""
+        if not at_once(device, dtype, head_dim):
+            return cls(lengths)
+        return cls(lengths, upload([0, *accumulate(lengths)], device, torch.int32))
+
+
+def at_once(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Can FlashAttention's kernel (Dao 2023, https://arxiv.org/abs/2307.08691) be used? It wants an Ampere GPU."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Documents end to end: q (T, H, d), k and v (T, KV, d) -> (T, H, d). Nobody sees another document."""
+    lengths, starts = documents
+    if starts is not None:
+        return causal_varlen()(q, k, v, starts, starts, max(lengths), max(lengths))
     parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     return torch.cat([one_document(*part) for part in parts])
+
+
+@cache
+def causal_varlen():
+    """PyTorch's `varlen_attn`, each query seeing any number of keys to its left and none to its right."""
+    from torch.nn.attention.varlen import varlen_attn  # there is no need of it on a CPU
+
+    # the kernel has always grouped heads; since 2.12 the function before it wants to be told, 2.11 has no such argument
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
 def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,15 @@ RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.0986
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora.model.attention import Cache, attend
+from lora.device import upload
+from lora.model.attention import Cache, Documents, attend
 from lora.model.config import ModelConfig
 from lora.model.linear import together
 
@@ -65,6 +67,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
+    """What lies before and after attention itself, which knows of documents and caches."""
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
@@ -74,12 +78,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
 
-    def forward(self, x, cos, sin, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
+    def heads(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (T, D) -> queries (T, H, d), keys and values (T, KV, d)."""
         T, d = x.shape[0], self.head_dim
-        q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))  # (T, heads, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attend(q, k, v, lengths) if cache is None else cache.attend(self.index, q, k, v, lengths)  # (T, H, d)
-        return self.o_proj(y.reshape(T, -1))
+        q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -91,10 +94,25 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = together(x, [self.gate_proj, self.up_proj])
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(rather_again(swiglu, gate, up))
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def rather_again(function: Callable, *arguments) -> torch.Tensor:
+    """In compiled code the result is not kept for the backward pass: to form it again costs no pass over memory."""
+    if not torch.compiler.is_compiling():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False)
 
 
 class Block(nn.Module):
+    """Attention stands between two halves that know nothing of documents: those can be compiled, for one T."""
+
+    compiled: tuple[Callable, Callable] | None = None
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -102,9 +120,23 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, lengths, cache=None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def before(self, x, cos, sin):
+        """x (T, D) -> q, k, v of `Attention.heads`."""
+        return self.self_attn.heads(rather_again(self.input_layernorm, x), cos, sin)
+
+    def after(self, x, y):
+        """x (T, D) and what attention found (T, H·d) -> (T, D)."""
+        x = x + self.self_attn.o_proj(y)
+        return x + self.mlp(rather_again(self.post_attention_layernorm, x))
+
+    def forward(self, x, cos, sin, documents: Documents, cache: Cache | None = None) -> torch.Tensor:
+        before, after = self.compiled if self.compiled and torch.is_grad_enabled() else (self.before, self.after)
+        q, k, v = before(x, cos, sin)
+        if cache is None:
+            y = attend(q, k, v, documents)  # (T, H, d)
+        else:
+            y = cache.attend(self.self_attn.index, q, k, v, documents.lengths)
+        return after(x, y.flatten(1))
 
 
 class Trunk(nn.Module):
@@ -129,7 +161,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.checkpoint_activations = config, False
+        self.config, self.checkpoint_activations, self.compiled = config, False, False
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -156,17 +188,34 @@ class Model(nn.Module):
         if positions is None:
             starts = cache.lengths if cache else [0] * len(lengths)
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+            positions = upload(positions, tokens.device)
         cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
         x = self.model.embed_tokens(tokens)  # (T, D)
-        again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        if cache:
+            documents, learning = Documents(lengths), False
+        else:
+            documents = Documents.of(lengths, tokens.device, self.dtype, self.config.head_dim)
+            learning = torch.is_grad_enabled()
+        if self.compiled and learning:
+            x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
+        again = self.checkpoint_activations and learning
         for block in self.model.layers:
             if again:
-                x = checkpoint(block, x, cos, sin, lengths, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, documents, use_reentrant=False)
             else:
-                x = block(x, cos, sin, lengths, cache)
+                x = block(x, cos, sin, documents, cache)
         if cache:
             cache.advance(lengths)
         return self.model.norm(x)
+
+    def compile_blocks(self, **options) -> None:
+        """From now on training runs compiled blocks, by `torch.compile` with `options`: once for all blocks that are
+        patched alike, in the first step with `T` tokens a micro-batch, and once more in the first with another number.
+        """
+        self.compiled = True
+        for block in self.model.layers:
+            halves = (torch.compile(half, fullgraph=True, **options) for half in (block.before, block.after))
+            block.compiled = tuple(halves)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) -> logits (T, V)."""
