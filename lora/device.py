@@ -54,9 +54,8 @@ def check_compiler(device: torch.device) -> None:
         default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         language, names = "C++", [os.environ.get("CXX") or default]
     if not any(map(shutil.which, names)):
-        raise BadEnvironment(
-            f"no {language} compiler in this environment: --compile calls {names[0]}. Install it, or leave out --compile"
-        )
+        fix = "Install it, or leave out --compile"
+        raise BadEnvironment(f"no {language} compiler in this environment: --compile calls {names[0]}. {fix}")
 
 
 def upload(values, device: torch.device | str, dtype: torch.dtype = torch.long) -> torch.Tensor:
