@@ -142,7 +142,6 @@ def test_compiled_with_what_else_there_is(graphs, way):
 
 def test_what_is_cheap_to_form_again_is_not_kept(graphs):
     """A graph marks it: the two norms, and the product of gate and up."""
-    compiled(patched(tiny_model()).train(), graphs)
     model = compiled(patched(tiny_model()).train(), graphs)
     loss_and_gradients(model, batch.micro_batches(STEP, 64, fill=True))
     marked = [sum("checkpoint" in str(node.target) for node in graph.graph.nodes) for graph in graphs]

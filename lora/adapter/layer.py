@@ -72,8 +72,9 @@ class LoRALinear(nn.Module):
     @staticmethod
     def together(x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
         """Several layers of one input, x (..., in), in one autograd node: q/k/v, gate/up, or one alone."""
-        fast = all(layer.adapting and not (layer.training and layer.dropout) for layer in layers)
-        if fast and not torch.compiler.is_compiling():  # a compiler makes its own of the formula, without in-place sums
+        if torch.compiler.is_compiling():  # it makes its own of the formula; of in-place sums it would make copies
+            return tuple(layer.plain(x) for layer in layers)
+        if all(layer.adapting and not (layer.training and layer.dropout) for layer in layers):
             weights = [w for layer in layers for w in (layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B)]
             return _LoRAProducts.apply(x, [layer.scaling for layer in layers], *weights)
         return tuple(layer.plain(x) for layer in layers)
@@ -83,8 +84,8 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.base.bias)
         if not self.adapting:
             return y
-        down = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
-        return y + (self.scaling * down) @ self.lora_B.to(x.dtype).T
+        branch = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
+        return y + (self.scaling * branch) @ self.lora_B.to(x.dtype).T
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}, enabled={self.enabled}"

@@ -191,14 +191,10 @@ class Model(nn.Module):
             positions = upload(positions, tokens.device)
         cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
         x = self.model.embed_tokens(tokens)  # (T, D)
-        if cache:
-            documents, learning = Documents(lengths), False
-        else:
-            documents = Documents.of(lengths, tokens.device, self.dtype, self.config.head_dim)
-            learning = torch.is_grad_enabled()
-        if self.compiled and learning:
+        documents = Documents(lengths) if cache else Documents.of(lengths, x.device, x.dtype, self.config.head_dim)
+        if self.compiled and not cache and torch.is_grad_enabled():
             x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
-        again = self.checkpoint_activations and learning
+        again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.model.layers:
             if again:
                 x = checkpoint(block, x, cos, sin, documents, use_reentrant=False)
