@@ -50,7 +50,7 @@ def compiled(model, graphs):
         graphs.append(graph)
         return graph.forward
 
-    model.compile_blocks(backend=backend)
+    model.compile_blocks(backend=backend, fullgraph=True)
     return model
 
 

@@ -102,7 +102,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def rather_again(function: Callable, *arguments) -> torch.Tensor:
-    """In compiled code the result is not kept for the backward pass: to form it again costs no pass over memory."""
+    """In compiled code the result is not kept for the backward pass, but formed again: it is cheap, and wide."""
     if not torch.compiler.is_compiling():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)
@@ -210,8 +210,7 @@ class Model(nn.Module):
         """
         self.compiled = True
         for block in self.model.layers:
-            halves = (torch.compile(half, fullgraph=True, **options) for half in (block.before, block.after))
-            block.compiled = tuple(halves)
+            block.compiled = tuple(torch.compile(half, **options) for half in (block.before, block.after))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) -> logits (T, V)."""
