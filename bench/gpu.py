@@ -266,6 +266,7 @@ def work(told: dict) -> dict:
             if not fits:  # what the error held on to is free by now
                 side.model.zero_grad()
                 torch.cuda.empty_cache()
+                torch.compiler.reset()  # what is compiled next has one length, too
                 budget, begin = budget // 2, time.perf_counter()
         if cuda:
             torch.cuda.synchronize()
@@ -350,6 +351,7 @@ def measure(name: str, config: dict, workload, chosen, keep) -> dict:
     work_done = [flops(config, step) for step in steps]
     tokens, trained = [sum(len(e.tokens) for e in step) for step in steps], [trained_in(step) for step in steps]
     rate = matmul_rate(chosen.device, getattr(torch, same["dtype"]), 256 if chosen.smoke else 8192)
+    torch.cuda.empty_cache()  # the children need it
     result = {
         "matmul TFLOP/s": rate / 1e12, "peak TFLOP/s": chosen.peak and chosen.peak / 1e12,
         "tokens": tokens[WARM_UP:], "trained": trained[WARM_UP:],
@@ -428,7 +430,7 @@ def main(argv=None) -> None:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a process, at the most")
-    parser.add_argument("--timed", type=float, default=15.0, help="seconds of timed steps, at the most")
+    parser.add_argument("--timed", type=float, default=8.0, help="seconds of timed steps, at the most")
     parser.add_argument("--rounds", type=int, default=2, choices=(1, 2), help="processes a side")
     parser.add_argument("--seconds", type=float, default=540.0, help="for one shape and workload")
     parser.add_argument("--out", type=Path, help=f"file of results; {RESULT.relative_to(ROOT)} without it")
