@@ -48,7 +48,10 @@ def story(argv) -> int:
     if s.resume is not None:
         s, resumed = resume(s, argv, __doc__, Path(s.resume or latest(s)))
     check(s)
-    with ranks.team(machine.choose_device(s.device)) as team:  # one process, unless torchrun started more
+    device = machine.choose_device(s.device)
+    if s.compile:
+        machine.check_compiler(device)
+    with ranks.team(device) as team:  # one process, unless torchrun started more
         return story_of(team, s, resumed)
 
 
@@ -88,6 +91,9 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
             if resumed or s.init_adapter:
                 store.restore(model, resumed.path if resumed else s.init_adapter)
             model.checkpoint_activations = s.checkpoint_activations
+            if s.compile:
+                model.compile_blocks()
+                say("compile  the first step takes a minute or two longer")
             return train(model, plan, s, out, team, resumed)
 
 
@@ -95,6 +101,8 @@ def check(s) -> None:
     problems = []
     if s.resume is not None and s.overwrite:
         problems.append("contradiction in the command line: --resume and --overwrite. Give one of them")
+    if s.compile and s.fsdp:
+        problems.append("contradiction in the command line: --compile and --fsdp. Leave out one of them")
     if s.patience and not (s.eval_data or s.eval_fraction):
         problems.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
     if problems:
@@ -108,7 +116,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
         """Of this process's share of a step."""
 
         def cut(part: list[int]) -> list[batch.Batch]:
-            return batch.micro_batches([plan.examples[i] for i in part], s.micro_tokens, team.device)
+            return batch.micro_batches([plan.examples[i] for i in part], s.micro_tokens, team.device, fill=s.compile)
 
         if not s.fsdp:
             return cut(team.share(indices, lengths))

@@ -119,7 +119,7 @@ def test_nothing_is_recomputed_without_gradients_or_with_a_cache(monkeypatch):
 
 
 def test_the_limits_of_attention_are_the_models():
-    assert (memory.QUERIES, memory.WEIGHTS["cpu"]) == (attention._Documents.ROWS, attention._Documents.KEPT)
+    assert (memory.QUERIES, memory.WEIGHTS["cpu"]) == (attention._Causal.ROWS, attention._Causal.KEPT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,7 +145,7 @@ def test_blocks_before_the_first_target_keep_nothing():
 
 def test_long_documents_keep_no_square(monkeypatch):
     monkeypatch.setitem(memory.WEIGHTS, "cpu", 1000)
-    monkeypatch.setattr(attention._Documents, "KEPT", 1000)
+    monkeypatch.setattr(attention._Causal, "KEPT", 1000)
     model = patched(tiny_model(torch.bfloat16, **SHAPES["llama"])).train()
     found = sum(memory.kept(model.config, list(lora_layers(model)), settings(dtype="bfloat16"), [150, 100]))
     assert abs(found / kept_bytes(model, [150, 100]) - 1) < 0.1

@@ -72,6 +72,8 @@ class LoRALinear(nn.Module):
     @staticmethod
     def together(x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
         """Several layers of one input, x (..., in), in one autograd node: q/k/v, gate/up, or one alone."""
+        if torch.compiler.is_compiling():  # it makes its own of the formula; of in-place sums it would make copies
+            return tuple(layer.plain(x) for layer in layers)
         if all(layer.adapting and not (layer.training and layer.dropout) for layer in layers):
             weights = [w for layer in layers for w in (layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B)]
             return _LoRAProducts.apply(x, [layer.scaling for layer in layers], *weights)
@@ -83,7 +85,7 @@ class LoRALinear(nn.Module):
         if not self.adapting:
             return y
         branch = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
-        return y + self.scaling * (branch @ self.lora_B.to(x.dtype).T)
+        return y + (self.scaling * branch) @ self.lora_B.to(x.dtype).T
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}, enabled={self.enabled}"
@@ -118,14 +120,14 @@ class _LoRAProducts(torch.autograd.Function):
     def backward(ctx, *gradients):
         rows, down, A, *weights = ctx.saved_tensors
         n = len(gradients)
-        d_rows, d_Bs, up = None, [], torch.empty_like(down)
-        parts = (tensor.split(ctx.ranks, 1) for tensor in (down, up))
-        for s, G, W, B, part, part_up in zip(ctx.scalings, gradients, weights[:n], weights[n:], *parts, strict=True):
+        d_rows, d_Bs, ups, parts = None, [], [], down.split(ctx.ranks, 1)
+        for s, G, W, B, part in zip(ctx.scalings, gradients, weights[:n], weights[n:], parts, strict=True):
             G = G.reshape(-1, G.shape[-1])  # (T, out)
-            part_up.copy_(G @ B)
+            ups.append(G @ B)
             d_Bs.append((part.T @ G).mul_(s).T)  # sooner done than Gᵀ part
             if ctx.needs_input_grad[0]:
                 d_rows = G @ W if d_rows is None else d_rows.addmm_(G, W)
+        up = torch.cat(ups, 1)  # (T, Σr)
         if d_rows is not None:
             d_rows = d_rows.addmm_(up, A).view(ctx.shape)
         d_As = (up.T @ rows).split(ctx.ranks)

@@ -5,7 +5,8 @@ h // (H / KV). No padding exists in training, so there is no mask but the causal
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from inspect import signature
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -13,16 +14,52 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora.device import upload
+
 # Up to this length the explicit T × T form is faster on a CPU than the blocked kernel; beyond, its T² memory hurts.
 SHORT = 512
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Documents of `lengths` end to end: q (T, H, d), k and v (T, KV, d) -> (T, H, d). Nobody sees another document."""
-    if q.device.type == "cpu":
-        return _Documents.apply(q, k, v, lengths)
+class Documents(NamedTuple):
+    """How documents lie end to end. `starts` (N + 1,) int32 says where each begins and the last one ends, on a device
+    whose kernel takes all of them at once; None where they are taken one after another."""
+
+    lengths: list[int]
+    starts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device, dtype: torch.dtype, head_dim: int) -> "Documents":
+        """Made once for all layers."""
+        if not at_once(device, dtype, head_dim):
+            return cls(lengths)
+        return cls(lengths, upload([0, *accumulate(lengths)], device, torch.int32))
+
+
+def at_once(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Can FlashAttention's kernel (Dao 2023, https://arxiv.org/abs/2307.08691) be used? It wants an Ampere GPU."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Documents end to end: q (T, H, d), k and v (T, KV, d) -> (T, H, d). Nobody sees another document."""
+    lengths, starts = documents
+    if q.device.type == "cpu" and starts is None:
+        return _Causal.apply(q, k, v, lengths)
+    if starts is not None:
+        return causal_varlen()(q, k, v, starts, starts, max(lengths), max(lengths))
     parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     return torch.cat([one_document(*part) for part in parts])
+
+
+@cache
+def causal_varlen():
+    """PyTorch's `varlen_attn`, each query seeing any number of keys to its left and none to its right."""
+    from torch.nn.attention.varlen import varlen_attn  # there is no need of it on a CPU
+
+    # the kernel has always grouped heads; since 2.12 the function before it wants to be told, 2.11 has no such argument
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
 def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -100,7 +137,7 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, n: int) -> torch.Tensor:
     return scores.softmax(-1)  # of bf16 too this is computed in float32 and rounded once
 
 
-class _Documents(torch.autograd.Function):
+class _Causal(torch.autograd.Function):
     """`explicit` for documents end to end, and its gradient in closed form; P the weights, g = ∂L/∂out:
 
         ∂v = Pᵀ g      ∂S = P (g vᵀ - rowsum(g out))      ∂q = ∂S k / √d      ∂k = ∂Sᵀ q / √d
@@ -114,7 +151,7 @@ class _Documents(torch.autograd.Function):
 
     @staticmethod
     def blocks(L: int) -> Iterator[tuple[int, int]]:
-        return ((start, min(start + _Documents.ROWS, L)) for start in range(0, L, _Documents.ROWS))
+        return ((start, min(start + _Causal.ROWS, L)) for start in range(0, L, _Causal.ROWS))
 
     @staticmethod
     def lay(group: _Group, KV: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -124,14 +161,14 @@ class _Documents(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths):
         (T, H, d), KV, kept = q.shape, k.shape[1], []
-        keep = sum(n * n for n in lengths) * H * q.element_size() <= _Documents.KEPT
+        keep = sum(n * n for n in lengths) * H * q.element_size() <= _Causal.KEPT
         out = q.new_empty(T + 1, H, d)
         nothing = q.new_zeros(1, H, d)
         q_, k_, v_ = (torch.cat((x, nothing[:, : x.shape[1]])) for x in (q * d**-0.5, k, v))
         for group in _groups(tuple(lengths)):
-            queries, keys, values = _Documents.lay(group, KV, q_, k_, v_)
+            queries, keys, values = _Causal.lay(group, KV, q_, k_, v_)
             keys, values, result = _stack(keys, KV), _stack(values, KV), torch.empty_like(queries)
-            for start, stop in _Documents.blocks(group.L):
+            for start, stop in _Causal.blocks(group.L):
                 P = _weights(_stack(queries[:, start:stop], KV), keys[:, :stop], stop - start)
                 result[:, start:stop] = _unstack(P @ values[:, :stop], group.B, stop - start)
                 if keep:
@@ -151,10 +188,10 @@ class _Documents(torch.autograd.Function):
         tensors = (q * d**-0.5, k, v, gradient, (gradient * out).sum(-1, keepdim=True))
         tensors = [torch.cat((x, nothing[:, : x.shape[1], : x.shape[2]])) for x in tensors]
         for group in _groups(tuple(ctx.lengths)):
-            queries, keys, values, g, sums = _Documents.lay(group, KV, *tensors)
+            queries, keys, values, g, sums = _Causal.lay(group, KV, *tensors)
             keys, values = _stack(keys, KV), _stack(values, KV)
             of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-            for start, stop in _Documents.blocks(group.L):
+            for start, stop in _Causal.blocks(group.L):
                 n = stop - start
                 Q, G, D = (_stack(x[:, start:stop], KV) for x in (queries, g, sums))
                 P = next(kept, None)

@@ -15,7 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora.model.attention import Cache, attend
+from lora.device import upload
+from lora.model.attention import Cache, Documents, attend
 from lora.model.config import ModelConfig
 from lora.model.linear import together
 
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., D) -> (..., D)"""
-        return _Normed.apply(x, self.weight, self.eps)
+        return self.plain(x) if torch.compiler.is_compiling() else _Normed.apply(x, self.weight, self.eps)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The formula as written; `forward` keeps less of it for the backward pass."""
@@ -112,6 +113,8 @@ def formed_again(product: torch.Tensor, form: Callable[[], torch.Tensor]):
 
 
 class Attention(nn.Module):
+    """What lies before and after attention itself, which knows of documents and caches."""
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
@@ -121,13 +124,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
 
-    def forward(self, x, cos, sin, lengths: list[int], cache: Cache | None = None, rows=None) -> torch.Tensor:
+    def heads(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (T, D) -> queries (T, H, d), keys and values (T, KV, d)."""
         T, d = x.shape[0], self.head_dim
-        q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))  # (T, heads, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attend(q, k, v, lengths) if cache is None else cache.attend(self.index, q, k, v, lengths)  # (T, H, d)
-        y = y.reshape(T, -1)
-        return self.o_proj(y if rows is None else y[rows])
+        q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -139,13 +140,30 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = together(x, [self.gate_proj, self.up_proj])
+        if torch.compiler.is_compiling():
+            return self.down_proj(rather_again(swiglu, gate, up))
         gate = F.silu(gate)
         product = gate * up
         with formed_again(product, lambda: gate * up):
             return self.down_proj(product)
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def rather_again(function: Callable, *arguments) -> torch.Tensor:
+    """In compiled code the result is not kept for the backward pass, but formed again: it is cheap, and wide."""
+    if not torch.compiler.is_compiling():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
 class Block(nn.Module):
+    """Attention stands between two halves that know nothing of documents: those can be compiled, for one T."""
+
+    compiled: tuple[Callable, Callable] | None = None
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -153,11 +171,25 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, lengths, cache=None, rows=None) -> torch.Tensor:
+    def before(self, x, cos, sin):
+        """x (T, D) -> q, k, v of `Attention.heads`."""
+        return self.self_attn.heads(rather_again(self.input_layernorm, x), cos, sin)
+
+    def after(self, x, y):
+        """x (T, D) and what attention found (T, H·d) -> (T, D)."""
+        x = x + self.self_attn.o_proj(y)
+        return x + self.mlp(rather_again(self.post_attention_layernorm, x))
+
+    def forward(self, x, cos, sin, documents: Documents, cache: Cache | None = None, rows=None) -> torch.Tensor:
         """x (T, D) -> (T, D), or of `rows` (N,) alone, (N, D): after attention no position needs another."""
-        y = self.self_attn(self.input_layernorm(x), cos, sin, lengths, cache, rows)
-        x = (x if rows is None else x[rows]) + y
-        return x + self.mlp(self.post_attention_layernorm(x))
+        before, after = self.compiled if self.compiled and torch.is_grad_enabled() else (self.before, self.after)
+        q, k, v = before(x, cos, sin)
+        if cache is None:
+            y = attend(q, k, v, documents)  # (T, H, d)
+        else:
+            y = cache.attend(self.self_attn.index, q, k, v, documents.lengths)
+        x, y = (x, y) if rows is None else (x[rows], y[rows])
+        return after(x, y.flatten(1))
 
 
 class Trunk(nn.Module):
@@ -182,7 +214,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.checkpoint_activations = config, False
+        self.config, self.checkpoint_activations, self.compiled = config, False, False
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -210,18 +242,31 @@ class Model(nn.Module):
         if positions is None:
             starts = cache.lengths if cache else [0] * len(lengths)
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+            positions = upload(positions, tokens.device)
         cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
         x = self.model.embed_tokens(tokens)  # (T, D)
+        documents = Documents(lengths) if cache else Documents.of(lengths, x.device, x.dtype, self.config.head_dim)
+        if self.compiled and not cache and torch.is_grad_enabled():
+            x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
         again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        early = not (self.compiled and torch.is_grad_enabled())  # what is compiled always sees as many positions
         for block in self.model.layers:
-            wanted = rows if block is self.model.layers[-1] else None
+            wanted = rows if early and block is self.model.layers[-1] else None
             if again:
-                x = checkpoint(block, x, cos, sin, lengths, None, wanted, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, documents, None, wanted, use_reentrant=False)
             else:
-                x = block(x, cos, sin, lengths, cache, wanted)
+                x = block(x, cos, sin, documents, cache, wanted)
         if cache:
             cache.advance(lengths)
-        return self.model.norm(x)
+        return self.model.norm(x if early or rows is None else x[rows])
+
+    def compile_blocks(self, **options) -> None:
+        """From now on training runs compiled blocks, by `torch.compile` with `options`: once for all blocks that are
+        patched alike, in the first step with `T` tokens a micro-batch, and once more in the first with another number.
+        """
+        self.compiled = True
+        for block in self.model.layers:
+            block.compiled = tuple(torch.compile(half, **options) for half in (block.before, block.after))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) -> logits (T, V)."""

@@ -92,7 +92,7 @@ def train_step(
     and whatever `reduce` raises."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, trained = accumulate(objective, batches, trained)
-    tokens = sum(len(batch.tokens) for batch in batches if len(batch.targets))  # others only keep step with other ranks
+    tokens = sum(len(batch.tokens) - batch.dead for batch in batches)
     loss, tokens = reduce(parameters, [loss, tokens])
     norm = clip(parameters, limit)
     if not (math.isfinite(loss) and math.isfinite(norm)):
