@@ -269,7 +269,7 @@ def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], 
     ordinary = []
     if adapter and not s.no_retention:
         ordinary, count, _ = retention_batches(chat, s.retention, most, s.micro_tokens, device)
-        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) for b in ordinary):,} tokens")
+        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.dead for b in ordinary):,} tokens")
     return Column(name, adapter, chat, examples, prompts, ordinary)
 
 

@@ -13,6 +13,8 @@ import torch
 
 from lora.errors import BadEnvironment, BadInput
 
+ROUND = 32  # on a CPU a product is compiled for every number of rows anew, and kept: better few numbers
+
 
 def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then MPS, then the CPU. Raises BadInput for a device that is not here."""

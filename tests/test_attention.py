@@ -4,13 +4,19 @@ There is no such kernel for a CPU, so plain versions of PyTorch's `varlen_attn` 
 had in 2.11 and those it has had since 2.12.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.attention.varlen as kernels
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from lora.model import attention
 from lora.model.attention import Documents, attend, explicit
 from tests.helpers import close, far, some_tokens, tiny_model
+from tests.test_config import CALM
 
 TOL = 1e-12
 LENGTHS = [5, 1, 12, 7]
@@ -127,3 +133,44 @@ def test_the_installed_kernel_takes_these_arguments():
 def test_the_kernel_is_used_where_it_is_one(monkeypatch, device, dtype, head_dim, capability, answer):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert attention.at_once(torch.device(device), dtype, head_dim) is answer
+
+
+# ---- a CPU: documents in rectangles, and the gradient in closed form ------------------------------------------------
+
+
+@hypothesis_settings(max_examples=60, **CALM)
+@given(
+    st.lists(st.integers(1, 70), min_size=1, max_size=7), st.sampled_from((16, 48, 1000)), st.sampled_from((0, 2**30))
+)
+def test_documents_in_rectangles_equal_each_alone_with_their_gradients(lengths, rows, kept):
+    tensors = some_heads(lengths)
+    with patch.object(attention._Causal, "ROWS", rows), patch.object(attention._Causal, "KEPT", kept):
+        got = with_gradients(lambda q, k, v: attend(q, k, v, Documents(lengths)), tensors)
+    for ours, wanted in zip(got, with_gradients(lambda *x: one_by_one(*x, lengths), tensors), strict=True):
+        assert close(ours, wanted, TOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_weights_are_formed_again_and_change_no_bit(dtype):
+    tensors = [x.detach().to(dtype).requires_grad_() for x in some_heads([40, 90])]
+    found, kept = [], []
+    for limit in (2**30, 0):
+        with patch.object(attention._Causal, "KEPT", limit):
+            kept.append(sum(x.numel() for x in attend(*tensors, Documents([40, 90])).grad_fn.saved_tensors))
+            found.append(with_gradients(lambda q, k, v: attend(q, k, v, Documents([40, 90])), tensors))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] == sum(x.numel() for x in tensors) + found[0][0].numel() < kept[0]
+
+
+def test_bfloat16_weights_have_no_error_but_their_rounding():
+    scores = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)).mul(4).bfloat16()
+    found, exact = scores.softmax(-1).double(), scores.double().softmax(-1)
+    assert ((found - exact).abs() / exact).max() < 2**-8.9  # half a unit in the last place, and a little
+
+
+def test_every_document_lies_in_one_rectangle_that_it_fills_to_four_fifths():
+    lengths = (60, 17, 200, 58, 190, 33, 1)
+    groups = attention._groups(lengths)
+    found = torch.cat([group.index for group in groups])
+    assert sorted(found[found < sum(lengths)].tolist()) == list(range(sum(lengths)))
+    assert [(group.B, group.L) for group in groups] == [(2, 208), (2, 64), (1, 48), (1, 32), (1, 16)]

@@ -465,7 +465,9 @@ EXAMPLES = st.lists(
 def documents_of(batch) -> list[tuple]:
     """(tokens, targets) of every document of a batch, a target -1 where nothing is trained."""
     targets = torch.full_like(batch.tokens, -1).index_copy(0, batch.rows, batch.targets)
-    parts = zip(batch.tokens.split(batch.lengths), targets.split(batch.lengths), strict=True)
+    lengths = [*batch.lengths[:-1], batch.lengths[-1] - batch.dead, batch.dead]
+    *parts, dead = zip(batch.tokens.split(lengths), targets.split(lengths), strict=True)
+    assert (dead[1] == -1).all()
     return [(tuple(tokens.tolist()), tuple(targets.tolist())) for tokens, targets in parts]
 
 
@@ -480,7 +482,8 @@ def test_micro_batches_keep_every_example_once_and_the_budget(examples, budget):
     assert Counter(document for batch in batches for document in documents_of(batch)) == expected
     for batch in batches:
         assert sum(batch.lengths) == len(batch.tokens) and len(batch.rows) == len(batch.targets)
-        assert len(batch.tokens) <= budget or len(batch.lengths) == 1  # a longer example is alone
+        assert len(batch.tokens) % 32 == 0 and batch.dead < 32
+        assert len(batch.tokens) - batch.dead <= budget or len(batch.lengths) == 1  # a longer example is alone
     for first, second in pairwise(batches):
         assert len(first.tokens) + second.lengths[0] > budget  # and no batch is opened without need
 

@@ -97,7 +97,7 @@ class _LoRAProducts(torch.autograd.Function):
         ∂B = s Gᵀ(x Aᵀ)      ∂A = (s G B)ᵀ x      ∂x = Σ G W + (s G B) A
 
     What autograd would do, with less memory traffic: products are added into their sum (`addmm_`), x is kept once for
-    all layers, whose A are stacked to one, s G B is formed once for ∂A and ∂x, and nothing is computed for the frozen W.
+    all layers, whose A are stacked, s G B is formed once for ∂A and ∂x, and nothing is computed for the frozen W.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ from math import ceil, floor
 
 import torch
 
-from lora.device import upload
+from lora.device import ROUND, upload
 from lora.model.chat import Example
 
 STEP = 256  # a filled micro-batch over its budget has a multiple of so many tokens
@@ -31,9 +31,9 @@ class Batch:
     dead: int = 0
 
 
-def lay_out(examples: Sequence[Example], device="cpu") -> Batch:
+def lay_out(examples: Sequence[Example], device="cpu", dead: int = 0) -> Batch:
     """The shift happens here and only here: position t predicts token t + 1. A last token predicts nothing: it is left
-    out."""
+    out. `dead` tokens more follow the last example, as if of it: what lies behind it changes nothing in it."""
     tokens, rows, targets = [], [], []
     for example in examples:
         trained = [t for t in range(len(example.tokens) - 1) if example.trained[t + 1]]
@@ -41,13 +41,20 @@ def lay_out(examples: Sequence[Example], device="cpu") -> Batch:
         targets += [example.tokens[t + 1] for t in trained]
         tokens += example.tokens[:-1]
     lengths = [len(example.tokens) - 1 for example in examples]
-    return Batch(upload(tokens, device), lengths, upload(rows, device), upload(targets, device))
+    lengths[-1] += dead
+    tokens += [0] * dead
+    return Batch(upload(tokens, device), lengths, upload(rows, device), upload(targets, device), dead)
+
+
+def size_of(examples: Sequence[Example]) -> int:
+    """Tokens of a batch of them."""
+    return sum(len(example.tokens) - 1 for example in examples)
 
 
 def filled(examples: Sequence[Example], size: int, device="cpu") -> Batch:
     """Laid out with one dead document at the end, nothing of it trained, so that there are `size` tokens, or where the
     examples have more, a multiple of STEP."""
-    used = sum(len(example.tokens) - 1 for example in examples)
+    used = size_of(examples)
     dead = size - used if used <= size else -used % STEP
     if not dead:
         return lay_out(examples, device)
@@ -63,7 +70,7 @@ def nothing(device="cpu") -> Batch:
 
 def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu", fill: bool = False) -> list[Batch]:
     """Cut a step into batches of at most `micro_tokens` tokens; a longer example has a batch of its own. To `fill` is
-    to make all of them that long."""
+    to make all of them that long; else they are rounded up."""
     batches, room = [], 0
     for example in sorted(examples, key=lambda e: len(e.tokens)):  # alike lengths together
         if len(example.tokens) - 1 > room or not batches:
@@ -71,7 +78,9 @@ def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu", 
             room = micro_tokens
         batches[-1].append(example)
         room -= len(example.tokens) - 1
-    return [filled(batch, micro_tokens, device) if fill else lay_out(batch, device) for batch in batches]
+    if fill:
+        return [filled(batch, micro_tokens, device) for batch in batches]
+    return [lay_out(batch, device, -size_of(batch) % ROUND) for batch in batches]
 
 
 def order(count: int, seed: int | str, epoch: int) -> list[int]:

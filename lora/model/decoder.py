@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora.device import upload
+from lora.device import ROUND, upload
 from lora.model.attention import Cache, Documents, attend
 from lora.model.config import ModelConfig
 from lora.model.linear import together
@@ -101,9 +101,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 @contextmanager
 def formed_again(product: torch.Tensor, form: Callable[[], torch.Tensor]):
     """Inside the block autograd does not keep `product` for the backward pass: it calls `form` there."""
+    place = product.data_ptr()
 
     def pack(kept: torch.Tensor):
-        return form if kept.data_ptr() == product.data_ptr() else kept
+        return form if kept.data_ptr() == place else kept
 
     def unpack(kept):
         return kept() if kept is form else kept
@@ -249,6 +250,8 @@ class Model(nn.Module):
         if self.compiled and not cache and torch.is_grad_enabled():
             x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
         again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        count = len(tokens) if rows is None else len(rows)
+        rows = rows if rows is None else F.pad(rows, (0, -count % ROUND))
         early = not (self.compiled and torch.is_grad_enabled())  # what is compiled always sees as many positions
         for block in self.model.layers:
             wanted = rows if early and block is self.model.layers[-1] else None
@@ -258,7 +261,7 @@ class Model(nn.Module):
                 x = block(x, cos, sin, documents, cache, wanted)
         if cache:
             cache.advance(lengths)
-        return self.model.norm(x if early or rows is None else x[rows])
+        return self.model.norm(x if early or rows is None else x[rows])[:count]
 
     def compile_blocks(self, **options) -> None:
         """From now on training runs compiled blocks, by `torch.compile` with `options`: once for all blocks that are
