@@ -12,7 +12,7 @@ quiet_imports(__name__)
 import hashlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from itertools import count, islice, takewhile
 from pathlib import Path
@@ -84,6 +84,7 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
                 from lora.model.shard import load_sharded as load_model  # it is slow to import
             else:
                 load_model = pretrained.load_model
+                machine.keep_memory(team.device)
             model = load_model(plan.base, getattr(torch, s.dtype), team.device)
             torch.manual_seed(s.seed)
             inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
@@ -111,10 +112,6 @@ def check(s) -> None:
 def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) -> int:
     """Step, evaluate and save by turns until a reason to end; then show what changed."""
 
-    def objective(b: batch.Batch) -> torch.Tensor:
-        hidden = model.trunk(b.tokens, b.lengths)  # (T, D)
-        return summed_loss(hidden[b.trained], model.head_weight, b.targets[b.trained])
-
     def micro_batches(indices: list[int]) -> list[batch.Batch]:
         """Of this process's share of a step."""
 
@@ -127,9 +124,9 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
             [cut(part) for part in ranks.shares(indices, lengths, team.size)], batch.nothing(team.device)
         )
 
+    objective, lengths = objective_of(model), plan.examples.lengths
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fused, lengths = team.device.type != "mps", plan.examples.lengths
-    optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=s.weight_decay, fused=fused)
+    optimizer = optimizer_of(parameters.values(), s, team.device)
     if resumed:
         state = resumed.state
         checkpoint.load_optimizer(resumed.path, optimizer, parameters)
@@ -214,6 +211,21 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
         if ended != FINISHED:
             say(f"ended    after step {state.step} of {plan.total}: {ended}")
     return 0
+
+
+def objective_of(model) -> Callable[[batch.Batch], torch.Tensor]:
+    """A batch's loss, summed over its trained tokens."""
+
+    def objective(b: batch.Batch) -> torch.Tensor:
+        hidden = model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
+        return summed_loss(hidden, model.head_weight, b.targets)
+
+    return objective
+
+
+def optimizer_of(parameters: Iterable[torch.Tensor], s, device: torch.device) -> torch.optim.Optimizer:
+    fused = device.type != "mps"
+    return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
 
 
 FINISHED = "all steps are done"

@@ -46,6 +46,18 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
 
 
+def keep_memory(device: torch.device) -> None:
+    """Let glibc keep what is freed, for training on a CPU; elsewhere nothing.
+
+    By itself it returns large blocks to the system, which hands the next ones out page by page, each filled with zeros
+    (mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD). The most memory at once stays the same.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, size in ((-1, 2**31 - 1), (-2, 64 * 2**20), (-3, 2**30)):
+            libc.mallopt(option, size)
+
+
 def check_compiler(device: torch.device) -> None:
     """Raises BadEnvironment where torch.compile would not find what it calls: a C++ compiler for a CPU, C for a GPU."""
     if device.type == "cuda":

@@ -13,38 +13,35 @@ from math import ceil, floor
 
 import torch
 
+from lora.device import upload
 from lora.model.chat import Example
 
-IGNORE = -100  # a target that is not trained
 STEP = 256  # a filled micro-batch over its budget has a multiple of so many tokens
 
 
 @dataclass
 class Batch:
-    """Documents end to end: `tokens` (T,), `lengths` of the documents (they sum to T), and what each position should
-    predict, `targets` (T,), IGNORE where nothing is trained. The last `dead` tokens are of no example."""
+    """Documents end to end: `tokens` (T,), `lengths` of the documents (they sum to T), the positions that are trained,
+    `rows` (N,), and what each of them should predict, `targets` (N,). The last `dead` tokens are of no example."""
 
     tokens: torch.Tensor
     lengths: list[int]
+    rows: torch.Tensor
     targets: torch.Tensor
     dead: int = 0
-
-    @property
-    def trained(self) -> torch.Tensor:
-        """Positions that are trained, (T,) bool."""
-        return self.targets != IGNORE
 
 
 def lay_out(examples: Sequence[Example], device="cpu") -> Batch:
     """The shift happens here and only here: position t predicts token t + 1. A last token predicts nothing: it is left
     out."""
-    tokens, targets = [], []
+    tokens, rows, targets = [], [], []
     for example in examples:
+        trained = [t for t in range(len(example.tokens) - 1) if example.trained[t + 1]]
+        rows += [len(tokens) + t for t in trained]
+        targets += [example.tokens[t + 1] for t in trained]
         tokens += example.tokens[:-1]
-        answers = zip(example.tokens[1:], example.trained[1:], strict=True)
-        targets += [token if trained else IGNORE for token, trained in answers]
     lengths = [len(example.tokens) - 1 for example in examples]
-    return Batch(torch.tensor(tokens, device=device), lengths, torch.tensor(targets, device=device))
+    return Batch(upload(tokens, device), lengths, upload(rows, device), upload(targets, device))
 
 
 def filled(examples: Sequence[Example], size: int, device="cpu") -> Batch:

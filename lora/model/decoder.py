@@ -6,9 +6,12 @@ RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.0986
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -30,9 +33,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., D) -> (..., D)"""
+        return self.plain(x) if torch.compiler.is_compiling() else _Normed.apply(x, self.weight, self.eps)
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The formula as written; `forward` keeps less of it for the backward pass."""
         y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)  # rounded before the weight, as the reference does
+
+
+class _Normed(torch.autograd.Function):
+    """n = x / RMS(x) and n w, with the gradient in closed form: ∂x = (g - n mean(g n)) / RMS(x) where g = w ∂L/∂(n w).
+
+    Kept is n in the dtype of x, where autograd would keep x and n in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.to(wide(x.dtype))
+        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        n = (y * scale).to(x.dtype)
+        ctx.save_for_backward(n, scale, weight)
+        return weight * n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        n, scale, weight = ctx.saved_tensors
+        d_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        g, n = (gradient * weight).to(scale.dtype), n.to(scale.dtype)
+        g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return g.to(weight.dtype), d_weight, None
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None) -> torch.Tensor:
@@ -66,6 +98,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
+@contextmanager
+def formed_again(product: torch.Tensor, form: Callable[[], torch.Tensor]):
+    """Inside the block autograd does not keep `product` for the backward pass: it calls `form` there."""
+
+    def pack(kept: torch.Tensor):
+        return form if kept.data_ptr() == product.data_ptr() else kept
+
+    def unpack(kept):
+        return kept() if kept is form else kept
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
 class Attention(nn.Module):
     """What lies before and after attention itself, which knows of documents and caches."""
 
@@ -94,7 +140,12 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = together(x, [self.gate_proj, self.up_proj])
-        return self.down_proj(rather_again(swiglu, gate, up))
+        if torch.compiler.is_compiling():
+            return self.down_proj(rather_again(swiglu, gate, up))
+        gate = F.silu(gate)
+        product = gate * up
+        with formed_again(product, lambda: gate * up):
+            return self.down_proj(product)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -129,13 +180,15 @@ class Block(nn.Module):
         x = x + self.self_attn.o_proj(y)
         return x + self.mlp(rather_again(self.post_attention_layernorm, x))
 
-    def forward(self, x, cos, sin, documents: Documents, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, x, cos, sin, documents: Documents, cache: Cache | None = None, rows=None) -> torch.Tensor:
+        """x (T, D) -> (T, D), or of `rows` (N,) alone, (N, D): after attention no position needs another."""
         before, after = self.compiled if self.compiled and torch.is_grad_enabled() else (self.before, self.after)
         q, k, v = before(x, cos, sin)
         if cache is None:
             y = attend(q, k, v, documents)  # (T, H, d)
         else:
             y = cache.attend(self.self_attn.index, q, k, v, documents.lengths)
+        x, y = (x, y) if rows is None else (x[rows], y[rows])
         return after(x, y.flatten(1))
 
 
@@ -179,10 +232,11 @@ class Model(nn.Module):
         """The vocabulary projection, (V, D): the embedding itself where it is tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None):
+    def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None, rows=None):
         """tokens (T,): documents of `lengths` end to end, or the next tokens of a cache's rows -> hidden states (T, D).
 
-        `positions` (T,) default to 0, 1, ... in each document, and go on where the cache stands.
+        `positions` (T,) default to 0, 1, ... in each document, and go on where the cache stands. Where only some
+        positions are wanted, `rows` (N,), the result is (N, D), and the last block leaves the others out.
         """
         lengths = lengths or [len(tokens)]
         if positions is None:
@@ -195,14 +249,16 @@ class Model(nn.Module):
         if self.compiled and not cache and torch.is_grad_enabled():
             x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
         again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        early = not (self.compiled and torch.is_grad_enabled())  # what is compiled always sees as many positions
         for block in self.model.layers:
+            wanted = rows if early and block is self.model.layers[-1] else None
             if again:
-                x = checkpoint(block, x, cos, sin, documents, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, documents, None, wanted, use_reentrant=False)
             else:
-                x = block(x, cos, sin, documents, cache)
+                x = block(x, cos, sin, documents, cache, wanted)
         if cache:
             cache.advance(lengths)
-        return self.model.norm(x)
+        return self.model.norm(x if early or rows is None else x[rows])
 
     def compile_blocks(self, **options) -> None:
         """From now on training runs compiled blocks, by `torch.compile` with `options`: once for all blocks that are

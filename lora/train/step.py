@@ -50,7 +50,7 @@ def accumulate(objective: Callable, batches: Sequence, trained: int | None = Non
     step, so every token weighs the same however the step is cut. Where these batches are only a part of the step,
     `trained` counts the tokens of all of it, and the loss is their part of the mean.
     """
-    trained = sum(int(batch.trained.sum()) for batch in batches) if trained is None else trained
+    trained = sum(len(batch.targets) for batch in batches) if trained is None else trained
     loss = 0.0
     for batch in batches:
         part = objective(batch) / trained
