@@ -72,8 +72,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=LR, weight_decay=0.0, fused=True)
 
     def objective(self, b) -> torch.Tensor:
-        hidden = self.model.trunk(b.tokens, b.lengths)
-        return summed_loss(hidden[b.trained], self.model.head_weight, b.targets[b.trained])
+        return summed_loss(self.model.trunk(b.tokens, b.lengths, rows=b.rows), self.model.head_weight, b.targets)
 
     def step(self, examples: list[Example], budget: int) -> tuple[float, float]:
         batches = micro_batches(examples, budget, self.job.device, fill=self.job.side == "compiled")
