@@ -1,0 +1,86 @@
+"""The machine that a benchmark runs on: its name, what it can do at most, and what a process takes of it."""
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def described() -> dict:
+    """CPU, cores, memory and versions, for the head of a file of results."""
+    model = re.search(r"model name\s*: (.*)", _read("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal: +(\d+) kB", _read("/proc/meminfo"))
+    versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
+    return {
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory GB": round(int(memory[1]) * 1024 / 1e9, 1) if memory else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:  # not Linux
+        return ""
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------------
+
+
+def matmul_rate(dtype: torch.dtype = torch.bfloat16, seconds: float = 0.5) -> float:
+    """FLOP/s of `F.linear` on 2,048 rows and a weight (1536, 576), over at least so many seconds."""
+    x, weight = torch.randn(2048, 576).to(dtype), torch.randn(1536, 576).to(dtype)
+    return 2 * x.shape[0] * weight.numel() * _rate(lambda: F.linear(x, weight), seconds)
+
+
+def read_rate(seconds: float = 0.5) -> float:
+    """Bytes/s at which the sum over 512 MB is formed, over at least so many seconds."""
+    numbers = torch.ones(2**27)  # float32
+    return numbers.nbytes * _rate(numbers.sum, seconds)
+
+
+def _rate(call: Callable, seconds: float) -> float:
+    """Calls per second, after a first one."""
+    call()
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        call()
+        count += 1
+    return count / spent
+
+
+# ---- this process ----------------------------------------------------------------------------------------------------
+
+
+def resident() -> int | None:
+    """Bytes of this process that are in memory now; None where the system does not say."""
+    return _of_status("VmRSS")
+
+
+def peak() -> int | None:
+    """Most bytes of this process so far. Not `ru_maxrss`: a child begins with its parent's."""
+    return _of_status("VmHWM")
+
+
+def _of_status(field: str) -> int | None:
+    found = re.search(rf"{field}:\s+(\d+) kB", _read("/proc/self/status"))
+    return int(found[1]) * 1024 if found else None
