@@ -38,11 +38,14 @@ RESULT = ROOT / "bench" / "results" / "train_speed.json"
 DEFAULTS = {setting.name: setting.default for setting in settings.TRAIN}
 MICRO = (1, 2, 4, 8)  # examples in a micro-batch that B1 chooses from
 WARM_UP, GRID_STEPS, MOST_DRIFT = 3, 3, 0.05
-BOUNDS = {"float32": {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-5}, "bfloat16": {"loss": 1e-2, "1 - cosine": 1e-3}}
+# in bfloat16 the gradients of B0 and B1 have a cosine of 0.999 as a whole, and 0.991 for the tensor that differs most:
+# nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike
+BOUNDS = {"float32": {"loss": 1e-5, "norm": 1e-5, "worst tensor": 1e-5},
+          "bfloat16": {"loss": 1e-2, "norm": 1e-2, "1 - cosine": 2e-3, "its worst tensor": 2e-2}}  # fmt: skip
 
 
 def workload(what, low, high, trained, examples, steps, sides=("ours", "B0", "B1"), goals=None):
-    """Lengths, the share that is trained, examples a step, timed steps; goals by name."""
+    """Lengths, the share that is trained, examples a step, timed steps a process; goals by name."""
     return SimpleNamespace(**locals())
 
 
@@ -88,6 +91,7 @@ class Bench:
 
     def __init__(self, folder: Path, threads: int, smoke: bool):
         self.folder, self.threads, self.count = folder, threads, 0
+        self.probe_seconds = 0.02 if smoke else 0.5
         self.base = folder / "base" if smoke else download.default_model()
         if smoke:
             self.base.mkdir()
@@ -95,6 +99,9 @@ class Bench:
         tokenizer = pretrained.load_chat(pretrained.find(str(self.base))).tokenizer
         self.text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
         start_adapter(self.base, folder / "adapter")
+
+    def probe(self) -> float:
+        return machine.matmul_rate(seconds=self.probe_seconds)
 
     def job(self, side: str, **more) -> dict:
         """What a process is told."""
@@ -107,7 +114,7 @@ class Bench:
         """One process, a matmul probe before and after it."""
         self.count += 1
         told, answer, gradients = (self.folder / f"{self.count}.{name}" for name in ("job", "result", "safetensors"))
-        job, before = self.job(side, gradients=str(gradients), **more), machine.matmul_rate()
+        job, before = self.job(side, gradients=str(gradients), **more), self.probe()
         files.write_json(told, job | {"started": time.time()})
         quiet = {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, str(ROOT / "bench" / "train_sides.py"), str(told), str(answer)]
@@ -116,7 +123,7 @@ class Bench:
         )
         if done.returncode:
             raise SystemExit(f"{side} ended with {done.returncode}\n{done.stderr}")
-        result = files.read_json(answer) | {"probe": [before, machine.matmul_rate()]}
+        result = files.read_json(answer) | {"probe": [before, self.probe()]}
         result["drift"] = result["probe"][1] / before - 1
         result["gradients"] = load_file(gradients)
         return result
@@ -126,27 +133,36 @@ class Bench:
 
 
 def parity(ours: dict, peer: dict) -> dict[str, float]:
-    """Of two runs: losses of all steps, the gradient of the first, as a whole and by the tensor that differs most."""
+    """Of two runs: losses of all steps; the gradient of the first, its norm, the relative error of the tensor that
+    differs most, 1 - cosine of all of it and of the worst tensor."""
     rows = list(zip(ours["rows"], peer["rows"], strict=True))
-    found = {"loss": max(abs(a["loss"] / b["loss"] - 1) for a, b in rows)}
-    found["norm"] = abs(rows[0][0]["norm"] / rows[0][1]["norm"] - 1)
     pairs = [(ours["gradients"][name].double(), theirs.double()) for name, theirs in peer["gradients"].items()]
-    found["gradient"] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
-    found["1 - cosine"] = max(1 - ((a * b).sum() / (a.norm() * b.norm())).item() for a, b in pairs)
-    return found
+    whole = [torch.cat([tensor.flatten() for tensor in side]) for side in zip(*pairs, strict=True)]
+
+    def apart(a, b) -> float:
+        return 1 - ((a * b).sum() / (a.norm() * b.norm())).item()
+
+    return {
+        "loss": max(abs(a["loss"] / b["loss"] - 1) for a, b in rows),
+        "norm": abs(rows[0][0]["norm"] / rows[0][1]["norm"] - 1),
+        "worst tensor": max(((a - b).norm() / b.norm()).item() for a, b in pairs),
+        "1 - cosine": apart(*whole),
+        "its worst tensor": max(apart(a, b) for a, b in pairs),
+    }
 
 
 def agree(what: str, dtype: str, runs: dict[str, dict]) -> list[dict]:
-    """Print the parity of every peer; SystemExit where one is out of bounds."""
-    found = [{"what": what, "dtype": dtype, "peer": side, **parity(runs["ours"], run)}
-             for side, run in runs.items() if side != "ours"]  # fmt: skip
+    """Print the parity of ours with both peers, and of the peers; SystemExit where ours and one are out of bounds."""
+    pairs = [("ours", "B0"), ("ours", "B1"), ("B0", "B1")]
+    found = [{"what": what, "dtype": dtype, "sides": pair, **parity(*(runs[side] for side in pair))} for pair in pairs]
     for row in found:
-        numbers = ", ".join(f"{name} {row[name]:.1e}" for name in ("loss", "norm", "gradient", "1 - cosine"))
-        print(f"parity    {what} in {dtype}, {row['peer']}: {numbers}", flush=True)
-    for row in found:
+        numbers = ", ".join(f"{name} {value:.1e}" for name, value in list(row.items())[3:])
+        print(f"parity    {what} in {dtype}, {' and '.join(row['sides'])}: {numbers}", flush=True)
+    for row in found[:2]:
         for name, bound in BOUNDS[dtype].items():
             if not row[name] < bound:
-                raise SystemExit(f"void: {what} in {dtype}, {row['peer']}: {name} {row[name]:.1e}, bound {bound:g}")
+                sides = " and ".join(row["sides"])
+                raise SystemExit(f"void: {what} in {dtype}, {sides}: {name} {row[name]:.1e}, bound {bound:g}")
     return found
 
 
@@ -169,7 +185,7 @@ def measure(name: str, shape, bench: Bench, rounds: int) -> dict:
             seconds = median(row["seconds"] for row in run["rows"][warm:])
             print(f"run       {name}: {side}, {seconds:.2f} s a step, drift {run['drift']:+.1%}", flush=True)
             runs[side].append(run)
-        if number == 0:
+        if number == 0 and len(runs) > 1:
             found = agree(name, "bfloat16", {side: run[0] for side, run in runs.items()})
     for run in (run for side in runs.values() for run in side):
         del run["gradients"]
