@@ -36,7 +36,6 @@ from lora.model import download, pretrained  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "train_speed.json"
 DEFAULTS = {setting.name: setting.default for setting in settings.TRAIN}
-MICRO = (1, 2, 4, 8)  # examples in a micro-batch that B1 chooses from
 GRID_STEPS, MOST_DRIFT = 3, 0.05
 # in bfloat16 the gradients of B0 and B1 have a cosine of 0.999 as a whole, and 0.991 for the tensor that differs most:
 # nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike
@@ -44,8 +43,11 @@ BOUNDS = {"float32": {"loss": 1e-5, "norm": 1e-5, "worst tensor": 1e-5},
           "bfloat16": {"loss": 1e-2, "norm": 1e-2, "1 - cosine": 2e-3, "its worst tensor": 2e-2}}  # fmt: skip
 
 
-def workload(what, low, high, trained, examples, steps, warm=3, sides=("ours", "B0", "B1"), goals=None):
-    """Lengths, the share that is trained, examples a step, a process's timed steps and those before; goals by name."""
+def workload(
+    what, low, high, trained, examples, steps, warm=3, sides=("ours", "B0", "B1"), micro=(1, 2, 4, 8), goals=None
+):
+    """Lengths, the share that is trained, examples a step, a process's timed steps and those before, examples in a
+    micro-batch that B1 chooses from, goals by name."""
     return SimpleNamespace(**locals())
 
 
@@ -172,7 +174,7 @@ def agree(what: str, dtype: str, runs: dict[str, dict]) -> list[dict]:
 def measure(name: str, shape, bench: Bench, rounds: int) -> dict:
     warm, steps = shape.warm, make_steps(shape, bench.text, shape.warm + shape.steps, name)
     best, grid = {"ours": 0, "B0": shape.examples, "B1": 1}, {}
-    for micro in [micro for micro in MICRO if 1 < shape.examples >= micro and "B1" in shape.sides]:
+    for micro in [micro for micro in shape.micro if 1 < shape.examples >= micro and "B1" in shape.sides]:
         rows = bench.child("B1", steps=steps[:GRID_STEPS], micro=micro)["rows"][1:]
         grid[micro] = sum(row["seconds"] for row in rows)
         print(f"grid      {name}: B1 with {micro} a micro-batch {grid[micro]:.1f} s", flush=True)
@@ -276,7 +278,8 @@ def main(argv=None) -> None:
             shape = SimpleNamespace(**vars(WORKLOADS[name]))
             shape.steps = chosen.steps or shape.steps
             if chosen.smoke:
-                shape.low, shape.high, shape.examples, shape.steps = shape.low // 20, shape.high // 20, 2, 2
+                shape.low, shape.high, shape.micro = shape.low // 20, shape.high // 20, (2,)
+                shape.examples, shape.warm, shape.steps = min(2, shape.examples), 1, 2
             result = head | {"float32": in_float32} | measure(name, shape, bench, chosen.rounds)
             show(name, shape, result)
             if not chosen.smoke or chosen.out != RESULT:

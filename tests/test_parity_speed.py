@@ -28,17 +28,16 @@ def test_the_benchmark_runs_and_says_what_was_reached(tmp_path, capsys):
         side: [(row["tokens"], row["trained"]) for row in run["rows"]]
         for side, [run] in results["short"]["runs"].items()
     }
-    assert seen["ours"] == seen["B0"] == seen["B1"] and len(seen["ours"]) == 5
+    assert seen["ours"] == seen["B0"] == seen["B1"] and len(seen["ours"]) == 3
 
 
-@pytest.mark.parametrize("side", ["B0", "B1"])
-def test_a_side_that_computes_something_else_voids_the_speed(side, tmp_path, capsys, monkeypatch):
+def test_a_side_that_computes_something_else_voids_the_speed(tmp_path, capsys, monkeypatch):
     job = train_speed.Bench.job
 
     def wrong(self, of, **more):
-        return job(self, of, **more) | ({"alpha": 33.0} if of == side else {})
+        return job(self, of, **more) | ({"alpha": 33.0} if of == "B1" else {})
 
     monkeypatch.setattr(train_speed.Bench, "job", wrong)
-    with pytest.raises(SystemExit, match=f"void: small in float32, ours and {side}: (loss|norm|worst tensor) "):
+    with pytest.raises(SystemExit, match=r"void: small in float32, ours and B1: (loss|norm|worst tensor) "):
         train_speed.main(["--smoke", "--out", str(tmp_path / "speed.json")])
     assert "tokens/s" not in capsys.readouterr().out and not list(tmp_path.iterdir())
