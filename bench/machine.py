@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lora import device  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -71,16 +77,16 @@ def _rate(call: Callable, seconds: float) -> float:
 # ---- this process ----------------------------------------------------------------------------------------------------
 
 
-def resident() -> int | None:
-    """Bytes of this process that are in memory now; None where the system does not say."""
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not say."""
     return _of_status("VmRSS")
 
 
-def peak() -> int | None:
-    """Most bytes of this process so far. Not `ru_maxrss`: a child begins with its parent's."""
-    return _of_status("VmHWM")
+def peak() -> int:
+    """Most bytes of this process so far. Where Linux counts them, not `ru_maxrss`: a child begins with its parent's."""
+    return _of_status("VmHWM") or device.peak_memory(torch.device("cpu"))
 
 
-def _of_status(field: str) -> int | None:
+def _of_status(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", _read("/proc/self/status"))
-    return int(found[1]) * 1024 if found else None
+    return int(found[1]) * 1024 if found else 0

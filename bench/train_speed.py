@@ -144,12 +144,15 @@ def parity(ours: dict, peer: dict) -> dict[str, float]:
     def apart(a, b) -> float:
         return 1 - ((a * b).sum() / (a.norm() * b.norm())).item()
 
+    def worst(values) -> float:
+        return torch.tensor(list(values)).max().item()  # unlike Python's max, NaN where one is
+
     return {
-        "loss": max(abs(a["loss"] / b["loss"] - 1) for a, b in rows),
+        "loss": worst(abs(a["loss"] / b["loss"] - 1) for a, b in rows),
         "norm": abs(rows[0][0]["norm"] / rows[0][1]["norm"] - 1),
-        "worst tensor": max(((a - b).norm() / b.norm()).item() for a, b in pairs),
+        "worst tensor": worst(((a - b).norm() / b.norm()).item() for a, b in pairs),
         "1 - cosine": apart(*whole),
-        "its worst tensor": max(apart(a, b) for a, b in pairs),
+        "its worst tensor": worst(apart(a, b) for a, b in pairs),
     }
 
 

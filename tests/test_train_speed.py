@@ -23,6 +23,12 @@ def other_tensor(run: dict, share: float) -> dict:
     return run
 
 
+def later(run: dict, **changed) -> dict:
+    """With another second step."""
+    run["rows"][1] |= changed
+    return run
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounding_is_no_difference(dtype, capsys):
     train_speed.agree("rows", dtype, {"ours": seen(dtype), "B0": seen(dtype, noisy=1), "B1": seen(dtype, noisy=1)})
@@ -40,6 +46,7 @@ def test_rounding_is_no_difference(dtype, capsys):
         ("bfloat16", "norm", seen(norm=1.03)),
         ("bfloat16", "1 - cosine", other_tensor(seen(), 0.5)),
         ("bfloat16", "loss", seen(loss=float("nan"))),
+        ("float32", "loss", later(seen("float32"), loss=float("nan"))),
     ],
 )
 def test_more_than_rounding_voids_the_speed(side, dtype, what, peer):
