@@ -53,14 +53,14 @@ def workload(
 
 WORKLOADS = {
     "short": workload(
-        "chats", 50, 300, (0.3, 0.5), 8, 12,
+        "chats", 50, 300, (0.3, 0.5), 8, 8,
         goals={"B0": (">=", 2.5), "B1": (">=", 1.8), "matmuls": ("<=", 1.35), "memory": ("<=", 0.4)},
     ),
     "long": workload(
-        "worked answers", 600, 1500, (0.8, 0.9), 4, 4,
+        "worked answers", 600, 1500, (0.8, 0.9), 4, 3, warm=2,
         goals={"B0": (">=", 2.2), "B1": (">=", 1.6), "matmuls": ("<=", 1.35)},
     ),
-    "full": workload("documents", 2048, 2048, (1, 1), 1, 3, goals={"matmuls": ("<=", 1.35)}),
+    "full": workload("documents", 2048, 2048, (1, 1), 1, 2, warm=2, goals={"matmuls": ("<=", 1.35)}),
     "document": workload("document", 8192, 8192, (1, 1), 1, 1, warm=1, sides=("ours",), goals={"peak GB": ("<=", 6)}),
 }  # fmt: skip
 
@@ -180,7 +180,7 @@ def measure(name: str, shape, bench: Bench, rounds: int) -> dict:
     for micro in [micro for micro in shape.micro if 1 < shape.examples >= micro and "B1" in shape.sides]:
         rows = bench.child("B1", steps=steps[:GRID_STEPS], micro=micro)["rows"][1:]
         grid[micro] = sum(row["seconds"] for row in rows)
-        print(f"grid      {name}: B1 with {micro} a micro-batch {grid[micro]:.1f} s", flush=True)
+        print(f"grid      {name}: B1 with {micro} a micro-batch, {len(rows)} steps in {grid[micro]:.1f} s", flush=True)
     best["B1"] = min(grid, key=grid.get, default=1)
     runs, found = {side: [] for side in shape.sides}, []
     for number in range(rounds if len(runs) > 1 else 1):
