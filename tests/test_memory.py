@@ -3,12 +3,15 @@
 import os
 import platform
 import re
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
 from lora.adapter.inject import choose, lora_layers
@@ -81,7 +84,12 @@ def kept_bytes(model, lengths: list[int]) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    @contextmanager
+    def formed_again(product, form):  # hooks do not add up: only the innermost are called
+        with saved_tensors_hooks(lambda t: t if t.data_ptr() == product.data_ptr() else keep(t), lambda t: t):
+            yield
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor), patch.object(decoder, "formed_again", formed_again):
         hidden = model.trunk(some_tokens(sum(lengths)), lengths)
         assert hidden.requires_grad
         return sum(storage.nbytes() for storage in kept.values())
@@ -110,8 +118,8 @@ def test_nothing_is_recomputed_without_gradients_or_with_a_cache(monkeypatch):
 # ---- what is expected ------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_of_explicit_attention_is_the_models():
-    assert memory.EXPLICIT["cpu"] == attention.SHORT
+def test_the_limits_of_attention_are_the_models():
+    assert (memory.QUERIES, memory.WEIGHTS["cpu"]) == (attention._Causal.ROWS, attention._Causal.KEPT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,8 +144,8 @@ def test_blocks_before_the_first_target_keep_nothing():
 
 
 def test_long_documents_keep_no_square(monkeypatch):
-    monkeypatch.setitem(memory.EXPLICIT, "cpu", 100)
-    monkeypatch.setattr(attention, "SHORT", 100)
+    monkeypatch.setitem(memory.WEIGHTS, "cpu", 1000)
+    monkeypatch.setattr(attention._Causal, "KEPT", 1000)
     model = patched(tiny_model(torch.bfloat16, **SHAPES["llama"])).train()
     found = sum(memory.kept(model.config, list(lora_layers(model)), settings(dtype="bfloat16"), [150, 100]))
     assert abs(found / kept_bytes(model, [150, 100]) - 1) < 0.1

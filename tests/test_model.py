@@ -224,8 +224,8 @@ def loss_and_gradients(model, loss: torch.Tensor) -> list[torch.Tensor]:
 def of_batch(model, examples: list[Example]) -> torch.Tensor:
     """The summed loss of examples laid end to end, as train.py forms it."""
     batch = lay_out(examples)
-    hidden = model.trunk(batch.tokens, batch.lengths)
-    return summed_loss(hidden[batch.trained], model.head_weight, batch.targets[batch.trained])
+    hidden = model.trunk(batch.tokens, batch.lengths, rows=batch.rows)
+    return summed_loss(hidden, model.head_weight, batch.targets)
 
 
 def padded_loss(model, examples: list[Example], pad: int) -> torch.Tensor:
