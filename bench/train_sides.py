@@ -30,27 +30,27 @@ def trained_in(examples: list[Example]) -> int:
 
 class Ours:
     def __init__(self, job):
+        import train
+        from lora import device
         from lora.adapter import store
         from lora.adapter.inject import inject
         from lora.data import batch
         from lora.model import pretrained
-        from lora.train.loss import summed_loss
         from lora.train.step import train_step
 
         self.job, self.train_step, self.batch = job, train_step, batch
+        here = torch.device("cpu")
+        device.keep_memory(here)
         self.model = pretrained.load_model(job.base, getattr(torch, job.dtype))
         inject(self.model, job.rank, job.alpha)
         store.restore(self.model, job.adapter)
         self.model.train()
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = {f"{store.PREFIX}{name}.weight": p for name, p in trainable.items()}
-        self.optimizer = torch.optim.AdamW(trainable.values(), lr=job.lr, weight_decay=job.weight_decay, fused=True)
-
-        def objective(b):
-            hidden = self.model.trunk(b.tokens, b.lengths)  # (T, D)
-            return summed_loss(hidden[b.trained], self.model.head_weight, b.targets[b.trained])
-
-        self.objective = objective
+        self.objective, self.optimizer = (
+            train.objective_of(self.model),
+            train.optimizer_of(trainable.values(), job, here),
+        )
 
     def cut(self, examples: list[Example]) -> list:
         return self.batch.micro_batches(examples, self.job.micro_tokens)
@@ -128,30 +128,28 @@ def padded(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def matmul_seconds(side: Ours, examples: list[Example]) -> float:
-    """Of a step's frozen products alone: x Wᵀ and G W for every adapted Linear, at the micro-batches' row counts, and
-    the head's two at trained rows in the loss's chunks. The first layer's q, k and v pass no gradient on."""
+    """Of a step's frozen products alone: x Wᵀ and G W for every adapted Linear at the micro-batches' row counts, after
+    the last attention those of trained rows, and the head's two in the loss's chunks. No gradient goes beyond the
+    first layer's q, k and v."""
     from lora.adapter.inject import lora_layers
     from lora.train.loss import ROWS
 
     head = side.model.head_weight
-    weights = [layer.base.weight for layer in lora_layers(side.model).values()]
-    dtype, spent = head.dtype, 0.0
+    weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0
     for b in side.cut(examples):
-        T, N = len(b.tokens), int(b.trained.sum())
-        widths = {size for weight in weights for size in weight.shape}
-        rows = {size: torch.randn(T, size, dtype=dtype) for size in widths}
-        hidden, logits = torch.randn(min(ROWS, N), head.shape[1]).to(dtype), torch.randn(min(ROWS, N), len(head))
-        logits = logits.to(dtype)
+        T, N = len(b.tokens), len(b.targets)
+        rows = {size: torch.randn(T, size).to(head.dtype) for weight in weights for size in weight.shape}
+        products = [(weight, T) for weight in weights[:-4]] + [(weight, N) for weight in weights[-4:]]
+        hidden, logits = (torch.randn(N, head.shape[1]).to(head.dtype), torch.randn(ROWS, len(head)).to(head.dtype))
         start = time.perf_counter()
         with torch.no_grad():
-            for weight in weights:
-                torch.nn.functional.linear(rows[weight.shape[1]], weight)
-            for begin in range(0, N, ROWS):
-                count = min(ROWS, N - begin)
-                hidden[:count] @ head.T
-                logits[:count] @ head
-            for weight in reversed(weights[3:]):
-                rows[weight.shape[0]] @ weight
+            for weight, count in products:
+                torch.nn.functional.linear(rows[weight.shape[1]][:count], weight)
+            for part in hidden.split(ROWS):
+                part @ head.T
+                logits[: len(part)] @ head
+            for weight, count in reversed(products[3:]):
+                rows[weight.shape[0]][:count] @ weight
         spent += time.perf_counter() - start
     return spent
 
