@@ -47,10 +47,8 @@ class Ours:
         self.model.train()
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = {f"{store.PREFIX}{name}.weight": p for name, p in trainable.items()}
-        self.objective, self.optimizer = (
-            train.objective_of(self.model),
-            train.optimizer_of(trainable.values(), job, here),
-        )
+        self.objective = train.objective_of(self.model)
+        self.optimizer = train.optimizer_of(trainable.values(), job, here)
 
     def cut(self, examples: list[Example]) -> list:
         return self.batch.micro_batches(examples, self.job.micro_tokens)
@@ -138,7 +136,8 @@ def matmul_seconds(side: Ours, examples: list[Example]) -> float:
     weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0
     for b in side.cut(examples):
         T, N = len(b.tokens), len(b.targets)
-        rows = {size: torch.randn(T, size).to(head.dtype) for weight in weights for size in weight.shape}
+        widths = {size for weight in weights for size in weight.shape}
+        rows = {size: torch.randn(T, size).to(head.dtype) for size in widths}
         products = [(weight, T) for weight in weights[:-4]] + [(weight, N) for weight in weights[-4:]]
         hidden, logits = (torch.randn(N, head.shape[1]).to(head.dtype), torch.randn(ROWS, len(head)).to(head.dtype))
         start = time.perf_counter()
