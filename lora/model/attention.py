@@ -134,7 +134,7 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, n: int) -> torch.Tensor:
     scores = queries @ keys.mT
     last = scores.unflatten(1, (-1, n))[..., -n:]  # (B·KV, G, n, n), the only ones that may lie in the future
     last.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
-    return scores.softmax(-1)  # of bf16 too this is computed in float32, and rounded
+    return scores.softmax(-1)  # of bf16 too it is summed in float32
 
 
 class _Causal(torch.autograd.Function):
