@@ -34,6 +34,7 @@ from lora.run.results import HOLDS, METRICS, REPORT, WROTE, Results
 from lora.run.resume import Resumed, resume, where_computed
 from lora.train import checkpoint, ranks, stopping
 from lora.train.loss import summed_loss
+from lora.train.memory import LONG
 from lora.train.ranks import Team
 from lora.train.record import Record
 from lora.train.step import NotFinite, learning_rate, train_step
@@ -90,7 +91,6 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
             inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
             if resumed or s.init_adapter:
                 store.restore(model, resumed.path if resumed else s.init_adapter)
-            model.checkpoint_activations = s.checkpoint_activations
             if s.compile:
                 model.compile_blocks()
                 say("compile  the first step takes a minute or two longer")
@@ -124,7 +124,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
             [cut(part) for part in ranks.shares(indices, lengths, team.size)], batch.nothing(team.device)
         )
 
-    objective, lengths = objective_of(model), plan.examples.lengths
+    objective, lengths = objective_of(model, s), plan.examples.lengths
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizer_of(parameters.values(), s, team.device)
     if resumed:
@@ -213,10 +213,12 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     return 0
 
 
-def objective_of(model) -> Callable[[batch.Batch], torch.Tensor]:
-    """A batch's loss, summed over its trained tokens."""
+def objective_of(model, s) -> Callable[[batch.Batch], torch.Tensor]:
+    """A batch's loss, summed over its trained tokens. An example far longer than what is to be in memory at once cannot
+    be cut: its activations are computed again."""
 
     def objective(b: batch.Batch) -> torch.Tensor:
+        model.checkpoint_activations = s.checkpoint_activations or len(b.tokens) > LONG * s.micro_tokens
         hidden = model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
         return summed_loss(hidden, model.head_weight, b.targets)
 

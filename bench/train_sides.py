@@ -39,6 +39,7 @@ class Ours:
         from lora.train.step import train_step
 
         self.job, self.train_step, self.batch = job, train_step, batch
+        job.checkpoint_activations = False
         here = torch.device("cpu")
         device.keep_memory(here)
         self.model = pretrained.load_model(job.base, getattr(torch, job.dtype))
@@ -47,7 +48,7 @@ class Ours:
         self.model.train()
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = {f"{store.PREFIX}{name}.weight": p for name, p in trainable.items()}
-        self.objective = train.objective_of(self.model)
+        self.objective = train.objective_of(self.model, job)
         self.optimizer = train.optimizer_of(trainable.values(), job, here)
 
     def cut(self, examples: list[Example]) -> list:

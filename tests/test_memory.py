@@ -15,10 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
 from lora.adapter.inject import choose, lora_layers
+from lora.data.batch import micro_batches
 from lora.model import attention, decoder
+from lora.model.chat import Example
 from lora.model.config import ModelConfig
 from lora.train import memory
 from tests.helpers import patched, some_tokens, tiny_config, tiny_model
+from train import objective_of
 
 LENGTHS = [23, 1, 40, 3]
 SHAPES = {
@@ -66,6 +69,25 @@ def test_recomputed_activations_give_the_same_bits(dtype, dropout):
     assert len(plain) == 3 + 2 * len(lora_layers(model)) + 1  # the last: random numbers go on as they would have
     assert all(p.abs().sum() > 0 for p in plain)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_bits():
+    model, found = patched(tiny_model(torch.float32)).train(), []
+    for budget in (50, 10):  # 60 tokens are within twice the first
+        [b] = micro_batches([Example([*range(1, 61)], [True] * 60)], budget)
+        model.zero_grad()
+        loss = objective_of(model, settings(micro_tokens=budget))(b)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert model.checkpoint_activations == (budget == 10)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_example_far_longer_than_the_budget_needs_less_memory():
+    def needed(longest: int) -> float:
+        return expected(lengths=[300, longest], batch_size=1, shape=BIG, device="cuda", micro_tokens=500)
+
+    assert needed(1002) < needed(500) < needed(1001)
 
 
 def test_dropout_is_drawn_at_all_so_that_its_seed_matters():
@@ -247,12 +269,18 @@ def test_the_advice_fits_and_the_next_larger_value_does_not(device, share):
     assert expected(**run, micro_tokens=n) <= free < expected(**run, micro_tokens=n + 64)
 
 
-def test_where_one_example_is_too_long_the_advice_is_to_leave_it_out_or_to_recompute():
+def test_where_one_example_is_too_long_the_advice_is_a_budget_with_which_it_is_recomputed():
     run = {"lengths": [2000, *[100] * 40], "shape": BIG, "dtype": "float32", "device": "cuda"}
     fix = memory.advice(0.5 * expected(**run), *arguments(**run))
-    assert re.fullmatch(
-        r"Lower --max-len to \d+ and --micro-tokens to \d+, or add --checkpoint-activations( and .*)?", fix
-    )
+    n = advised(fix)["micro_tokens"]
+    assert fix == f"Lower --micro-tokens to {n}" and 2 * n < 1999
+    assert expected(**run, micro_tokens=n) <= 0.5 * expected(**run)
+
+
+def test_where_that_does_not_help_the_advice_is_to_leave_it_out():
+    run = {"lengths": [2000, *[100] * 40], "shape": BIG, "dtype": "float32", "device": "cuda"}
+    fix = memory.advice(0.98 * expected(**run, micro_tokens=64), *arguments(**run))
+    assert re.fullmatch(r"Lower --max-len to \d+( and --micro-tokens to \d+)?", fix)
     assert advised(fix)["max_len"] % 64 == 0 and 64 <= advised(fix)["max_len"] < 2000
 
 

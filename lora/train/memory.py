@@ -18,6 +18,7 @@ AGAIN = {"cpu": 80e6}  # torch's compiler, which torch.utils.checkpoint imports
 GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
 # on a CPU attention goes by so many queries at a time, and keeps weights up to so many bytes: `lora.model.attention`
 QUERIES, WEIGHTS = 128, {"cpu": 8 * 2**20}
+LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from before the step
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
@@ -52,14 +53,17 @@ def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], b
         backward = 2 * tokens * c.intermediate_size * size + 2 * row  # gradients on their way through an MLP
         logits = min(ROWS, tokens) * c.vocab_size * ((10 if size == 2 else 8) + 4 * (tokens > ROWS))
         loss = 3 * row + logits  # hidden states, the trained ones, their gradient
-        if s.checkpoint_activations:  # a whole block is there only after the loss
+        if s.checkpoint_activations or tokens > LONG * s.micro_tokens:  # a whole block is there only after the loss
             return {"blocks": row * len(blocks), "backward or the loss": max(max(blocks) + backward, loss)}
         return {"blocks": sum(blocks), "backward or the loss": max(backward, loss)}
 
-    largest = activations(micro_batch(lengths, batch_size, s.micro_tokens))
+    whole = [n for n in lengths if n - 1 <= LONG * s.micro_tokens]  # they may need more than longer ones
+    batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, whole) if len(pool)]
+    largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
+    again = s.checkpoint_activations or len(whole) < len(lengths)
     adapter = in_adapter(model, targets, s.rank)
     return {
-        "runtime": RUNTIME.get(s.device, 0.0) + s.checkpoint_activations * AGAIN.get(s.device, 0.0),
+        "runtime": RUNTIME.get(s.device, 0.0) + again * AGAIN.get(s.device, 0.0),
         "compiled kernels": compiled(s, lengths, batch_size),
         "weights": sum(p.numel() for p in model.parameters()) * size,
         "adapter and optimizer": ADAPTERS * adapter * getattr(torch, s.adapter_dtype).itemsize,
