@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora.model.attention import Cache, attend
+from lora.model.attention import attend
+from lora.model.cache import Cache
 from lora.model.config import ModelConfig
 from lora.model.linear import together
 
@@ -78,7 +79,7 @@ class Attention(nn.Module):
         T, d = x.shape[0], self.head_dim
         q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))  # (T, heads, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attend(q, k, v, lengths) if cache is None else cache.attend(self.index, q, k, v, lengths)  # (T, H, d)
+        y = attend(q, k, v, lengths) if cache is None else cache.attend(self.index, q, k, v)  # (T, H, d)
         return self.o_proj(y.reshape(T, -1))
 
 
@@ -157,6 +158,8 @@ class Model(nn.Module):
             starts = cache.lengths if cache else [0] * len(lengths)
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
+        if cache:
+            cache.begin(lengths)
         x = self.model.embed_tokens(tokens)  # (T, D)
         again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.model.layers:
@@ -165,7 +168,7 @@ class Model(nn.Module):
             else:
                 x = block(x, cos, sin, lengths, cache)
         if cache:
-            cache.advance(lengths)
+            cache.advance()
         return self.model.norm(x)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
