@@ -4,7 +4,7 @@ import ctypes
 import platform
 import re
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -42,6 +42,21 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and _cpu_has_bf16():
         return torch.bfloat16, "the CPU multiplies it in hardware"
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
+
+
+@contextmanager
+def few_rows(count: int, device: torch.device):
+    """For products of `count` rows with large weights: one or two are faster without oneDNN on a CPU.
+
+    It lays every bfloat16 weight out anew for each product, which costs as much again as reading it; PyTorch's own
+    kernel reads it once, but computes row by row.
+    """
+    before = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = before and not (count <= 2 and device.type == "cpu")
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def give_back(size: int) -> None:

@@ -29,9 +29,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.to(wide(x.dtype))
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)  # rounded before the weight, as the reference does
+        # rounded to x's dtype before the weight, as the reference does; inside, float32 or wider
+        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None) -> torch.Tensor:
@@ -177,6 +176,15 @@ class Model(nn.Module):
 
     def forward(self, tokens, lengths=None, positions=None, cache=None) -> torch.Tensor:
         return self.head(self.trunk(tokens, lengths, positions, cache))
+
+    def groups(self):
+        """Lists of Linears of one input, for `linear.prepared`."""
+        for block in self.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            yield [attention.q_proj, attention.k_proj, attention.v_proj]
+            yield [attention.o_proj]
+            yield [mlp.gate_proj, mlp.up_proj]
+            yield [mlp.down_proj]
 
     def new_cache(self, rows: int, room: int) -> Cache:
         c = self.config
