@@ -30,7 +30,7 @@ class Cache:
             self.mask = zeros.masked_fill(beyond, float("-inf"))[:, None, None]  # added to scores (B, KV, G, room)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Append k, v (T, KV, d), the new positions end to end, and let q (T, H, d) see all up to its own: (T, H, d)."""
+        """Append k, v (T, KV, d), new positions end to end, and let each of q (T, H, d) see all up to its own."""
         keys, values = self.keys[layer], self.values[layer]
         if max(self.new) == 1 == min(self.new):
             return self._attend_one(keys, values, q, k, v)

@@ -29,8 +29,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # rounded to x's dtype before the weight, as the reference does; inside, float32 or wider
-        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
+        y = x.to(wide(x.dtype))
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)  # rounded before the weight, as the reference does
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None) -> torch.Tensor:
@@ -77,8 +78,11 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
         T, d = x.shape[0], self.head_dim
         q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))  # (T, heads, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attend(q, k, v, lengths) if cache is None else cache.attend(self.index, q, k, v)  # (T, H, d)
+        if cache is None:
+            y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, lengths)  # (T, H, d)
+        else:  # a few positions: fewer operations count for more than a copy
+            q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
+            y = cache.attend(self.index, q, k, v)
         return self.o_proj(y.reshape(T, -1))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -49,16 +50,17 @@ def one_tensor(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Copies of them, as `.to` and `deepcopy` make, are tensors of their own again.
     """
-    first, end = parts[0], parts[0].storage_offset()
-    for part in parts:
-        apart = part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.storage_offset() != end
-        if apart or not part.is_contiguous():
-            break
-        end += part.numel()
-    else:
-        return first.detach().as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
+    first, sizes = parts[0], [len(part) for part in parts]
+    home, starts = first.untyped_storage().data_ptr(), accumulate((p.numel() for p in parts), initial=0)
+    if all(
+        part.untyped_storage().data_ptr() == home
+        and part.storage_offset() == first.storage_offset() + start
+        and part.is_contiguous()
+        for part, start in zip(parts, starts, strict=False)  # the last start is the end
+    ):
+        return first.detach().as_strided((sum(sizes), first.shape[1]), first.stride())
     whole = torch.cat([part.detach() for part in parts])
-    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+    for part, rows in zip(parts, whole.split(sizes), strict=True):
         part.data = rows
     return whole
 
