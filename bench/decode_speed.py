@@ -86,6 +86,7 @@ class Bench:
             layer = layers.get(name.removesuffix(".weight"))
             return tensor if layer is None else tensor + layer.delta().detach()
 
+        self.merged.mkdir()
         pretrained.write_model(checkpoint, self.merged, change)
         text = pretrained.load_chat(checkpoint).tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
         self.prompts = [text[i * PROMPT : (i + 1) * PROMPT] for i in range(ROWS)]

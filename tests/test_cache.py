@@ -127,13 +127,15 @@ def test_generating_lays_weights_together_once_and_changes_no_bit(adapted, tmp_p
 
 
 def test_weights_that_were_moved_or_replaced_are_used_as_they_are():
-    model = tiny_model()
-    generate(model, [PROMPT], NEVER, 2)
-    other = copy.deepcopy(model)
-    attention = model.model.layers[0].self_attn
-    for linear in (attention.k_proj, other.model.layers[0].self_attn.k_proj):
-        linear.weight = nn.Parameter(linear.weight.flip(0).clone(), requires_grad=False)
-    for changed in (model, other, copy.deepcopy(model).to(torch.float32).to(torch.float64)):
+    model, another = tiny_model(), tiny_model(seed=1)
+    for each in (model, another):
+        generate(each, [PROMPT], NEVER, 2)
+    turned, mixed = copy.deepcopy(model), copy.deepcopy(model)
+    attention = turned.model.layers[0].self_attn
+    attention.k_proj.weight = nn.Parameter(attention.k_proj.weight.flip(0), requires_grad=False)
+    k_proj = model.model.layers[1].self_attn.k_proj
+    k_proj.weight = another.model.layers[1].self_attn.k_proj.weight  # at the same place of another joined tensor
+    for changed in (model, turned, mixed, mixed.to(torch.float32).to(torch.float64)):
         assert generate(changed, [PROMPT], NEVER, 8) == [full_forward(changed, PROMPT, 8)]
 
 
@@ -142,10 +144,9 @@ def test_a_model_that_has_generated_trains_as_before():
     for generates in (False, True):
         model = patched(tiny_model())
         if generates:
-            generate(model, [PROMPT], NEVER, 3)
-            randomise_adapter(model, seed=6)
-        else:
-            randomise_adapter(model, seed=6)
+            with torch.inference_mode():  # as a caller may
+                generate(model, [PROMPT], NEVER, 3)
+        randomise_adapter(model, seed=6)
         F.cross_entropy(model(tokens)[:-1], tokens[1:]).backward()
         gradients.append([p.grad for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)])
     assert all(close(a, b, 1e-14) and far(a, 0 * a, 1e-6) for a, b in zip(*gradients, strict=True))
