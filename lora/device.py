@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -76,6 +76,21 @@ def upload(values, device: torch.device | str, dtype: torch.dtype = torch.long) 
     """A list or a CPU tensor on `device`. A GPU is not waited for: a copy from pinned memory queues like a kernel."""
     tensor, device = torch.as_tensor(values, dtype=dtype), torch.device(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@contextmanager
+def few_rows(count: int, device: torch.device):
+    """For products of `count` rows with large weights: one or two are faster without oneDNN on a CPU.
+
+    It lays every bfloat16 weight out anew for each product, which costs as much again as reading it; PyTorch's own
+    kernel reads it once, but computes row by row.
+    """
+    before = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = before and not (count <= 2 and device.type == "cpu")
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def give_back(size: int) -> None:

@@ -7,6 +7,7 @@ tensor of its own, so unmerging is dropping that tensor.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ class LoRALinear(nn.Module):
     `lora_A` (rank, in) and `lora_B` (out, rank) are kept in `dtype`; the branch is computed in the dtype of the input.
     Raises ValueError where rank, alpha or dropout make no sense.
     """
+
+    prepared = None  # the faster way for decoding, while there is one
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype=torch.float32):
         super().__init__()
@@ -67,7 +70,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
-        return self.together(x, [self])[0]
+        return (self.prepared(x) if self.prepared else self.together(x, [self]))[0]
 
     @staticmethod
     def together(x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
@@ -78,6 +81,23 @@ class LoRALinear(nn.Module):
             weights = [w for layer in layers for w in (layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B)]
             return _LoRAProducts.apply(x, [layer.scaling for layer in layers], *weights)
         return tuple(layer.plain(x) for layer in layers)
+
+    @staticmethod
+    def prepared_way(layers: list["LoRALinear"], joined) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None:
+        """For decoding, while no weight changes: x -> the outputs of several layers of one input, by three products.
+
+        `joined(weights, biases)` makes their frozen maps one. The branches become one as well, every A above the next
+        and every s B on a diagonal of blocks, converted once. None where some have a branch and others have not.
+        """
+        if len({layer.adapting for layer in layers}) > 1 or any(layer.training and layer.dropout for layer in layers):
+            return None
+        base = joined([layer.weight for layer in layers], [layer.base.bias for layer in layers])
+        if not layers[0].adapting:
+            return base
+        dtype = layers[0].base.weight.dtype
+        A = torch.cat([layer.lora_A for layer in layers]).to(dtype)  # (Σ r, in)
+        B = torch.block_diag(*(layer.scaling * layer.lora_B for layer in layers)).to(dtype)  # (Σ out, Σ r)
+        return lambda x: base.whole(x).add_(F.linear(F.linear(x, A), B)).split(base.sizes, -1)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The formula as written, with dropout on the branch's input; `together` is the fast version of it."""

@@ -1,4 +1,4 @@
-"""Causal attention over documents laid end to end, and over a cache of keys and values.
+"""Causal attention over documents laid end to end.
 
 Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245): query head h reads key/value head
 h // (H / KV). No padding exists in training, so there is no mask but the causal one inside each document.
@@ -204,48 +204,3 @@ class _Causal(torch.autograd.Function):
             for x, part in ((d_k, of_keys), (d_v, of_values)):
                 x.index_copy_(0, group.index, _unstack(part, group.B, group.L).flatten(0, 1))
         return d_q[:T], d_k[:T], d_v[:T], None
-
-
-class Cache:
-    """Keys and values of a batch: per layer (B, KV, room, d), row b holding `lengths[b]` positions."""
-
-    def __init__(self, layers: int, rows: int, kv_heads: int, room: int, head_dim: int, dtype, device):
-        shape = (layers, rows, kv_heads, room, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = [0] * rows
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, new: list[int]) -> torch.Tensor:
-        """Append k, v (T, KV, d), `new[b]` positions for row b, end to end, and attend. Returns (T, H, d).
-
-        `advance` moves the lengths once per forward pass, after the last layer.
-        """
-        keys, values = self.keys[layer], self.values[layer]
-        if max(new) == 1 == min(new):
-            return self._attend_one(keys, values, q, k, v)
-        outputs = []
-        for row, (q1, k1, v1) in enumerate(zip(*(x.split(new) for x in (q, k, v)), strict=True)):
-            start, end = self.lengths[row], self.lengths[row] + new[row]
-            keys[row, :, start:end], values[row, :, start:end] = k1.transpose(0, 1), v1.transpose(0, 1)
-            outputs.append(one_document(q1, keys[row, :, :end].transpose(0, 1), values[row, :, :end].transpose(0, 1)))
-        return torch.cat(outputs)
-
-    def _attend_one(self, keys, values, q, k, v):
-        """One new position in every row, all rows at once; what lies beyond a row's length is masked."""
-        (B, H, d), KV = q.shape, k.shape[1]
-        rows, ends = torch.arange(B, device=q.device), torch.tensor(self.lengths, device=q.device)
-        keys[rows, :, ends], values[rows, :, ends] = k, v
-        room = max(self.lengths) + 1
-        scores = (q.view(B, KV, H // KV, d) * d**-0.5) @ keys[:, :, :room].transpose(2, 3)  # (B, KV, G, room)
-        beyond = torch.arange(room, device=q.device) > ends[:, None]  # (B, room)
-        scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
-        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        return (weights @ values[:, :, :room]).view(B, H, d)
-
-    def advance(self, new: list[int]) -> None:
-        self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = [self.lengths[row] for row in rows]

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora.device import ROUND, upload
-from lora.model.attention import Cache, Documents, attend
+from lora.model.attention import Documents, attend
+from lora.model.cache import Cache
 from lora.model.config import ModelConfig
 from lora.model.linear import together
 
@@ -129,7 +130,8 @@ class Attention(nn.Module):
         """x (T, D) -> queries (T, H, d), keys and values (T, KV, d)."""
         T, d = x.shape[0], self.head_dim
         q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -185,10 +187,7 @@ class Block(nn.Module):
         """x (T, D) -> (T, D), or of `rows` (N,) alone, (N, D): after attention no position needs another."""
         before, after = self.compiled if self.compiled and torch.is_grad_enabled() else (self.before, self.after)
         q, k, v = before(x, cos, sin)
-        if cache is None:
-            y = attend(q, k, v, documents)  # (T, H, d)
-        else:
-            y = cache.attend(self.self_attn.index, q, k, v, documents.lengths)
+        y = attend(q, k, v, documents) if cache is None else cache.attend(self.self_attn.index, q, k, v)  # (T, H, d)
         x, y = (x, y) if rows is None else (x[rows], y[rows])
         return after(x, y.flatten(1))
 
@@ -245,6 +244,8 @@ class Model(nn.Module):
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
             positions = upload(positions, tokens.device)
         cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
+        if cache:
+            cache.begin(lengths)
         x = self.model.embed_tokens(tokens)  # (T, D)
         documents = Documents(lengths) if cache else Documents.of(lengths, x.device, x.dtype, self.config.head_dim)
         if self.compiled and not cache and torch.is_grad_enabled():
@@ -260,7 +261,7 @@ class Model(nn.Module):
             else:
                 x = block(x, cos, sin, documents, cache, wanted)
         if cache:
-            cache.advance(lengths)
+            cache.advance()
         return self.model.norm(x if early or rows is None else x[rows])[:count]
 
     def compile_blocks(self, **options) -> None:
@@ -277,6 +278,15 @@ class Model(nn.Module):
 
     def forward(self, tokens, lengths=None, positions=None, cache=None) -> torch.Tensor:
         return self.head(self.trunk(tokens, lengths, positions, cache))
+
+    def groups(self):
+        """Lists of Linears of one input, for `linear.prepared`."""
+        for block in self.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            yield [attention.q_proj, attention.k_proj, attention.v_proj]
+            yield [attention.o_proj]
+            yield [mlp.gate_proj, mlp.up_proj]
+            yield [mlp.down_proj]
 
     def new_cache(self, rows: int, room: int) -> Cache:
         c = self.config

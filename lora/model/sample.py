@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lora.device import few_rows
 from lora.model.decoder import Model, wide
+from lora.model.linear import prepared
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,10 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6  # dividing by less overflows float32, and draws the likeliest all the same
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -53,12 +59,11 @@ def choose(logits: torch.Tensor, how: Sampling, generator: torch.Generator, seen
     logits = logits.to(wide(logits.dtype))
     if how.repetition_penalty != 1:
         logits = penalise(logits, torch.tensor(sorted(set(seen)), device=logits.device), how.repetition_penalty)
-    if how.temperature < 1e-6:  # dividing by less overflows float32, and draws the likeliest all the same
+    if how.greedy:
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits, how).cpu(), 1, generator=generator))
 
 
-@torch.inference_mode()
 def generate(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -72,6 +77,11 @@ def generate(
     `on_token(row, token)` is called for every token as it is chosen. An answer ends at a stop token, after `max_new`
     tokens, or where the model's positions end.
     """
+    with prepared(model.groups()), torch.inference_mode():
+        return _generate(model, prompts, stops, max_new, how, on_token)
+
+
+def _generate(model, prompts, stops, max_new, how, on_token):
     most = model.config.max_position_embeddings
     room = min(most, max(map(len, prompts)) + max_new)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -81,12 +91,18 @@ def generate(
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
     lengths = [len(prompt) for prompt in prompts]
     while rows:
-        hidden = model.trunk(tokens, lengths, cache=cache)  # (T, D)
+        with few_rows(len(tokens), model.device):
+            hidden = model.trunk(tokens, lengths, cache=cache)  # (T, D)
         ends = torch.tensor(lengths).cumsum(0) - 1  # the last position of each row
-        logits = model.head(hidden[ends.to(hidden.device)])  # (B, V)
+        with few_rows(len(rows), model.device):
+            logits = model.head(hidden[ends.to(hidden.device)])  # (B, V)
+        if how.greedy and how.repetition_penalty == 1:
+            chosen = logits.to(wide(logits.dtype)).argmax(-1).tolist()  # all rows at once
+        else:
+            seen = [(*prompts[row], *answers[row]) for row in rows]
+            chosen = [choose(logits[i], how, generators[row], seen[i]) for i, row in enumerate(rows)]
         going = []
-        for i, row in enumerate(rows):
-            token = choose(logits[i], how, generators[row], (*prompts[row], *answers[row]))
+        for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             if token in stops:
                 continue
             answers[row].append(token)
