@@ -11,6 +11,7 @@ from math import ceil
 import torch
 from torch import nn
 
+from lora.device import ROUND
 from lora.train.loss import ROWS
 
 RUNTIME = {"cpu": 300e6}  # Python, torch, a tokenizer; a GPU counts its tensors only
@@ -86,13 +87,16 @@ def micro_batch(lengths: Sequence[int], batch_size: int, micro_tokens: int) -> l
 
 
 def compiled(s, lengths: Sequence[int], batch_size: int) -> float:
-    """Bytes of machine code for the shapes of a run: a micro-batch has its own, a document by its length."""
+    """Bytes of machine code for the shapes of a run: those of micro-batches, of the trained rows of the last block, and
+    of documents. All are rounded up, so that many are alike."""
     if (s.device, s.dtype) != ("cpu", "bfloat16"):
         return 0.0
     steps = s.max_steps or s.epochs * ceil(len(lengths) / batch_size)
     batches = steps * ceil(batch_size * sum(lengths) / len(lengths) / s.micro_tokens)
+    spread = 5 * batch_size**0.5 * torch.as_tensor(lengths, dtype=torch.float64).std(correction=0).item()
+    sizes = min(batches, 1 + ceil(min(spread, s.micro_tokens) / ROUND))
     documents = min(len({int(n) // 16 for n in lengths}), steps * batch_size)
-    return COMPILED_BYTES * min(COMPILED, OF_A_BATCH * batches + OF_A_DOCUMENT * documents)
+    return COMPILED_BYTES * min(COMPILED, 2 * OF_A_BATCH * sizes + OF_A_DOCUMENT * documents)
 
 
 def attention(c, s, documents: list[int]) -> float:
