@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora.adapter.inject import inject, lora_layers
-from lora.data.batch import Batch, lay_out, micro_batches, steps
+from lora.data.batch import Batch, lay_out, micro_batches, nothing, steps
 from lora.errors import BadNumbers
 from lora.model.chat import Example
 from lora.train import loss as losses
@@ -164,6 +164,14 @@ def test_the_last_block_leaves_out_positions_that_nobody_asks_for_and_changes_no
     model.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     model.trunk(batch.tokens, batch.lengths, rows=batch.rows)
     assert seen == [288] and len(batch.rows) == 270 and len(batch.tokens) > 288  # rounded up
+
+
+def test_a_batch_of_which_nothing_is_trained_gives_zeros():
+    model = patched(tiny_model()).train()
+    b = nothing()
+    loss = summed_loss(model.trunk(b.tokens, b.lengths, rows=b.rows), model.head_weight, b.targets)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_the_first_trained_token_is_predicted_from_the_last_token_of_its_prompt():

@@ -102,10 +102,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 @contextmanager
 def formed_again(product: torch.Tensor, form: Callable[[], torch.Tensor]):
     """Inside the block autograd does not keep `product` for the backward pass: it calls `form` there."""
-    place = product.data_ptr()
+    place, shape = product.data_ptr(), product.shape  # the place alone: all empty tensors have the same
 
     def pack(kept: torch.Tensor):
-        return form if kept.data_ptr() == place else kept
+        return form if kept.data_ptr() == place and kept.shape == shape else kept
 
     def unpack(kept):
         return kept() if kept is form else kept
@@ -262,7 +262,7 @@ class Model(nn.Module):
                 x = block(x, cos, sin, documents, cache, wanted)
         if cache:
             cache.advance()
-        return self.model.norm(x if early or rows is None else x[rows])[:count]
+        return self.model.norm((x if early or rows is None else x[rows])[:count])
 
     def compile_blocks(self, **options) -> None:
         """From now on training runs compiled blocks, by `torch.compile` with `options`: once for all blocks that are
