@@ -269,7 +269,7 @@ def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], 
     ordinary = []
     if adapter and not s.no_retention:
         ordinary, count, _ = retention_batches(chat, s.retention, most, s.micro_tokens, device)
-        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) for b in ordinary):,} tokens")
+        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.dead for b in ordinary):,} tokens")
     return Column(name, adapter, chat, examples, prompts, ordinary)
 
 
@@ -280,10 +280,10 @@ def losses(model, column: Column, device, s) -> dict[str, float]:
     """Loss on the rows and, of an adapter, what it changed elsewhere."""
 
     def trunk(b) -> torch.Tensor:
-        return model.trunk(b.tokens, b.lengths)  # (T, D)
+        return model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
 
     def objective(b) -> torch.Tensor:
-        return summed_loss(trunk(b)[b.trained], model.head_weight, b.targets[b.trained])
+        return summed_loss(trunk(b), model.head_weight, b.targets)
 
     batches = micro_batches(column.examples, s.micro_tokens, device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)

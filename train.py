@@ -12,7 +12,7 @@ quiet_imports(__name__)
 import hashlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from itertools import count, islice, takewhile
 from pathlib import Path
@@ -34,6 +34,7 @@ from lora.run.results import HOLDS, METRICS, REPORT, WROTE, Results
 from lora.run.resume import Resumed, resume, where_computed
 from lora.train import checkpoint, ranks, stopping
 from lora.train.loss import summed_loss
+from lora.train.memory import LONG
 from lora.train.ranks import Team
 from lora.train.record import Record
 from lora.train.step import NotFinite, learning_rate, train_step
@@ -48,7 +49,10 @@ def story(argv) -> int:
     if s.resume is not None:
         s, resumed = resume(s, argv, __doc__, Path(s.resume or latest(s)))
     check(s)
-    with ranks.team(machine.choose_device(s.device)) as team:  # one process, unless torchrun started more
+    device = machine.choose_device(s.device)
+    if s.compile:
+        machine.check_compiler(device)
+    with ranks.team(device) as team:  # one process, unless torchrun started more
         return story_of(team, s, resumed)
 
 
@@ -81,12 +85,15 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
                 from lora.model.shard import load_sharded as load_model  # it is slow to import
             else:
                 load_model = pretrained.load_model
+                machine.keep_memory(team.device)
             model = load_model(plan.base, getattr(torch, s.dtype), team.device)
             torch.manual_seed(s.seed)
             inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
             if resumed or s.init_adapter:
                 store.restore(model, resumed.path if resumed else s.init_adapter)
-            model.checkpoint_activations = s.checkpoint_activations
+            if s.compile:
+                model.compile_blocks()
+                say("compile  the first step takes a minute or two longer")
             return train(model, plan, s, out, team, resumed)
 
 
@@ -94,6 +101,8 @@ def check(s) -> None:
     problems = []
     if s.resume is not None and s.overwrite:
         problems.append("contradiction in the command line: --resume and --overwrite. Give one of them")
+    if s.compile and s.fsdp:
+        problems.append("contradiction in the command line: --compile and --fsdp. Leave out one of them")
     if s.patience and not (s.eval_data or s.eval_fraction):
         problems.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
     if problems:
@@ -103,15 +112,11 @@ def check(s) -> None:
 def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) -> int:
     """Step, evaluate and save by turns until a reason to end; then show what changed."""
 
-    def objective(b: batch.Batch) -> torch.Tensor:
-        hidden = model.trunk(b.tokens, b.lengths)  # (T, D)
-        return summed_loss(hidden[b.trained], model.head_weight, b.targets[b.trained])
-
     def micro_batches(indices: list[int]) -> list[batch.Batch]:
         """Of this process's share of a step."""
 
         def cut(part: list[int]) -> list[batch.Batch]:
-            return batch.micro_batches([plan.examples[i] for i in part], s.micro_tokens, team.device)
+            return batch.micro_batches([plan.examples[i] for i in part], s.micro_tokens, team.device, fill=s.compile)
 
         if not s.fsdp:
             return cut(team.share(indices, lengths))
@@ -119,9 +124,9 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
             [cut(part) for part in ranks.shares(indices, lengths, team.size)], batch.nothing(team.device)
         )
 
+    objective, lengths = objective_of(model, s), plan.examples.lengths
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fused, lengths = team.device.type != "mps", plan.examples.lengths
-    optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=s.weight_decay, fused=fused)
+    optimizer = optimizer_of(parameters.values(), s, team.device)
     if resumed:
         state = resumed.state
         checkpoint.load_optimizer(resumed.path, optimizer, parameters)
@@ -206,6 +211,23 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
         if ended != FINISHED:
             say(f"ended    after step {state.step} of {plan.total}: {ended}")
     return 0
+
+
+def objective_of(model, s) -> Callable[[batch.Batch], torch.Tensor]:
+    """A batch's loss, summed over its trained tokens. An example far longer than what is to be in memory at once cannot
+    be cut: its activations are computed again."""
+
+    def objective(b: batch.Batch) -> torch.Tensor:
+        model.checkpoint_activations = s.checkpoint_activations or len(b.tokens) > LONG * s.micro_tokens
+        hidden = model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
+        return summed_loss(hidden, model.head_weight, b.targets)
+
+    return objective
+
+
+def optimizer_of(parameters: Iterable[torch.Tensor], s, device: torch.device) -> torch.optim.Optimizer:
+    fused = device.type != "mps"
+    return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
 
 
 FINISHED = "all steps are done"

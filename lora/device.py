@@ -1,15 +1,19 @@
 """Which device and dtype to compute with, and why."""
 
 import ctypes
+import os
 import platform
 import re
+import shutil
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from lora.errors import BadInput
+from lora.errors import BadEnvironment, BadInput
+
+ROUND = 32  # on a CPU a product is compiled for every number of rows anew, and kept: better few numbers
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,6 +46,36 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and _cpu_has_bf16():
         return torch.bfloat16, "the CPU multiplies it in hardware"
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
+
+
+def keep_memory(device: torch.device) -> None:
+    """Let glibc keep what is freed, for training on a CPU; elsewhere nothing.
+
+    By itself it returns large blocks to the system, which hands the next ones out page by page, each filled with zeros
+    (mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD). The most memory at once stays the same.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, size in ((-1, 2**31 - 1), (-2, 64 * 2**20), (-3, 2**30)):
+            libc.mallopt(option, size)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises BadEnvironment where torch.compile would not find what it calls: a C++ compiler for a CPU, C for a GPU."""
+    if device.type == "cuda":
+        language, names = "C", [os.environ.get("CC") or "gcc", "clang"]
+    else:
+        default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        language, names = "C++", [os.environ.get("CXX") or default]
+    if not any(map(shutil.which, names)):
+        fix = "Install it, or leave out --compile"
+        raise BadEnvironment(f"no {language} compiler in this environment: --compile calls {names[0]}. {fix}")
+
+
+def upload(values, device: torch.device | str, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """A list or a CPU tensor on `device`. A GPU is not waited for: a copy from pinned memory queues like a kernel."""
+    tensor, device = torch.as_tensor(values, dtype=dtype), torch.device(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @contextmanager

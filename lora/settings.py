@@ -139,6 +139,8 @@ TRAIN = (
     Setting("micro_tokens", int, 2048, "tokens in memory at once; changes only speed and memory", **between(1, 2**24)),
     Setting("checkpoint_activations", bool, False, "compute each layer again in the backward pass: slower, less memory",
             free=True),
+    Setting("compile", bool, False, "compile decoder blocks in the first step: faster on a GPU after a minute or two",
+            saved=False),
     Setting("fsdp", bool, False, "shard the base over the processes of torchrun", saved=False),
     Setting("max_len", int, None, "longest example in tokens; the model's limit without it", **between(2, 2**24)),
     Setting("warmup", float, 0.1, "steps with a rising rate, or a share of all steps if below 1", **between(0, 10**9)),

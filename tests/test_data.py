@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lora import errors
 from lora.data import formats
-from lora.data.batch import IGNORE, lay_out, micro_batches, order, steps, tokens_per_step
+from lora.data.batch import lay_out, micro_batches, order, steps, tokens_per_step
 from lora.data.formats import read
 from lora.data.sources import numbered
 from lora.errors import BadInput
@@ -444,9 +444,9 @@ def test_targets_are_the_tokens_shifted_by_one_where_they_are_trained():
     batch = lay_out([a, b])
     assert batch.tokens.tolist() == [10, 11, 12, 13, 20, 21]
     assert batch.lengths == [4, 2]
-    assert batch.targets.tolist() == [IGNORE, 12, IGNORE, 14, 21, IGNORE]
-    assert batch.trained.tolist() == [False, True, False, True, True, False]
-    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.rows.tolist() == [1, 3, 4]
+    assert batch.targets.tolist() == [12, 14, 21]
+    assert batch.tokens.dtype == batch.rows.dtype == batch.targets.dtype == torch.int64
 
 
 EXAMPLES = st.lists(
@@ -463,8 +463,11 @@ EXAMPLES = st.lists(
 
 
 def documents_of(batch) -> list[tuple]:
-    """(tokens, targets) of every document of a batch."""
-    parts = zip(batch.tokens.split(batch.lengths), batch.targets.split(batch.lengths), strict=True)
+    """(tokens, targets) of every document of a batch, a target -1 where nothing is trained."""
+    targets = torch.full_like(batch.tokens, -1).index_copy(0, batch.rows, batch.targets)
+    lengths = [*batch.lengths[:-1], batch.lengths[-1] - batch.dead, batch.dead]
+    *parts, dead = zip(batch.tokens.split(lengths), targets.split(lengths), strict=True)
+    assert (dead[1] == -1).all()
     return [(tuple(tokens.tolist()), tuple(targets.tolist())) for tokens, targets in parts]
 
 
@@ -473,13 +476,14 @@ def documents_of(batch) -> list[tuple]:
 def test_micro_batches_keep_every_example_once_and_the_budget(examples, budget):
     batches = micro_batches(examples, budget)
     expected = Counter(
-        (tuple(tokens[:-1]), tuple(t if on else IGNORE for t, on in zip(tokens[1:], trained[1:], strict=True)))
+        (tuple(tokens[:-1]), tuple(t if on else -1 for t, on in zip(tokens[1:], trained[1:], strict=True)))
         for tokens, trained in examples
     )
     assert Counter(document for batch in batches for document in documents_of(batch)) == expected
     for batch in batches:
-        assert sum(batch.lengths) == len(batch.tokens) == len(batch.targets)
-        assert len(batch.tokens) <= budget or len(batch.lengths) == 1  # a longer example is alone
+        assert sum(batch.lengths) == len(batch.tokens) and len(batch.rows) == len(batch.targets)
+        assert len(batch.tokens) % 32 == 0 and batch.dead < 32
+        assert len(batch.tokens) - batch.dead <= budget or len(batch.lengths) == 1  # a longer example is alone
     for first, second in pairwise(batches):
         assert len(first.tokens) + second.lengths[0] > budget  # and no batch is opened without need
 

@@ -19,7 +19,7 @@ import evaluate
 from data_gen import multiply, persona, self_cognition
 from lora.adapter.inject import disabled, inject
 from lora.data import formats, lint
-from lora.data.batch import IGNORE, micro_batches
+from lora.data.batch import micro_batches
 from lora.data.formats import Conversation
 from lora.data.retention import SHIPPED, retention_batches
 from lora.errors import BadInput
@@ -42,7 +42,10 @@ def examples(lengths=LENGTHS) -> list[Example]:
 
 def retention(model, batches) -> Retention:
     return Retention(
-        lambda b: model.trunk(b.tokens, b.lengths), lambda: model.head_weight, batches, lambda: disabled(model)
+        lambda b: model.trunk(b.tokens, b.lengths, rows=b.rows),
+        lambda: model.head_weight,
+        batches,
+        lambda: disabled(model),
     )
 
 
@@ -101,19 +104,19 @@ def test_an_adapter_whose_b_is_zero_forgot_exactly_nothing(dtype):
 def test_the_meter_computes_in_float32_where_the_model_is_narrower():
     model = patched(tiny_model(torch.bfloat16))
     [batch] = micro_batches(examples(), 10**6)
-    now = model(batch.tokens, batch.lengths).float().log_softmax(-1)
+    now = model(batch.tokens, batch.lengths)[batch.rows].float().log_softmax(-1)
     with disabled(model):
-        base = model(batch.tokens, batch.lengths).float().log_softmax(-1)
+        base = model(batch.tokens, batch.lengths)[batch.rows].float().log_softmax(-1)
     expected = F.kl_div(now, base, log_target=True, reduction="batchmean")
     assert close(torch.tensor(retention(model, [batch])().kl), expected, 1e-5)
 
 
 def test_the_base_is_computed_once_and_every_call_is_one_pass():
     model, passes = patched(tiny_model()), []
-    trunk = lambda b: passes.append(b) or model.trunk(b.tokens, b.lengths)  # noqa: E731
+    trunk = lambda b: passes.append(b) or model.trunk(b.tokens, b.lengths, rows=b.rows)  # noqa: E731
     batches = micro_batches(examples(), 40)
     measure = Retention(trunk, lambda: model.head_weight, batches, lambda: disabled(model))
-    assert len(passes) == len(batches) and all(len(x) == sum(b.lengths) for x, b in zip(measure.of_base, batches))  # noqa: B905
+    assert len(passes) == len(batches) and all(len(x) == len(b.targets) for x, b in zip(measure.of_base, batches))  # noqa: B905
     first, second = measure(), measure()
     assert first == second and len(passes) == 3 * len(batches)
 
@@ -143,7 +146,7 @@ def test_processes_with_unequal_shares_agree_with_one():
     batches = micro_batches(examples(), 20)
 
     def loss(share, total):
-        return [mean_loss(lambda b: plain_loss(model(b.tokens, b.lengths), IDENTITY, b.targets), share, total)]
+        return [mean_loss(lambda b: plain_loss(model(b.tokens, b.lengths)[b.rows], IDENTITY, b.targets), share, total)]
 
     def kept(share, total):
         return retention(model, share)(total)
@@ -215,12 +218,12 @@ def tiny_chat():
 def test_every_next_token_of_the_shipped_conversations_counts():
     batches, used, left_out = retention_batches(tiny_chat(), None, 4096, 2048)
     assert (used, left_out) == (len(formats.read([SHIPPED])), 0)
-    assert all((batch.targets != IGNORE).all() for batch in batches)
+    assert all(batch.rows.tolist() == list(range(len(batch.tokens) - batch.dead)) for batch in batches)
     chat, tokens = tiny_chat(), 0
     for row in formats.read([SHIPPED]):
         [laid] = chat.lay(row.messages)
         tokens += len(laid.tokens) - 1
-    assert sum(len(batch.tokens) for batch in batches) == tokens
+    assert sum(len(batch.tokens) - batch.dead for batch in batches) == tokens
 
 
 def test_conversations_that_are_trained_on_are_left_out(tmp_path):

@@ -3,19 +3,25 @@
 import os
 import platform
 import re
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
 from lora.adapter.inject import choose, lora_layers
+from lora.data.batch import micro_batches
 from lora.model import attention, decoder
+from lora.model.chat import Example
 from lora.model.config import ModelConfig
 from lora.train import memory
 from tests.helpers import patched, some_tokens, tiny_config, tiny_model
+from train import objective_of
 
 LENGTHS = [23, 1, 40, 3]
 SHAPES = {
@@ -65,6 +71,25 @@ def test_recomputed_activations_give_the_same_bits(dtype, dropout):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_bits():
+    model, found = patched(tiny_model(torch.float32)).train(), []
+    for budget in (50, 10):  # 60 tokens are within twice the first
+        [b] = micro_batches([Example([*range(1, 61)], [True] * 60)], budget)
+        model.zero_grad()
+        loss = objective_of(model, settings(micro_tokens=budget))(b)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert model.checkpoint_activations == (budget == 10)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_example_far_longer_than_the_budget_needs_less_memory():
+    def needed(longest: int) -> float:
+        return expected(lengths=[300, longest], batch_size=1, shape=BIG, device="cuda", micro_tokens=500)
+
+    assert needed(1002) < needed(500) < needed(1001)
+
+
 def test_dropout_is_drawn_at_all_so_that_its_seed_matters():
     model = patched(tiny_model(torch.float32), dropout=0.3)
     assert not torch.equal(gradients(model, True, [[31]], 5)[0], gradients(model, True, [[31]], 6)[0])
@@ -81,7 +106,12 @@ def kept_bytes(model, lengths: list[int]) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    @contextmanager
+    def formed_again(product, form):  # hooks do not add up: only the innermost are called
+        with saved_tensors_hooks(lambda t: t if t.data_ptr() == product.data_ptr() else keep(t), lambda t: t):
+            yield
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor), patch.object(decoder, "formed_again", formed_again):
         hidden = model.trunk(some_tokens(sum(lengths)), lengths)
         assert hidden.requires_grad
         return sum(storage.nbytes() for storage in kept.values())
@@ -110,8 +140,8 @@ def test_nothing_is_recomputed_without_gradients_or_with_a_cache(monkeypatch):
 # ---- what is expected ------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_of_explicit_attention_is_the_models():
-    assert memory.EXPLICIT["cpu"] == attention.SHORT
+def test_the_limits_of_attention_are_the_models():
+    assert (memory.QUERIES, memory.WEIGHTS["cpu"]) == (attention._Causal.ROWS, attention._Causal.KEPT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,8 +166,8 @@ def test_blocks_before_the_first_target_keep_nothing():
 
 
 def test_long_documents_keep_no_square(monkeypatch):
-    monkeypatch.setitem(memory.EXPLICIT, "cpu", 100)
-    monkeypatch.setattr(attention, "SHORT", 100)
+    monkeypatch.setitem(memory.WEIGHTS, "cpu", 1000)
+    monkeypatch.setattr(attention._Causal, "KEPT", 1000)
     model = patched(tiny_model(torch.bfloat16, **SHAPES["llama"])).train()
     found = sum(memory.kept(model.config, list(lora_layers(model)), settings(dtype="bfloat16"), [150, 100]))
     assert abs(found / kept_bytes(model, [150, 100]) - 1) < 0.1
@@ -239,12 +269,18 @@ def test_the_advice_fits_and_the_next_larger_value_does_not(device, share):
     assert expected(**run, micro_tokens=n) <= free < expected(**run, micro_tokens=n + 64)
 
 
-def test_where_one_example_is_too_long_the_advice_is_to_leave_it_out_or_to_recompute():
+def test_where_one_example_is_too_long_the_advice_is_a_budget_with_which_it_is_recomputed():
     run = {"lengths": [2000, *[100] * 40], "shape": BIG, "dtype": "float32", "device": "cuda"}
     fix = memory.advice(0.5 * expected(**run), *arguments(**run))
-    assert re.fullmatch(
-        r"Lower --max-len to \d+ and --micro-tokens to \d+, or add --checkpoint-activations( and .*)?", fix
-    )
+    n = advised(fix)["micro_tokens"]
+    assert fix == f"Lower --micro-tokens to {n}" and 2 * n < 1999
+    assert expected(**run, micro_tokens=n) <= 0.5 * expected(**run)
+
+
+def test_where_that_does_not_help_the_advice_is_to_leave_it_out():
+    run = {"lengths": [2000, *[100] * 40], "shape": BIG, "dtype": "float32", "device": "cuda"}
+    fix = memory.advice(0.98 * expected(**run, micro_tokens=64), *arguments(**run))
+    assert re.fullmatch(r"Lower --max-len to \d+( and --micro-tokens to \d+)?", fix)
     assert advised(fix)["max_len"] % 64 == 0 and 64 <= advised(fix)["max_len"] < 2000
 
 

@@ -1,6 +1,8 @@
 """The decoder equals a numpy oracle, and every way to lay out or cache its input equals every other."""
 
 import random
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -224,8 +226,8 @@ def loss_and_gradients(model, loss: torch.Tensor) -> list[torch.Tensor]:
 def of_batch(model, examples: list[Example]) -> torch.Tensor:
     """The summed loss of examples laid end to end, as train.py forms it."""
     batch = lay_out(examples)
-    hidden = model.trunk(batch.tokens, batch.lengths)
-    return summed_loss(hidden[batch.trained], model.head_weight, batch.targets[batch.trained])
+    hidden = model.trunk(batch.tokens, batch.lengths, rows=batch.rows)
+    return summed_loss(hidden, model.head_weight, batch.targets)
 
 
 def padded_loss(model, examples: list[Example], pad: int) -> torch.Tensor:
@@ -364,3 +366,37 @@ def test_rows_that_are_kept_go_on_as_if_they_had_been_alone():
     assert close(chunk, torch.cat([model(rows[1])[2:4], model(rows[3])[5:8]]), 1e-12)
     cache.keep([1])
     assert close(model(rows[3][8:9], [1], cache=cache), model(rows[3])[8:9], 1e-12)
+
+
+# ---- fast versions beside plain ones ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_norms_and_their_closed_gradients_equal_the_formula(trained):
+    random = torch.Generator().manual_seed(4)
+    norm = decoder.RMSNorm(24, 1e-5).double()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5, generator=random)
+    norm.weight.requires_grad_(trained)
+    x, g = (torch.randn(3, 7, 24, generator=random, dtype=torch.float64) for _ in range(2))
+    leaves = [x.requires_grad_(), *([norm.weight] if trained else [])]
+    ours, plain = ((y := f(x), *torch.autograd.grad(y, leaves, g)) for f in (norm, norm.plain))
+    assert torch.equal(ours[0], plain[0]) and len(ours) == 2 + trained
+    assert all(close(a, b, 1e-13) for a, b in zip(ours, plain, strict=True))
+    low = x.detach().bfloat16()
+    assert torch.equal(norm.bfloat16()(low), norm.plain(low))
+
+
+def test_the_product_of_gate_and_up_is_not_kept_and_gradients_are_the_same_bits(monkeypatch):
+    found, sizes = [], []
+    for form in (decoder.formed_again, lambda *_: nullcontext()):
+        monkeypatch.setattr(decoder, "formed_again", form)
+        model = patched(tiny_model(torch.bfloat16), targets=("down_proj",))
+        products, first = [], model.model.layers[0].mlp.down_proj
+        first.register_forward_pre_hook(lambda _, x, products=products: products.append(weakref.ref(x[0])))
+        loss = model(some_tokens(31)).float().logsumexp(-1).sum()
+        sizes.append(products[0]() is not None)
+        loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert sizes == [False, True]
+    assert all(torch.equal(a, b) and a.abs().sum() for a, b in zip(*found, strict=True))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lora import errors, files
 from lora.adapter.inject import disabled, inject, lora_layers
-from lora.data.batch import IGNORE, Batch, micro_batches
+from lora.data.batch import Batch, micro_batches, nothing
 from lora.errors import BadEnvironment, BadInput, StopFlag, Stopped, say
 from lora.model import pretrained, shard
 from lora.model.chat import Example
@@ -120,11 +120,7 @@ LENGTHS = [len(example.tokens) for example in EXAMPLES]
 
 def objective(model, b: Batch) -> torch.Tensor:
     hidden = model.trunk(b.tokens, b.lengths)
-    return summed_loss(hidden[b.trained], model.head_weight, b.targets[b.trained])
-
-
-def nothing() -> Batch:
-    return Batch(torch.tensor([0]), [1], torch.tensor([IGNORE]))
+    return summed_loss(hidden[b.rows], model.head_weight, b.targets)
 
 
 def step(model, team: ranks.Team, indices, sharded: bool = False, micro_tokens: int = 40) -> list[float]:

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import math
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,14 +37,14 @@ def objective_of(model):
 
     def objective(b: Batch) -> torch.Tensor:
         hidden = model.trunk(b.tokens, b.lengths)
-        return summed_loss(hidden[b.trained], model.head_weight, b.targets[b.trained])
+        return summed_loss(hidden[b.rows], model.head_weight, b.targets)
 
     return objective
 
 
 def plain_objective_of(model):
     def objective(b: Batch) -> torch.Tensor:
-        return plain_loss(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets[b.trained])
+        return plain_loss(model.trunk(b.tokens, b.lengths)[b.rows], model.head_weight, b.targets)
 
     return objective
 
@@ -150,12 +149,21 @@ def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens():
     assert loss == pytest.approx(total / count, rel=1e-12)
 
 
-def test_targets_of_untrained_positions_are_never_read():
+def test_the_last_block_leaves_out_positions_that_nobody_asks_for_and_changes_nothing():
     model, batch = patched(tiny_model()), lay_out(UNEQUAL)
-    mask = batch.trained
-    wild = SimpleNamespace(tokens=batch.tokens, lengths=batch.lengths, trained=mask, targets=batch.targets.clone())
-    wild.targets[~mask] = torch.randint(VOCAB, (int((~mask).sum()),))
-    assert torch.equal(gradients(model, [wild]), gradients(model, [batch]))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.randn(len(batch.rows), 24, dtype=torch.float64)
+
+    def found(hidden):
+        return hidden, *torch.autograd.grad((hidden * weights).sum(), parameters)
+
+    of_all = found(model.trunk(batch.tokens, batch.lengths)[batch.rows])
+    of_rows = found(model.trunk(batch.tokens, batch.lengths, rows=batch.rows))
+    assert all(close(a, b, 1e-12) for a, b in zip(of_rows, of_all, strict=True))
+    seen = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    model.trunk(batch.tokens, batch.lengths, rows=batch.rows)
+    assert seen == [288] and len(batch.rows) == 270 and len(batch.tokens) > 288  # rounded up
 
 
 def test_the_first_trained_token_is_predicted_from_the_last_token_of_its_prompt():

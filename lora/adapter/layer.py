@@ -75,6 +75,8 @@ class LoRALinear(nn.Module):
     @staticmethod
     def together(x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
         """Several layers of one input, x (..., in), in one autograd node: q/k/v, gate/up, or one alone."""
+        if torch.compiler.is_compiling():  # it makes its own of the formula; of in-place sums it would make copies
+            return tuple(layer.plain(x) for layer in layers)
         if all(layer.adapting and not (layer.training and layer.dropout) for layer in layers):
             weights = [w for layer in layers for w in (layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B)]
             return _LoRAProducts.apply(x, [layer.scaling for layer in layers], *weights)
@@ -103,45 +105,50 @@ class LoRALinear(nn.Module):
         if not self.adapting:
             return y
         branch = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
-        return y + self.scaling * (branch @ self.lora_B.to(x.dtype).T)
+        return y + (self.scaling * branch) @ self.lora_B.to(x.dtype).T
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}, enabled={self.enabled}"
 
 
 class _LoRAProducts(torch.autograd.Function):
-    """y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ for several i, and its gradients in closed form, G_i = ∂L/∂y_i:
+    """y_i = x W_iᵀ + b_i + (x A_iᵀ) (s_i B_i)ᵀ for several i, and its gradients in closed form, G_i = ∂L/∂y_i:
 
-        ∂B = s Gᵀ(x Aᵀ)      ∂A = s (G B)ᵀ x      ∂x = Σ G W + s (G B) A
+        ∂B = s Gᵀ(x Aᵀ)      ∂A = (s G B)ᵀ x      ∂x = Σ G W + (s G B) A
 
     What autograd would do, with less memory traffic: products are added into their sum (`addmm_`), x is kept once for
-    all layers, G B is formed once for ∂A and ∂x, and nothing is computed for the frozen W.
+    all layers, whose A are stacked, s G B is formed once for ∂A and ∂x, and nothing is computed for the frozen W.
     """
 
     @staticmethod
     def forward(ctx, x, scalings, *weights):
         rows = x.reshape(-1, x.shape[-1])  # (T, in)
-        ctx.scalings, ctx.shape = scalings, x.shape
-        outputs, kept = [], []
-        for s, W, b, A, B in zip(scalings, *(weights[i::4] for i in range(4)), strict=True):
-            down = rows @ A.to(x.dtype).T  # (T, r)
+        Ws, bs, As, Bs = (weights[i::4] for i in range(4))
+        ctx.scalings, ctx.shape, ctx.ranks = scalings, x.shape, [len(A) for A in As]
+        A = torch.cat(As).to(x.dtype)  # (Σr, in)
+        Bs = [(s * B).to(x.dtype) for s, B in zip(scalings, Bs, strict=True)]
+        down = rows @ A.T  # (T, Σr)
+        outputs = []
+        for W, b, B, part in zip(Ws, bs, Bs, down.split(ctx.ranks, 1), strict=True):
             y = F.linear(x, W, b)  # (..., out), of x itself, so that with B = 0 the bits are the base's
-            outputs.append(y.reshape(-1, y.shape[-1]).addmm_(down, B.to(x.dtype).T, alpha=s).view(y.shape))
-            kept += [down, W, A, B]
-        ctx.save_for_backward(rows, *kept)
+            outputs.append(y.reshape(-1, y.shape[-1]).addmm_(part, B.T).view(y.shape))
+        ctx.save_for_backward(rows, down, A, *Ws, *Bs)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable  # `down` is kept as numbers, so a second derivative would silently miss its part
     def backward(ctx, *gradients):
-        rows, *kept = ctx.saved_tensors
-        d_rows, d_weights = None, []
-        for s, G, down, W, A, B in zip(ctx.scalings, gradients, *(kept[i::4] for i in range(4)), strict=True):
+        rows, down, A, *weights = ctx.saved_tensors
+        n = len(gradients)
+        d_rows, d_Bs, ups, parts = None, [], [], down.split(ctx.ranks, 1)
+        for s, G, W, B, part in zip(ctx.scalings, gradients, weights[:n], weights[n:], parts, strict=True):
             G = G.reshape(-1, G.shape[-1])  # (T, out)
-            up = G @ B.to(G.dtype)  # (T, r)
-            d_A, d_B = up.T @ rows, G.T @ down
-            d_weights += [None, None, d_A.to(A.dtype).mul_(s), d_B.to(B.dtype).mul_(s)]
+            ups.append(G @ B)
+            d_Bs.append((part.T @ G).mul_(s).T)  # sooner done than Gᵀ part
             if ctx.needs_input_grad[0]:
                 d_rows = G @ W if d_rows is None else d_rows.addmm_(G, W)
-                d_rows.addmm_(up, A.to(G.dtype), alpha=s)
-        return (None if d_rows is None else d_rows.view(ctx.shape), None, *d_weights)
+        up = torch.cat(ups, 1)  # (T, Σr)
+        if d_rows is not None:
+            d_rows = d_rows.addmm_(up, A).view(ctx.shape)
+        d_As = (up.T @ rows).split(ctx.ranks)
+        return (d_rows, None, *(d for pair in zip(d_As, d_Bs, strict=True) for d in (None, None, *pair)))

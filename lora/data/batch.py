@@ -13,45 +13,64 @@ from math import ceil, floor
 
 import torch
 
+from lora.device import ROUND, upload
 from lora.model.chat import Example
 
-IGNORE = -100  # a target that is not trained
+STEP = 256  # a filled micro-batch over its budget has a multiple of so many tokens
 
 
 @dataclass
 class Batch:
-    """Documents end to end: `tokens` (T,), `lengths` of the documents (they sum to T), and what each position should
-    predict, `targets` (T,), IGNORE where nothing is trained."""
+    """Documents end to end: `tokens` (T,), `lengths` of the documents (they sum to T), the positions that are trained,
+    `rows` (N,), and what each of them should predict, `targets` (N,). The last `dead` tokens are of no example."""
 
     tokens: torch.Tensor
     lengths: list[int]
+    rows: torch.Tensor
     targets: torch.Tensor
-
-    @property
-    def trained(self) -> torch.Tensor:
-        """Positions that are trained, (T,) bool."""
-        return self.targets != IGNORE
+    dead: int = 0
 
 
-def lay_out(examples: Sequence[Example], device="cpu") -> Batch:
+def lay_out(examples: Sequence[Example], device="cpu", dead: int = 0) -> Batch:
     """The shift happens here and only here: position t predicts token t + 1. A last token predicts nothing: it is left
-    out."""
-    tokens, targets = [], []
+    out. `dead` tokens more follow the last example, as if of it: what lies behind it changes nothing in it."""
+    tokens, rows, targets = [], [], []
     for example in examples:
+        trained = [t for t in range(len(example.tokens) - 1) if example.trained[t + 1]]
+        rows += [len(tokens) + t for t in trained]
+        targets += [example.tokens[t + 1] for t in trained]
         tokens += example.tokens[:-1]
-        answers = zip(example.tokens[1:], example.trained[1:], strict=True)
-        targets += [token if trained else IGNORE for token, trained in answers]
     lengths = [len(example.tokens) - 1 for example in examples]
-    return Batch(torch.tensor(tokens, device=device), lengths, torch.tensor(targets, device=device))
+    lengths[-1] += dead
+    tokens += [0] * dead
+    return Batch(upload(tokens, device), lengths, upload(rows, device), upload(targets, device), dead)
+
+
+def size_of(examples: Sequence[Example]) -> int:
+    """Tokens of a batch of them."""
+    return sum(len(example.tokens) - 1 for example in examples)
+
+
+def filled(examples: Sequence[Example], size: int, device="cpu") -> Batch:
+    """Laid out with one dead document at the end, nothing of it trained, so that there are `size` tokens, or where the
+    examples have more, a multiple of STEP."""
+    used = size_of(examples)
+    dead = size - used if used <= size else -used % STEP
+    if not dead:
+        return lay_out(examples, device)
+    batch = lay_out([*examples, Example([0] * (dead + 1), [False] * (dead + 1))], device)
+    batch.dead = dead
+    return batch
 
 
 def nothing(device="cpu") -> Batch:
-    """One dead token, nothing trained: for a process that has no examples but must take part."""
-    return Batch(torch.zeros(1, dtype=torch.long, device=device), [1], torch.full((1,), IGNORE, device=device))
+    """One dead token: for a process that has no examples but must take part."""
+    return filled([], 1, device)
 
 
-def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu") -> list[Batch]:
-    """Cut a step into batches of at most `micro_tokens` tokens; a longer example has a batch of its own."""
+def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu", fill: bool = False) -> list[Batch]:
+    """Cut a step into batches of at most `micro_tokens` tokens; a longer example has a batch of its own. To `fill` is
+    to make all of them that long; else they are rounded up."""
     batches, room = [], 0
     for example in sorted(examples, key=lambda e: len(e.tokens)):  # alike lengths together
         if len(example.tokens) - 1 > room or not batches:
@@ -59,7 +78,9 @@ def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu") 
             room = micro_tokens
         batches[-1].append(example)
         room -= len(example.tokens) - 1
-    return [lay_out(batch, device) for batch in batches]
+    if fill:
+        return [filled(batch, micro_tokens, device) for batch in batches]
+    return [lay_out(batch, device, -size_of(batch) % ROUND) for batch in batches]
 
 
 def order(count: int, seed: int | str, epoch: int) -> list[int]:

@@ -4,17 +4,62 @@ Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245):
 h // (H / KV). No padding exists in training, so there is no mask but the causal one inside each document.
 """
 
+from collections.abc import Iterator
+from functools import cache, lru_cache, partial
+from inspect import signature
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lora.device import upload
 
 # Up to this length the explicit T × T form is faster on a CPU than the blocked kernel; beyond, its T² memory hurts.
 SHORT = 512
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Documents of `lengths` end to end: q (T, H, d), k and v (T, KV, d) -> (T, H, d). Nobody sees another document."""
+class Documents(NamedTuple):
+    """How documents lie end to end. `starts` (N + 1,) int32 says where each begins and the last one ends, on a device
+    whose kernel takes all of them at once; None where they are taken one after another."""
+
+    lengths: list[int]
+    starts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device, dtype: torch.dtype, head_dim: int) -> "Documents":
+        """Made once for all layers."""
+        if not at_once(device, dtype, head_dim):
+            return cls(lengths)
+        return cls(lengths, upload([0, *accumulate(lengths)], device, torch.int32))
+
+
+def at_once(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Can FlashAttention's kernel (Dao 2023, https://arxiv.org/abs/2307.08691) be used? It wants an Ampere GPU."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Documents end to end: q (T, H, d), k and v (T, KV, d) -> (T, H, d). Nobody sees another document."""
+    lengths, starts = documents
+    if q.device.type == "cpu" and starts is None:
+        return _Causal.apply(q, k, v, lengths)
+    if starts is not None:
+        return causal_varlen()(q, k, v, starts, starts, max(lengths), max(lengths))
     parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     return torch.cat([one_document(*part) for part in parts])
+
+
+@cache
+def causal_varlen():
+    """PyTorch's `varlen_attn`, each query seeing any number of keys to its left and none to its right."""
+    from torch.nn.attention.varlen import varlen_attn  # there is no need of it on a CPU
+
+    # the kernel has always grouped heads; since 2.12 the function before it wants to be told, 2.11 has no such argument
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
 def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -43,3 +88,119 @@ def blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+class _Group(NamedTuple):
+    """Documents of like lengths as a rectangle: `index` (B·L,) says which position lies where; T stands for nothing."""
+
+    index: torch.Tensor
+    B: int
+    L: int
+
+
+@lru_cache(maxsize=64)
+def _groups(lengths: tuple[int, ...]) -> list[_Group]:
+    """Each document in a group whose longest one it fills to four fifths. Sizes are multiples of 16: a CPU's products
+    are compiled for every size anew."""
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    rows: list[list[tuple[int, int]]] = []
+    for length, start in sorted(zip(lengths, starts, strict=True), reverse=True):
+        if not rows or length < 0.8 * rows[-1][0][0]:
+            rows.append([])
+        rows[-1].append((length, start))
+    found = []
+    for row in rows:
+        L = -(-row[0][0] // 16) * 16
+        index = torch.full((len(row), L), sum(lengths))
+        for i, (length, start) in enumerate(row):
+            index[i, :length] = torch.arange(start, start + length)
+        found.append(_Group(index.view(-1), len(row), L))
+    return found
+
+
+def _stack(x: torch.Tensor, KV: int) -> torch.Tensor:
+    """(B, n, heads, d) -> (B·KV, G·n, d): heads that share a key head lie below each other."""
+    return x.unflatten(2, (KV, -1)).permute(0, 2, 3, 1, 4).reshape(len(x) * KV, -1, x.shape[-1])
+
+
+def _unstack(x: torch.Tensor, B: int, n: int) -> torch.Tensor:
+    """(B·KV, G·n, d) -> (B, n, heads, d)"""
+    return x.view(B, len(x) // B, -1, n, x.shape[-1]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, n: int) -> torch.Tensor:
+    """(B·KV, G·n, d) scaled, (B·KV, S, d) -> softmax over what each may see, (B·KV, G·n, S): the last of n queries sees
+    all keys, the one before all but one."""
+    scores = queries @ keys.mT
+    last = scores.unflatten(1, (-1, n))[..., -n:]  # (B·KV, G, n, n), the only ones that may lie in the future
+    last.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(-1)  # of bf16 too it is summed in float32
+
+
+class _Causal(torch.autograd.Function):
+    """`explicit` for documents end to end, and its gradient in closed form; P the weights, g = ∂L/∂out:
+
+        ∂v = Pᵀ g      ∂S = P (g vᵀ - rowsum(g out))      ∂q = ∂S k / √d      ∂k = ∂Sᵀ q / √d
+
+    after FlashAttention, https://arxiv.org/abs/2205.14135, appendix B.2. Some queries at a time leave out the keys of
+    their common future. Weights are kept for the backward pass while they are few, else they are formed again.
+    """
+
+    ROWS = 128  # queries at a time
+    KEPT = 8 * 2**20  # bytes of weights to keep in each call, which is in each layer
+
+    @staticmethod
+    def blocks(L: int) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + _Causal.ROWS, L)) for start in range(0, L, _Causal.ROWS))
+
+    @staticmethod
+    def lay(group: _Group, KV: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Each (T + 1, heads, d) -> (B, L, heads, d), keys and values (those of KV heads) stacked."""
+        return [x.index_select(0, group.index).unflatten(0, (group.B, group.L)) for x in tensors]
+
+    @staticmethod
+    def forward(ctx, q, k, v, lengths):
+        (T, H, d), KV, kept = q.shape, k.shape[1], []
+        keep = sum(n * n for n in lengths) * H * q.element_size() <= _Causal.KEPT
+        out = q.new_empty(T + 1, H, d)
+        nothing = q.new_zeros(1, H, d)
+        q_, k_, v_ = (torch.cat((x, nothing[:, : x.shape[1]])) for x in (q * d**-0.5, k, v))
+        for group in _groups(tuple(lengths)):
+            queries, keys, values = _Causal.lay(group, KV, q_, k_, v_)
+            keys, values, result = _stack(keys, KV), _stack(values, KV), torch.empty_like(queries)
+            for start, stop in _Causal.blocks(group.L):
+                P = _weights(_stack(queries[:, start:stop], KV), keys[:, :stop], stop - start)
+                result[:, start:stop] = _unstack(P @ values[:, :stop], group.B, stop - start)
+                if keep:
+                    kept.append(P)
+            out.index_copy_(0, group.index, result.flatten(0, 1))
+        ctx.lengths = lengths
+        ctx.save_for_backward(q, k, v, out[:T], *kept)
+        return out[:T]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        q, k, v, out, *kept = ctx.saved_tensors
+        (T, H, d), KV, kept = q.shape, k.shape[1], iter(kept)
+        d_q, d_k, d_v = (x.new_empty(T + 1, *x.shape[1:]) for x in (q, k, v))
+        nothing = q.new_zeros(1, H, d)
+        tensors = (q * d**-0.5, k, v, gradient, (gradient * out).sum(-1, keepdim=True))
+        tensors = [torch.cat((x, nothing[:, : x.shape[1], : x.shape[2]])) for x in tensors]
+        for group in _groups(tuple(ctx.lengths)):
+            queries, keys, values, g, sums = _Causal.lay(group, KV, *tensors)
+            keys, values = _stack(keys, KV), _stack(values, KV)
+            of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+            for start, stop in _Causal.blocks(group.L):
+                n = stop - start
+                Q, G, D = (_stack(x[:, start:stop], KV) for x in (queries, g, sums))
+                P = next(kept, None)
+                P = _weights(Q, keys[:, :stop], n) if P is None else P
+                of_values[:, :stop] += P.mT @ G
+                S = (G @ values[:, :stop].mT).sub_(D).mul_(P)  # ∂S
+                of_queries[:, start:stop] = _unstack((S @ keys[:, :stop]).mul_(d**-0.5), group.B, n)
+                of_keys[:, :stop] += S.mT @ Q
+            d_q.index_copy_(0, group.index, of_queries.flatten(0, 1))
+            for x, part in ((d_k, of_keys), (d_v, of_values)):
+                x.index_copy_(0, group.index, _unstack(part, group.B, group.L).flatten(0, 1))
+        return d_q[:T], d_k[:T], d_v[:T], None

@@ -5,13 +5,18 @@ RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.0986
 """
 
 import math
+from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora.model.attention import attend
+from lora.device import ROUND, upload
+from lora.model.attention import Documents, attend
 from lora.model.cache import Cache
 from lora.model.config import ModelConfig
 from lora.model.linear import together
@@ -29,9 +34,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., D) -> (..., D)"""
+        return self.plain(x) if torch.compiler.is_compiling() else _Normed.apply(x, self.weight, self.eps)
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The formula as written; `forward` keeps less of it for the backward pass."""
         y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)  # rounded before the weight, as the reference does
+
+
+class _Normed(torch.autograd.Function):
+    """n = x / RMS(x) and n w, with the gradient in closed form: ∂x = (g - n mean(g n)) / RMS(x) where g = w ∂L/∂(n w).
+
+    Kept is n in the dtype of x, where autograd would keep x and n in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.to(wide(x.dtype))
+        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        n = (y * scale).to(x.dtype)
+        ctx.save_for_backward(n, scale, weight)
+        return weight * n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        n, scale, weight = ctx.saved_tensors
+        d_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        g, n = (gradient * weight).to(scale.dtype), n.to(scale.dtype)
+        g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return g.to(weight.dtype), d_weight, None
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None) -> torch.Tensor:
@@ -65,7 +99,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
+@contextmanager
+def formed_again(product: torch.Tensor, form: Callable[[], torch.Tensor]):
+    """Inside the block autograd does not keep `product` for the backward pass: it calls `form` there."""
+    place = product.data_ptr()
+
+    def pack(kept: torch.Tensor):
+        return form if kept.data_ptr() == place else kept
+
+    def unpack(kept):
+        return kept() if kept is form else kept
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
 class Attention(nn.Module):
+    """What lies before and after attention itself, which knows of documents and caches."""
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
@@ -75,15 +126,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
 
-    def forward(self, x, cos, sin, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
+    def heads(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (T, D) -> queries (T, H, d), keys and values (T, KV, d)."""
         T, d = x.shape[0], self.head_dim
-        q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))  # (T, heads, d)
-        if cache is None:
-            y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, lengths)  # (T, H, d)
-        else:  # a few positions: fewer operations count for more than a copy
-            q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
-            y = cache.attend(self.index, q, k, v)
-        return self.o_proj(y.reshape(T, -1))
+        q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))
+        q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -95,10 +143,30 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = together(x, [self.gate_proj, self.up_proj])
-        return self.down_proj(F.silu(gate) * up)
+        if torch.compiler.is_compiling():
+            return self.down_proj(rather_again(swiglu, gate, up))
+        gate = F.silu(gate)
+        product = gate * up
+        with formed_again(product, lambda: gate * up):
+            return self.down_proj(product)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def rather_again(function: Callable, *arguments) -> torch.Tensor:
+    """In compiled code the result is not kept for the backward pass, but formed again: it is cheap, and wide."""
+    if not torch.compiler.is_compiling():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False)
 
 
 class Block(nn.Module):
+    """Attention stands between two halves that know nothing of documents: those can be compiled, for one T."""
+
+    compiled: tuple[Callable, Callable] | None = None
+
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -106,9 +174,22 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, lengths, cache=None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def before(self, x, cos, sin):
+        """x (T, D) -> q, k, v of `Attention.heads`."""
+        return self.self_attn.heads(rather_again(self.input_layernorm, x), cos, sin)
+
+    def after(self, x, y):
+        """x (T, D) and what attention found (T, H·d) -> (T, D)."""
+        x = x + self.self_attn.o_proj(y)
+        return x + self.mlp(rather_again(self.post_attention_layernorm, x))
+
+    def forward(self, x, cos, sin, documents: Documents, cache: Cache | None = None, rows=None) -> torch.Tensor:
+        """x (T, D) -> (T, D), or of `rows` (N,) alone, (N, D): after attention no position needs another."""
+        before, after = self.compiled if self.compiled and torch.is_grad_enabled() else (self.before, self.after)
+        q, k, v = before(x, cos, sin)
+        y = attend(q, k, v, documents) if cache is None else cache.attend(self.self_attn.index, q, k, v)  # (T, H, d)
+        x, y = (x, y) if rows is None else (x[rows], y[rows])
+        return after(x, y.flatten(1))
 
 
 class Trunk(nn.Module):
@@ -133,7 +214,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.checkpoint_activations = config, False
+        self.config, self.checkpoint_activations, self.compiled = config, False, False
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -151,28 +232,45 @@ class Model(nn.Module):
         """The vocabulary projection, (V, D): the embedding itself where it is tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None):
+    def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None, rows=None):
         """tokens (T,): documents of `lengths` end to end, or the next tokens of a cache's rows -> hidden states (T, D).
 
-        `positions` (T,) default to 0, 1, ... in each document, and go on where the cache stands.
+        `positions` (T,) default to 0, 1, ... in each document, and go on where the cache stands. Where only some
+        positions are wanted, `rows` (N,), the result is (N, D), and the last block leaves the others out.
         """
         lengths = lengths or [len(tokens)]
         if positions is None:
             starts = cache.lengths if cache else [0] * len(lengths)
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+            positions = upload(positions, tokens.device)
         cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
         if cache:
             cache.begin(lengths)
         x = self.model.embed_tokens(tokens)  # (T, D)
+        documents = Documents(lengths) if cache else Documents.of(lengths, x.device, x.dtype, self.config.head_dim)
+        if self.compiled and not cache and torch.is_grad_enabled():
+            x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
         again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        count = len(tokens) if rows is None else len(rows)
+        rows = rows if rows is None else F.pad(rows, (0, -count % ROUND))
+        early = not (self.compiled and torch.is_grad_enabled())  # what is compiled always sees as many positions
         for block in self.model.layers:
+            wanted = rows if early and block is self.model.layers[-1] else None
             if again:
-                x = checkpoint(block, x, cos, sin, lengths, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, documents, None, wanted, use_reentrant=False)
             else:
-                x = block(x, cos, sin, lengths, cache)
+                x = block(x, cos, sin, documents, cache, wanted)
         if cache:
             cache.advance()
-        return self.model.norm(x)
+        return self.model.norm(x if early or rows is None else x[rows])[:count]
+
+    def compile_blocks(self, **options) -> None:
+        """From now on training runs compiled blocks, by `torch.compile` with `options`: once for all blocks that are
+        patched alike, in the first step with `T` tokens a micro-batch, and once more in the first with another number.
+        """
+        self.compiled = True
+        for block in self.model.layers:
+            block.compiled = tuple(torch.compile(half, **options) for half in (block.before, block.after))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) -> logits (T, V)."""

@@ -115,7 +115,7 @@ class Examination:
 
     def _trunk(self, b: batch.Batch) -> torch.Tensor:
         self._look_up()
-        return self.model.trunk(b.tokens, b.lengths)
+        return self.model.trunk(b.tokens, b.lengths, rows=b.rows)
 
     def _loss(self, b: batch.Batch) -> torch.Tensor:
         self._look_up()
@@ -126,7 +126,7 @@ def fingerprint(batches: Iterable[batch.Batch]) -> str:
     """sha256 over what is measured."""
     digest = hashlib.sha256()
     for b in batches:
-        digest.update(f"{b.lengths} {b.tokens.tolist()} {b.targets.tolist()}".encode())
+        digest.update(f"{b.lengths} {b.tokens.tolist()} {b.rows.tolist()} {b.targets.tolist()}".encode())
     return digest.hexdigest()
 
 

@@ -90,4 +90,5 @@ def where_computed(s: SimpleNamespace, team: Team) -> dict:
         "machine": torch.cuda.get_device_name() if s.device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "processes": team.size,
+        "compiled": s.compile,
     }

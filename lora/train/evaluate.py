@@ -34,7 +34,7 @@ def mean_loss(objective: Callable[..., torch.Tensor], batches: Iterable, total: 
     loss, count = 0.0, 0
     for batch in batches:
         loss += objective(batch).item()
-        count += int(batch.trained.sum())
+        count += len(batch.targets)
     loss, count = total([loss, count])
     return loss / count
 
@@ -50,9 +50,9 @@ class Retained(NamedTuple):
 class Retention:
     """The meter of forgetting: call it, as often as wanted, and it says how far the model is from its base now.
 
-    `trunk(batch)` gives hidden states (T, D), and those of the base inside `base()`; `head_weight()` (V, D) is frozen.
-    Measured are the trained positions of `batches`, each with `.trained` (T,) bool and `.targets` (T,). Of the base
-    only hidden states are kept, so a call costs one pass forward, and never a second model.
+    `trunk(batch)` gives the hidden states of a batch's trained positions (N, D), and those of the base inside `base()`;
+    `batch.targets` (N,) is what they should predict; `head_weight()` (V, D) is frozen. Of the base only hidden states
+    are kept, so a call costs one pass forward, and never a second model.
     """
 
     @torch.no_grad()
@@ -65,14 +65,14 @@ class Retention:
     ):
         self.trunk, self.head_weight, self.batches = trunk, head_weight, batches
         with base():
-            self.of_base = [trunk(batch)[batch.trained] for batch in batches]  # (N, D) each
+            self.of_base = [trunk(batch) for batch in batches]  # (N, D) each
 
     @torch.no_grad()
     def __call__(self, total: Total = list) -> Retained:
         sums = [0.0, 0.0, 0.0]
         for batch, of_base in zip(self.batches, self.of_base, strict=True):
-            hidden = self.trunk(batch)[batch.trained]
-            found = divergence(of_base, hidden, self.head_weight(), batch.targets[batch.trained])
+            hidden = self.trunk(batch)
+            found = divergence(of_base, hidden, self.head_weight(), batch.targets)
             sums = [a + b for a, b in zip(sums, found, strict=True)]
         *sums, count = total([*sums, sum(map(len, self.of_base))])
         return Retained(*(value / count for value in sums))

@@ -16,7 +16,9 @@ from lora.train.loss import ROWS
 RUNTIME = {"cpu": 300e6}  # Python, torch, a tokenizer; a GPU counts its tensors only
 AGAIN = {"cpu": 80e6}  # torch's compiler, which torch.utils.checkpoint imports
 GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
-EXPLICIT = {"cpu": 512}  # documents up to this length hold their T × T weights: `lora.model.attention.SHORT`
+# on a CPU attention goes by so many queries at a time, and keeps weights up to so many bytes: `lora.model.attention`
+QUERIES, WEIGHTS = 128, {"cpu": 8 * 2**20}
+LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from before the step
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
@@ -51,16 +53,17 @@ def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], b
         backward = 2 * tokens * c.intermediate_size * size + 2 * row  # gradients on their way through an MLP
         logits = min(ROWS, tokens) * c.vocab_size * ((10 if size == 2 else 8) + 4 * (tokens > ROWS))
         loss = 3 * row + logits  # hidden states, the trained ones, their gradient
-        if s.checkpoint_activations:  # a whole block is there only after the loss
+        if s.checkpoint_activations or tokens > LONG * s.micro_tokens:  # a whole block is there only after the loss
             return {"blocks": row * len(blocks), "backward or the loss": max(max(blocks) + backward, loss)}
         return {"blocks": sum(blocks), "backward or the loss": max(backward, loss)}
 
-    short = [n for n in lengths if n - 1 <= EXPLICIT.get(s.device, 0)]  # they may need more than longer ones
-    batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, short) if len(pool)]
+    whole = [n for n in lengths if n - 1 <= LONG * s.micro_tokens]  # they may need more than longer ones
+    batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, whole) if len(pool)]
     largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
+    again = s.checkpoint_activations or len(whole) < len(lengths)
     adapter = in_adapter(model, targets, s.rank)
     return {
-        "runtime": RUNTIME.get(s.device, 0.0) + s.checkpoint_activations * AGAIN.get(s.device, 0.0),
+        "runtime": RUNTIME.get(s.device, 0.0) + again * AGAIN.get(s.device, 0.0),
         "compiled kernels": compiled(s, lengths, batch_size),
         "weights": sum(p.numel() for p in model.parameters()) * size,
         "adapter and optimizer": ADAPTERS * adapter * getattr(torch, s.adapter_dtype).itemsize,
@@ -88,17 +91,20 @@ def compiled(s, lengths: Sequence[int], batch_size: int) -> float:
         return 0.0
     steps = s.max_steps or s.epochs * ceil(len(lengths) / batch_size)
     batches = steps * ceil(batch_size * sum(lengths) / len(lengths) / s.micro_tokens)
-    documents = min(len({int(n) for n in lengths if n - 1 <= EXPLICIT["cpu"]}), steps * batch_size)
+    documents = min(len({int(n) // 16 for n in lengths}), steps * batch_size)
     return COMPILED_BYTES * min(COMPILED, OF_A_BATCH * batches + OF_A_DOCUMENT * documents)
 
 
 def attention(c, s, documents: list[int]) -> float:
-    """Bytes that one block's attention keeps beside q, k and v: softmax in float32, rounded, and the mask; or the
-    output and a log-sum of the fused kernel."""
+    """Bytes that one block's attention keeps beside q, k and v: its output, and while they are few the weights; on a
+    GPU a log-sum in their place."""
     size, heads = getattr(torch, s.dtype).itemsize, c.num_attention_heads
-    weights = heads * (4 if size == 4 else 4 + size) + 1
-    fused = heads * (c.head_dim * size + 4)
-    return sum(n * n * weights if n <= EXPLICIT.get(s.device, 0) else n * fused for n in documents)
+    output = sum(documents) * heads * c.head_dim * size
+    if s.device != "cpu":
+        return output + sum(documents) * heads * 4
+    few = sum(n * n for n in documents) * heads * size <= WEIGHTS["cpu"]
+    rounded = [ceil(n / 16) * 16 for n in documents]
+    return output + few * sum(n * (n + min(n, QUERIES)) / 2 for n in rounded) * heads * size
 
 
 def kept(c, targets: Sequence[str], s, documents: list[int]) -> list[float]:
@@ -106,30 +112,28 @@ def kept(c, targets: Sequence[str], s, documents: list[int]) -> list[float]:
     size, tokens, patched = getattr(torch, s.dtype).itemsize, sum(documents), set(targets)
     hidden, inner = c.hidden_size, c.intermediate_size
     heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    norm = tokens * 4 * (hidden + 1)  # its input in float32, and 1 / RMS
-    halves = {  # what is kept whatever is patched, and the inputs of Linears, kept where one is
+    norm = tokens * (hidden * size + 4)  # its result before the weight, and 1 / RMS
+    halves = {  # what is kept whatever is patched, and the inputs of Linears: is one kept for them alone?
         "self_attn": (
             tokens * size * (heads + 2 * kv) + attention(c, s, documents),
-            ((hidden, ("q_proj", "k_proj", "v_proj")), (heads, ("o_proj",))),
+            ((hidden, True, ("q_proj", "k_proj", "v_proj")), (heads, False, ("o_proj",))),  # that is attention's output
         ),
         "mlp": (  # gate, silu(gate) and up
             tokens * size * 3 * inner,
-            ((hidden, ("gate_proj", "up_proj")), (inner, ("down_proj",))),
+            ((hidden, True, ("gate_proj", "up_proj")), (inner, False, ("down_proj",))),  # that is formed again
         ),
     }
     blocks, started = [], False
     for index in range(c.num_hidden_layers):
         blocks.append(0.0)
         for half, (always, inputs) in halves.items():
-            counts = [sum(f"model.layers.{index}.{half}.{name}" in patched for name in names) for _, names in inputs]
+            counts = [sum(f"model.layers.{index}.{half}.{name}" in patched for name in names) for *_, names in inputs]
             if not started and not any(counts):
                 continue
             blocks[-1] += always + norm * started
             started = True
-            for (width, _), count in zip(inputs, counts, strict=True):
-                copies = (
-                    2 * count if s.dropout else min(count, 1)
-                )  # with dropout the noise and the product, each its own
+            for (width, own, _), count in zip(inputs, counts, strict=True):
+                copies = 2 * count if s.dropout else own * min(count, 1)  # dropout: noise and product of each Linear
                 blocks[-1] += tokens * size * (copies * width + count * s.rank)
     return blocks
 

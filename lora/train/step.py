@@ -50,7 +50,7 @@ def accumulate(objective: Callable, batches: Sequence, trained: int | None = Non
     step, so every token weighs the same however the step is cut. Where these batches are only a part of the step,
     `trained` counts the tokens of all of it, and the loss is their part of the mean.
     """
-    trained = sum(int(batch.trained.sum()) for batch in batches) if trained is None else trained
+    trained = sum(len(batch.targets) for batch in batches) if trained is None else trained
     loss = 0.0
     for batch in batches:
         part = objective(batch) / trained
@@ -92,9 +92,7 @@ def train_step(
     and whatever `reduce` raises."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, trained = accumulate(objective, batches, trained)
-    tokens = sum(
-        len(batch.tokens) for batch in batches if batch.trained.any()
-    )  # others only keep step with other ranks
+    tokens = sum(len(batch.tokens) - batch.dead for batch in batches)
     loss, tokens = reduce(parameters, [loss, tokens])
     norm = clip(parameters, limit)
     if not (math.isfinite(loss) and math.isfinite(norm)):
