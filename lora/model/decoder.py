@@ -35,7 +35,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., D) -> (..., D)"""
-        return self.plain(x) if torch.compiler.is_compiling() else _Normed.apply(x, self.weight, self.eps)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.plain(x)
+        return _Normed.apply(x, self.weight, self.eps)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The formula as written; `forward` keeps less of it for the backward pass."""
@@ -143,7 +145,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = together(x, [self.gate_proj, self.up_proj])
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.down_proj(rather_again(swiglu, gate, up))
         gate = F.silu(gate)
         product = gate * up

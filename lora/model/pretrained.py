@@ -19,7 +19,6 @@ from lora.model import download
 from lora.model.chat import Chat
 from lora.model.config import ModelConfig
 from lora.model.decoder import Model
-from lora.model.gguf import GGUFCheckpoint
 from lora.model.template import BUILT_IN, FROZEN_DATE, ChatTemplate
 from lora.model.tokenizer import Tokenizer
 
@@ -115,6 +114,8 @@ def find(model: str) -> Checkpoint:
     if model == download.DEFAULT:
         return FolderCheckpoint(download.default_model())
     if path.suffix == ".gguf" or files.is_regular(path):
+        from lora.model.gguf import GGUFCheckpoint  # its package takes as long to import as a model to load
+
         return GGUFCheckpoint(path)
     if path.is_dir():
         return FolderCheckpoint(path)
