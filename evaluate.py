@@ -22,7 +22,7 @@ from data_gen import multiply
 from generate import encode as encode_prompt
 from generate import load_chat
 from lora import device as machine
-from lora import files, settings
+from lora import files, flags, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.merge import merge, unload, unmerge
@@ -77,7 +77,7 @@ class Column(NamedTuple):
 
 
 def story(argv) -> int:
-    s = settings.resolve(settings.EVALUATE, argv, __doc__)
+    s = settings.resolve(flags.EVALUATE, argv, __doc__)
     names = column_names(s.adapter or [])
     rows = check(s, names)
 
@@ -135,7 +135,7 @@ def story(argv) -> int:
             "rows": len(rows),
             "model": {"name": checkpoint.name, "source": checkpoint.described},
             "adapters": {name: adapter for name, adapter in names.items() if adapter},
-            "settings": settings.to_save(settings.EVALUATE, s),
+            "settings": settings.to_save(flags.EVALUATE, s),
             "machine": dict(torch=torch.__version__, threads=torch.get_num_threads(), device=name, dtype=s.dtype),
         }
         files.write_json(Path(s.out), report | ({"faults": faults} if s.task and faults else {}))

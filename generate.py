@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora import device as machine
-from lora import files, settings
+from lora import files, flags, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merge_and_unload
@@ -31,7 +31,7 @@ from lora.model.tokenizer import Stream
 
 
 def story(argv) -> int:
-    s = settings.resolve(settings.GENERATE, argv, __doc__)
+    s = settings.resolve(flags.GENERATE, argv, __doc__)
     check(s)
     prompts = read_prompts(s)
 

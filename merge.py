@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lora import files, folders, settings
+from lora import files, flags, folders, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merged_weight
@@ -23,7 +23,7 @@ from lora.model.template import ChatTemplate
 
 
 def story(argv) -> int:
-    s = settings.resolve(settings.MERGE, argv, __doc__)
+    s = settings.resolve(flags.MERGE, argv, __doc__)
     uses = {"adapter": "read", "out": "write"}
     missing = [f"missing --{flag} in the command line: it says where to {use}. Add it" for flag, use in uses.items()
                if getattr(s, flag) is None]  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 
 from data_gen import self_cognition
 from lora import device as machine
-from lora import folders, settings
+from lora import flags, folders, settings
 from lora.adapter import store
 from lora.adapter.inject import disabled, inject
 from lora.data import batch, preview
@@ -43,7 +43,7 @@ NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gi
 
 
 def story(argv) -> int:
-    s, resumed = settings.resolve(settings.TRAIN, argv, __doc__), None
+    s, resumed = settings.resolve(flags.TRAIN, argv, __doc__), None
     if s.check:
         return lint_report(s, download.dataset_file)
     if s.resume is not None:
@@ -133,7 +133,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     else:
         base = plan.fingerprint() if team.main else ""
         state = checkpoint.State(0, plan.total, plan.warmup, {}, plan.sources.fingerprint(), base)
-    state.settings, state.total = settings.to_save(settings.TRAIN, s), plan.total
+    state.settings, state.total = settings.to_save(flags.TRAIN, s), plan.total
     state.computed = where_computed(s, team)
     stop = StopFlag()
     agreement, examination = ranks.Agreement(team, stop), Examination(model, plan, s, out, objective, team, stop)

@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine, memory  # noqa: E402
-from lora import files, settings  # noqa: E402
+from lora import files, flags  # noqa: E402
 from lora.adapter import store  # noqa: E402
 from lora.adapter.inject import GROUPS, inject, lora_layers  # noqa: E402
 from lora.model import download, pretrained  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "train_speed.json"
-DEFAULTS = {setting.name: setting.default for setting in settings.TRAIN}
+DEFAULTS = {setting.name: setting.default for setting in flags.TRAIN}
 GRID_STEPS, MOST_DRIFT = 3, 0.05
 # in bfloat16 the gradients of B0 and B1 have a cosine of 0.999 as a whole, and 0.991 for the tensor that differs most:
 # nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike

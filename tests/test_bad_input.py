@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora import settings
+from lora import flags
 from tests import cli
 
 FORM = re.compile(r"error: \S.* in \S.*?: \S.*[^.]\. \S.*")  # error: <what> in <where>: <why>. <fix>
@@ -281,10 +281,10 @@ TOO_SMALL = {
     "generate": {"max_new_tokens": 0, "temperature": -1, "top_k": -1, "top_p": 0, "min_p": 1, "repetition_penalty": 0,
                  "seed": -1, "batch_size": 0},
 }  # fmt: skip
-TABLES = {"train": settings.TRAIN, "generate": settings.GENERATE, "merge": settings.MERGE}
+TABLES = {"train": flags.TRAIN, "generate": flags.GENERATE, "merge": flags.MERGE}
 
 
-def numeric(script: str, kinds=(int, float)) -> list[settings.Setting]:
+def numeric(script: str, kinds=(int, float)) -> list[flags.Setting]:
     return [s for s in TABLES[script] if s.kind in kinds]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora import settings
+from lora import flags
 from lora.model import pretrained
 from tests import cli
 
@@ -352,7 +352,7 @@ def test_a_reader_that_closes_early_is_met_with_silence(tmp_path):
 
 
 def test_help_names_every_flag_and_ends_well(tmp_path):
-    for script, table in (("train", settings.TRAIN), ("generate", settings.GENERATE), ("merge", settings.MERGE)):
+    for script, table in (("train", flags.TRAIN), ("generate", flags.GENERATE), ("merge", flags.MERGE)):
         text = ok(cli.call(script, "--help", cwd=tmp_path))
         assert all(setting.flag in text for setting in table)
     assert "--author" in ok(cli.call("self_cognition", "--help", cwd=tmp_path))

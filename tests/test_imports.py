@@ -12,7 +12,7 @@ SCRIPTS = [name for name in ("train.py", "generate.py", "evaluate.py", "merge.py
 LIBRARY = sorted((ROOT / "lora").rglob("*.py"))
 PRODUCT = [*LIBRARY, *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "data_gen").rglob("*.py"))]
 PARTS = ("adapter", "model", "data", "train")
-BASE = ("errors", "files", "folders", "settings", "device")
+BASE = ("errors", "files", "folders", "flags", "settings", "device")
 ALLOWED = {("data", "lora.model.chat"), ("data", "lora.model.tokenizer")}  # data may encode through the template
 
 
@@ -57,7 +57,9 @@ def test_the_four_parts_do_not_know_each_other(part):
 
 @pytest.mark.parametrize("name", BASE)
 def test_the_base_modules_import_only_errors_and_files_of_ours(name):
-    assert of_ours(ROOT / "lora" / f"{name}.py") <= {"lora.errors", "lora.files", "lora"} - {f"lora.{name}"}
+    assert of_ours(ROOT / "lora" / f"{name}.py") <= {"lora.errors", "lora.files", "lora.flags", "lora"} - {
+        f"lora.{name}"
+    }
     if name == "errors":
         assert not of_ours(ROOT / "lora" / "errors.py")
         foreign = {i.split(".")[0] for i in imports_of(ROOT / "lora" / "errors.py")} - sys.stdlib_module_names

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from lora import folders, settings
+from lora import flags, folders, settings
 from lora.errors import BadEnvironment
 from lora.train import checkpoint, stopping
 from tests import cli
@@ -321,7 +321,7 @@ def test_every_setting_that_decides_what_is_learned_is_tried():
         "init_adapter",
         "no_verify",
     }  # change nothing here by themselves
-    assert tried | alone == {s.name for s in settings.TRAIN if s.saved and not s.free}
+    assert tried | alone == {s.name for s in flags.TRAIN if s.saved and not s.free}
 
 
 def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path, whole):
@@ -337,10 +337,10 @@ def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path,
 
 @pytest.mark.parametrize(("flag", "value"), IDENTITY)
 def test_a_changed_setting_is_named(flag, value):
-    s = settings.resolve(settings.TRAIN, [flag, str(value)], "")
-    old = settings.to_save(settings.TRAIN, settings.resolve(settings.TRAIN, [], ""))
+    s = settings.resolve(flags.TRAIN, [flag, str(value)], "")
+    old = settings.to_save(flags.TRAIN, settings.resolve(flags.TRAIN, [], ""))
     name = flag.removeprefix("--").replace("-", "_")
-    assert settings.changed(settings.TRAIN, old, s) == [name]
+    assert settings.changed(flags.TRAIN, old, s) == [name]
 
 
 def test_other_data_and_another_base_are_refused_by_their_content(tmp_path, whole):

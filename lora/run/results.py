@@ -4,7 +4,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora import files, folders, settings
+from lora import files, flags, folders, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.data.sources import numbered
@@ -50,7 +50,7 @@ class Results:
 
     def due(self) -> bool:
         """Is it time for a checkpoint, or was the last evaluation the best?"""
-        step, seconds = self.state.step, settings.seconds(self.s.save_every)
+        step, seconds = self.state.step, flags.seconds(self.s.save_every)
         on_time = step % int(self.s.save_every) == 0 if seconds is None else time.monotonic() - self.last >= seconds
         return on_time or step == self.best
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lora import settings
+from lora import flags, settings
 from lora.errors import BadEnvironment, BadInput, say
 from lora.run.plan import Plan
 from lora.train import checkpoint, stopping
@@ -38,7 +38,7 @@ class Resumed:
             raise BadEnvironment(f"changed run in {self.run}: {why}. Give the same command again")
         old, problems = self.state, []
         fix = "Leave it out, or start a new run"
-        for name in settings.changed(settings.TRAIN, old.settings, s):
+        for name in settings.changed(flags.TRAIN, old.settings, s):
             was, now = old.settings.get(name), getattr(s, name)
             problems.append(f"changed --{name.replace('_', '-')} in the command line: {now}, the run has {was}. {fix}")
         if plan.sources.fingerprint() != old.data:
@@ -79,7 +79,7 @@ def resume(s: SimpleNamespace, argv: Sequence[str] | None, about: str, named: Pa
         raise BadInput(f"contradiction in the command line: --out {s.out}, and --resume {run}. Leave out --out")
     state = checkpoint.read_state(path)
     found = Resumed(run, path, passed_over, state, checkpoint.steps(run))
-    return settings.resolve(settings.TRAIN, argv, about, state.settings), found
+    return settings.resolve(flags.TRAIN, argv, about, state.settings), found
 
 
 def where_computed(s: SimpleNamespace, team: Team) -> dict:
