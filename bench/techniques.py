@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.alone:
+    if chosen.alone is not None:
         print(json.dumps(alone(chosen.rounds, chosen.alone)))
         return
     seconds, kept = by_turns(chosen.rounds)
