@@ -2,7 +2,8 @@
 
 On the default model, with the short chats of bench/train_speed.py. All variants take the same steps in one process by
 turns, so that a slow minute meets all alike; two that belong to a whole process have processes of their own. Above 1 a
-technique makes steps faster. Beside it: the bytes that autograd keeps for the backward pass. Writes JSON.
+technique makes steps faster. Beside it: the bytes that autograd keeps for the backward pass. Writes JSON, which keeps
+what it has of techniques that were not asked for. About ten minutes on 2 cores.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, nullcontext
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -36,6 +38,7 @@ from lora.train.step import train_step  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "techniques.json"
 S = SimpleNamespace(lr=1e-4, weight_decay=0.0, checkpoint_activations=False, micro_tokens=2048)
+MICRO = SimpleNamespace(tokens=S.micro_tokens)  # apart from S, whose number also says which examples are recomputed
 
 
 def one_by_one(q, k, v, documents):
@@ -59,7 +62,7 @@ def separately(x, layers):
 
 # name -> what is replaced while a step is made: (object, attribute, by what)
 OFF = {
-    "documents end to end": (S, "micro_tokens", 1),
+    "documents end to end": (MICRO, "tokens", 1),
     "last block at trained rows": (train, "objective_of", lambda model, s: all_rows(model)),
     "loss in chunks": (train, "objective_of", lambda model, s: all_logits(model)),
     "attention's own gradient": (decoder, "attend", one_by_one),
@@ -69,6 +72,7 @@ OFF = {
     "gate * up formed again": (decoder, "formed_again", lambda *_: nullcontext()),
     "sizes rounded up": (batch, "ROUND", 1),
 }
+ALONE = {"freed memory kept": "malloc", "fused AdamW": "optimizer"}  # belong to a process
 
 
 def some_steps(count: int) -> list[list[Example]]:
@@ -100,19 +104,19 @@ def kept_bytes(objective, batches) -> int:
     return sum(kept.values())
 
 
-def by_turns(rounds: int) -> tuple[dict, dict]:
+def by_turns(rounds: int, techniques: list[str]) -> tuple[dict, dict]:
     """Seconds of each variant's steps, the same in all, and the bytes that autograd keeps."""
     device.keep_memory(torch.device("cpu"))
     model, steps, seconds, kept = adapted(), some_steps(rounds + 1), {}, {}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = train.optimizer_of(parameters, S, torch.device("cpu"))
     for number, examples in enumerate(steps):
-        for name in ("as it is", *OFF):
+        for name in ("as it is", *techniques):
             with ExitStack() as stack:
                 if name in OFF:
                     stack.enter_context(patch.object(*OFF[name]))
                 start = time.perf_counter()
-                batches = batch.micro_batches(examples, S.micro_tokens)
+                batches = batch.micro_batches(examples, MICRO.tokens)
                 train_step(train.objective_of(model, S), batches, optimizer, S.lr, 1.0)
                 if number:
                     seconds.setdefault(name, []).append(time.perf_counter() - start)
@@ -131,7 +135,7 @@ def alone(rounds: int, way: str) -> list[float]:
     objective = train.objective_of(model, S)
     for examples in some_steps(rounds + 2):
         start = time.perf_counter()
-        train_step(objective, batch.micro_batches(examples, S.micro_tokens), optimizer, S.lr, 1.0)
+        train_step(objective, batch.micro_batches(examples, MICRO.tokens), optimizer, S.lr, 1.0)
         seconds.append(time.perf_counter() - start)
     return seconds[2:]
 
@@ -145,22 +149,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULT)
+    techniques = [*OFF, *ALONE]
+    parser.add_argument("--only", nargs="+", choices=techniques, default=techniques)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.alone is not None:
         print(json.dumps(alone(chosen.rounds, chosen.alone)))
         return
-    seconds, kept = by_turns(chosen.rounds)
-    rows = {name: [b / a for a, b in zip(seconds["as it is"], seconds[name], strict=True)] for name in OFF}
-    for name, way in (("freed memory kept", "malloc"), ("fused AdamW", "optimizer")):
-        runs = [child(chosen.rounds, one) for one in ("", way, way, "")]
+    in_turns = [name for name in OFF if name in chosen.only]
+    seconds, kept = by_turns(chosen.rounds, in_turns)
+    rows = {name: [b / a for a, b in zip(seconds["as it is"], seconds[name], strict=True)] for name in in_turns}
+    for name in (name for name in ALONE if name in chosen.only):
+        runs = [child(chosen.rounds, one) for one in ("", ALONE[name], ALONE[name], "")]
         rows[name] = [b / a for a, b in zip(runs[0] + runs[3], runs[1] + runs[2], strict=True)]
+    head = {"machine": machine.described(), "command": shlex.join(sys.argv), "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    known = files.read_json(chosen.out) if chosen.out.exists() else {}
     print(f"{'switched off':30}  step time, median (lowest to highest)   kept for backward")
     for name, ratios in rows.items():
-        memory = f"{kept[name] / kept['as it is']:.2f}" if name in kept else ""
-        print(f"{name:30}  {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})   {memory}")
-    result = {"machine": machine.described(), "command": shlex.join(sys.argv), "step time over as it is": rows}
-    files.write_json(chosen.out, result | {"seconds": seconds, "kept bytes": kept})
+        memory = kept[name] / kept["as it is"] if name in kept else None
+        print(f"{name:30}  {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})   {memory or 0:.2f}")
+        known[name] = head | {"step time over as it is": ratios, "kept for backward over as it is": memory}
+    files.write_json(chosen.out, known)
 
 
 if __name__ == "__main__":
