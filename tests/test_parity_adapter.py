@@ -187,9 +187,6 @@ def test_every_default_of_peft_is_read(tmp_path):
     "fields",
     [
         {"use_dora": True},
-        {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
         {"bias": "lora_only"},
         {"lora_bias": True},
         {"modules_to_save": ["lm_head"]},

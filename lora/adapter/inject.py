@@ -75,11 +75,15 @@ def inject(
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; unload them first")
     paths = choose(model, targets)
-    layers = {path: LoRALinear(model.get_submodule(path), rank, alpha, dropout, dtype) for path in paths}
+    patch(model, {path: LoRALinear(model.get_submodule(path), rank, alpha, dropout, dtype) for path in paths})
+    return paths
+
+
+def patch(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """Freeze `model` and put each of `layers` in the place of its path; then only what they bring can train."""
     model.requires_grad_(False)
     for path, layer in layers.items():
         model.set_submodule(path, layer.train(model.training))
-    return paths
 
 
 @contextmanager

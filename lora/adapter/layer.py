@@ -23,6 +23,7 @@ class LoRALinear(nn.Module):
     """
 
     prepared = None  # the faster way for decoding, while there is one
+    fields = ()  # of adapter_config.json: those that are true for this kind of layer
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype=torch.float32):
         super().__init__()

@@ -8,14 +8,18 @@ Reading is strict: every tensor is expected, present, of the right shape and fin
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import ends, inject, linears, lora_layers
+from lora.adapter.inject import ends, linears, lora_layers, patch
+from lora.adapter.layer import LoRALinear
+from lora.adapter.variants import KINDS, kind_of
 from lora.errors import BadInput, Refused
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"
@@ -27,14 +31,21 @@ NUMBERS = ("lora_A", "lora_B")
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "lora_dropout", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "lora_dropout", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
 NEUTRAL = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    **{name: (True, False, None) for kind in KINDS for name in kind.fields},
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+
+
+# A key of rank_pattern or alpha_pattern is a regular expression. Names alone, with nothing to repeat or to choose from,
+# are matched in bounded time; others are refused.
+NAMES_ALONE, MOST_KEYS = re.compile(r"\^?(\w|[.-]|\\\W)+\$?"), 10_000
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,21 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()  # dotted suffixes, or none where the config chooses by patterns or layers
     base: str = ""
+    ranks: dict[str, int] = field(default_factory=dict)  # PEFT's rank_pattern: where not `rank`
+    alphas: dict[str, float] = field(default_factory=dict)
+    kind: type[LoRALinear] = LoRALinear
+
+    def of(self) -> Callable[[str], tuple[int, float]]:
+        """path -> rank and alpha there. The first key that matches the end of a path counts, as in PEFT."""
+        ranks, alphas = (
+            [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+            for pattern in (self.ranks, self.alphas)
+        )
+
+        def first(pattern, path: str, default):
+            return next((value for key, value in pattern if key.match(path)), default)
+
+        return lambda path: (first(ranks, path, self.rank), first(alphas, path, self.alpha))
 
 
 def target_modules(model: nn.Module) -> list[str] | str:
@@ -62,13 +88,14 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     """Write the adapter of a patched model into `folder`, the weights last: an adapter with weights is whole.
     `task` is PEFT's name for what the model does; with CAUSAL_LM, PEFT expects a model that generates.
 
-    Raises ValueError where the model has no LoRA layers, or not all of one rank, alpha and dropout.
+    Raises ValueError where the model has no LoRA layers, or not all of one kind and dropout.
     """
     layers = lora_layers(model)
-    kinds = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    kinds = {(type(layer), layer.dropout) for layer in layers.values()}
     if len(kinds) != 1:
-        raise ValueError("the model has no LoRA layers" if not kinds else f"layers differ in rank or alpha: {kinds}")
-    [(rank, alpha, dropout)] = kinds
+        raise ValueError("the model has no LoRA layers" if not kinds else f"layers differ in kind or dropout: {kinds}")
+    [(kind, dropout)] = kinds
+    [((rank, alpha), _)] = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)
     config = {
         "peft_type": "LORA",
         "task_type": task,
@@ -80,7 +107,14 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+        **dict.fromkeys(kind.fields, True),
     }
+    for field_name, differing in (
+        ("rank_pattern", {path: layer.rank for path, layer in layers.items() if layer.rank != rank}),
+        ("alpha_pattern", {path: layer.alpha for path, layer in layers.items() if layer.alpha != alpha}),
+    ):
+        if differing:
+            config[field_name] = {_pattern(path, layers): value for path, value in differing.items()}
     tensors = {}
     for path, layer in layers.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
@@ -91,6 +125,12 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     if passport is not None:
         files.write_json(folder / PASSPORT, passport)
     files.write_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+
+
+def _pattern(path: str, paths) -> str:
+    """A key of rank_pattern that matches this path and no other."""
+    alone = NAMES_ALONE.fullmatch(path) and not any(other.endswith("." + path) for other in paths)
+    return path if alone else f"^{re.escape(path)}"
 
 
 def read_config(folder: Path) -> LoRAConfig:
@@ -107,12 +147,20 @@ def read_config(folder: Path) -> LoRAConfig:
         if key not in HARMLESS and not any(value == n and type(value) is type(n) for n in neutral):
             problems.append(f"unsupported adapter in {path}:{key}: {value!r} is not implemented. Use a plain LoRA")
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
-    for key, value, low, high in (
-        ("r", rank, 1, 65536),
-        ("lora_alpha", alpha, 1e-9, 1e9),
-        ("lora_dropout", dropout, 0, 1 - 1e-9),
-    ):
-        kinds = (int,) if key == "r" else (int, float)
+    RANK, ALPHA = ((int,), 1, 65536), ((int, float), 1e-9, 1e9)
+    ranges = [("r", rank, RANK), ("lora_alpha", alpha, ALPHA), ("lora_dropout", dropout, ((int, float), 0, 1 - 1e-9))]
+    patterns = {}
+    for name, range_ in (("rank_pattern", RANK), ("alpha_pattern", ALPHA)):
+        patterns[name] = raw.get(name) or {}
+        if not isinstance(patterns[name], dict) or len(patterns[name]) > MOST_KEYS:
+            problems.append(f"wrong adapter in {path}:{name}: not up to {MOST_KEYS} names with values. Train it again")
+            continue
+        for key, value in patterns[name].items():
+            ranges.append((f"{name}.{key}", value, range_))
+            if not NAMES_ALONE.fullmatch(key):
+                why = "a regular expression is not implemented here"
+                problems.append(f"unsupported adapter in {path}:{name}.{key}: {why}. Write out the names it means")
+    for key, value, (kinds, low, high) in ranges:
         if type(value) not in kinds or not low <= value <= high:
             problems.append(f"wrong adapter in {path}:{key}: {value!r} is out of range. Train it again")
     if "peft_type" not in raw:
@@ -130,7 +178,8 @@ def read_config(folder: Path) -> LoRAConfig:
         targets = []
     if problems:
         raise BadInput(*problems)
-    return LoRAConfig(rank, alpha, dropout, tuple(targets), base if isinstance(base, str) else "")
+    base = base if isinstance(base, str) else ""
+    return LoRAConfig(rank, alpha, dropout, tuple(targets), base, *patterns.values(), kind_of(raw))
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -173,11 +222,12 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
         there = ", ".join(sorted({p.rsplit(".", 1)[-1] for p in linears(model)}))
         raise BadInput(f"wrong adapter in {folder}: its targets match nothing in this model, which has {there}. "
                        f"Give the base it was trained on: {config.base or 'unknown'}")  # fmt: skip
-    expected = {}
+    expected, of = {}, config.of()
     for target in paths:
+        rank, _ = of(target)
         out_features, in_features = model.get_submodule(target).weight.shape
-        expected[f"{target}.lora_A.weight"] = (config.rank, in_features)
-        expected[f"{target}.lora_B.weight"] = (out_features, config.rank)
+        expected[f"{target}.lora_A.weight"] = (rank, in_features)
+        expected[f"{target}.lora_B.weight"] = (out_features, rank)
     problems = []
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -189,8 +239,10 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
             problems.append(f"wrong tensor in {path}:{PREFIX}{name}: {shapes}. Give the base it was trained on")
     if problems:
         raise BadInput(*problems)
-    # whole-path targets, so that exactly the modules the config means are patched
-    inject(model, config.rank, config.alpha, config.dropout, [f"re:{re.escape(p)}" for p in sorted(paths)], dtype)
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already; unload them first")
+    layers = {p: config.kind(model.get_submodule(p), *of(p), config.dropout, dtype) for p in sorted(paths)}
+    patch(model, layers)
     for target, layer in lora_layers(model).items():
         device = layer.base.weight.device if not layer.base.weight.is_meta else "cpu"  # a base on meta: for merge.py
         for name in NUMBERS:
