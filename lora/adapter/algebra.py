@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lora.adapter import inject
 from lora.adapter.inject import linears
 from lora.adapter.layer import LoRALinear
 
@@ -32,9 +33,14 @@ class Cut(NamedTuple):
     lost: float
 
 
+def adds_up(kind: type[LoRALinear]) -> bool:
+    """Is the ΔW of these layers s B A, whatever s is? DoRA's is not, so that two of them have no sum."""
+    return kind.delta is LoRALinear.delta
+
+
 @torch.no_grad()
 def folded(layer: LoRALinear) -> Factors:
-    """A and s B, float64: the layer's ΔW is their product. Only for layers whose ΔW is s B A."""
+    """A and s B, float64, of a layer that `adds_up`: its ΔW is their product."""
     return layer.lora_A.double(), layer.scaling * layer.lora_B.double()
 
 
@@ -92,13 +98,14 @@ def share_lost(cuts: dict[str, Cut]) -> tuple[float, str, float]:
 
 @torch.no_grad()
 def patch(model: nn.Module, maps: dict[str, Factors], dtype: torch.dtype = torch.float32) -> None:
-    """Put a `LoRALinear` with alpha = rank, so of scaling 1, round every Linear that has a map; each has its own rank.
+    """Put a `LoRALinear` of scaling 1 (alpha = rank) round every Linear that has a map, each with that map's rank.
 
     The model may be on `meta`; A and B are where the maps are.
     """
+    layers = {}
     for path, linear in linears(model).items():
         if path in maps:
             A, B = maps[path]
-            layer = LoRALinear(linear, len(A), len(A), dtype=dtype)
-            layer.lora_A, layer.lora_B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
-            model.set_submodule(path, layer.train(model.training))
+            layers[path] = LoRALinear(linear, len(A), len(A), dtype=dtype)
+            layers[path].lora_A, layers[path].lora_B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
+    inject.patch(model, layers)
