@@ -367,7 +367,7 @@ BAD = {
     "another base, one named": (("--combine", "a", "stranger", "--model", "other"), r"wrong base in a/passport\.json: "
                                 r"the adapter was trained on /.*model; /.*other has other weights"),
     "no model": (("--extract", "nowhere", "other", "--rank", 1), r"no model in nowhere"),
-    "the same model": (("--extract", "other", "other", "--rank", 1), r"nothing to extract in .*: their Linears are the"),
+    "the same model": (("--extract", "other", "other", "--rank", 1), r"nothing to extract in .*: their Linears are"),
     "models of two sizes": (("--extract", "other", "wide", "--rank", 1), r"different models in \S+ and \S+"
                             r": lm_head\.weight is \(300, 32\) and \(300, 64\)"),
     "NaN": (("--extract", "other", "broken", "--rank", 1), r"wrong tensor in .*broken:.*q_proj.*not finite"),
