@@ -1,4 +1,4 @@
-"""Each variant is its paper's formula, starts as its base, merges, comes back, and goes all the way through train.py."""
+"""Each variant is its paper's formula, starts as its base, merges, comes back, and goes all the way with train.py."""
 
 import copy
 import json
