@@ -82,8 +82,8 @@ def choose(
 
     chosen = named("target", targets, everywhere)
     if layers is not None and chosen:
-        numbers = {path: number(path) for path in chosen}
-        there = ", ".join(str(n) for n in sorted(set(numbers.values()) - {None})) or "none"
+        numbers = {path: n for path in chosen if (n := number(path)) is not None}
+        there = ", ".join(str(n) for n in sorted(set(numbers.values()))) or "none"
         for span, text in zip(spans(layers), layers.split(","), strict=True):
             if not any(n in span for n in numbers.values()):
                 problems.append(("layers", text, f"layers {text!r} match no target; there are: {there}"))
@@ -136,12 +136,14 @@ def inject(
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; unload them first")
     paths = choose(model, targets, layers, rank_pattern, alpha_pattern)
-    made = {}
+    made, trained = {}, {p: p.requires_grad for p in model.parameters()}
     for path in tqdm(paths, desc="adapter", unit="layer", leave=False, disable=None, delay=2):  # the SVDs of PiSSA
         here = first_match(path, rank_pattern, rank), first_match(path, alpha_pattern, alpha)
         try:
             made[path] = kind(model.get_submodule(path), *here, dropout, dtype, init)
         except ValueError as error:
+            for p, before in trained.items():
+                p.requires_grad_(before)
             raise ValueError(f"{path}: {error}") from None
     patch(model, made)
     return paths

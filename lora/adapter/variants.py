@@ -41,7 +41,12 @@ class DoRALinear(LoRALinear):
     def reset(self, init: str | None = "kaiming") -> None:
         super().reset(init)
         wide = torch.promote_types(torch.promote_types(self.lora_A.dtype, torch.float32), self.base.weight.dtype)
-        self.lora_magnitude_vector = nn.Parameter(self.base.weight.detach().to(wide).norm(dim=1))
+        norm = (
+            self.base.weight.detach().to(wide).norm(dim=1)
+            if init
+            else self.lora_B.new_empty(len(self.lora_B), dtype=wide)
+        )
+        self.lora_magnitude_vector = nn.Parameter(norm)
 
     @staticmethod
     def shapes(rank: int, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
