@@ -59,7 +59,7 @@ def story(argv) -> int:
         """W + ΔW for a target, rounded once to the dtype to write; other tensors as they are."""
         bar.update()
         if name in layers:
-            tensor = merged_weight(tensor, layers[name].delta(), dtype)
+            tensor = merged_weight(tensor, layers[name].delta(tensor), dtype)
         tensor = tensor.to(dtype or tensor.dtype)
         if not torch.isfinite(tensor).all():
             fix = "Use --dtype float32, or another adapter"

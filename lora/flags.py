@@ -59,6 +59,30 @@ def _is_target(value: str) -> bool:
     return bool(value.removeprefix("re:"))
 
 
+LAYERS = re.compile(r"\d{1,9}(-\d{0,9})?(,\d{1,9}(-\d{0,9})?)*", re.ASCII)
+
+
+def _is_layers(value: str) -> bool:
+    pairs = [part.split("-") for part in value.split(",")] if LAYERS.fullmatch(value) else [["1", "0"]]
+    return all(int(first) <= int(last) for first, *rest in pairs for last in rest if last)
+
+
+def pattern(values: list[str] | None, kind: Callable) -> dict:
+    """`[q_proj=8, mlp=4]` as a dict, its values of this kind. Raises ValueError."""
+    return {name: kind(value) for name, _, value in (text.rpartition("=") for text in values or ())}
+
+
+def pattern_of(kind: Callable, low: float, high: float) -> dict:
+    def check(value: str) -> bool:
+        name, _, number = value.rpartition("=")
+        try:
+            return _is_target(name) and low <= kind(number) <= high
+        except ValueError:
+            return False
+
+    return {"range": f"SUFFIX=VALUE, from {low:g} to {high:g}", "check": check}
+
+
 def _is_date(value: str) -> bool:
     try:
         return str(date.fromisoformat(value)) == value
@@ -118,6 +142,16 @@ TRAIN = (
         "target", str, ["all"], "all, attention, mlp, a name's end, or re:PATTERN for whole names",
         "a name, or re: and a regular expression", _is_target, many=True,
     ),
+    Setting("layers", str, None, "layers to adapt, as 0-7,20-; all without it", "numbers and spans, as 0-7,20-",
+            _is_layers),
+    Setting("rank_pattern", str, None, "another rank where a target's name ends so, as q_proj=8; the first that fits",
+            many=True, **pattern_of(int, 1, 65536)),
+    Setting("alpha_pattern", str, None, "another alpha there, as q_proj=64", many=True, **pattern_of(float, 1e-6, 1e6)),
+    Setting("init", str, "kaiming", "how A starts; pissa starts from the principal part of each weight",
+            **one_of("kaiming", "gaussian", "pissa")),
+    Setting("rslora", bool, False, "the adapter counts alpha / sqrt(rank) times"),
+    Setting("dora", bool, False, "train the length of each weight's rows apart from their direction"),
+    Setting("lr_ratio_b", float, 1.0, "lora_B learns so many times as fast as the rest (LoRA+)", **between(1e-3, 1e4)),
     Setting(
         "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model",
         "above 0, up to 1", lambda value: 0 < value <= 1,

@@ -1,6 +1,7 @@
 """An adapter as two files in PEFT's format, and the passport that says which base it belongs to.
 
-    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)
+    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r); of DoRA
+                                .lora_magnitude_vector (out,)
     adapter_config.json         r, lora_alpha, target_modules, ...    https://huggingface.co/docs/peft
     passport.json               ours: name and hashes of the base; nothing of ours goes into adapter_config.json
 
@@ -9,7 +10,7 @@ Reading is strict: every tensor is expected, present, of the right shape and fin
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from lora.errors import BadInput, Refused
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"
 PREFIX = "base_model.model."  # PEFT's wrapper round the model
-NUMBERS = ("lora_A", "lora_B")
 
 # Fields of adapter_config.json that say nothing about what the adapter computes. Any other field must hold a neutral
 # value (null, false, 0, "", [], {}) or the one given here; else it changes the maths and we have not implemented it.
@@ -40,6 +40,18 @@ NEUTRAL = {
     "bias": ("none",),
     **{name: (True, False, None) for kind in KINDS for name in kind.fields},
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+# Why others are not, and the way out, where there is more to say
+CHANGED = "the base was changed when the adapter was made. Convert it to a plain LoRA with PEFT: save_pretrained(..., "
+CHANGED += "path_initial_model_for_weight_conversion=...)"
+MERGE = "Merge it into its base with PEFT, or train without"
+REASONS = {
+    "init_lora_weights": CHANGED,
+    "bias": f"biases are never trained here. {MERGE}",
+    "lora_bias": f"biases are never trained here. {MERGE}",
+    "modules_to_save": f"it brings whole layers. {MERGE}",
+    "trainable_token_indices": f"it brings rows of the embedding. {MERGE}",
+    "target_parameters": f"it adapts what is no Linear. {MERGE}",
 }
 
 
@@ -95,7 +107,8 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     if len(kinds) != 1:
         raise ValueError("the model has no LoRA layers" if not kinds else f"layers differ in kind or dropout: {kinds}")
     [(kind, dropout)] = kinds
-    [((rank, alpha), _)] = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)
+    saved = {path: layer.saved() for path, layer in layers.items()}
+    [((rank, alpha), _)] = Counter((rank, alpha) for rank, alpha, _ in saved.values()).most_common(1)
     config = {
         "peft_type": "LORA",
         "task_type": task,
@@ -110,15 +123,12 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
         **dict.fromkeys(kind.fields, True),
     }
     for field_name, differing in (
-        ("rank_pattern", {path: layer.rank for path, layer in layers.items() if layer.rank != rank}),
-        ("alpha_pattern", {path: layer.alpha for path, layer in layers.items() if layer.alpha != alpha}),
+        ("rank_pattern", {path: its for path, (its, _, _) in saved.items() if its != rank}),
+        ("alpha_pattern", {path: its for path, (_, its, _) in saved.items() if its != alpha}),
     ):
         if differing:
             config[field_name] = {_pattern(path, layers): value for path, value in differing.items()}
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
+    tensors = {f"{PREFIX}{path}.{name}": tensor for path, (*_, its) in saved.items() for name, tensor in its.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / CONFIG, config)
@@ -145,7 +155,8 @@ def read_config(folder: Path) -> LoRAConfig:
     for key, value in raw.items():
         neutral = NEUTRAL.get(key, (None, False, 0, "", [], {}))
         if key not in HARMLESS and not any(value == n and type(value) is type(n) for n in neutral):
-            problems.append(f"unsupported adapter in {path}:{key}: {value!r} is not implemented. Use a plain LoRA")
+            why = f": {REASONS[key]}" if key in REASONS else ". Use a plain LoRA"
+            problems.append(f"unsupported adapter in {path}:{key}: {value!r} is not implemented{why}")
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
     RANK, ALPHA = ((int,), 1, 65536), ((int, float), 1e-9, 1e9)
     ranges = [("r", rank, RANK), ("lora_alpha", alpha, ALPHA), ("lora_dropout", dropout, ((int, float), 0, 1 - 1e-9))]
@@ -182,8 +193,12 @@ def read_config(folder: Path) -> LoRAConfig:
     return LoRAConfig(rank, alpha, dropout, tuple(targets), base, *patterns.values(), kind_of(raw))
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensor name without PEFT's prefix (`<path>.lora_A.weight`) -> tensor. Raises BadInput, Refused for pickles."""
+def read_tensors(folder: Path, known: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensor name without PEFT's prefix (`<path>.lora_A.weight`) -> tensor. Raises BadInput, Refused for pickles.
+
+    `known` are the names that end one; without them, those of a plain LoRA.
+    """
+    known = tuple(f".{name}" for name in known or LoRALinear.shapes(1, 1, 1))
     path = Path(folder) / WEIGHTS
     if not path.exists():
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (Path(folder) / name).exists()]
@@ -193,8 +208,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise BadInput(f"missing adapter in {path}: there is no such file. The adapter is incomplete; train it again")
     file, problems, tensors = files.Safetensors(path), [], {}
     for name, (dtype, _) in file.header.items():
-        if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            problems.append(f"extra tensor in {path}:{name}: it is no part of a plain LoRA. Remove it")
+        if not name.startswith(PREFIX) or not name.endswith(known):
+            what = "it adapts an embedding, which is not implemented. " + MERGE
+            plain = "it is no part of a plain LoRA. Remove it"
+            problems.append(f"extra tensor in {path}:{name}: {what if '.lora_embedding_' in name else plain}")
         elif dtype not in files.DTYPES:
             problems.append(f"wrong tensor in {path}:{name}: dtype {dtype} is not supported. Save it as F32 or BF16")
     if problems:
@@ -215,8 +232,10 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
     The config says which Linears are meant if it lists them by name; if it has patterns, the names of the tensors do.
     Raises BadInput listing every missing, extra or wrong-shape tensor.
     """
-    config, tensors = read_config(folder), read_tensors(folder)
-    path, meant = Path(folder) / WEIGHTS, {name.rsplit(".", 2)[0] for name in tensors}
+    config = read_config(folder)
+    names = config.kind.shapes(1, 1, 1)
+    tensors, path = read_tensors(folder, names), Path(folder) / WEIGHTS
+    meant = {name.removesuffix(f".{end}") for name in tensors for end in names if name.endswith(f".{end}")}
     paths = {p for p in linears(model) if (ends(p, *config.targets) if config.targets else p in meant)}
     if not paths:
         there = ", ".join(sorted({p.rsplit(".", 1)[-1] for p in linears(model)}))
@@ -224,10 +243,8 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
                        f"Give the base it was trained on: {config.base or 'unknown'}")  # fmt: skip
     expected, of = {}, config.of()
     for target in paths:
-        rank, _ = of(target)
-        out_features, in_features = model.get_submodule(target).weight.shape
-        expected[f"{target}.lora_A.weight"] = (rank, in_features)
-        expected[f"{target}.lora_B.weight"] = (out_features, rank)
+        shapes = config.kind.shapes(of(target)[0], *model.get_submodule(target).weight.shape)
+        expected |= {f"{target}.{name}": shape for name, shape in shapes.items()}
     problems = []
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -241,21 +258,24 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
         raise BadInput(*problems)
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; unload them first")
-    layers = {p: config.kind(model.get_submodule(p), *of(p), config.dropout, dtype) for p in sorted(paths)}
+    layers = {p: config.kind(model.get_submodule(p), *of(p), config.dropout, dtype, None) for p in sorted(paths)}
     patch(model, layers)
-    for target, layer in lora_layers(model).items():
+    for target, layer in layers.items():
         device = layer.base.weight.device if not layer.base.weight.is_meta else "cpu"  # a base on meta: for merge.py
-        for name in NUMBERS:
-            setattr(layer, name, nn.Parameter(tensors[f"{target}.{name}.weight"].to(device, dtype)))
+        for name in names:
+            attribute = name.removesuffix(".weight")
+            value = tensors[f"{target}.{name}"].to(device, getattr(layer, attribute).dtype)
+            setattr(layer, attribute, nn.Parameter(value))
     return config
 
 
 @torch.no_grad()
 def restore(model: nn.Module, folder: Path) -> None:
     """Write the adapter in `folder` into the layers of a model that is patched alike. Raises BadInput."""
-    layers, tensors = lora_layers(model), read_tensors(folder)
-    wanted = {f"{path}.{name}.weight": getattr(layer, name) for path, layer in layers.items() for name in NUMBERS}
-    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in wanted.items()}:
+    saved = {path: layer.saved()[-1] for path, layer in lora_layers(model).items()}
+    tensors = read_tensors(folder, {name for its in saved.values() for name in its})
+    wanted = {f"{path}.{name}": tensor.shape for path, its in saved.items() for name, tensor in its.items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise BadInput(f"wrong adapter in {folder}: its tensors are not those of this run. Give another one")
-    for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])
+    for path, layer in lora_layers(model).items():
+        layer.take({name: tensors[f"{path}.{name}"] for name in saved[path]})
