@@ -17,7 +17,7 @@ from lora.adapter import algebra
 from lora.adapter.inject import lora_layers, patch
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import unload
-from lora.adapter.variants import RsLoRALinear
+from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
 from lora.model import pretrained
 from tests import cli
 from tests.adapters import deltas, write_adapter
@@ -99,12 +99,14 @@ def test_an_adapter_less_itself_is_the_base():
     assert far(recombined(patched(tiny_model()), 1, 1)(tokens), base, 1e-12)
 
 
-def test_only_layers_whose_delta_is_a_product_add_up():
-    class Other(LoRALinear):
-        def delta(self):
-            return super().delta().abs()
-
-    assert algebra.adds_up(LoRALinear) and algebra.adds_up(RsLoRALinear) and not algebra.adds_up(Other)
+def test_pissa_adds_up_with_its_start_subtracted_and_dora_does_not():
+    layer = PiSSALinear(randomise(nn.Linear(7, 11).double()), 3, 5, dtype=torch.float64)
+    layer.lora_A.data *= 1.5
+    A, B = algebra.folded(layer)
+    delta = 5 / 3 * (layer.lora_B @ layer.lora_A - layer.start_B @ layer.start_A)
+    assert close(B @ A, delta, 1e-12) and far(delta, torch.zeros_like(delta), 1e-12)
+    kinds = (LoRALinear, RsLoRALinear, PiSSALinear, DoRALinear, RsDoRALinear)
+    assert [algebra.adds_up(kind) for kind in kinds] == [True, True, True, False, False]
 
 
 # ---- cut -------------------------------------------------------------------------------------------------------------
@@ -174,6 +176,7 @@ def work(tmp_path_factory):
     write_adapter(folder / "b", 2, rank=3, alpha=5, kind=RsLoRALinear, targets=("attention",))
     write_adapter(folder / "c:2", 3, rank=1, alpha=1, targets=("q_proj",), system="Be brief.")
     cli.write_model(folder / "other", seed=1)
+    write_adapter(folder / "dora", 6, kind=DoRALinear)
     write_adapter(folder / "stranger", 4, model=folder / "other")
     return folder
 
@@ -365,6 +368,8 @@ BAD = {
     "no weight": (("--combine", "a:inf", "b:1e9"), r"'a:inf' has a weight out of range.*\n.*'b:1e9' has a weight"),
     "no number": (("--combine", "a:x", "b:nan", "a:"), r"adapter in a:x: .*\n.*in b:nan: .*\n.*in a:: "),
     "not there": (("--combine", "nowhere:0.5", "gone"), r"missing adapter in nowhere: .*\n.*missing adapter in gone: "),
+    "DoRA": (("--combine", "a", "dora"), r"wrong --combine in dora/adapter_config\.json: use_dora: such adapters do "
+             r"not add up\. Merge it, then use --extract"),
     "another base": (("--combine", "a", "stranger"), r"different bases in stranger: a was trained on /.*model, this on "
                      r"/.*other\. "),
     "another base, one named": (("--combine", "a", "stranger", "--model", "other"), r"wrong base in a/passport\.json: "

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lora.adapter import several, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merge_and_unload
-from lora.adapter.variants import RsLoRALinear
+from lora.adapter.variants import DoRALinear, RsLoRALinear
 from lora.errors import BadInput, BadNumbers
 from lora.model import pretrained
 from lora.model.sample import generate
@@ -35,16 +35,17 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
     write_adapter(folder / "a", 1, rank=4, system="Be brief.")
     write_adapter(folder / "b", 2, kind=RsLoRALinear, targets=("q_proj", "mlp"), template=OTHER_TEMPLATE, system=False)
+    write_adapter(folder / "dora", 3, kind=DoRALinear, targets=("attention",))
     cli.write_model(folder / "other", seed=1)
     write_adapter(folder / "stranger", 4, model=folder / "other")
     (folder / "prompts").write_text("\n".join(PROMPTS))
     return folder
 
 
-def load(dtype, work):
+def load(dtype, work, *names):
     model = pretrained.load_model(str(cli.model_folder()), dtype)
     adapters = several.Several(model)
-    for name in ("a", "b"):
+    for name in names or ("a", "b"):
         adapters.add(name, work / name)
     return model, adapters
 
@@ -58,10 +59,10 @@ def test_switching_from_a_to_b_to_a_is_bitwise_a_and_the_base_stays_the_base(wor
     """Answers are generated in between, which lays weights of one input into one tensor."""
     plain = pretrained.load_model(str(cli.model_folder()), dtype)
     base, before = plain(TOKENS), snapshot(plain)
-    model, adapters = load(dtype, work)
+    model, adapters = load(dtype, work, "a", "b", "dora")
     assert same(snapshot(model), before)
     seen = {}
-    for name in ("a", "b", "a", "base", "b", "b", "base", "a"):
+    for name in ("a", "b", "a", "dora", "base", "b", "b", "dora", "base", "a"):
         adapters.switch(name, merged)
         logits = model(TOKENS)
         answers = generate(model, [[5, 6, 7], [8, 9]], set(), 4)

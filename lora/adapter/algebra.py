@@ -41,7 +41,8 @@ def adds_up(kind: type[LoRALinear]) -> bool:
 @torch.no_grad()
 def folded(layer: LoRALinear) -> Factors:
     """A and s B, float64, of a layer that `adds_up`: its ΔW is their product."""
-    return layer.lora_A.double(), layer.scaling * layer.lora_B.double()
+    A, B = layer.factors()
+    return A.double(), layer.scaling * B.double()
 
 
 def combine(terms: Sequence[tuple[float, dict[str, Factors]]]) -> dict[str, Factors]:
@@ -106,6 +107,6 @@ def patch(model: nn.Module, maps: dict[str, Factors], dtype: torch.dtype = torch
     for path, linear in linears(model).items():
         if path in maps:
             A, B = maps[path]
-            layers[path] = LoRALinear(linear, len(A), len(A), dtype=dtype)
+            layers[path] = LoRALinear(linear, len(A), len(A), dtype=dtype, init=None)
             layers[path].lora_A, layers[path].lora_B = nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype))
     inject.patch(model, layers)
