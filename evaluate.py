@@ -10,7 +10,6 @@ quiet_imports(__name__)
 
 import os
 import sys
-from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 from data_gen import multiply
+from generate import collecting, load_chat
 from generate import encode as encode_prompt
-from generate import load_chat
 from lora import device as machine
 from lora import files, flags, settings
-from lora.adapter import passport, store
-from lora.adapter.inject import disabled, lora_layers
+from lora.adapter import passport, several, store
+from lora.adapter.inject import disabled
 from lora.adapter.merge import merge, unload, unmerge
 from lora.data import formats
 from lora.data.batch import Batch, micro_batches
@@ -78,7 +77,7 @@ class Column(NamedTuple):
 
 def story(argv) -> int:
     s = settings.resolve(flags.EVALUATE, argv, __doc__)
-    names = column_names(s.adapter or [])
+    names = several.column_names(s.adapter or [])
     rows = check(s, names)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
@@ -93,7 +92,7 @@ def story(argv) -> int:
         with collecting(problems):
             if adapter:
                 say(f"adapter  {name}: {adapter}")
-                try_adapter(empty, adapter, checkpoint, s)
+                several.try_on(empty, adapter, checkpoint, not s.no_verify)
             columns.append(lay_out(name, adapter, checkpoint, empty, rows, device, s))
     if problems:
         raise BadInput(*dict.fromkeys(problems))
@@ -147,29 +146,9 @@ def story(argv) -> int:
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------
 
 
-@contextmanager
-def collecting(problems: list[str]):
-    """What is wrong inside the block is added to a list, and the story goes on."""
-    try:
-        yield
-    except BadInput as error:
-        problems += error.problems
-
-
-def column_names(adapters: list[str]) -> dict[str, str | None]:
-    """Column -> folder: `base`, and each adapter's folder name, numbered where it is there already."""
-    names: dict[str, str | None] = {"base": None}
-    for adapter in adapters:
-        wanted = os.path.basename(os.path.abspath(adapter)) or "adapter"
-        taken = {name.casefold() for name in names}  # they become file names
-        numbered = (wanted, *(f"{wanted}-{number}" for number in range(2, len(adapters) + 3)))
-        names[next(name for name in numbered if name.casefold() not in taken)] = adapter
-    return names
-
-
 def check(s, names: dict[str, str | None]) -> list[Row]:
     """The rows to score. Raises BadInput with everything that is wrong with the flags and files."""
-    problems, rows, seen = [], [], set()
+    problems, rows = [], []
     if bool(s.data) == bool(s.task):
         what = "contradiction" if s.data else "nothing to score"
         problems.append(f"{what} in the command line: there must be --data or --task. Give one of them")
@@ -177,13 +156,7 @@ def check(s, names: dict[str, str | None]) -> list[Row]:
         if getattr(s, off) and getattr(s, flag):
             both = f"--{off.replace('_', '-')} and --{flag}"
             problems.append(f"contradiction in the command line: {both}. Give one of them")
-    for adapter in s.adapter or []:
-        folder = os.path.realpath(adapter)
-        if folder in seen:
-            problems.append(f"wrong --adapter in {adapter}: its folder is given twice. Give it once")
-        seen.add(folder)
-        with collecting(problems):
-            store.read_config(adapter)
+    problems += several.unfit("--adapter", s.adapter or [])
     for path in s.data or []:
         with collecting(problems):
             for conversation in formats.read([download.dataset_file(path)]):
@@ -247,16 +220,6 @@ def predictions_folder(s) -> Path | None:
     if s.predictions or s.no_generate or not s.out:
         return Path(s.predictions) if s.predictions else None
     return Path(s.out).with_name(Path(s.out).name.removesuffix(".json") + ".predictions")
-
-
-def try_adapter(empty, adapter: str, checkpoint, s) -> None:
-    """Does it fit a model on `meta`, and is this its base?"""
-    store.load(empty, adapter)
-    try:
-        if not s.no_verify:
-            passport.verify(adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(empty))
-    finally:
-        unload(empty)
 
 
 def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, s) -> Column:

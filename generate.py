@@ -1,8 +1,10 @@
-"""Talk to a model, with or without an adapter.
+"""Talk to a model, with no adapter, with one, or with several.
 
 python generate.py --adapter weights/self-introduction                         a chat
 python generate.py --adapter weights/self-introduction --prompt "Who are you?"  the answer alone on stdout
 python generate.py --prompts questions.txt --out answers.jsonl                 many, in batches
+python generate.py --adapter weights/a weights/b                               a chat; /adapter NAME switches
+python generate.py --adapter weights/a weights/b --compare --prompt "Hello."   the base's answer, a's and b's
 """
 
 from lora.errors import quiet_imports, run
@@ -10,8 +12,10 @@ from lora.errors import quiet_imports, run
 quiet_imports(__name__)
 
 import json
+import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from tqdm import tqdm
 
 from lora import device as machine
 from lora import files, flags, settings
-from lora.adapter import passport, store
+from lora.adapter import passport, several, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merge_and_unload
 from lora.data import formats
@@ -28,6 +32,7 @@ from lora.model import download, pretrained
 from lora.model.sample import Sampling, generate
 from lora.model.template import FROZEN_DATE
 from lora.model.tokenizer import Stream
+from lora.run.columns import table
 
 
 def story(argv) -> int:
@@ -35,23 +40,30 @@ def story(argv) -> int:
     check(s)
     prompts = read_prompts(s)
 
-    # ---- the base: --model, or what the adapter remembers
-    checkpoint = pretrained.find(s.model or (passport.base_of(s.adapter) if s.adapter else download.DEFAULT))
+    # ---- the base: --model, or what the adapters remember
+    adapters = s.adapter or []
+    base = s.model or (several.common_base(adapters, s.no_verify) if adapters else download.DEFAULT)
+    checkpoint = pretrained.find(base)
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(s.device)
     dtype, _ = machine.choose_dtype(s.dtype, device)
-    chat = load_chat(checkpoint, s.adapter, s)
-    model = pretrained.load_model(checkpoint, dtype, device)
-    if s.adapter:
-        store.load(model, s.adapter)
-        if not s.no_verify:
-            passport.verify(s.adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
-        merge_and_unload(model)  # plain Linears again: the adapter costs nothing from here on
-        say(f"adapter  {s.adapter}")
-
     how = Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.seed)
+    if len(adapters) > 1 or s.compare:
+        return side_by_side(checkpoint, prompts, s, how, device, dtype)
+
+    adapter = adapters[0] if adapters else None
+    chat = load_chat(checkpoint, adapter, s)
+    model = pretrained.load_model(checkpoint, dtype, device)
+    if adapter:
+        store.load(model, adapter)
+        if not s.no_verify:
+            passport.verify(adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
+        merge_and_unload(model)  # plain Linears again: the adapter costs nothing from here on
+        say(f"adapter  {adapter}")
+
     if prompts is None:
-        return talk(model, chat, s, how)
+        name = list(several.column_names(adapters))[-1]
+        return talk(model, {name: chat}, s, how)
     rows = [(messages, encode(model, chat, messages, where)) for messages, where in prompts]
     if s.prompt is not None:
         stream(model, chat, rows[0][1], s.max_new_tokens, how)
@@ -60,13 +72,63 @@ def story(argv) -> int:
     return 0
 
 
+def side_by_side(checkpoint, prompts, s, how: Sampling, device, dtype) -> int:
+    """The base and every adapter of it: answers to the same prompts in a table, or a chat that switches."""
+    names, chats, asked, problems = several.column_names(s.adapter), {}, {}, []
+    empty = pretrained.empty_model(checkpoint)  # on which all is tried before anything is loaded
+    for name, adapter in names.items():
+        with collecting(problems):
+            if adapter:
+                say(f"adapter  {name}: {adapter}")
+                several.try_on(empty, adapter, checkpoint, not s.no_verify)
+            chats[name] = load_chat(checkpoint, adapter, s)
+            asked[name] = [encode(empty, chats[name], messages, where) for messages, where in prompts or ()]
+    if problems:
+        raise BadInput(*dict.fromkeys(problems))
+
+    model = pretrained.load_model(checkpoint, dtype, device)
+    adapters = several.Several(model)
+    for name, adapter in names.items():
+        if adapter:
+            adapters.add(name, adapter)
+    if prompts is None:
+        return talk(model, chats, s, how, lambda name: adapters.switch(name, merged=True))
+
+    found = {}
+    for name, chat in chats.items():
+        adapters.switch(name, merged=True)
+        found[name] = list(answers(model, chat, asked[name], s, how, f"answering {name}"))
+    texts = [messages[-1]["content"] for messages, _ in prompts]
+    if s.out is not None:
+        rows = ({"prompt": p, "predictions": {name: found[name][i] for name in found}} for i, p in enumerate(texts))
+        files.write_rows(s.out, rows)
+    print(table(texts, found, shutil.get_terminal_size((100, 24)).columns))
+    return 0
+
+
+@contextmanager
+def collecting(problems: list[str]):
+    """What is wrong inside the block is added to a list, and the story goes on."""
+    try:
+        yield
+    except BadInput as error:
+        problems += error.problems
+
+
 def check(s) -> None:
     problems = []
     if s.prompt is not None and s.prompts is not None:
         problems.append("contradiction in the command line: --prompt and --prompts. Give one of them")
     if s.system is not None and spoilt(s.system):
         problems.append("wrong encoding in --system: not UTF-8. Convert it to UTF-8")
-    if s.out is not None and s.prompts is None:
+    if s.adapter and (len(s.adapter) > 1 or s.compare):
+        problems += several.unfit("--adapter", s.adapter)
+        if not s.compare and (s.prompt is not None or s.prompts is not None):
+            problems.append("several answers in the command line: there is more than one --adapter. Add --compare")
+    if s.compare and not (s.adapter and (s.prompt is not None or s.prompts is not None)):
+        lacks = "--prompt TEXT or --prompts FILE" if s.adapter else "--adapter FOLDER"
+        problems.append(f"nothing to compare in the command line: --compare needs more. Add {lacks}")
+    if s.out is not None and s.prompts is None and not s.compare:
         problems.append("wrong --out in the command line: it is for the answers to --prompts. Add --prompts FILE")
     if s.out is not None and Path(s.out).is_dir():
         problems.append(f"wrong --out in {s.out}: it is a folder. Give a file name")
@@ -143,28 +205,34 @@ def stream(model, chat, ids: list[int], max_new: int, how: Sampling) -> str:
     return "".join(pieces)
 
 
+def answers(model, chat, prompts: list[list[int]], s, how: Sampling, doing: str = "answering") -> Iterator[str]:
+    """The answers to prompts, computed in batches."""
+    with tqdm(total=len(prompts), desc=doing, unit="prompt", disable=None) as bar:
+        for start in range(0, len(prompts), s.batch_size):
+            batch = prompts[start : start + s.batch_size]
+            yield from map(chat.tokenizer.decode, generate(model, batch, chat.stops, s.max_new_tokens, how))
+            bar.update(len(batch))
+
+
 def answer_all(model, chat, rows, s, how: Sampling) -> None:
     """`{prompt, prediction}` for every row: to --out when all are there, else to stdout as they come."""
-    lines, bar = [], tqdm(total=len(rows), desc="answering", unit="prompt", disable=None)
-    for start in range(0, len(rows), s.batch_size):
-        batch = rows[start : start + s.batch_size]
-        found = generate(model, [ids for _, ids in batch], chat.stops, s.max_new_tokens, how)
-        for (messages, _), ids in zip(batch, found, strict=True):
-            row = {"prompt": messages[-1]["content"], "prediction": chat.tokenizer.decode(ids)}
-            lines.append(json.dumps(row, ensure_ascii=False))
-            if s.out is None:
-                print(lines[-1], flush=True)
-        bar.update(len(batch))
-    bar.close()
+    found = answers(model, chat, [ids for _, ids in rows], s, how)
+    pairs = zip((messages[-1]["content"] for messages, _ in rows), found, strict=True)
+    answered = ({"prompt": prompt, "prediction": text} for prompt, text in pairs)
     if s.out is not None:
-        files.write_bytes(s.out, ("\n".join(lines) + "\n").encode())
+        files.write_rows(s.out, list(answered))
+        return
+    for row in answered:
+        print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def talk(model, chat, s, how: Sampling) -> int:
-    """A chat that keeps its history."""
+def talk(model, chats: dict, s, how: Sampling, switch: Callable[[str], None] = lambda name: None) -> int:
+    """A chat that keeps its history, with each model by its own chat. `switch` puts the adapter of a name in place."""
     with suppress(ImportError):
         import readline  # noqa: F401 (arrow keys and history for input)
-    say("/reset forgets the conversation, /system TEXT sets the system turn, /quit ends")
+    name = list(chats)[min(1, len(chats) - 1)]  # the first adapter, or all there is
+    switch(name)
+    say("/reset forgets the conversation, /system TEXT sets the system turn, /adapter NAME switches, /quit ends")
     system, history = [], []
     while True:
         try:
@@ -179,16 +247,23 @@ def talk(model, chat, s, how: Sampling) -> int:
             if command == "/system":
                 system = [{"role": "system", "content": rest}] if rest else []
             say("(new conversation)")
+        elif command == "/adapter":
+            if rest.strip() in chats:
+                name = rest.strip()
+                switch(name)
+            elif rest:
+                say(f"no adapter {rest} was given with --adapter")
+            say(f"(now {name}, of {', '.join(chats)})")
         elif command.startswith("/"):
-            say(f"unknown command {command}; there are /reset, /system TEXT and /quit")
+            say(f"unknown command {command}; there are /reset, /system TEXT, /adapter NAME and /quit")
         elif line.strip():
             turn = {"role": "user", "content": line}
             try:
-                ids = encode(model, chat, [*system, *history, turn], "this conversation")
+                ids = encode(model, chats[name], [*system, *history, turn], "this conversation")
             except BadInput as error:
                 say(f"{error} (/reset begins a new one)")
                 continue
-            answer = stream(model, chat, ids, s.max_new_tokens, how)
+            answer = stream(model, chats[name], ids, s.max_new_tokens, how)
             history += [turn, {"role": "assistant", "content": answer}]
 
 

@@ -1,6 +1,8 @@
-"""Write base + adapter as a plain model folder that other programs load.
+"""Write base + adapter as a plain model folder that other programs load; or make one adapter of others, or of a model.
 
 python merge.py --adapter weights/self-introduction --out weights/nimbus
+python merge.py --combine weights/a:0.7 weights/b:-0.3 --out weights/c       0.7 a - 0.3 b, exactly, or cut to --rank
+python merge.py --extract BASE TUNED --rank 16 --out weights/c               what a full fine-tune changed
 """
 
 from lora.errors import quiet_imports, run
@@ -20,10 +22,16 @@ from lora.adapter.merge import merged_weight
 from lora.errors import BadInput, BadNumbers, say
 from lora.model import pretrained
 from lora.model.template import ChatTemplate
+from lora.run import derive
 
 
 def story(argv) -> int:
     s = settings.resolve(flags.MERGE, argv, __doc__)
+    way = derive.way(s)
+    if way == "combine":
+        return derive.combine(s)
+    if way == "extract":
+        return derive.extract(s)
     uses = {"adapter": "read", "out": "write"}
     missing = [f"missing --{flag} in the command line: it says where to {use}. Add it" for flag, use in uses.items()
                if getattr(s, flag) is None]  # fmt: skip
@@ -35,9 +43,7 @@ def story(argv) -> int:
     checkpoint = pretrained.find(s.model or passport.base_of(s.adapter))
     say(f"model    {checkpoint.described}")
     sources = [Path(s.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])]
-    for source in sources:
-        if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-            raise BadInput(f"wrong --out in {out}: it holds {source}, which is read. Choose another folder")
+    derive.check_apart(out, sources)
 
     # ---- on `meta` the base has no memory; only the adapter's tensors are real
     model = pretrained.empty_model(checkpoint)
@@ -53,7 +59,7 @@ def story(argv) -> int:
         """W + ΔW for a target, rounded once to the dtype to write; other tensors as they are."""
         bar.update()
         if name in layers:
-            tensor = merged_weight(tensor, layers[name].delta(), dtype)
+            tensor = merged_weight(tensor, layers[name].delta(tensor), dtype)
         tensor = tensor.to(dtype or tensor.dtype)
         if not torch.isfinite(tensor).all():
             fix = "Use --dtype float32, or another adapter"

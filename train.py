@@ -28,6 +28,7 @@ from lora.data import batch, preview
 from lora.data.sources import lint_report, numbered
 from lora.errors import BadInput, BadNumbers, StopFlag, Stopped, say
 from lora.model import download, pretrained
+from lora.run import adapter
 from lora.run.examine import Examination, Interrupted, question_text
 from lora.run.plan import Plan, make_plan
 from lora.run.results import HOLDS, METRICS, REPORT, WROTE, Results
@@ -88,9 +89,10 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
                 machine.keep_memory(team.device)
             model = load_model(plan.base, getattr(torch, s.dtype), team.device)
             torch.manual_seed(s.seed)
-            inject(model, s.rank, s.alpha, s.dropout, s.target, getattr(torch, s.adapter_dtype))
-            if resumed or s.init_adapter:
-                store.restore(model, resumed.path if resumed else s.init_adapter)
+            start = resumed.path if resumed else s.init_adapter
+            inject(model, **adapter.arguments(s, given=start is not None))
+            if start:
+                store.restore(model, start)
             if s.compile:
                 model.compile_blocks()
                 say("compile  the first step takes a minute or two longer")
@@ -98,7 +100,7 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
 
 
 def check(s) -> None:
-    problems = []
+    problems = adapter.contradictions(s)
     if s.resume is not None and s.overwrite:
         problems.append("contradiction in the command line: --resume and --overwrite. Give one of them")
     if s.compile and s.fsdp:
@@ -126,7 +128,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
 
     objective, lengths = objective_of(model, s), plan.examples.lengths
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optimizer_of(parameters.values(), s, team.device)
+    optimizer = optimizer_of(groups(parameters, s), s, team.device)
     if resumed:
         state = resumed.state
         checkpoint.load_optimizer(resumed.path, optimizer, parameters)
@@ -225,7 +227,19 @@ def objective_of(model, s) -> Callable[[batch.Batch], torch.Tensor]:
     return objective
 
 
-def optimizer_of(parameters: Iterable[torch.Tensor], s, device: torch.device) -> torch.optim.Optimizer:
+def groups(parameters: dict[str, torch.Tensor], s) -> list[dict]:
+    """With --lr-ratio-b every lora_B is in a group that learns so many times as fast: LoRA+, Hayou et al. 2024,
+    https://arxiv.org/abs/2402.12354."""
+    if s.lr_ratio_b in (None, 1):
+        return [{"params": list(parameters.values())}]
+    Bs = {name for name in parameters if name.endswith(".lora_B")}
+    return [
+        {"params": [p for name, p in parameters.items() if name not in Bs]},
+        {"params": [parameters[name] for name in parameters if name in Bs], "lr_ratio": s.lr_ratio_b},
+    ]
+
+
+def optimizer_of(parameters: Iterable, s, device: torch.device) -> torch.optim.Optimizer:
     fused = device.type != "mps"
     return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
 

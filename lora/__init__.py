@@ -7,6 +7,9 @@ from importlib import import_module
 
 PUBLIC = {
     "LoRALinear": "lora.adapter.layer",
+    "RsLoRALinear": "lora.adapter.variants",
+    "DoRALinear": "lora.adapter.variants",
+    "PiSSALinear": "lora.adapter.variants",
     "inject": "lora.adapter.inject",
     "disabled": "lora.adapter.inject",
     "lora_layers": "lora.adapter.inject",

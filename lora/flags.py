@@ -18,6 +18,7 @@ class Setting:
     range: str = ""
     check: Callable[[Any], bool] = lambda value: True
     many: bool = False  # several values
+    adds: bool = False  # given again, it adds to them; else the last one counts
     saved: bool = True  # part of settings.json: what was done, not where it was put
     free: bool = False  # may change when a run is resumed: nothing learned depends on it, or its content is compared
     bare: bool = False  # the flag may stand without a value, which is ""
@@ -56,6 +57,30 @@ def _is_target(value: str) -> bool:
         except re.error:
             return False
     return bool(value.removeprefix("re:"))
+
+
+LAYERS = re.compile(r"\d{1,9}(-\d{0,9})?(,\d{1,9}(-\d{0,9})?)*", re.ASCII)
+
+
+def _is_layers(value: str) -> bool:
+    pairs = [part.split("-") for part in value.split(",")] if LAYERS.fullmatch(value) else [["1", "0"]]
+    return all(int(first) <= int(last) for first, *rest in pairs for last in rest if last)
+
+
+def pattern(values: list[str] | None, kind: Callable) -> dict:
+    """`[q_proj=8, mlp=4]` as a dict, its values of this kind. Raises ValueError."""
+    return {name: kind(value) for name, _, value in (text.rpartition("=") for text in values or ())}
+
+
+def pattern_of(kind: Callable, low: float, high: float) -> dict:
+    def check(value: str) -> bool:
+        name, _, number = value.rpartition("=")
+        try:
+            return _is_target(name) and low <= kind(number) <= high
+        except ValueError:
+            return False
+
+    return {"range": f"SUFFIX=VALUE, from {low:g} to {high:g}", "check": check}
 
 
 def _is_date(value: str) -> bool:
@@ -117,6 +142,16 @@ TRAIN = (
         "target", str, ["all"], "all, attention, mlp, a name's end, or re:PATTERN for whole names",
         "a name, or re: and a regular expression", _is_target, many=True,
     ),
+    Setting("layers", str, None, "layers to adapt, as 0-7,20-; all without it", "numbers and spans, as 0-7,20-",
+            _is_layers),
+    Setting("rank_pattern", str, None, "another rank where a target's name ends so, as q_proj=8; the first that fits",
+            many=True, **pattern_of(int, 1, 65536)),
+    Setting("alpha_pattern", str, None, "another alpha there, as q_proj=64", many=True, **pattern_of(float, 1e-6, 1e6)),
+    Setting("init", str, "kaiming", "how A starts; pissa starts from the principal part of each weight",
+            **one_of("kaiming", "gaussian", "pissa")),
+    Setting("rslora", bool, False, "the adapter counts alpha / sqrt(rank) times"),
+    Setting("dora", bool, False, "train the length of each weight's rows apart from their direction"),
+    Setting("lr_ratio_b", float, 1.0, "lora_B learns so many times as fast as the rest (LoRA+)", **between(1e-3, 1e4)),
     Setting(
         "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model",
         "above 0, up to 1", lambda value: 0 < value <= 1,
@@ -161,10 +196,12 @@ WHERE = (
 
 GENERATE = (
     Setting("model", str, None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own"),
-    Setting("adapter", str, None, "folder of an adapter"),
+    Setting("adapter", str, None, "folder of an adapter; of several, for a chat that switches or for --compare",
+            many=True, adds=True),
+    Setting("compare", bool, False, "answers of the base and of every adapter side by side"),
     Setting("prompt", str, None, "one prompt, or - for stdin; without --prompt and --prompts, a chat"),
     Setting("prompts", str, None, "file with a prompt a line, or conversation rows; answered in batches"),
-    Setting("out", str, None, "JSONL file for the answers to --prompts; stdout without it"),
+    Setting("out", str, None, "JSONL file for the answers to --prompts or of --compare; stdout without it"),
     *CHAT,
     Setting("max_new_tokens", int, 256, "longest answer", **between(1, 10**6)),
     Setting("temperature", float, 0.0, "0 takes the likeliest token", **between(0, 100)),
@@ -179,18 +216,25 @@ GENERATE = (
 )  # fmt: skip
 
 MERGE = (
-    Setting("adapter", str, None, "folder of an adapter"),
-    Setting("out", str, None, "new folder of the merged model"),
+    Setting("adapter", str, None, "folder of an adapter to merge into its base"),
+    Setting("combine", str, None, "or adapters to make one of, FOLDER or FOLDER:WEIGHT; weights may be negative",
+            many=True, adds=True),
+    Setting("extract", str, None, "or a base and a model fine-tuned from it, to make an adapter of the difference",
+            many=True),
+    Setting("rank", int, None, "largest rank in the adapter that --combine or --extract makes", **between(1, 65536)),
+    Setting("energy", float, None, "or the share of every ΔW's squared singular values to keep", "above 0, up to 1",
+            lambda v: 0 < v <= 1),
+    Setting("out", str, None, "new folder of the merged model, or of the adapter"),
     Setting("model", str, None, "the base, where it is not where the adapter remembers it"),
-    Setting("overwrite", bool, False, "replace an earlier merged model"),
+    Setting("overwrite", bool, False, "replace an earlier result"),
     Setting("dtype", str, "auto", "dtype to write; the base's own by default",
             **one_of("auto", "bfloat16", "float16", "float32")),
-    Setting("no_verify", bool, False, "merge into another base than the adapter was trained on"),
+    Setting("no_verify", bool, False, "use another base than the adapter was trained on"),
 )  # fmt: skip
 
 EVALUATE = (
     Setting("model", str, None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own"),
-    Setting("adapter", str, None, "folders of adapters, each a column beside the base", many=True),
+    Setting("adapter", str, None, "folders of adapters, each a column beside the base", many=True, adds=True),
     Setting("data", str, None, "files of conversations, FILE or hub:owner/name/FILE; or --task", many=True),
     Setting("task", str, None, "a task that makes its own held-out rows and grades answers", **one_of("multiply")),
     Setting("rows", int, None, "so many rows; all of --data, 60 of --task", **between(1, 10**6)),

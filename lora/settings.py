@@ -28,6 +28,7 @@ def parser(table: Sequence[Setting], description: str) -> Parser:
             build.add_argument(
                 *filter(None, (s.flag, s.alias)),
                 dest=s.name,
+                action="extend" if s.adds else "store",
                 nargs="+" if s.many else "?" if s.bare else None,
                 const="" if s.bare else None,
                 metavar=metavar,

@@ -629,10 +629,10 @@ ADAPTERS = [
     *(adapter(f"a config with {key} {value!r}", edit(LORA, **{key: value}), rf"adapter/adapter_config\.json:{key}: ",
       script=script)
       for key, value, script in (
-          ("use_dora", True, "generate"), ("use_rslora", True, "merge"), ("r", 0, "generate"), ("r", 2.5, "generate"),
+          ("use_dora", True, "generate"), ("use_rslora", 2, "merge"), ("r", 0, "generate"), ("r", 2.5, "generate"),
           ("r", 10**9, "merge"), ("lora_alpha", None, "generate"), ("lora_alpha", "16", "merge"),
           ("bias", "all", "generate"),
-          ("fan_in_fan_out", True, "generate"), ("rank_pattern", {"q_proj": 8}, "merge"),
+          ("fan_in_fan_out", True, "generate"), ("rank_pattern", 8, "merge"),
           ("modules_to_save", ["lm_head"], "merge"),
           ("peft_type", "IA3", "generate"), ("peft_type", None, "generate"), ("target_modules", [], "generate"),
           ("target_modules", [1], "merge"), ("target_modules", "(", "generate"), ("something_new", 1, "generate"),

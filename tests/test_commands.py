@@ -320,7 +320,9 @@ def test_a_chat_keeps_its_history_until_reset(tmp_path):
 
 def test_a_chat_names_its_commands_when_it_meets_an_unknown_one(tmp_path):
     done = cli.ask("--model", cli.model_folder(), cwd=tmp_path, stdin="/help\n")
-    assert ok(done) == "" and "unknown command /help; there are /reset, /system TEXT and /quit" in done.err
+    assert (
+        ok(done) == "" and "unknown command /help; there are /reset, /system TEXT, /adapter NAME and /quit" in done.err
+    )
 
 
 def test_a_chat_that_grows_too_long_says_so_and_goes_on(tmp_path):

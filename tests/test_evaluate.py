@@ -518,11 +518,6 @@ def test_an_adapter_of_another_base_and_a_row_without_room_are_found_before_the_
     ], done.err
 
 
-def test_columns_of_folders_with_one_name_are_numbered():
-    names = evaluate.column_names(["x/run", "y/run", "z/RUN/", "base"])
-    assert names == {"base": None, "run": "x/run", "run-2": "y/run", "RUN-3": "z/RUN/", "base-2": "base"}
-
-
 @pytest.mark.parametrize("name", ["model/config.json", "a/adapter_config.json", "notes.txt", "."])
 def test_a_report_replaces_nothing_but_a_report(tmp_path, name):
     shutil.copytree(cli.model_folder(), tmp_path / "model")

@@ -35,8 +35,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 def settings(**changes) -> SimpleNamespace:
     known = {"rank": 5, "dtype": "float32", "adapter_dtype": "float32", "device": "cpu", "dropout": 0.0,
              "micro_tokens": 2048, "checkpoint_activations": False, "overlong": "drop", "epochs": 3,
-             "max_steps": None}  # fmt: skip
+             "max_steps": None, "dora": False, "init": "kaiming"}  # fmt: skip
     return SimpleNamespace(**known | changes)
+
+
+def ranks_of(model) -> dict[str, int]:
+    return {path: layer.rank for path, layer in lora_layers(model).items()}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -151,7 +155,7 @@ def test_what_blocks_keep_is_what_autograd_saves(shape, target, dtype):
     model = patched(tiny_model(dtype, **SHAPES[shape]), targets=(target,)).train()
     for lengths in ([90, 40, 1], [160]):
         tokens, c = sum(lengths), model.config
-        found = sum(memory.kept(c, list(lora_layers(model)), settings(dtype=name_of(dtype)), lengths))
+        found = sum(memory.kept(c, ranks_of(model), settings(dtype=name_of(dtype)), lengths))
         saved = kept_bytes(model, lengths)
         beside = tokens * (2 * c.head_dim * dtype.itemsize + 4 * (c.hidden_size + 1))  # rope table and the last norm
         assert abs(found - (saved - beside)) < 0.1 * (saved - beside)
@@ -159,8 +163,8 @@ def test_what_blocks_keep_is_what_autograd_saves(shape, target, dtype):
 
 def test_blocks_before_the_first_target_keep_nothing():
     model = patched(tiny_model(torch.float32, num_hidden_layers=4), targets=(r"re:.*\.2\.mlp.*",)).train()
-    found = memory.kept(model.config, list(lora_layers(model)), settings(), LENGTHS)
-    whole = memory.kept(model.config, choose(tiny_model(num_hidden_layers=4)), settings(), LENGTHS)
+    found = memory.kept(model.config, ranks_of(model), settings(), LENGTHS)
+    whole = memory.kept(model.config, dict.fromkeys(choose(tiny_model(num_hidden_layers=4)), 5), settings(), LENGTHS)
     assert found[:2] == [0, 0] and 0 < found[2] < whole[2] and 0 < found[3] < whole[3]
     assert abs(sum(found) / kept_bytes(model, LENGTHS) - 1) < 0.1
 
@@ -169,13 +173,13 @@ def test_long_documents_keep_no_square(monkeypatch):
     monkeypatch.setitem(memory.WEIGHTS, "cpu", 1000)
     monkeypatch.setattr(attention._Causal, "KEPT", 1000)
     model = patched(tiny_model(torch.bfloat16, **SHAPES["llama"])).train()
-    found = sum(memory.kept(model.config, list(lora_layers(model)), settings(dtype="bfloat16"), [150, 100]))
+    found = sum(memory.kept(model.config, ranks_of(model), settings(dtype="bfloat16"), [150, 100]))
     assert abs(found / kept_bytes(model, [150, 100]) - 1) < 0.1
 
 
 def test_dropout_keeps_noise_and_product_of_every_linear():
     model = patched(tiny_model(torch.float32, **SHAPES["llama"]), dropout=0.1).train()
-    found = sum(memory.kept(model.config, list(lora_layers(model)), settings(dropout=0.1), [90, 40]))
+    found = sum(memory.kept(model.config, ranks_of(model), settings(dropout=0.1), [90, 40]))
     assert abs(found / kept_bytes(model, [90, 40]) - 1) < 0.1
 
 
@@ -201,7 +205,8 @@ def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, target=("all",), sh
     """Those of `memory.expected`, for a model on `meta`."""
     with torch.device("meta"):
         empty = decoder.Model(ModelConfig.from_json(tiny_config(**shape or {})))
-    return empty, choose(empty, target), settings(**changes), lengths, batch_size
+    s = settings(**changes)
+    return empty, dict.fromkeys(choose(empty, target), s.rank), s, lengths, batch_size
 
 
 def expected(**changes) -> float:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
 from lora.adapter.merge import merge, unload
+from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
 from tests.helpers import close, far, patched, randomise, same, snapshot, some_tokens, tiny_config, tiny_model
 
 if os.environ.get("LORA_PARITY") == "1":
@@ -85,6 +86,8 @@ def randomise_peft(model, seed=1):
             B.copy_(torch.randn(B.shape, generator=random))
             share = 0.1 + 0.3 * torch.rand((), generator=random)
             B *= share * layer.base_layer.weight.norm() / (layer.scaling["default"] * (B @ A).norm())
+            for magnitude in (vector.weight for vector in layer.lora_magnitude_vector.values()):
+                magnitude *= 0.7 + 0.6 * torch.rand(magnitude.shape, generator=random)
     return model
 
 
@@ -186,10 +189,6 @@ def test_every_default_of_peft_is_read(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True},
-        {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
         {"bias": "lora_only"},
         {"lora_bias": True},
         {"modules_to_save": ["lm_head"]},
@@ -204,6 +203,132 @@ def test_pefts_variants_are_refused_by_name(tmp_path, fields):
     with pytest.raises(store.BadInput) as caught:
         store.load(theirs(), tmp_path)
     assert any(f"{store.CONFIG}:{next(iter(fields))}: " in problem for problem in caught.value.problems)
+
+
+# ---- the family ------------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"use_dora": True, "use_rslora": True},
+    {"rank_pattern": {"q_proj": 2, "model.layers.1.mlp.up_proj": 7}},
+    {"alpha_pattern": {"self_attn.k_proj": 3, "^model.layers.0.mlp.down_proj": 20, "proj": 5}},
+    {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 3}, "alpha_pattern": {"q_proj": 1}, "use_rslora": True},
+    {"rank_pattern": {"q_proj": 2}, "use_dora": True, "layers_to_transform": [1], "target_modules": r".*\.[qv]_proj"},
+    {"init_lora_weights": "gaussian", "use_dora": True, "target_modules": "all-linear"},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=short)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_pefts_variants_in_ours_give_pefts_logits_and_ours_in_peft_again(tmp_path, family, fields):
+    base = theirs(family)
+    if "layers_to_transform" in fields:  # PEFT has either a pattern or layers
+        fields = fields | {"target_modules": ["q_proj", "v_proj"]}
+    model, before = ours_like(base), logits(base)
+    other = peft_patched(copy.deepcopy(base), **fields)
+    other.save_pretrained(tmp_path / "peft")
+    store.load(model, tmp_path / "peft")
+    assert set(lora_layers(model)) == peft_paths(other)
+    assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
+    merge(model)
+    assert close(logits(model), logits(other), TOL)
+
+    store.save(model, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / store.CONFIG).read_text())
+    assert written.keys() <= peft.LoraConfig().to_dict().keys()
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert peft_paths(again) == peft_paths(other) and close(logits(again), logits(other), TOL)
+    tensors = [load_file(tmp_path / folder / store.WEIGHTS) for folder in ("peft", "ours")]
+    assert same(*tensors)
+
+
+@pytest.mark.parametrize("kind", [RsLoRALinear, DoRALinear, RsDoRALinear, PiSSALinear])
+def test_our_variants_in_peft_give_our_logits(tmp_path, kind):
+    base = theirs()
+    model, before = ours_like(base), logits(base)
+    inject(model, 3, 7.0, kind=kind, rank_pattern={"q_proj": 5}, alpha_pattern={"mlp": 2.0}, layers="1-")
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)))
+    store.save(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert peft_paths(other) == set(lora_layers(model)) and len(peft_paths(other)) == 7
+    assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
+
+
+def test_our_pissa_starts_where_pefts_does():
+    mine, other = theirs(), peft_patched_as_it_starts(theirs(), init_lora_weights="pissa")
+    inject(mine, 5, 8.0, kind=PiSSALinear)
+    for path, layer in lora_layers(mine).items():
+        its = other.get_submodule(f"base_model.model.{path}")
+        start = its.scaling["default"] * its.lora_B["default"].weight @ its.lora_A["default"].weight
+        assert close(layer.scaling * layer.lora_B @ layer.lora_A, start, 1e-5)
+
+
+def peft_patched_as_it_starts(model, r=5, lora_alpha=8, **fields):
+    config = peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=SEVEN, task_type="CAUSAL_LM", **fields)
+    return peft.get_peft_model(model, config).eval()
+
+
+def test_pefts_pissa_is_refused_with_the_reason_unless_it_is_converted(tmp_path):
+    """It has changed its base, which we do not see; PEFT converts it to a plain LoRA on the base as it was."""
+    base = theirs()
+    model, before = copy.deepcopy(base), logits(base)
+    other = peft_patched_as_it_starts(base, init_lora_weights="pissa")
+    other.peft_config["default"].init_lora_weights = True
+    other.save_pretrained(tmp_path / "start")
+    other.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if "lora_" in name:
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)))
+    trained = logits(other)
+    other.save_pretrained(tmp_path / "pissa")
+    with pytest.raises(store.BadInput, match=r"init_lora_weights: 'pissa' is not implemented: the base was changed .*"
+                       r"path_initial_model_for_weight_conversion"):  # fmt: skip
+        store.load(copy.deepcopy(model), tmp_path / "pissa")
+    other.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    config = store.load(model, tmp_path / "plain")
+    assert (config.rank, config.alpha) == (10, 16)
+    assert close(logits(model), trained, TOL) and far(trained, before, TOL)
+
+
+def test_gradients_of_dora_equal_pefts(tmp_path):
+    base, tokens = theirs(), some_tokens()
+    model = ours_like(base)
+    peft_patched(copy.deepcopy(base), use_dora=True).save_pretrained(tmp_path)
+    store.load(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).train()
+    F.cross_entropy(model.train()(tokens[:-1]), tokens[1:]).backward()
+    F.cross_entropy(other(tokens[None, :-1]).logits[0], tokens[1:]).backward()
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p.grad
+        for name, p in other.named_parameters()
+        if p.requires_grad
+    }
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == expected.keys() and len(expected) == 42
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("key", [r".*q_proj", r"layers\.[0-3]\..*", r"(q|k)_proj"])
+def test_pefts_patterns_that_are_regular_expressions_are_refused_by_name(tmp_path, key):
+    peft_patched(theirs(), rank_pattern={key: 2}).save_pretrained(tmp_path)
+    with pytest.raises(store.BadInput) as caught:
+        store.load(theirs(), tmp_path)
+    assert any(f"rank_pattern.{key}: a regular expression" in problem for problem in caught.value.problems)
+
+
+def test_pefts_adapter_of_an_embedding_is_refused_with_the_way_out(tmp_path):
+    peft_patched(theirs(), target_modules=["q_proj", "embed_tokens"]).save_pretrained(
+        tmp_path, save_embedding_layers=False
+    )
+    with pytest.raises(
+        store.BadInput, match=r"lora_embedding_A.*adapts an embedding.*Merge it into its base with PEFT"
+    ):
+        store.load(theirs(), tmp_path)
 
 
 # ---- which modules are meant -----------------------------------------------------------------------------------------

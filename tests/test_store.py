@@ -578,9 +578,6 @@ def test_broken_config_is_bad_input(tmp_path, text):
 
 CHANGES_THE_MATHS = [
     ("use_dora", True),
-    ("use_rslora", True),
-    ("rank_pattern", {"q_proj": 2}),
-    ("alpha_pattern", {"q_proj": 2}),
     ("fan_in_fan_out", True),
     ("modules_to_save", ["lm_head"]),
     ("bias", "all"),

@@ -4,11 +4,13 @@ What trains follows from construction: everything is frozen first, and only new 
 """
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from lora.adapter.layer import LoRALinear
 
@@ -41,23 +43,73 @@ def ends(path: str, *suffixes: str) -> bool:
     return any(path == suffix or path.endswith("." + suffix) for suffix in suffixes)
 
 
-def choose(model: nn.Module, targets: Sequence[str] = ("all",)) -> list[str]:
-    """The paths of all Linears that some target names, in the order of the model.
+class NoMatch(ValueError):
+    """What was asked for matches nothing: `problems` has an argument's name, what it names, and what is wrong."""
 
-    Raises ValueError for no target, and naming every target that matches nothing, with what there is.
+    def __init__(self, problems: Sequence[tuple[str, str, str]]):
+        self.problems = problems
+        super().__init__("; ".join(text for *_, text in problems))
+
+
+def choose(
+    model: nn.Module,
+    targets: Sequence[str] = ("all",),
+    layers: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> list[str]:
+    """The paths of all Linears that some target names, in the order of the model; with `layers`, as `0-7,20-`, those
+    whose path has such a number. Arguments as for `inject`.
+
+    Raises NoMatch for no target, and naming every target, span of layers and pattern that matches nothing.
     """
-    paths = list(linears(model))
-    problems = [] if targets else ["no target is given"]
-    for target in targets:
-        try:
-            if not any(matches(path, target) for path in paths):
-                names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-                problems.append(f"target {target!r} matches no Linear; there are: {', '.join(names) or 'none'}")
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"target {target!r} is no regular expression: {error}")
+    everywhere, problems = list(linears(model)), [] if targets else [("target", "", "no target is given")]
+
+    def named(name: str, targets: Iterable[str], paths: Iterable[str]) -> set[str]:
+        """Those of `paths` that some target names."""
+        there, found = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in paths})) or "none", set()
+        for target in targets:
+            what = f"{name.replace('_', ' ')} {target!r}"
+            try:
+                its = {path for path in paths if matches(path, target)}
+            except (re.error, OverflowError, RecursionError) as error:
+                problems.append((name, target, f"{what} is no regular expression: {error}"))
+                continue
+            if not its:
+                problems.append((name, target, f"{what} matches no Linear; there are: {there}"))
+            found |= its
+        return found
+
+    chosen = named("target", targets, everywhere)
+    if layers is not None and chosen:
+        numbers = {path: n for path in chosen if (n := number(path)) is not None}
+        there = ", ".join(str(n) for n in sorted(set(numbers.values()))) or "none"
+        for span, text in zip(spans(layers), layers.split(","), strict=True):
+            if not any(n in span for n in numbers.values()):
+                problems.append(("layers", text, f"layers {text!r} match no target; there are: {there}"))
+        chosen = {path for path, n in numbers.items() if any(n in span for span in spans(layers))}
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if chosen:
+            named(name, pattern or (), chosen)
     if problems:
-        raise ValueError("; ".join(problems))
-    return [path for path in paths if any(matches(path, target) for target in targets)]
+        raise NoMatch(problems)
+    return [path for path in everywhere if path in chosen]
+
+
+def number(path: str) -> int | None:
+    """That of the layer: the first in a path."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def spans(layers: str) -> list[range]:
+    """`0-7,20-` -> 0 to 7, and 20 to the end."""
+    pairs = (part.partition("-") for part in layers.split(","))
+    return [range(int(low), int(high or (sys.maxsize if dash else low)) + 1) for low, dash, high in pairs]
+
+
+def first_match(path: str, pattern: Mapping | None, default):
+    """The value of the first key that names this path as a target would."""
+    return next((value for target, value in (pattern or {}).items() if matches(path, target)), default)
 
 
 def inject(
@@ -67,19 +119,41 @@ def inject(
     dropout: float = 0.0,
     targets: Sequence[str] = ("all",),
     dtype: torch.dtype = torch.float32,
+    kind: type[LoRALinear] = LoRALinear,
+    init: str | None = "kaiming",
+    layers: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Freeze `model` and patch its target Linears in place; returns their paths. Nothing is changed on an error.
 
-    Raises ValueError: a target that matches nothing, a model that is patched already.
+    `kind` is a class of `lora.adapter.variants`; `init` says how it starts: kaiming, gaussian or, for PiSSA, pissa, and
+    None where values are about to be restored. `layers`, as `0-7,20-`, leaves others out. Patterns map a target to the
+    rank or alpha there; the first that matches counts.
+
+    Raises ValueError: what matches nothing, a model that is patched already, a rank that is too high for PiSSA.
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; unload them first")
-    paths = choose(model, targets)
-    layers = {path: LoRALinear(model.get_submodule(path), rank, alpha, dropout, dtype) for path in paths}
+    paths = choose(model, targets, layers, rank_pattern, alpha_pattern)
+    made, trained = {}, {p: p.requires_grad for p in model.parameters()}
+    for path in tqdm(paths, desc="adapter", unit="layer", leave=False, disable=None, delay=2):  # the SVDs of PiSSA
+        here = first_match(path, rank_pattern, rank), first_match(path, alpha_pattern, alpha)
+        try:
+            made[path] = kind(model.get_submodule(path), *here, dropout, dtype, init)
+        except ValueError as error:
+            for p, before in trained.items():
+                p.requires_grad_(before)
+            raise ValueError(f"{path}: {error}") from None
+    patch(model, made)
+    return paths
+
+
+def patch(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """Freeze `model` and put each of `layers` in the place of its path; then only what they bring can train."""
     model.requires_grad_(False)
     for path, layer in layers.items():
         model.set_submodule(path, layer.train(model.training))
-    return paths
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     y = W x + b + s B A x        s = alpha / rank,   A (r, in),   B (out, r)
 
 `delta` is the only place that forms ΔW = s B A. The base tensor is never written: a merged layer holds W' = W + ΔW in a
-tensor of its own, so unmerging is dropping that tensor.
+tensor of its own, so unmerging is dropping that tensor. The variants in `lora.adapter.variants` override what differs.
 """
 
 import math
@@ -19,31 +19,55 @@ class LoRALinear(nn.Module):
     """A frozen Linear with an adapter beside it. At the start B = 0, so the layer computes what its base computes.
 
     `lora_A` (rank, in) and `lora_B` (out, rank) are kept in `dtype`; the branch is computed in the dtype of the input.
-    Raises ValueError where rank, alpha or dropout make no sense.
+    `init` says how A starts: kaiming or gaussian; None where values are about to come from a file. Raises ValueError
+    where rank, alpha or dropout make no sense.
     """
 
     prepared = None  # the faster way for decoding, while there is one
+    fields = ()  # of adapter_config.json: those that are true for this kind of layer
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype=torch.float32):
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype=torch.float32, init="kaiming"
+    ):
         super().__init__()
         if type(rank) is not int or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
             raise ValueError(
                 f"rank {rank}, alpha {alpha}, dropout {dropout}: need rank >= 1, alpha > 0, 0 <= dropout < 1"
             )
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.rank, self.alpha, self.dropout, self.enabled = rank, alpha, dropout, True
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, dtype=dtype, device=device))
         # W' while merged: a buffer, so that .to() takes it along; not persistent, so that a state_dict is the base's
         self.register_buffer("merged_weight", None, persistent=False)
-        self.reset()
+        self.reset(init)
+        base.requires_grad_(False)
 
-    def reset(self) -> None:
-        """A ~ U(-1/√in, 1/√in), which is the usual `kaiming_uniform_(a=√5)` written out; B = 0."""
-        bound = self.base.in_features**-0.5
-        nn.init.uniform_(self.lora_A, -bound, bound)
+    def reset(self, init: str | None = "kaiming") -> None:
+        """A ~ U(-1/√in, 1/√in), which is the usual `kaiming_uniform_(a=√5)` written out, or A ~ N(0, 1/r²); B = 0."""
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.rank)
+        elif init:
+            bound = self.base.in_features**-0.5
+            nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)
+
+    @staticmethod
+    def shapes(rank: int, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """The layer's tensors in a file, by their names there, which are its parameters' but for `.weight`."""
+        return {"lora_A.weight": (rank, in_features), "lora_B.weight": (out_features, rank)}
+
+    def saved(self) -> tuple[int, float, dict[str, torch.Tensor]]:
+        """Rank, alpha and tensors for a file."""
+        names = self.shapes(self.rank, *self.base.weight.shape)
+        return self.rank, self.alpha, {name: getattr(self, name.removesuffix(".weight")) for name in names}
+
+    @torch.no_grad()
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The values of a file that `saved` has filled."""
+        for name, tensor in tensors.items():
+            getattr(self, name.removesuffix(".weight")).copy_(tensor)
 
     @property
     def scaling(self) -> float:
@@ -63,27 +87,42 @@ class LoRALinear(nn.Module):
         """Is there a branch to compute? Not while merged, not while disabled."""
         return self.enabled and not self.merged
 
-    def delta(self) -> torch.Tensor:
-        """ΔW = s B A, (out, in), in float32 or wider whatever the dtype of A and B."""
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A (r, in) and B (out, r) that the branch is computed with."""
+        return self.lora_A, self.lora_B
+
+    def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """ΔW = s B A, (out, in), in float32 or wider whatever the dtype of A and B.
+
+        `weight` is W for variants that need it, where the layer's own is on `meta`.
+        """
+        A, B = self.factors()
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return self.scaling * (B.to(wide) @ A.to(wide))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
         return (self.prepared(x) if self.prepared else self.together(x, [self]))[0]
 
-    @staticmethod
-    def together(x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
+    @classmethod
+    def together(cls, x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
         """Several layers of one input, x (..., in), in one autograd node: q/k/v, gate/up, or one alone."""
         if torch.compiler.is_compiling():  # it makes its own of the formula; of in-place sums it would make copies
             return tuple(layer.plain(x) for layer in layers)
         if all(layer.adapting and not (layer.training and layer.dropout) for layer in layers):
-            weights = [w for layer in layers for w in (layer.base.weight, layer.base.bias, layer.lora_A, layer.lora_B)]
-            return _LoRAProducts.apply(x, [layer.scaling for layer in layers], *weights)
+            return cls.products(x, layers)
         return tuple(layer.plain(x) for layer in layers)
 
-    @staticmethod
-    def prepared_way(layers: list["LoRALinear"], joined) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None:
+    @classmethod
+    def products(cls, x: torch.Tensor, layers: list["LoRALinear"]) -> tuple[torch.Tensor, ...]:
+        """`together` of layers that all adapt, without dropout."""
+        weights = [w for layer in layers for w in (layer.base.weight, layer.base.bias, *layer.factors())]
+        return _LoRAProducts.apply(x, [layer.scaling for layer in layers], *weights)
+
+    @classmethod
+    def prepared_way(
+        cls, layers: list["LoRALinear"], joined
+    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None:
         """For decoding, while no weight changes: x -> the outputs of several layers of one input, by three products.
 
         `joined(weights, biases)` makes their frozen maps one. The branches become one as well, every A above the next
@@ -95,17 +134,21 @@ class LoRALinear(nn.Module):
         if not layers[0].adapting:
             return base
         dtype = layers[0].base.weight.dtype
-        A = torch.cat([layer.lora_A for layer in layers]).to(dtype)  # (Σ r, in)
-        B = torch.block_diag(*(layer.scaling * layer.lora_B for layer in layers)).to(dtype)  # (Σ out, Σ r)
+        As, Bs = zip(*(layer.factors() for layer in layers), strict=True)
+        A = torch.cat(As).to(dtype)  # (Σ r, in)
+        scaled = [layer.scaling * B for layer, B in zip(layers, Bs, strict=True)]
+        B = torch.block_diag(*scaled).to(dtype)  # (Σ out, Σ r)
         return lambda x: base.whole(x).add_(F.linear(F.linear(x, A), B)).split(base.sizes, -1)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The formula as written, with dropout on the branch's input; `together` is the fast version of it."""
         y = F.linear(x, self.weight, self.base.bias)
-        if not self.adapting:
-            return y
-        branch = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T  # (..., r)
-        return y + (self.scaling * branch) @ self.lora_B.to(x.dtype).T
+        return y + self.branch(F.dropout(x, self.dropout, self.training)) if self.adapting else y
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """s B A x"""
+        A, B = self.factors()
+        return (self.scaling * (x @ A.to(x.dtype).T)) @ B.to(x.dtype).T
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}, enabled={self.enabled}"

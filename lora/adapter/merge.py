@@ -16,8 +16,8 @@ def merged_weight(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype 
 def check_finite(layers: dict[str, LoRALinear]) -> None:
     """Raises ValueError naming the first adapter tensor with a NaN or an infinity."""
     for path, layer in layers.items():
-        for name in ("lora_A", "lora_B"):
-            if not torch.isfinite(getattr(layer, name)).all():
+        for name, tensor in layer.named_parameters(recurse=False):
+            if not torch.isfinite(tensor).all():
                 raise ValueError(f"{path}.{name} has values that are not finite; nothing was changed")
 
 

@@ -1,6 +1,7 @@
 """An adapter as two files in PEFT's format, and the passport that says which base it belongs to.
 
-    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)
+    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r); of DoRA
+                                .lora_magnitude_vector (out,)
     adapter_config.json         r, lora_alpha, target_modules, ...    https://huggingface.co/docs/peft
     passport.json               ours: name and hashes of the base; nothing of ours goes into adapter_config.json
 
@@ -8,33 +9,55 @@ Reading is strict: every tensor is expected, present, of the right shape and fin
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import ends, inject, linears, lora_layers
+from lora.adapter.inject import ends, linears, lora_layers, patch
+from lora.adapter.layer import LoRALinear
+from lora.adapter.variants import KINDS, kind_of
 from lora.errors import BadInput, Refused
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"
 PREFIX = "base_model.model."  # PEFT's wrapper round the model
-NUMBERS = ("lora_A", "lora_B")
 
 # Fields of adapter_config.json that say nothing about what the adapter computes. Any other field must hold a neutral
 # value (null, false, 0, "", [], {}) or the one given here; else it changes the maths and we have not implemented it.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "lora_dropout", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "lora_dropout", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
 NEUTRAL = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    **{name: (True, False, None) for kind in KINDS for name in kind.fields},
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+# Why others are not, and the way out, where there is more to say
+CHANGED = "the base was changed when the adapter was made. Convert it to a plain LoRA with PEFT: save_pretrained(..., "
+CHANGED += "path_initial_model_for_weight_conversion=...)"
+MERGE = "Merge it into its base with PEFT, or train without"
+REASONS = {
+    "init_lora_weights": CHANGED,
+    "bias": f"biases are never trained here. {MERGE}",
+    "lora_bias": f"biases are never trained here. {MERGE}",
+    "modules_to_save": f"it brings whole layers. {MERGE}",
+    "trainable_token_indices": f"it brings rows of the embedding. {MERGE}",
+    "target_parameters": f"it adapts what is no Linear. {MERGE}",
+}
+
+
+# A key of rank_pattern or alpha_pattern is a regular expression. Names alone, with nothing to repeat or to choose from,
+# are matched in bounded time; others are refused.
+NAMES_ALONE, MOST_KEYS = re.compile(r"\^?(\w|[.-]|\\\W)+\$?"), 10_000
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,21 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()  # dotted suffixes, or none where the config chooses by patterns or layers
     base: str = ""
+    ranks: dict[str, int] = field(default_factory=dict)  # PEFT's rank_pattern: where not `rank`
+    alphas: dict[str, float] = field(default_factory=dict)
+    kind: type[LoRALinear] = LoRALinear
+
+    def of(self) -> Callable[[str], tuple[int, float]]:
+        """path -> rank and alpha there. The first key that matches the end of a path counts, as in PEFT."""
+        ranks, alphas = (
+            [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+            for pattern in (self.ranks, self.alphas)
+        )
+
+        def first(pattern, path: str, default):
+            return next((value for key, value in pattern if key.match(path)), default)
+
+        return lambda path: (first(ranks, path, self.rank), first(alphas, path, self.alpha))
 
 
 def target_modules(model: nn.Module) -> list[str] | str:
@@ -62,13 +100,15 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     """Write the adapter of a patched model into `folder`, the weights last: an adapter with weights is whole.
     `task` is PEFT's name for what the model does; with CAUSAL_LM, PEFT expects a model that generates.
 
-    Raises ValueError where the model has no LoRA layers, or not all of one rank, alpha and dropout.
+    Raises ValueError where the model has no LoRA layers, or not all of one kind and dropout.
     """
     layers = lora_layers(model)
-    kinds = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    kinds = {(type(layer), layer.dropout) for layer in layers.values()}
     if len(kinds) != 1:
-        raise ValueError("the model has no LoRA layers" if not kinds else f"layers differ in rank or alpha: {kinds}")
-    [(rank, alpha, dropout)] = kinds
+        raise ValueError("the model has no LoRA layers" if not kinds else f"layers differ in kind or dropout: {kinds}")
+    [(kind, dropout)] = kinds
+    saved = {path: layer.saved() for path, layer in layers.items()}
+    [((rank, alpha), _)] = Counter((rank, alpha) for rank, alpha, _ in saved.values()).most_common(1)
     config = {
         "peft_type": "LORA",
         "task_type": task,
@@ -80,17 +120,27 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+        **dict.fromkeys(kind.fields, True),
     }
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
+    for field_name, differing in (
+        ("rank_pattern", {path: its for path, (its, _, _) in saved.items() if its != rank}),
+        ("alpha_pattern", {path: its for path, (_, its, _) in saved.items() if its != alpha}),
+    ):
+        if differing:
+            config[field_name] = {_pattern(path, layers): value for path, value in differing.items()}
+    tensors = {f"{PREFIX}{path}.{name}": tensor for path, (*_, its) in saved.items() for name, tensor in its.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / CONFIG, config)
     if passport is not None:
         files.write_json(folder / PASSPORT, passport)
     files.write_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+
+
+def _pattern(path: str, paths) -> str:
+    """A key of rank_pattern that matches this path and no other."""
+    alone = NAMES_ALONE.fullmatch(path) and not any(other.endswith("." + path) for other in paths)
+    return path if alone else f"^{re.escape(path)}"
 
 
 def read_config(folder: Path) -> LoRAConfig:
@@ -105,14 +155,23 @@ def read_config(folder: Path) -> LoRAConfig:
     for key, value in raw.items():
         neutral = NEUTRAL.get(key, (None, False, 0, "", [], {}))
         if key not in HARMLESS and not any(value == n and type(value) is type(n) for n in neutral):
-            problems.append(f"unsupported adapter in {path}:{key}: {value!r} is not implemented. Use a plain LoRA")
+            why = f": {REASONS[key]}" if key in REASONS else ". Use a plain LoRA"
+            problems.append(f"unsupported adapter in {path}:{key}: {value!r} is not implemented{why}")
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
-    for key, value, low, high in (
-        ("r", rank, 1, 65536),
-        ("lora_alpha", alpha, 1e-9, 1e9),
-        ("lora_dropout", dropout, 0, 1 - 1e-9),
-    ):
-        kinds = (int,) if key == "r" else (int, float)
+    RANK, ALPHA = ((int,), 1, 65536), ((int, float), 1e-9, 1e9)
+    ranges = [("r", rank, RANK), ("lora_alpha", alpha, ALPHA), ("lora_dropout", dropout, ((int, float), 0, 1 - 1e-9))]
+    patterns = {}
+    for name, range_ in (("rank_pattern", RANK), ("alpha_pattern", ALPHA)):
+        patterns[name] = raw.get(name) or {}
+        if not isinstance(patterns[name], dict) or len(patterns[name]) > MOST_KEYS:
+            problems.append(f"wrong adapter in {path}:{name}: not up to {MOST_KEYS} names with values. Train it again")
+            continue
+        for key, value in patterns[name].items():
+            ranges.append((f"{name}.{key}", value, range_))
+            if not NAMES_ALONE.fullmatch(key):
+                why = "a regular expression is not implemented here"
+                problems.append(f"unsupported adapter in {path}:{name}.{key}: {why}. Write out the names it means")
+    for key, value, (kinds, low, high) in ranges:
         if type(value) not in kinds or not low <= value <= high:
             problems.append(f"wrong adapter in {path}:{key}: {value!r} is out of range. Train it again")
     if "peft_type" not in raw:
@@ -130,11 +189,16 @@ def read_config(folder: Path) -> LoRAConfig:
         targets = []
     if problems:
         raise BadInput(*problems)
-    return LoRAConfig(rank, alpha, dropout, tuple(targets), base if isinstance(base, str) else "")
+    base = base if isinstance(base, str) else ""
+    return LoRAConfig(rank, alpha, dropout, tuple(targets), base, *patterns.values(), kind_of(raw))
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensor name without PEFT's prefix (`<path>.lora_A.weight`) -> tensor. Raises BadInput, Refused for pickles."""
+def read_tensors(folder: Path, known: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensor name without PEFT's prefix (`<path>.lora_A.weight`) -> tensor. Raises BadInput, Refused for pickles.
+
+    `known` are the names that end one; without them, those of a plain LoRA.
+    """
+    known = tuple(f".{name}" for name in known or LoRALinear.shapes(1, 1, 1))
     path = Path(folder) / WEIGHTS
     if not path.exists():
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (Path(folder) / name).exists()]
@@ -144,8 +208,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise BadInput(f"missing adapter in {path}: there is no such file. The adapter is incomplete; train it again")
     file, problems, tensors = files.Safetensors(path), [], {}
     for name, (dtype, _) in file.header.items():
-        if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            problems.append(f"extra tensor in {path}:{name}: it is no part of a plain LoRA. Remove it")
+        if not name.startswith(PREFIX) or not name.endswith(known):
+            what = "it adapts an embedding, which is not implemented. " + MERGE
+            plain = "it is no part of a plain LoRA. Remove it"
+            problems.append(f"extra tensor in {path}:{name}: {what if '.lora_embedding_' in name else plain}")
         elif dtype not in files.DTYPES:
             problems.append(f"wrong tensor in {path}:{name}: dtype {dtype} is not supported. Save it as F32 or BF16")
     if problems:
@@ -166,18 +232,19 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
     The config says which Linears are meant if it lists them by name; if it has patterns, the names of the tensors do.
     Raises BadInput listing every missing, extra or wrong-shape tensor.
     """
-    config, tensors = read_config(folder), read_tensors(folder)
-    path, meant = Path(folder) / WEIGHTS, {name.rsplit(".", 2)[0] for name in tensors}
+    config = read_config(folder)
+    names = config.kind.shapes(1, 1, 1)
+    tensors, path = read_tensors(folder, names), Path(folder) / WEIGHTS
+    meant = {name.removesuffix(f".{end}") for name in tensors for end in names if name.endswith(f".{end}")}
     paths = {p for p in linears(model) if (ends(p, *config.targets) if config.targets else p in meant)}
     if not paths:
         there = ", ".join(sorted({p.rsplit(".", 1)[-1] for p in linears(model)}))
         raise BadInput(f"wrong adapter in {folder}: its targets match nothing in this model, which has {there}. "
                        f"Give the base it was trained on: {config.base or 'unknown'}")  # fmt: skip
-    expected = {}
+    expected, of = {}, config.of()
     for target in paths:
-        out_features, in_features = model.get_submodule(target).weight.shape
-        expected[f"{target}.lora_A.weight"] = (config.rank, in_features)
-        expected[f"{target}.lora_B.weight"] = (out_features, config.rank)
+        shapes = config.kind.shapes(of(target)[0], *model.get_submodule(target).weight.shape)
+        expected |= {f"{target}.{name}": shape for name, shape in shapes.items()}
     problems = []
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -189,21 +256,26 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
             problems.append(f"wrong tensor in {path}:{PREFIX}{name}: {shapes}. Give the base it was trained on")
     if problems:
         raise BadInput(*problems)
-    # whole-path targets, so that exactly the modules the config means are patched
-    inject(model, config.rank, config.alpha, config.dropout, [f"re:{re.escape(p)}" for p in sorted(paths)], dtype)
-    for target, layer in lora_layers(model).items():
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already; unload them first")
+    layers = {p: config.kind(model.get_submodule(p), *of(p), config.dropout, dtype, None) for p in sorted(paths)}
+    patch(model, layers)
+    for target, layer in layers.items():
         device = layer.base.weight.device if not layer.base.weight.is_meta else "cpu"  # a base on meta: for merge.py
-        for name in NUMBERS:
-            setattr(layer, name, nn.Parameter(tensors[f"{target}.{name}.weight"].to(device, dtype)))
+        for name in names:
+            attribute = name.removesuffix(".weight")
+            value = tensors[f"{target}.{name}"].to(device, getattr(layer, attribute).dtype)
+            setattr(layer, attribute, nn.Parameter(value))
     return config
 
 
 @torch.no_grad()
 def restore(model: nn.Module, folder: Path) -> None:
     """Write the adapter in `folder` into the layers of a model that is patched alike. Raises BadInput."""
-    layers, tensors = lora_layers(model), read_tensors(folder)
-    wanted = {f"{path}.{name}.weight": getattr(layer, name) for path, layer in layers.items() for name in NUMBERS}
-    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in wanted.items()}:
+    saved = {path: layer.saved()[-1] for path, layer in lora_layers(model).items()}
+    tensors = read_tensors(folder, {name for its in saved.values() for name in its})
+    wanted = {f"{path}.{name}": tensor.shape for path, its in saved.items() for name, tensor in its.items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise BadInput(f"wrong adapter in {folder}: its tensors are not those of this run. Give another one")
-    for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])
+    for path, layer in lora_layers(model).items():
+        layer.take({name: tensors[f"{path}.{name}"] for name in saved[path]})

@@ -1,1 +1,1 @@
-"""A training run: where the four parts meet. `train.py` tells its story."""
+"""Where the four parts meet: a training run, whose story `train.py` tells, and what belongs to the other scripts."""

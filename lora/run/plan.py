@@ -13,17 +13,17 @@ import torch
 
 from lora import device as machine
 from lora import folders
-from lora.adapter import passport, store
-from lora.adapter.inject import choose, lora_layers
+from lora.adapter import passport
 from lora.data import batch, preview
 from lora.data.encode import Encoded
 from lora.data.retention import retention_batches
 from lora.data.sources import Sources, named, read_sources, trained_rows
-from lora.errors import BadInput, is_out_of_memory, out_of_memory, say
+from lora.errors import is_out_of_memory, out_of_memory, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.decoder import Model
 from lora.model.template import BUILT_IN
+from lora.run import adapter
 from lora.train import checkpoint, memory
 from lora.train.ranks import Team
 
@@ -38,7 +38,7 @@ class Plan:
     base: pretrained.Checkpoint
     chat: Chat
     empty: Model
-    targets: list[str]
+    targets: dict[str, int]  # path -> rank
     made: Sequence[dict] | None
     sources: Sources
     examples: Encoded
@@ -66,11 +66,12 @@ class Plan:
 
     def in_adapter(self, s: SimpleNamespace) -> int:
         """The number of the adapter's parameters."""
-        return memory.in_adapter(self.empty, self.targets, s.rank)
+        return memory.in_adapter(self.empty, self.targets, s.dora)
 
     def check_room(self, out: Path, s: SimpleNamespace) -> None:
         """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""
-        size = checkpoint.size(self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize)
+        in_adapter = self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize
+        size = checkpoint.size(in_adapter) + in_adapter * (s.init == "pissa")  # which saves its frozen start, too
         most = math.ceil(self.total / int(s.save_every)) if s.save_every.isdecimal() else 2
         count = max(1, min(s.keep, most))
         folders.check_room(out, (count + 1) * size, f"a run with {count} checkpoints (--keep)")
@@ -86,6 +87,8 @@ class Plan:
         epochs = f"{self.total / self.per_epoch:.3g} epochs"
         say(f"base     {in_base / 1e6:,.1f} M parameters in {s.dtype} on {s.device} ({self.why_dtype})")
         say(f"adapter  {in_adapter / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {s.rank}, {linears}")
+        for line in adapter.table(s, self.empty, self.targets):
+            say(line)
         say(f"examples {len(self.examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
         say(f"plan     {self.total} steps of {s.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
         if not s.fsdp:
@@ -123,12 +126,12 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resum
     say(f"model    {base.described}")
     empty = pretrained.empty_model(base)
     if s.init_adapter and not resumed:
-        take_over(s, base)
+        adapter.take_over(s, base)
     template = s.template
     if resumed and template not in (None, *BUILT_IN) and "template" not in s.given:
         template = passport.template_of(resumed)  # the file itself may be gone
     chat = pretrained.load_chat(base, False if s.no_system else s.system, template, date.fromisoformat(s.date))
-    targets = _targets(s, empty)
+    targets = adapter.ranks(s, empty)
     s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
     sources = read_sources(s, chat, download.dataset_file, made)
     examples = sources.examples
@@ -159,45 +162,3 @@ def _ordinary(s, chat: Chat, sources: Sources, made, limit: int, device) -> list
     without = f" ({left} are trained on or too long)" if left else ""
     say(f"eval     {len(held_out)} held-out examples, {used} ordinary conversations{without}")
     return found
-
-
-def _targets(s: SimpleNamespace, empty: Model) -> list[str]:
-    try:
-        return choose(empty, s.target)
-    except ValueError as error:
-        raise BadInput(f"wrong --target in the command line: {error}. Give one of these, or all") from None
-
-
-def take_over(s: SimpleNamespace, base: pretrained.Checkpoint) -> None:
-    """Rank, alpha and targets of --init-adapter; where no flag says otherwise, its template, system turn and date too.
-
-    Raises BadInput for flags that contradict it, and for an adapter that does not fit the base.
-    """
-    trial = pretrained.empty_model(base)
-    wanted = _targets(s, trial)
-    config = store.load(trial, s.init_adapter)  # strict about every tensor, before any weights are loaded
-    paths = list(lora_layers(trial))
-    contradictions = [
-        (name, given, its)
-        for name, given, its in (
-            ("rank", s.rank, config.rank),
-            ("alpha", s.alpha, config.alpha),
-            ("target", f"{' '.join(s.target)} ({len(wanted)} linears)", f"{len(paths)} linears"),
-        )
-        if name in s.given and (wanted != paths if name == "target" else given != its)
-    ]
-    if contradictions:
-        raise BadInput(*(
-            f"contradiction in the command line: --{name} {given}, {s.init_adapter} has {its}. Leave it out"
-            for name, given, its in contradictions
-        ))  # fmt: skip
-    if not s.no_verify:
-        passport.verify(s.init_adapter, base.name, base.header, base.read, paths)
-    names = store.target_modules(trial)
-    s.rank, s.alpha, s.target = config.rank, float(config.alpha), names if isinstance(names, list) else [f"re:{names}"]
-    trained = (passport.read(s.init_adapter) or {}).get("chat", {})
-    if not s.given & {"system", "no_system"}:
-        s.system, s.no_system = trained.get("system") or None, trained.get("system") is False
-    if "date" not in s.given:
-        s.date = trained.get("date") or s.date
-    s.template = s.template or passport.template_of(s.init_adapter)

@@ -4,7 +4,7 @@ The terms are counted from what the code keeps; only `RUNTIME` and `GROWTH` are 
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from math import ceil
 
@@ -20,6 +20,7 @@ GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of 
 # on a CPU attention goes by so many queries at a time, and keeps weights up to so many bytes: `lora.model.attention`
 QUERIES, WEIGHTS = 128, {"cpu": 8 * 2**20}
 LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
+NORMS = 3  # times a weight in float32: ΔW, W + ΔW, its squares
 ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from before the step
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
@@ -27,23 +28,24 @@ ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from 
 COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.58e6, 24, 7
 
 
-def expected(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> float:
+def expected(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int], batch_size: int) -> float:
     """Bytes at the peak of a run: the sum of `parts`, which see for the arguments."""
     return sum(parts(model, targets, s, lengths, batch_size).values())
 
 
-def in_adapter(model: nn.Module, targets: Sequence[str], rank: int) -> int:
-    """The number of an adapter's parameters."""
-    return sum(rank * sum(model.get_submodule(path).weight.shape) for path in targets)
+def in_adapter(model: nn.Module, targets: Mapping[str, int], dora: bool = False) -> int:
+    """The number of an adapter's parameters; `targets` are paths with their ranks."""
+    shapes = {path: model.get_submodule(path).weight.shape for path in targets}
+    return sum(targets[path] * sum(shape) + bool(dora) * shape[0] for path, shape in shapes.items())
 
 
-def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], batch_size: int) -> dict[str, float]:
+def parts(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int], batch_size: int) -> dict[str, float]:
     """What is held at the peak of a run, in bytes by name.
 
-    `model` may be on `meta`; `targets` are the paths of its patched Linears; `s` are the settings of train.py, device
-    and dtype resolved; `lengths` are the tokens of every example, of which `batch_size` make a step. Evaluation and the
-    retention meter do not count, and loading needs less: one tensor at a time is there twice. Checked on a CPU; CUDA
-    has the same terms without a heap to fragment, and was not measured.
+    `model` may be on `meta`; `targets` are the paths of its patched Linears with their ranks; `s` are the settings of
+    train.py, device and dtype resolved; `lengths` are the tokens of every example, of which `batch_size` make a step.
+    Evaluation and the retention meter do not count, and loading needs less: one tensor at a time is there twice.
+    Checked on a CPU; CUDA has the same terms without a heap to fragment, and was not measured.
     """
     c, size = model.config, getattr(torch, s.dtype).itemsize
     growth = GROWTH.get(s.device, 1.0)
@@ -62,12 +64,14 @@ def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], b
     batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, whole) if len(pool)]
     largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
     again = s.checkpoint_activations or len(whole) < len(lengths)
-    adapter = in_adapter(model, targets, s.rank)
+    adapter = in_adapter(model, targets, s.dora)
+    copies = ADAPTERS + (s.init == "pissa")  # and its frozen start
     return {
         "runtime": RUNTIME.get(s.device, 0.0) + again * AGAIN.get(s.device, 0.0),
         "compiled kernels": compiled(s, lengths, batch_size),
         "weights": sum(p.numel() for p in model.parameters()) * size,
-        "adapter and optimizer": ADAPTERS * adapter * getattr(torch, s.adapter_dtype).itemsize,
+        "adapter and optimizer": copies * adapter * getattr(torch, s.adapter_dtype).itemsize,
+        "norms of rows": 4 * NORMS * max(model.get_submodule(path).weight.numel() for path in targets) if s.dora else 0,
         **{name: growth * value for name, value in largest.items()},
     }
 
@@ -111,9 +115,10 @@ def attention(c, s, documents: list[int]) -> float:
     return output + few * sum(n * (n + min(n, QUERIES)) / 2 for n in rounded) * heads * size
 
 
-def kept(c, targets: Sequence[str], s, documents: list[int]) -> list[float]:
+def kept(c, targets: Mapping[str, int], s, documents: list[int]) -> list[float]:
     """Bytes that autograd keeps of each block's forward pass for a micro-batch; nothing before the first target."""
-    size, tokens, patched = getattr(torch, s.dtype).itemsize, sum(documents), set(targets)
+    size, tokens = getattr(torch, s.dtype).itemsize, sum(documents)
+    factor = 1 + (s.init == "pissa")  # it computes with its frozen start as well
     hidden, inner = c.hidden_size, c.intermediate_size
     heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     norm = tokens * (hidden * size + 4)  # its result before the weight, and 1 / RMS
@@ -127,18 +132,24 @@ def kept(c, targets: Sequence[str], s, documents: list[int]) -> list[float]:
             ((hidden, True, ("gate_proj", "up_proj")), (inner, False, ("down_proj",))),  # that is formed again
         ),
     }
+    widths = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "o_proj": hidden}
+    widths |= {"gate_proj": inner, "up_proj": inner, "down_proj": hidden}
     blocks, started = [], False
     for index in range(c.num_hidden_layers):
         blocks.append(0.0)
         for half, (always, inputs) in halves.items():
-            counts = [sum(f"model.layers.{index}.{half}.{name}" in patched for name in names) for *_, names in inputs]
-            if not started and not any(counts):
+            prefix = f"model.layers.{index}.{half}."
+            ranks = [[targets[prefix + n] for n in names if prefix + n in targets] for *_, names in inputs]
+            if not started and not any(ranks):
                 continue
             blocks[-1] += always + norm * started
             started = True
-            for (width, own, _), count in zip(inputs, counts, strict=True):
-                copies = 2 * count if s.dropout else own * min(count, 1)  # dropout: noise and product of each Linear
-                blocks[-1] += tokens * size * (copies * width + count * s.rank)
+            for (width, own, _), its in zip(inputs, ranks, strict=True):
+                copies = 2 * len(its) if s.dropout else own * min(len(its), 1)  # noise and product of each Linear
+                blocks[-1] += tokens * size * (copies * width + factor * sum(its))
+            if s.dora:  # the result before its rows are scaled; with dropout, that of each product
+                outs = sum(out for name, out in widths.items() if prefix + name in targets)
+                blocks[-1] += tokens * size * outs * (1 + bool(s.dropout))
     return blocks
 
 

@@ -87,9 +87,9 @@ def train_step(
     trained: int | None = None,
     reduce: Callable[[Sequence, list[float]], list[float]] = alone,
 ) -> StepResult:
-    """Accumulate, reduce, clip, update. With several processes `batches` are this one's, `trained` counts the trained
-    tokens of all, and `reduce(parameters, numbers)` sums over them. Raises NotFinite, the weights not stepped,
-    and whatever `reduce` raises."""
+    """Accumulate, reduce, clip, update; a parameter group may have an `lr_ratio`. With several processes `batches` are
+    this one's, `trained` counts the trained tokens of all, and `reduce(parameters, numbers)` sums over them. Raises
+    NotFinite, the weights not stepped, and whatever `reduce` raises."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, trained = accumulate(objective, batches, trained)
     tokens = sum(len(batch.tokens) - batch.dead for batch in batches)
@@ -99,7 +99,7 @@ def train_step(
         optimizer.zero_grad()
         raise NotFinite(loss, norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     before = flat(parameters)
     optimizer.step()
     optimizer.zero_grad()

@@ -1,0 +1,44 @@
+"""Adapters with random weights on the tiny model on disk, made without training."""
+
+from pathlib import Path
+
+from lora.adapter import inject, passport, store
+from lora.adapter.layer import LoRALinear
+from lora.model import pretrained
+from tests import cli
+from tests.helpers import randomise_adapter
+
+
+def write_adapter(
+    folder: Path,
+    seed: int = 1,
+    rank: int = 4,
+    alpha: float = 6,
+    kind: type[LoRALinear] = LoRALinear,
+    targets=("all",),
+    system: str | bool | None = None,
+    template: str = cli.CHATML,
+    model: Path | None = None,
+) -> Path:
+    """A folder as a training run leaves one, ΔW being 10 % of W or more."""
+    base = pretrained.find(str(model or cli.model_folder()))
+    net = pretrained.load_model(base)
+    paths = inject.choose(net, targets)
+    inject.patch(net, {path: kind(net.get_submodule(path), rank, alpha) for path in paths})
+    randomise_adapter(net, seed)
+    chat = {"system": system, "date": "2025-01-01"}
+    papers = passport.make(base.name, base.header, base.read, paths, chat)
+    store.save(net, folder, base.hub_id, papers, "CAUSAL_LM")
+    (folder / passport.TEMPLATE).write_text(template)
+    return folder
+
+
+def deltas(folder: Path, model: Path | None = None) -> dict:
+    """path -> ΔW of an adapter on disk, float64, from its tensors and config alone."""
+    net = pretrained.empty_model(pretrained.find(str(model or cli.model_folder())))
+    store.load(net, folder)
+    found = {}
+    for path, layer in inject.lora_layers(net).items():
+        scaling = layer.alpha / layer.rank ** (0.5 if "use_rslora" in layer.fields else 1)
+        found[path] = scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    return found
