@@ -33,6 +33,7 @@ from lora.errors import BadInput, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.sample import generate
+from lora.run import receipt
 from lora.train import answers
 from lora.train.evaluate import Retention, mean_loss
 from lora.train.loss import summed_loss
@@ -107,6 +108,7 @@ def story(argv) -> int:
     for column in columns:
         if column.adapter:
             store.load(model, column.adapter)
+            receipt.prove(model, column.adapter)
         figures[column.name] = losses(model, column, device, s)
         if not s.no_generate:
             merge(model)  # answers come from rounded sums, as those of generate.py do

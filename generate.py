@@ -32,6 +32,7 @@ from lora.model import download, pretrained
 from lora.model.sample import Sampling, generate
 from lora.model.template import FROZEN_DATE
 from lora.model.tokenizer import Stream
+from lora.run import receipt
 from lora.run.columns import table
 
 
@@ -58,6 +59,7 @@ def story(argv) -> int:
         store.load(model, adapter)
         if not s.no_verify:
             passport.verify(adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
+        receipt.prove(model, adapter)
         merge_and_unload(model)  # plain Linears again: the adapter costs nothing from here on
         say(f"adapter  {adapter}")
 
@@ -91,6 +93,8 @@ def side_by_side(checkpoint, prompts, s, how: Sampling, device, dtype) -> int:
     for name, adapter in names.items():
         if adapter:
             adapters.add(name, adapter)
+            adapters.switch(name)
+            receipt.prove(model, adapter)
     if prompts is None:
         return talk(model, chats, s, how, lambda name: adapters.switch(name, merged=True))
 
@@ -146,7 +150,10 @@ def load_chat(checkpoint, adapter: str | None, s):
     today = date.fromisoformat(s.date or trained.get("date") or str(FROZEN_DATE))
     if s.system is None and not s.no_system and isinstance(system, str):
         say(f"system   as in training: {' '.join(system.split())[:100]}")
-    return pretrained.load_chat(checkpoint, system, template, today)
+    chat = pretrained.load_chat(checkpoint, system, template, today)
+    if adapter:
+        passport.verify_chat(adapter, checkpoint.name, chat.tokenizer, chat.template.source, s.no_verify)
+    return chat
 
 
 def read_prompts(s) -> list[tuple[list[dict], str]] | None:
@@ -156,19 +163,22 @@ def read_prompts(s) -> list[tuple[list[dict], str]] | None:
         if not text.strip():
             raise BadInput("empty prompt in the command line: there is nothing to answer. Give --prompt TEXT")
         return [([{"role": "user", "content": text}], "--prompt")]
-    if s.prompts is None:
-        return None
-    data = files.read_bytes(s.prompts)
+    return None if s.prompts is None else prompts_in(s.prompts)
+
+
+def prompts_in(path: str) -> list[tuple[list[dict], str]]:
+    """(messages, where) of a file with a prompt a line, or with conversation rows."""
+    data = files.read_bytes(path)
     start = data.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start.startswith((b"{", b"\x1f\x8b")) or (start.startswith(b"[") and s.prompts.endswith(".json")):
-        return [(until_answer(c.messages), c.where) for c in formats.read([s.prompts], answered=False)]
+    if start.startswith((b"{", b"\x1f\x8b")) or (start.startswith(b"[") and path.endswith(".json")):
+        return [(until_answer(c.messages), c.where) for c in formats.read([path], answered=False)]
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise BadInput(f"wrong encoding in {s.prompts}: not UTF-8 at byte {error.start}. Convert it to UTF-8") from None
-    asked = [(line.rstrip("\r"), f"{s.prompts}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+        raise BadInput(f"wrong encoding in {path}: not UTF-8 at byte {error.start}. Convert it to UTF-8") from None
+    asked = [(line.rstrip("\r"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not asked:
-        raise BadInput(f"no prompts in {s.prompts}: the file is empty. Give a prompt a line")
+        raise BadInput(f"no prompts in {path}: the file is empty. Give a prompt a line")
     return [([{"role": "user", "content": line}], where) for line, where in asked]
 
 

@@ -131,6 +131,11 @@ def to_save(table: Sequence[Setting], values: SimpleNamespace) -> dict:
     return {s.name: getattr(values, s.name) for s in table if s.saved}
 
 
+def decisive(table: Sequence[Setting], values: SimpleNamespace) -> dict:
+    """The settings that decide what is learned."""
+    return {s.name: getattr(values, s.name) for s in table if s.saved and not s.free}
+
+
 def changed(table: Sequence[Setting], before: dict, now: SimpleNamespace) -> list[str]:
-    """The names of settings that decide what is learned and are not what they were."""
-    return [s.name for s in table if s.saved and not s.free and before.get(s.name) != getattr(now, s.name)]
+    """The names of those that are not what they were."""
+    return [name for name, value in decisive(table, now).items() if before.get(name) != value]

@@ -49,6 +49,7 @@ RUN_FILES = sorted(
         "metrics.jsonl",
         "loss.png",
         "report.md",
+        "README.md",
         "chat_template.jinja",
     ]
 )

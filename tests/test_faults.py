@@ -445,7 +445,7 @@ def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated
     run = start()
     old, ops = final(run), operations(run, story)
     new = final(run)
-    assert set(new) == {*ADAPTER, SETTINGS, "loss.png"} and new[store.WEIGHTS] != old.get(store.WEIGHTS)
+    assert set(new) == {*ADAPTER, SETTINGS, "loss.png", "README.md"} and new[store.WEIGHTS] != old.get(store.WEIGHTS)
     for at, part in moments(ops):
         for number in (None, errno.ENOSPC):
             run = start()

@@ -1,25 +1,36 @@
-"""Which base an adapter belongs to: `passport.json`, written beside the adapter and compared on loading.
+"""Which base an adapter belongs to, and how it came about: `passport.json`, beside the adapter, compared on loading.
 
-base.name         what --model was
-base.structure    sha256 over the names, shapes and dtypes of all its tensors
-base.patched      sha256 over the bytes of the tensors the adapter changes
-chat.system       the system turn of rows without one: a text, null as the template decides, false for none
-chat.date         what templates that ask were told
-The chat template itself lies beside it, as `chat_template.jinja`.
+base.name             what --model was
+base.structure        sha256 over the names, shapes and dtypes of all its tensors
+base.patched          sha256 over the bytes of the tensors the adapter changes
+chat.system           the system turn of rows without one: a text, null as the template decides, false for none
+chat.date             what templates that ask were told
+tokenizer.file        sha256 of tokenizer.json
+tokenizer.vocabulary  sha256 over what each id stands for
+template              sha256 of the chat template, which lies beside it as `chat_template.jinja`
+data                  sha256 over all examples, in order, and how sources are mixed
+settings              sha256 over the settings that decide what is learned, and the number of steps planned
+step                  how many steps it has learned
+Adapters that are older have none of the last five, and those made elsewhere no passport: nothing is compared then.
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora import files
 from lora.adapter import store
+from lora.adapter.inject import disabled
 from lora.errors import BadInput, say
 
 FORMAT, TEMPLATE = 1, "chat_template.jinja"
+UNUSED = re.compile(r"\[PAD\d+\]")  # ids without a token, as llama.cpp's converter names them
 
 
 def structure(header: dict[str, tuple[str, tuple[int, ...]]]) -> str:
@@ -41,13 +52,39 @@ def fingerprint(header: dict, read: Callable[[str], torch.Tensor]) -> str:
     return hashlib.sha256(f"{structure(header)} {contents(read, header)}".encode()).hexdigest()
 
 
+def of_text(text: str) -> str:
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def vocabulary(tokenizer) -> str:
+    """sha256 over what each id stands for, however the tokenizer comes to its ids."""
+    tokens = ((i, tokenizer.token(i)) for i in range(tokenizer.size))
+    return of_text("".join(f"{i} {token}\n" for i, token in tokens if token and not UNUSED.fullmatch(token)))
+
+
 def make(
-    name: str, header: dict, read: Callable[[str], torch.Tensor], paths: Iterable[str], chat: dict | None = None
+    name: str,
+    header: dict,
+    read: Callable[[str], torch.Tensor],
+    paths: Iterable[str],
+    chat: dict | None = None,
+    **marks: str | dict,
 ) -> dict:
-    """The passport of an adapter on the Linears at `paths`, trained with this `chat`."""
+    """The passport of an adapter on the Linears at `paths`, trained with this `chat`; `marks` of `fingerprints`."""
     patched = contents(read, (f"{path}.weight" for path in paths))
     base = {"name": name, "structure": structure(header), "patched": patched}
-    return {"format": FORMAT, "base": base, "chat": chat or {}}
+    return {"format": FORMAT, "base": base, "chat": chat or {}, **marks}
+
+
+def fingerprints(tokenizer, template: str, data: str, settings: dict) -> dict:
+    """What the passport says of a training but for its base; `data` is the fingerprint of the examples."""
+    return {
+        "tokenizer": {"file": tokenizer.fingerprint, "vocabulary": vocabulary(tokenizer)},
+        "template": of_text(template),
+        "data": data,
+        "settings": of_text(json.dumps(settings, sort_keys=True)),
+    }
 
 
 def _is_date(value: object) -> bool:
@@ -74,6 +111,11 @@ def read(folder: Path) -> dict | None:
     chat = passport.setdefault("chat", {})
     if not isinstance(chat, dict) or not isinstance(chat.get("system") or "", str) or not _is_date(chat.get("date")):
         raise BadInput(f"broken passport in {path}:chat: system is no text or date no date. Train the adapter again")
+    tokenizer, template = passport.get("tokenizer", {"file": "", "vocabulary": ""}), passport.get("template", "")
+    marks = isinstance(tokenizer, dict) and [tokenizer.get("file"), tokenizer.get("vocabulary"), template]
+    if not marks or not all(isinstance(mark, str) for mark in marks):
+        why = "it or the template has no fingerprint"
+        raise BadInput(f"broken passport in {path}:tokenizer: {why}. Train the adapter again")
     return passport
 
 
@@ -110,3 +152,37 @@ def verify(folder: Path, name: str, header: dict, read_tensor: Callable, paths: 
         return
     what = "other weights" if same_structure else "other tensors"
     raise BadInput(f"wrong base in {path}: the adapter was trained on {base['name']}; {name} has {what}. {fix}")
+
+
+def verify_chat(folder: Path, name: str, tokenizer, template: str, insist: bool = False) -> None:
+    """Compare what an adapter was trained to read with a base's tokenizer and the chat template that is to be used.
+
+    Another template warns, and so does a tokenizer that only cuts text in another way. One whose ids stand for other
+    tokens raises BadInput unless `insist`: the adapter would read other words than it was taught.
+    """
+    passport = read(folder) or {}
+    known = passport.get("tokenizer")
+    if known and known["file"] != tokenizer.fingerprint:
+        same_ids = known["vocabulary"] == vocabulary(tokenizer)
+        if not same_ids and not insist:
+            why = f"in {name} ids stand for other tokens than the adapter was trained on"
+            fix = f"Give --model {passport['base']['name']}, or --no-verify to insist"
+            raise BadInput(f"wrong tokenizer in {Path(folder) / store.PASSPORT}: {why}. {fix}")
+        what = "may cut text in another way than" if same_ids else "has other tokens than"
+        say(f"warning: the tokenizer of {name} {what} the one the adapter in {folder} was trained with")
+    if passport.get("template") not in (None, of_text(template)):
+        say(f"warning: the adapter in {folder} was trained with another chat template than the one used here")
+
+
+@torch.no_grad()
+def prove(model: nn.Module, folder: Path, logits: Callable[[], torch.Tensor]) -> None:
+    """Warns where `logits()` are bit for bit those of the base: an adapter that changes nothing was not trained, or its
+    changes are too small for the dtype."""
+    with disabled(model):
+        before = logits()
+    if torch.equal(before, logits()):
+        warn_unchanged(folder)
+
+
+def warn_unchanged(folder: Path) -> None:
+    say(f"warning: the adapter in {folder} changes nothing: the logits are those of the base, bit for bit")

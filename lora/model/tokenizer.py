@@ -1,5 +1,7 @@
 """Text to ids and back, by the `tokenizers` package, with decoding that never shows half a character."""
 
+import hashlib
+
 from tokenizers import Tokenizer as FastTokenizer
 
 from lora.errors import BadInput
@@ -8,7 +10,8 @@ BROKEN = "\ufffd"  # what bytes that are no character (yet) are decoded to
 
 
 class Tokenizer:
-    """A `tokenizer.json`. `control` maps the text of every special token (`<|im_end|>`) to its id.
+    """A `tokenizer.json`. `control` maps the text of every special token (`<|im_end|>`) to its id; `fingerprint` is the
+    file's sha256.
 
     Raises BadInput for a file that is no tokenizer; `where` names it.
     """
@@ -28,6 +31,7 @@ class Tokenizer:
             why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise BadInput(f"broken tokenizer in {where}: {why}. Download the file again") from None
         self.control = {token.content: i for i, token in added.items() if token.special}
+        self.fingerprint = hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text in which control strings are control tokens. Nothing is added (no BOS)."""

@@ -131,6 +131,8 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resum
     if resumed and template not in (None, *BUILT_IN) and "template" not in s.given:
         template = passport.template_of(resumed)  # the file itself may be gone
     chat = pretrained.load_chat(base, False if s.no_system else s.system, template, date.fromisoformat(s.date))
+    if s.init_adapter and not resumed:
+        passport.verify_chat(s.init_adapter, base.name, chat.tokenizer, chat.template.source, s.no_verify)
     targets = adapter.ranks(s, empty)
     s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
     sources = read_sources(s, chat, download.dataset_file, made)

@@ -8,14 +8,16 @@ from lora import files, flags, folders, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.data.sources import numbered
+from lora.run import card
+from lora.run.card import METRICS, SETTINGS
 from lora.run.plan import Plan
 from lora.train import checkpoint, report, stopping
 from lora.train.record import Record, draw
 
-SETTINGS, METRICS, PICTURE, REPORT = "settings.json", "metrics.jsonl", "loss.png", "report.md"
+PICTURE, REPORT = "loss.png", "report.md"
 ADAPTER = (passport.TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (*ADAPTER, METRICS, PICTURE, REPORT, checkpoint.FOLDER)  # and these are all that it may hold besides
+HOLDS = (*ADAPTER, METRICS, PICTURE, REPORT, card.FILE, checkpoint.FOLDER)  # and these are all that it may hold besides
 
 
 class Results:
@@ -26,7 +28,9 @@ class Results:
         self.optimizer, self.parameters = optimizer, parameters
         self.saved, self.last, self.later = state.step, time.monotonic(), []
         base, spoken = plan.base, {"system": False if s.no_system else s.system, "date": s.date}
-        self.papers = passport.make(base.name, base.header, base.read, lora_layers(model), spoken)
+        learned = {**settings.decisive(flags.TRAIN, s), "steps": plan.total}
+        marks = passport.fingerprints(plan.chat.tokenizer, plan.chat.template.source, state.data, learned)
+        self.papers = passport.make(base.name, base.header, base.read, lora_layers(model), spoken, **marks)
 
     @contextmanager
     def folder(self):
@@ -76,10 +80,11 @@ class Results:
 
     def _write_adapter(self, folder: Path) -> None:
         files.write_bytes(folder / passport.TEMPLATE, self.plan.chat.template.source.encode())
-        store.save(self.model, folder, self.plan.base.hub_id, self.papers, "CAUSAL_LM")
+        papers = self.papers | {"step": self.state.step}
+        store.save(self.model, folder, self.plan.base.hub_id, papers, "CAUSAL_LM")
 
     def publish(self, record: Record, ended: str) -> None:
-        """The best adapter, or without evaluations the last one, under the run's own name; settings and picture."""
+        """The best adapter, or without evaluations the last one, under the run's own name; settings, picture, card."""
         if self.best is None:
             self._write_adapter(self.out)
         else:
@@ -88,6 +93,8 @@ class Results:
                 files.write_bytes(self.out / name, files.read_bytes(source, limit=2**40))
         files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
         draw(record.rows, self.out / PICTURE, self._title(), self.best)
+        made = card.Made(self.state.settings, record.rows, self.best or self.state.step)
+        card.write_adapter(self.out, self.plan.base, made)
 
     def report(self, record: Record, ended: str, answers) -> None:
         """`report.md`, with (question, before, after) of some answers."""
