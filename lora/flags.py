@@ -180,9 +180,13 @@ GENERATE = (
 
 MERGE = (
     Setting("adapter", str, None, "folder of an adapter"),
-    Setting("out", str, None, "new folder of the merged model"),
+    Setting("out", str, None, "new folder of the merged model, or FILE.gguf"),
+    Setting("format", str, "folder", "a model folder, or one GGUF file for llama.cpp", **one_of("folder", "gguf")),
+    Setting("gguf_type", str, None, "how matrices are stored; f16 without it, f32 in an adapter alone",
+            **one_of("f32", "f16", "bf16", "q8_0")),
+    Setting("adapter_only", bool, False, "the adapter alone as GGUF, for the GGUF file of its base"),
     Setting("model", str, None, "the base, where it is not where the adapter remembers it"),
-    Setting("overwrite", bool, False, "replace an earlier merged model"),
+    Setting("overwrite", bool, False, "replace an earlier result"),
     Setting("dtype", str, "auto", "dtype to write; the base's own by default",
             **one_of("auto", "bfloat16", "float16", "float32")),
     Setting("no_verify", bool, False, "merge into another base than the adapter was trained on"),
