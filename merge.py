@@ -45,6 +45,13 @@ def low_rank_maps(layers: dict, folder: str) -> dict[str, tuple]:
     return {path: (layer.scaling, layer.lora_A, layer.lora_B) for path, layer in layers.items()}
 
 
+def own_template(checkpoint: pretrained.Checkpoint) -> str | None:
+    try:
+        return pretrained.load_chat(checkpoint).template.source
+    except BadInput:  # it has none
+        return None
+
+
 def story(argv) -> int:
     s = settings.resolve(flags.MERGE, argv, __doc__)
     uses = {"adapter": "read", "out": "write"}
@@ -73,9 +80,15 @@ def story(argv) -> int:
     layers = {f"{path}.weight": layer for path, layer in lora_layers(model).items()}
     if not s.no_verify:
         passport.verify(s.adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
+    template = passport.template_of(s.adapter)
+    source = files.read_bytes(template, pretrained.TEMPLATE_LIMIT) if template else b""
+    ChatTemplate(source.decode("utf-8-sig", "replace"), where=template or "")  # it can be read
     if s.adapter_only:
         maps = low_rank_maps(lora_layers(model), s.adapter)
         gguf.write_adapter(checkpoint.config, out, maps, s.gguf_type or "f32")
+        if source and source.decode(errors="replace") != own_template(checkpoint):
+            say(f"note     the file has no chat template, and the base's is another. Give llama-server --jinja "
+                f"--chat-template-file {template}")  # fmt: skip
         say(f"saved    {out}, the adapter of {len(maps)} tensors")
         return 0
     dtype = torch.float32 if gguf else None if s.dtype == "auto" else getattr(torch, s.dtype)
@@ -93,9 +106,6 @@ def story(argv) -> int:
             raise BadNumbers(f"not finite in {name}: the merged weight does not fit {tensor.dtype}. {fix}")
         return tensor
 
-    template = passport.template_of(s.adapter)
-    source = files.read_bytes(template, pretrained.TEMPLATE_LIMIT) if template else b""
-    ChatTemplate(source.decode("utf-8-sig", "replace"), where=template or "")  # it can be read
     if gguf:  # rounded once, from the sum in float32
         gguf.write_model(checkpoint, out, change, s.gguf_type or "f16", template)
     else:

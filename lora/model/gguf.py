@@ -15,6 +15,7 @@ import torch
 from gguf.quants import dequantize
 
 from lora.errors import BadInput
+from lora.model import sentencepiece
 from lora.model.gguf_header import AGAIN, Header, Stored, show
 from lora.model.tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ ARCHITECTURES = {
 }
 ROTATED = re.compile(r"\.[qk]_proj\.")
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types; others do not occur with byte-level BPE
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types
+TOKEN_TYPES = {"gpt2": {NORMAL, CONTROL, USER_DEFINED, UNUSED}, "llama": set(range(1, 7))}  # by tokenizer.ggml.model
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # the hub's name -> GGUF's
 ENDS = ("eos", "eot", "eom")  # all of them end an answer
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -232,11 +234,11 @@ class GGUFCheckpoint:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json. Raises BadInput."""
         model, pre = self._get("tokenizer.ggml.model", str), self._get("tokenizer.ggml.pre", str, "missing")
-        why = f"{show(model)} with {show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}"
-        self._check(model == "gpt2" and pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", why)
+        why = f"{show(model)} with {show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}, and 'llama'"
+        self._check(model == "llama" or (model == "gpt2" and pre in PRE_TOKENIZERS), "tokenizer.ggml.pre", why)
         named = {f"{name}_token": self._ids[theirs] for name, theirs in SPECIAL.items()}
         settings = {name: self._tokens[i] for name, i in named.items() if i is not None}
-        add_bos = self._get("tokenizer.ggml.add_bos_token", bool, PRE_TOKENIZERS[pre][-1])
+        add_bos = self._get("tokenizer.ggml.add_bos_token", bool, model == "llama" or PRE_TOKENIZERS[pre][-1])
         self._check(not add_bos or "bos_token" in settings, "tokenizer.ggml.bos_token_id", "it is missing", AGAIN)
         add_eos = self._get("tokenizer.ggml.add_eos_token", bool, False)
         self._check(not add_eos, "tokenizer.ggml.add_eos_token", "it is not implemented")
@@ -246,7 +248,7 @@ class GGUFCheckpoint:
         settings["model_max_length"] = self.config["max_position_embeddings"]
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         files = {
-            "tokenizer.json": self._tokenizer(pre, settings["bos_token"] if add_bos else None),
+            "tokenizer.json": self._tokenizer(model, pre, settings["bos_token"] if add_bos else None),
             "tokenizer_config.json": settings,
             "generation_config.json": {key: self.config[key] for key in self.config if key.endswith("_token_id")},
         }
@@ -254,10 +256,10 @@ class GGUFCheckpoint:
         Tokenizer(encoded["tokenizer.json"], f"{self.path}:tokenizer.ggml")  # raises if the merges are wrong
         return encoded
 
-    def _tokenizer(self, pre: str, bos: str | None) -> dict:
+    def _tokenizer(self, model: str, pre: str, bos: str | None) -> dict:
         """The content of tokenizer.json; `bos` is the token before every text."""
         types, tokens = self._get("tokenizer.ggml.token_type", np.ndarray).tolist(), self._tokens
-        right = len(types) == len(tokens) and set(types) <= {NORMAL, CONTROL, USER_DEFINED, UNUSED}
+        right = len(types) == len(tokens) and set(types) <= TOKEN_TYPES[model]
         why = f"{len(types):,} types for {len(tokens):,} tokens, or unknown ones: {show(set(types))}"
         self._check(right, "tokenizer.ggml.token_type", why, AGAIN)
         vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -268,17 +270,36 @@ class GGUFCheckpoint:
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         ]
-        pre_tokenizers, normalizer, ignore_merges, _ = PRE_TOKENIZERS[pre]
         start = {"SpecialToken": {"id": bos, "type_id": 0}}
         first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
         with_bos = {"type": "TemplateProcessing", "single": [start, first], "pair": [start, first, start, second]}
         with_bos["special_tokens"] = {bos: {"id": bos, "ids": [vocabulary.get(bos)], "tokens": [bos]}}
+        parts = self._sentencepiece(vocabulary, types) if model == "llama" else self._byte_level(vocabulary, pre)
+        frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+        return frame | {"post_processor": with_bos if bos else None} | parts
+
+    def _byte_level(self, vocabulary: dict[str, int], pre: str) -> dict:
+        pre_tokenizers, normalizer, ignore_merges, _ = PRE_TOKENIZERS[pre]
+        merges = self._get("tokenizer.ggml.merges", list)
         return {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
+            "normalizer": normalizer,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
-            "post_processor": with_bos if bos else None, "decoder": BYTE_LEVEL,
-            "model": {
-                "type": "BPE", "ignore_merges": ignore_merges, "vocab": vocabulary,
-                "merges": self._get("tokenizer.ggml.merges", list),
-            },
-        }  # fmt: skip
+            "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": vocabulary, "merges": merges},
+        }
+
+    def _sentencepiece(self, vocabulary: dict[str, int], types: list[int]) -> dict:
+        values, key = self._get("tokenizer.ggml.scores", np.ndarray).tolist(), "tokenizer.ggml.scores"
+        self._check(len(values) == len(types), key, f"{len(values):,} scores for {len(types):,} tokens", AGAIN)
+        scores = {t: values[i] for t, i in vocabulary.items() if types[i] == NORMAL}
+        joint = {"".join(pair) for pair in sentencepiece.merges_of(scores)}
+        distinct = len({scores[token] for token in joint}) == len(joint) and all(map(math.isfinite, scores.values()))
+        self._check(distinct, key, "two tokens have one score, so it does not say which comes first")
+        letters = sentencepiece.missing_letters(scores)
+        why = f"{show(letters[:1])[1:-1]} is in tokens and no token itself"
+        self._check(not letters, "tokenizer.ggml.tokens", why)
+        missing = [token for token in sentencepiece.BYTES if token not in vocabulary]
+        self._check(not missing, "tokenizer.ggml.tokens", f"{len(missing)} tokens of single bytes are missing")
+        unknown = self._tokens[self._ids["unknown"] or 0]
+        prefix = self._get("tokenizer.ggml.add_space_prefix", bool, True)
+        return sentencepiece.tokenizer_parts(vocabulary, scores, unknown, prefix)

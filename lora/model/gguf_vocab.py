@@ -1,6 +1,7 @@
 """A tokenizer.json as the metadata of a GGUF file, by the conventions of llama.cpp's convert_hf_to_gguf.py.
 
-GGUF holds tokens, merges and the *name* of a way to cut text; a tokenizer that cuts otherwise is refused.
+Of a byte-level BPE it holds tokens, merges and the *name* of a way to cut text; of SentencePiece's, tokens and scores.
+A tokenizer that cuts text in another way is refused.
 """
 
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 from lora import files
 from lora.errors import BadInput, say
+from lora.model import sentencepiece
 from lora.model.chat import Chat
-from lora.model.gguf import CONTROL, ENDS, NORMAL, PRE_TOKENIZERS, SPECIAL, UNUSED, USER_DEFINED
+from lora.model.gguf import BYTE, CONTROL, ENDS, NORMAL, PRE_TOKENIZERS, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
 from lora.model.gguf_header import show
 from lora.model.pretrained import Checkpoint, load_chat
 
@@ -29,15 +31,12 @@ def tokenizer_metadata(checkpoint: Checkpoint, template: str | None = None) -> d
         say(f"note     the file has no chat template: {missing.problems[0]}")
     where = f"{checkpoint.name}/tokenizer.json"
     raw = files.read_json(Path(where), checkpoint.files()["tokenizer.json"])
-    pre = _pre_tokenizer(raw, where)
     tokens, types = _tokens(raw, checkpoint, where)
     bos = _added_bos(chat, where)
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
+    of_kind = _sentencepiece if raw["model"].get("byte_fallback") else _byte_level
+    metadata = of_kind(raw, tokens, types, where) | {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": _merges(raw["model"], where),
         "tokenizer.ggml.add_bos_token": bos is not None,
         "tokenizer.chat_template": source,
     }
@@ -58,23 +57,59 @@ def _parts(step: dict | None, inner: str) -> list[dict]:
     return [{"use_regex": True} | part if step["type"] == "ByteLevel" else part]
 
 
-def _pre_tokenizer(raw: dict, where: str) -> str:
-    """The name in PRE_TOKENIZERS under which llama.cpp cuts text as this tokenizer does."""
-    model, normalizer = raw["model"], _parts(raw.get("normalizer"), "normalizers")
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else show(model.get("type"))
-        _refuse(where, f"{kind} is not implemented, only byte-level BPE")
+def _model(raw: dict, where: str) -> dict:
+    """The BPE of a tokenizer.json, its merges as pairs."""
+    model = raw["model"]
+    if model.get("type") != "BPE":
+        _refuse(where, f"{show(model.get('type'))} is not implemented, only BPE")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             _refuse(where, f"{key} {show(model[key])} is not implemented")
-    cut = _parts(raw.get("pre_tokenizer"), "pretokenizers")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    if any(" " in part for pair in merges for part in pair):
+        _refuse(where, "a merge with a space in it")
+    return model | {"merges": merges}
+
+
+def _byte_level(raw: dict, tokens: list[str], types: list[int], where: str) -> dict[str, Any]:
+    """Merges, and the name in PRE_TOKENIZERS under which llama.cpp cuts text as this tokenizer does."""
+    model = _model(raw, where)
+    normalizer, cut = _parts(raw.get("normalizer"), "normalizers"), _parts(raw.get("pre_tokenizer"), "pretokenizers")
     for name, (steps, known_normalizer, ignore_merges, _) in PRE_TOKENIZERS.items():
         known = [part for step in steps for part in _parts(step, "pretokenizers")]
         same = cut == known and normalizer == _parts(known_normalizer, "normalizers")
         if same and bool(model.get("ignore_merges")) == ignore_merges:
-            return name
+            merges = [" ".join(pair) for pair in model["merges"]]
+            return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
     names, steps = ", ".join(PRE_TOKENIZERS), show([part["type"] for part in normalizer + cut])
     _refuse(where, f"it cuts text by {steps}, which is none of the known ways {names}")
+
+
+def _sentencepiece(raw: dict, tokens: list[str], types: list[int], where: str) -> dict[str, Any]:
+    """Scores; and the types of bytes and of the unknown token, put into `types`."""
+    model, normalizer = _model(raw, where), _parts(raw.get("normalizer"), "normalizers")
+    prefix = next((prefix for prefix, steps in sentencepiece.NORMALIZERS.items() if steps == normalizer), None)
+    if prefix is None or raw.get("pre_tokenizer") or model.get("ignore_merges"):
+        steps = show([part["type"] for part in normalizer + _parts(raw.get("pre_tokenizer"), "pretokenizers")])
+        _refuse(where, f"it prepares text by {steps}, which is not SentencePiece's way as llama.cpp knows it")
+    if any(token.get("normalized") for token in raw.get("added_tokens") or []):
+        _refuse(where, "a normalized added token is not implemented")
+    kinds = dict.fromkeys(sentencepiece.BYTES, BYTE) | {model.get("unk_token"): UNKNOWN}
+    if not kinds.keys() <= set(tokens):
+        _refuse(where, "it has no token for every byte and none for what is unknown")
+    types[:] = [kinds.get(token, kind) for token, kind in zip(tokens, types, strict=True)]
+    normal = {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}
+    merges = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= normal.keys()]
+    scores = sentencepiece.scores_of(normal, merges)
+    if scores is None:
+        _refuse(where, "no scores of tokens would join them in the order of its merges")
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [scores.get(token, 0.0) for token in tokens],
+        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.unknown_token_id": tokens.index(model["unk_token"]),
+    }
 
 
 def _tokens(raw: dict, checkpoint: Checkpoint, where: str) -> tuple[list[str], list[int]]:
@@ -94,13 +129,6 @@ def _tokens(raw: dict, checkpoint: Checkpoint, where: str) -> tuple[list[str], l
     if len(set(tokens)) < size:
         _refuse(where, "a token is called as one that is missing, [PAD...]")
     return tokens, [types.get(token, NORMAL) if i in by_id else UNUSED for i, token in enumerate(tokens)]
-
-
-def _merges(model: dict, where: str) -> list[str]:
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    if any(merge.count(" ") != 1 for merge in merges):
-        _refuse(where, "a merge with a space in it")
-    return merges
 
 
 def _added_bos(chat: Chat, where: str) -> int | None:
