@@ -507,7 +507,8 @@ def test_the_settings_hold_the_template_and_the_special_tokens(path, trained):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"ggml__model": "llama"}, "'llama'"),
+        ({"ggml__model": "llama"}, "tokenizer.ggml.scores: it is missing"),
+        ({"ggml__model": "bert"}, "'bert' with 'smollm'"),
         ({"ggml__pre": "default"}, "'default'; implemented is 'gpt2' with smollm, gpt-2, qwen2, llama-bpe"),
         ({"ggml__pre": None}, "'missing'"),
         ({"ggml__merges": ["h e", "nothing known"]}, "nothing"),

@@ -8,20 +8,20 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gguf.quants import dequantize
 
 from lora.errors import BadInput
+from lora.model import sentencepiece
 from lora.model.gguf_header import AGAIN, Header, Stored, show
 from lora.model.tokenizer import Tokenizer
 
 CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
 
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # Keys under the architecture's name. Any other could change the maths and is refused.
 KNOWN_KEYS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
@@ -39,10 +39,27 @@ HUB_NAMES = {  # each with .weight or .bias; those after the first three are in 
     "blk.ffn_gate": "mlp.gate_proj", "blk.ffn_up": "mlp.up_proj", "blk.ffn_down": "mlp.down_proj",
 }  # fmt: skip
 
-CONTROL, USER_DEFINED = 3, 4
-TOKEN_TYPES = {1, CONTROL, USER_DEFINED, 5}  # 1 is normal, 5 unused; others do not occur with byte-level BPE
+
+class Architecture(NamedTuple):
+    """How GGUF holds a family. The first of `model_types`, the hub's names for it, is what a file is read as."""
+
+    hub_class: str
+    model_types: tuple[str, ...]
+    names: dict[str, str] = HUB_NAMES
+    turns_neighbours: bool = False  # llama.cpp's RoPE turns neighbours, the hub's code halves: q and k are reordered
+    rope_freqs: bool = False  # may hold Llama 3's scaling
+
+
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", ("llama",), turns_neighbours=True, rope_freqs=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", ("qwen2",)),
+}
 ROTATED = re.compile(r"\.[qk]_proj\.")
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types
+TOKEN_TYPES = {"gpt2": {NORMAL, CONTROL, USER_DEFINED, UNUSED}, "llama": set(range(1, 7))}  # by tokenizer.ggml.model
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # the hub's name -> GGUF's
+ENDS = ("eos", "eot", "eom")  # all of them end an answer
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -65,11 +82,29 @@ PRE_TOKENIZERS = {
 }
 
 
-def _hub_name(name: str) -> str | None:
+def hub_name(names: dict[str, str], name: str) -> str | None:
+    """The hub's name of a tensor in GGUF, by `Architecture.names`; None where there is none."""
     parts = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
     number, stem, kind = parts.groups() if parts else (None, "", "")
-    hub = HUB_NAMES.get(f"blk.{stem}" if number else stem)
+    hub = names.get(f"blk.{stem}" if number else stem)
     return hub and (f"model.layers.{number}." if number else "") + f"{hub}.{kind}"
+
+
+def gguf_name(names: dict[str, str], name: str) -> str | None:
+    """`hub_name` the other way."""
+    number, stem, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    theirs = {hub: name for name, hub in names.items() if name.startswith("blk.") == bool(number)}.get(stem)
+    return theirs and f"{theirs.replace('blk.', f'blk.{number}.')}.{kind}"
+
+
+def to_neighbours(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The hub's order of each head's rows, in which RoPE turns halves, as llama.cpp's, in which it turns neighbours."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`to_neighbours` the other way."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 class GGUFCheckpoint:
@@ -93,10 +128,11 @@ class GGUFCheckpoint:
             known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in KNOWN_KEYS
             self._check(known, show(key)[1:-1], "it could change the maths and is not implemented")
         self._rope_freqs = tensors.pop(ROPE_FREQS, None)
-        unknown = [show(name) for name in tensors if not _hub_name(name)]
+        hub_names = {name: hub_name(ARCHITECTURES[arch].names, name) for name in tensors}
+        unknown = [show(name) for name, hub in hub_names.items() if not hub]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         self._check(not unknown, "tensors", f"{', '.join(unknown[:5])}{more} are not implemented")
-        self._tensors = {_hub_name(name): tensor for name, tensor in tensors.items()}
+        self._tensors = {hub_names[name]: tensor for name, tensor in tensors.items()}
         self.header = {name: ("BF16", tensor.shape) for name, tensor in self._tensors.items()}
         self.config = self._config()
 
@@ -132,15 +168,16 @@ class GGUFCheckpoint:
         count = len(self._tokens)
         self._check(count <= rows, "tokenizer.ggml.tokens", f"{count:,} tokens, but {rows:,} embeddings", AGAIN)
         self._ids = {}
-        for name in (*SPECIAL.values(), "eot"):
+        for name in (*SPECIAL.values(), *ENDS[1:]):
             self._ids[name] = i = self.metadata.get(key := f"tokenizer.ggml.{name}_token_id")
             right = i is None or (type(i) is int and 0 <= i < count)
             self._check(right, key, f"{show(i)} is none of the {count:,} tokens", AGAIN)
-        ends = list(dict.fromkeys(self._ids[name] for name in ("eos", "eot") if self._ids[name] is not None))
+        ends = list(dict.fromkeys(self._ids[name] for name in ENDS if self._ids[name] is not None))
         biases = {name.split(".")[3] for name in tensors if name.endswith("_proj.bias")}
         theta = get("rope.freq_base", float, 10000.0)
         config = {
-            "architectures": [ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu", "torch_dtype": "bfloat16",
+            "architectures": [ARCHITECTURES[arch].hub_class], "model_type": ARCHITECTURES[arch].model_types[0],
+            "hidden_act": "silu", "torch_dtype": "bfloat16",
             "vocab_size": rows, "hidden_size": hidden, "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"), "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv", default=heads),
@@ -163,7 +200,7 @@ class GGUFCheckpoint:
         linear = kind == "linear" and factor != 1
         if not self._rope_freqs:
             return {"rope_type": "linear", "factor": factor} if linear else None
-        if self._arch == "llama" and self._rope_freqs.shape == (self._head_dim // 2,) and not linear:
+        if ARCHITECTURES[self._arch].rope_freqs and self._rope_freqs.shape == (self._head_dim // 2,) and not linear:
             divisors = self._dequantised(self._rope_freqs, torch.float32).numpy()
             # the inverse of what the hub's code multiplies frequencies by: a blend over the turns in the old context
             turns = 8192 / (2 * math.pi) * theta ** -(np.arange(0, self._head_dim, 2) / self._head_dim)
@@ -177,10 +214,8 @@ class GGUFCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a hub name in bfloat16. Raises BadInput if the file has become shorter."""
         tensor = self._dequantised(self._tensors[name], torch.bfloat16)
-        if self._arch == "llama" and ROTATED.search(name):
-            # RoPE turns neighbours in llama.cpp and halves in the hub's code, so its converter moves each head's rows
-            tensor = tensor.unflatten(0, (-1, self._head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        return tensor
+        turned = ARCHITECTURES[self._arch].turns_neighbours and ROTATED.search(name)
+        return to_halves(tensor, self._head_dim) if turned else tensor
 
     def _dequantised(self, tensor: Stored, dtype: torch.dtype) -> torch.Tensor:
         columns = tensor.shape[-1]
@@ -199,11 +234,11 @@ class GGUFCheckpoint:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json. Raises BadInput."""
         model, pre = self._get("tokenizer.ggml.model", str), self._get("tokenizer.ggml.pre", str, "missing")
-        why = f"{show(model)} with {show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}"
-        self._check(model == "gpt2" and pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", why)
+        why = f"{show(model)} with {show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}, and 'llama'"
+        self._check(model == "llama" or (model == "gpt2" and pre in PRE_TOKENIZERS), "tokenizer.ggml.pre", why)
         named = {f"{name}_token": self._ids[theirs] for name, theirs in SPECIAL.items()}
         settings = {name: self._tokens[i] for name, i in named.items() if i is not None}
-        add_bos = self._get("tokenizer.ggml.add_bos_token", bool, PRE_TOKENIZERS[pre][-1])
+        add_bos = self._get("tokenizer.ggml.add_bos_token", bool, model == "llama" or PRE_TOKENIZERS[pre][-1])
         self._check(not add_bos or "bos_token" in settings, "tokenizer.ggml.bos_token_id", "it is missing", AGAIN)
         add_eos = self._get("tokenizer.ggml.add_eos_token", bool, False)
         self._check(not add_eos, "tokenizer.ggml.add_eos_token", "it is not implemented")
@@ -213,7 +248,7 @@ class GGUFCheckpoint:
         settings["model_max_length"] = self.config["max_position_embeddings"]
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         files = {
-            "tokenizer.json": self._tokenizer(pre, settings["bos_token"] if add_bos else None),
+            "tokenizer.json": self._tokenizer(model, pre, settings["bos_token"] if add_bos else None),
             "tokenizer_config.json": settings,
             "generation_config.json": {key: self.config[key] for key in self.config if key.endswith("_token_id")},
         }
@@ -221,10 +256,10 @@ class GGUFCheckpoint:
         Tokenizer(encoded["tokenizer.json"], f"{self.path}:tokenizer.ggml")  # raises if the merges are wrong
         return encoded
 
-    def _tokenizer(self, pre: str, bos: str | None) -> dict:
+    def _tokenizer(self, model: str, pre: str, bos: str | None) -> dict:
         """The content of tokenizer.json; `bos` is the token before every text."""
         types, tokens = self._get("tokenizer.ggml.token_type", np.ndarray).tolist(), self._tokens
-        right = len(types) == len(tokens) and set(types) <= TOKEN_TYPES
+        right = len(types) == len(tokens) and set(types) <= TOKEN_TYPES[model]
         why = f"{len(types):,} types for {len(tokens):,} tokens, or unknown ones: {show(set(types))}"
         self._check(right, "tokenizer.ggml.token_type", why, AGAIN)
         vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -235,17 +270,36 @@ class GGUFCheckpoint:
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         ]
-        pre_tokenizers, normalizer, ignore_merges, _ = PRE_TOKENIZERS[pre]
         start = {"SpecialToken": {"id": bos, "type_id": 0}}
         first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
         with_bos = {"type": "TemplateProcessing", "single": [start, first], "pair": [start, first, start, second]}
         with_bos["special_tokens"] = {bos: {"id": bos, "ids": [vocabulary.get(bos)], "tokens": [bos]}}
+        parts = self._sentencepiece(vocabulary, types) if model == "llama" else self._byte_level(vocabulary, pre)
+        frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+        return frame | {"post_processor": with_bos if bos else None} | parts
+
+    def _byte_level(self, vocabulary: dict[str, int], pre: str) -> dict:
+        pre_tokenizers, normalizer, ignore_merges, _ = PRE_TOKENIZERS[pre]
+        merges = self._get("tokenizer.ggml.merges", list)
         return {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
+            "normalizer": normalizer,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
-            "post_processor": with_bos if bos else None, "decoder": BYTE_LEVEL,
-            "model": {
-                "type": "BPE", "ignore_merges": ignore_merges, "vocab": vocabulary,
-                "merges": self._get("tokenizer.ggml.merges", list),
-            },
-        }  # fmt: skip
+            "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": vocabulary, "merges": merges},
+        }
+
+    def _sentencepiece(self, vocabulary: dict[str, int], types: list[int]) -> dict:
+        values, key = self._get("tokenizer.ggml.scores", np.ndarray).tolist(), "tokenizer.ggml.scores"
+        self._check(len(values) == len(types), key, f"{len(values):,} scores for {len(types):,} tokens", AGAIN)
+        scores = {t: values[i] for t, i in vocabulary.items() if types[i] == NORMAL}
+        joint = {"".join(pair) for pair in sentencepiece.merges_of(scores)}
+        distinct = len({scores[token] for token in joint}) == len(joint) and all(map(math.isfinite, scores.values()))
+        self._check(distinct, key, "two tokens have one score, so it does not say which comes first")
+        letters = sentencepiece.missing_letters(scores)
+        why = f"{show(letters[:1])[1:-1]} is in tokens and no token itself"
+        self._check(not letters, "tokenizer.ggml.tokens", why)
+        missing = [token for token in sentencepiece.BYTES if token not in vocabulary]
+        self._check(not missing, "tokenizer.ggml.tokens", f"{len(missing)} tokens of single bytes are missing")
+        unknown = self._tokens[self._ids["unknown"] or 0]
+        prefix = self._get("tokenizer.ggml.add_space_prefix", bool, True)
+        return sentencepiece.tokenizer_parts(vocabulary, scores, unknown, prefix)
