@@ -15,13 +15,24 @@ import torch
 from gguf.quants import dequantize
 
 from lora.errors import BadInput
+from lora.model import fused
+from lora.model.families import FAMILIES, Family
 from lora.model.gguf_header import AGAIN, Header, Stored, show
 from lora.model.tokenizer import Tokenizer
 
 CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
 
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {  # that are read; the tokenizers of Phi-3's, Gemma's and Baichuan's files are of another kind
+    "llama": "LlamaForCausalLM",  # Mistral's files, too
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+}
+# RoPE turns neighbours there and halves in the hub's code, so llama.cpp's converter moves the rows of q and k. (GLM-4's
+# RoPE turns neighbours in both.) Source: `llama_model_rope_type` in llama.cpp.
+PERMUTED = ("llama", "smollm3", "baichuan")
 # Keys under the architecture's name. Any other could change the maths and is refused.
 KNOWN_KEYS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
@@ -33,11 +44,13 @@ ROPE_FREQS = "rope_freqs.weight"  # Llama 3's RoPE scaling: one divisor for each
 LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2
 HUB_NAMES = {  # each with .weight or .bias; those after the first three are in model.layers.N (blk.N)
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "blk.attn_norm": "input_layernorm", "blk.ffn_norm": "post_attention_layernorm",
     "blk.attn_q": "self_attn.q_proj", "blk.attn_k": "self_attn.k_proj", "blk.attn_v": "self_attn.v_proj",
+    "blk.attn_q_norm": "self_attn.q_norm", "blk.attn_k_norm": "self_attn.k_norm",
     "blk.attn_output": "self_attn.o_proj",
     "blk.ffn_gate": "mlp.gate_proj", "blk.ffn_up": "mlp.up_proj", "blk.ffn_down": "mlp.down_proj",
 }  # fmt: skip
+FUSED_NAMES = {"self_attn.qkv_proj": "blk.attn_qkv", "mlp.gate_up_proj": "blk.ffn_up"}
+NORMS = ("blk.attn_norm", "blk.post_attention_norm", "blk.ffn_norm", "blk.post_ffw_norm")  # as `Family.norms`
 
 CONTROL, USER_DEFINED = 3, 4
 TOKEN_TYPES = {1, CONTROL, USER_DEFINED, 5}  # 1 is normal, 5 unused; others do not occur with byte-level BPE
@@ -56,24 +69,37 @@ def _split(number: str) -> list[dict]:
 
 
 # tokenizer.ggml.pre -> pre-tokenizers, normalizer, ignore_merges, and whether BOS is added if the file does not say.
-# Sources: tokenizer.json of SmolLM2, GPT-2, Qwen2.5 and Llama 3; for the last column llama.cpp's src/llama-vocab.cpp.
+# Sources: tokenizer.json of SmolLM2, GPT-2, Qwen2.5 and Llama 3; for GLM-4 and the last column llama.cpp's
+# src/llama-vocab.cpp.
 PRE_TOKENIZERS = {
     "smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], None, False, False),
     "gpt-2": ([BYTE_LEVEL], None, False, False),
     "qwen2": (_split(r"\p{N}"), {"type": "NFC"}, False, False),
     "llama-bpe": (_split(r"\p{N}{1,3}"), None, True, True),
+    "glm4": (_split(r"\p{N}{1,3}"), None, False, False),
 }
 
 
-def _hub_name(name: str) -> str | None:
+def hub_names(family: Family) -> dict[str, str]:
+    """The names of a family's tensors in a GGUF file, without layer and .weight or .bias -> those in its hub folder."""
+    names = HUB_NAMES | {theirs: ours for theirs, ours in zip(NORMS, family.norms, strict=True) if ours}
+    for stem, parts in family.fused:
+        if stem in FUSED_NAMES:  # Baichuan's W_pack is three tensors here
+            block, _ = stem.split(".")
+            names = {theirs: ours for theirs, ours in names.items() if ours not in {f"{block}.{p}" for p in parts}}
+            names[FUSED_NAMES[stem]] = stem
+    return names
+
+
+def _hub_name(name: str, names: dict[str, str]) -> str | None:
     parts = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
     number, stem, kind = parts.groups() if parts else (None, "", "")
-    hub = HUB_NAMES.get(f"blk.{stem}" if number else stem)
+    hub = names.get(f"blk.{stem}" if number else stem)
     return hub and (f"model.layers.{number}." if number else "") + f"{hub}.{kind}"
 
 
 class GGUFCheckpoint:
-    """A `.gguf` file of a Llama or Qwen2 model; opening it reads the header only. Raises BadInput.
+    """A `.gguf` file of a model of ARCHITECTURES; opening it reads the header only. Raises BadInput.
 
     `config` is a hub config.json; `header` maps a hub name to ("BF16", shape), a Linear's shape being (out, in).
     """
@@ -93,14 +119,17 @@ class GGUFCheckpoint:
             known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in KNOWN_KEYS
             self._check(known, show(key)[1:-1], "it could change the maths and is not implemented")
         self._rope_freqs = tensors.pop(ROPE_FREQS, None)
-        unknown = [show(name) for name in tensors if not _hub_name(name)]
+        self._family = FAMILIES[arch]
+        names = hub_names(self._family)
+        unknown = [show(name) for name in tensors if not _hub_name(name, names)]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         self._check(not unknown, "tensors", f"{', '.join(unknown[:5])}{more} are not implemented")
-        self._tensors = {_hub_name(name): tensor for name, tensor in tensors.items()}
+        self._tensors = {_hub_name(name, names): tensor for name, tensor in tensors.items()}
         self.header = {name: ("BF16", tensor.shape) for name, tensor in self._tensors.items()}
         self.config = self._config()
+        self.header, self._rows = fused.split(self.config, self.header, str(path))
 
-    def _check(self, right: bool, key: str, why: str, fix: str = "Give a GGUF file of a Llama or Qwen2 model") -> None:
+    def _check(self, right: bool, key: str, why: str, fix: str = "Give another file, or a folder") -> None:
         if not right:
             raise BadInput(f"unsupported model in {self.path}:{key}: {why}. {fix}")
 
@@ -120,8 +149,10 @@ class GGUFCheckpoint:
         arch, tensors = self._arch, self.header
         hidden, heads = get("embedding_length"), get("attention.head_count")
         self._head_dim = size = get("attention.key_length", default=hidden // heads or 1)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            other = get(key, default=size)
+        turned = get("rope.dimension_count", default=size)
+        partial = "partial_rotary_factor" in self._family.reads
+        for key, other in (("attention.value_length", get("attention.value_length", default=size)),
+                           ("rope.dimension_count", size if partial and turned < size else turned)):  # fmt: skip
             self._check(other == size, f"{arch}.{key}", f"{other} is not implemented, only the {size} of a head")
         for name, (_, shape) in tensors.items():
             right = not ROTATED.search(name) or size % 2 == shape[0] % size == 0
@@ -144,13 +175,14 @@ class GGUFCheckpoint:
             "vocab_size": rows, "hidden_size": hidden, "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"), "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv", default=heads),
-            "head_dim": size if f"{arch}.attention.key_length" in self.metadata else None,
+            "head_dim": size if f"{arch}.attention.key_length" in self.metadata or self._family.head_dim else None,
+            "partial_rotary_factor": turned / size if partial else None,
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
             "rope_theta": theta, "rope_scaling": self._rope_scaling(theta, get("rope.scaling.factor", float, 1.0)),
             "tie_word_embeddings": "lm_head.weight" not in tensors,
-            "attention_bias": "self_attn" in biases if arch == "llama" else None,  # Qwen2 always has its own
-            "mlp_bias": "mlp" in biases if arch == "llama" else None,
+            "attention_bias": "self_attn" in biases if "attention_bias" in self._family.reads else None,
+            "mlp_bias": "mlp" in biases if "mlp_bias" in self._family.reads else None,
             "bos_token_id": self._ids["bos"], "pad_token_id": self._ids["padding"],
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         }  # fmt: skip
@@ -176,9 +208,9 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a hub name in bfloat16. Raises BadInput if the file has become shorter."""
-        tensor = self._dequantised(self._tensors[name], torch.bfloat16)
-        if self._arch == "llama" and ROTATED.search(name):
-            # RoPE turns neighbours in llama.cpp and halves in the hub's code, so its converter moves each head's rows
+        whole, first = self._rows.get(name, (name, 0))
+        tensor = self._dequantised(self._tensors[whole], torch.bfloat16)[first : first + self.header[name][1][0]]
+        if self._arch in PERMUTED and ROTATED.search(name):
             tensor = tensor.unflatten(0, (-1, self._head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
