@@ -1,40 +1,67 @@
-"""Reference forward pass of Llama and Qwen2 decoders in numpy float64, written to be read, not to be fast.
+"""Reference forward pass of the supported decoders in numpy float64, written to be read, not to be fast.
 
-It shares no code with what it checks. Row vectors throughout: a linear layer is y = W x + b with W of shape (out, in).
-One decoder layer (pre-norm residual blocks) maps the hidden states x, shape (T, hidden_size), to
+It shares no code with what it checks, and takes tensors as the hub stores them, fused ones as they are. Row vectors
+throughout: a linear layer is y = W x + b with W of shape (out, in). One decoder layer (pre-norm residual blocks) maps
+the hidden states x, shape (T, hidden_size), to
 
     h = x + Attention(RMSNorm(x))        y = h + SwiGLU(RMSNorm(h))
+
+and where a family differs, that is said where it does. Sources: the papers named, and the model files of transformers.
 """
 
 import math
 
 import numpy as np
 
+GEMMA = ("gemma2", "gemma3_text")
+
 
 def logits(
     config: dict, weights: dict[str, np.ndarray], tokens: list[int], positions: list[int] | None = None
 ) -> np.ndarray:
     """Next-token logits, shape (T, V). `positions` only set the RoPE angles; the causal mask follows list order."""
-    if config["model_type"] not in ("llama", "qwen2"):
-        raise ValueError(f"no oracle for model_type {config['model_type']!r}")
-    if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window"):
-        raise ValueError("no oracle for activations other than silu, nor for sliding-window attention")
+    kind = config["model_type"]
+    if kind not in ("llama", "mistral", "baichuan", "qwen2", "qwen3", "smollm3", "phi3", *GEMMA, "glm4"):
+        raise ValueError(f"no oracle for model_type {kind!r}")
+    if kind not in GEMMA and config.get("hidden_act", "silu") != "silu":
+        raise ValueError("no oracle for activations other than silu")
     positions = list(range(len(tokens))) if positions is None else positions
     if len(positions) != len(tokens):
         raise ValueError("one position per token")
 
-    eps = config.get("rms_norm_eps", 1e-6)
     embedding = _f64(weights["model.embed_tokens.weight"])
     x = np.stack([embedding[token] for token in tokens])
+    if kind in GEMMA:
+        x = x * math.sqrt(config["hidden_size"])
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        normed = rms_norm(x, weights[f"{layer}.input_layernorm.weight"], eps)
-        x = x + attention(config, weights, f"{layer}.self_attn", normed, positions)
-        normed = rms_norm(x, weights[f"{layer}.post_attention_layernorm.weight"], eps)
-        x = x + swiglu(weights, f"{layer}.mlp", normed)
-    x = rms_norm(x, weights["model.norm.weight"], eps)
-    head = embedding if config.get("tie_word_embeddings", False) else _f64(weights["lm_head.weight"])
-    return np.einsum("th,vh->tv", x, head)
+        y = attention(config, weights, i, norm(config, weights, f"{layer}.input_layernorm", x), positions)
+        if kind in GEMMA:
+            y = norm(config, weights, f"{layer}.post_attention_layernorm", y)
+        if kind == "glm4":
+            y = norm(config, weights, f"{layer}.post_self_attn_layernorm", y)
+        x = x + y
+        second = "pre_feedforward_layernorm" if kind in GEMMA else "post_attention_layernorm"
+        y = gated_mlp(config, weights, f"{layer}.mlp", norm(config, weights, f"{layer}.{second}", x))
+        if kind in GEMMA:
+            y = norm(config, weights, f"{layer}.post_feedforward_layernorm", y)
+        if kind == "glm4":
+            y = norm(config, weights, f"{layer}.post_mlp_layernorm", y)
+        x = x + y
+    x = norm(config, weights, "model.norm", x)
+    head = embedding if config.get("tie_word_embeddings", kind in GEMMA) else _f64(weights["lm_head.weight"])
+    return softcap(np.einsum("th,vh->tv", x, head), config.get("final_logit_softcapping"))
+
+
+def norm(config: dict, weights: dict, name: str, x: np.ndarray) -> np.ndarray:
+    """RMSNorm by the stored weight; Gemma stores the gain less one."""
+    gain = _f64(weights[f"{name}.weight"]) + (1 if config["model_type"] in GEMMA else 0)
+    return rms_norm(x, gain, config.get("rms_norm_eps", 1e-6))
+
+
+def softcap(scores: np.ndarray, cap: float | None) -> np.ndarray:
+    """Gemma 2: s -> cap tanh(s / cap)."""
+    return scores if cap is None else cap * np.tanh(scores / cap)
 
 
 def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
@@ -42,55 +69,90 @@ def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
     return np.stack([_f64(gain) * row / math.sqrt(np.dot(row, row) / row.size + eps) for row in x])
 
 
-def attention(config: dict, weights: dict, prefix: str, x: np.ndarray, positions: list[int]) -> np.ndarray:
+def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: list[int]) -> np.ndarray:
     """Causal grouped-query attention (Ainslie et al. 2023), over consecutive groups of heads/kv_heads query heads.
 
     Query head h reads key/value head floor(h / group):  o_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(d)) v_s.
+    In layers with a sliding window w the sum is over the last w positions, t - w < s <= t.
     """
+    kind, prefix = config["model_type"], f"model.layers.{i}.self_attn"
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     d = config.get("head_dim") or config["hidden_size"] // heads
     steps = len(x)
-    q = linear(weights, f"{prefix}.q_proj", x).reshape(steps, heads, d)
-    k = linear(weights, f"{prefix}.k_proj", x).reshape(steps, kv_heads, d)
-    v = linear(weights, f"{prefix}.v_proj", x).reshape(steps, kv_heads, d)
+    if kind in ("baichuan", "phi3"):
+        packed = linear(weights, f"{prefix}.{'W_pack' if kind == 'baichuan' else 'qkv_proj'}", x)
+        q, k, v = np.split(packed, [heads * d, (heads + kv_heads) * d], axis=1)
+    else:
+        q, k, v = (linear(weights, f"{prefix}.{name}_proj", x) for name in "qkv")
+    q, k, v = q.reshape(steps, heads, d), k.reshape(steps, kv_heads, d), v.reshape(steps, kv_heads, d)
+    if kind in ("qwen3", "gemma3_text"):
+        q = np.stack([norm(config, weights, f"{prefix}.q_norm", row) for row in q])
+        k = np.stack([norm(config, weights, f"{prefix}.k_norm", row) for row in k])
 
-    frequencies = rope_frequencies(config, d)
+    window, frequencies = sliding_window(config, i), rope_frequencies(config, d, i)
+    scale = math.sqrt(config.get("query_pre_attn_scalar") or d)
     mixed = np.zeros((steps, heads, d))
     for h in range(heads):
         g = h // (heads // kv_heads)
-        keys = np.stack([rotate(k[s, g], positions[s], frequencies) for s in range(steps)])
+        keys = np.stack([rotate(k[s, g], positions[s], frequencies, kind == "glm4") for s in range(steps)])
         for t in range(steps):
-            query = rotate(q[t, h], positions[t], frequencies)
-            mixed[t, h] = softmax(keys[: t + 1] @ query / math.sqrt(d)) @ v[: t + 1, g]
+            query = rotate(q[t, h], positions[t], frequencies, kind == "glm4")
+            seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
+            scores = softcap(keys[seen] @ query / scale, config.get("attn_logit_softcapping"))
+            mixed[t, h] = softmax(scores) @ v[seen, g]
     return linear(weights, f"{prefix}.o_proj", mixed.reshape(steps, heads * d))
 
 
-def rotate(vector: np.ndarray, position: int, frequencies: list[float]) -> np.ndarray:
+def sliding_window(config: dict, i: int) -> int | None:
+    """How many positions layer i looks back, its own included. `layer_types` says it where it is given."""
+    kind, window = config["model_type"], config.get("sliding_window")
+    if kind in ("llama", "baichuan", "glm4", "smollm3"):
+        return None
+    if kind in ("mistral", "phi3"):
+        return window
+    if "layer_types" in config:
+        return window if config["layer_types"][i] == "sliding_attention" else None
+    if kind in ("qwen2", "qwen3"):
+        return window if config.get("use_sliding_window") and i >= config["max_window_layers"] else None
+    return None if (i + 1) % (2 if kind == "gemma2" else config["sliding_window_pattern"]) == 0 else window
+
+
+def rotate(vector: np.ndarray, position: int, frequencies: list[float], neighbours: bool = False) -> np.ndarray:
     """RoPE (Su et al. 2021): turn the i-th plane of a head vector by the angle position * frequency_i.
 
-    Hub checkpoints use the half-split ("rotate_half") layout: plane i is coordinates (i, i + d/2), not (2i, 2i + 1).
+    Hub checkpoints use the half-split ("rotate_half") layout: plane i is coordinates (i, i + n/2), n being twice the
+    number of frequencies; GLM-4's is (2i, 2i + 1). What is beyond n stays.
     """
-    half = len(vector) // 2
-    turned = np.empty_like(vector)
+    turned = vector.copy()
     for i, frequency in enumerate(frequencies):
+        a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + len(frequencies))
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
-        turned[i] = cos * vector[i] - sin * vector[i + half]
-        turned[i + half] = sin * vector[i] + cos * vector[i + half]
+        turned[a] = cos * vector[a] - sin * vector[b]
+        turned[b] = sin * vector[a] + cos * vector[b]
     return turned
 
 
-def rope_frequencies(config: dict, d: int) -> list[float]:
-    """The d/2 angular frequencies f_i = theta^(-2i/d), after the configured scaling.
+def rope_frequencies(config: dict, d: int, i: int = 0) -> list[float]:
+    """The n/2 angular frequencies f_j = theta^(-2j/n) of layer i, after the configured scaling; n is d or a part of it.
 
     linear: positions / factor, which is the same as f / factor.
     llama3 (`apply_scaling` in Meta's llama-models), with wavelength w = 2 pi / f and original context length L:
     f if w < L / high;  f / factor if w > L / low;  between, (1 - a) f / factor + a f, a = (L / w - low) / (high - low).
+    Some layers of SmolLM3 have none (NoPE, https://arxiv.org/abs/2305.19466); Gemma 3 has another theta, and no
+    scaling, where there is a window.
     """
+    if config["model_type"] == "smollm3":
+        interval = config.get("no_rope_layer_interval", 4)
+        if not (config.get("no_rope_layers") or [(j + 1) % interval for j in range(i + 1)])[i]:
+            return []
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if config["model_type"] == "gemma3_text" and sliding_window(config, i):
+        rope, theta = {}, config.get("rope_local_base_freq", 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    frequencies = [1.0 / theta ** (2 * i / d) for i in range(d // 2)]
+    n = int(d * config.get("partial_rotary_factor", 1))
+    frequencies = [1.0 / theta ** (2 * j / n) for j in range(n // 2)]
     if kind == "default":
         return frequencies
     if kind == "linear":
@@ -112,10 +174,15 @@ def _llama3_frequency(f: float, rope: dict) -> float:
     return (1 - a) * f / factor + a * f
 
 
-def swiglu(weights: dict, prefix: str, x: np.ndarray) -> np.ndarray:
-    """SwiGLU (Shazeer 2020): W_down (silu(W_gate x) * W_up x), silu(z) = z sigmoid(z) = z (1 + tanh(z / 2)) / 2."""
-    gate, up = linear(weights, f"{prefix}.gate_proj", x), linear(weights, f"{prefix}.up_proj", x)
-    return linear(weights, f"{prefix}.down_proj", gate * (1 + np.tanh(gate / 2)) / 2 * up)
+def gated_mlp(config: dict, weights: dict, prefix: str, x: np.ndarray) -> np.ndarray:
+    """SwiGLU (Shazeer 2020): W_down (silu(W_gate x) * W_up x), silu(z) = z sigmoid(z) = z (1 + tanh(z / 2)) / 2;
+    Gemma's has gelu in the place of silu, in its tanh form (Hendrycks & Gimpel 2016)."""
+    if config["model_type"] in ("phi3", "glm4"):
+        gate, up = np.split(linear(weights, f"{prefix}.gate_up_proj", x), 2, axis=1)
+    else:
+        gate, up = linear(weights, f"{prefix}.gate_proj", x), linear(weights, f"{prefix}.up_proj", x)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3) if config["model_type"] in GEMMA else gate / 2
+    return linear(weights, f"{prefix}.down_proj", gate * (1 + np.tanh(inner)) / 2 * up)
 
 
 def linear(weights: dict, name: str, x: np.ndarray) -> np.ndarray:

@@ -84,8 +84,8 @@ def with_gradients(function, tensors) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
 
 
-def one_by_one(q, k, v, lengths=LENGTHS):
-    return torch.cat([explicit(*part) for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
+def one_by_one(q, k, v, lengths=LENGTHS, *bounds):
+    return torch.cat([explicit(*part, *bounds) for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
 
 
 def test_one_call_for_all_documents_gives_what_each_alone_gives_and_its_gradients(stand_in):
@@ -108,11 +108,22 @@ def test_a_model_tells_the_kernel_of_its_documents_once_for_all_layers(stand_in,
     assert len(stand_in) == 2
 
 
-def test_the_installed_kernel_takes_these_arguments():
+def test_the_kernel_is_told_of_a_window_that_a_document_exceeds(stand_in):
+    tensors = some_heads()
+    documents = Documents.of(LENGTHS, torch.device("cpu"), torch.float64, D)
+    for window, cap, calls in ((4, None, 1), (12, None, 2), (4, 1.5, 2)):
+        got = with_gradients(lambda q, k, v, w=window, c=cap: attend(q, k, v, documents, w, c), tensors)
+        wanted = with_gradients(lambda *x, w=window, c=cap: one_by_one(*x, LENGTHS, w, c), tensors)
+        assert all(close(a, b, TOL) for a, b in zip(got, wanted, strict=True))
+        assert len(stand_in) == calls  # it knows of no caps
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_installed_kernel_takes_these_arguments(window):
     """On `meta`, where shapes are computed and nothing else."""
     q, k, v = (x.detach().to("meta", torch.bfloat16).requires_grad_() for x in some_heads())
     documents = Documents(LENGTHS, torch.zeros(len(LENGTHS) + 1, dtype=torch.int32, device="meta"))
-    out = attend(q, k, v, documents)
+    out = attend(q, k, v, documents, window)
     out.sum().backward()
     assert (out.shape, k.grad.shape, v.grad.shape) == (q.shape, k.shape, v.shape)
 

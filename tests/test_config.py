@@ -10,7 +10,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from lora.errors import BadInput
-from lora.model.config import FAMILIES, NEUTRAL, ModelConfig, RopeScaling
+from lora.model.config import ModelConfig, RopeScaling
+from lora.model.families import FAMILIES, NEUTRAL
 
 CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # other work may share the machine
 REAL = json.loads((Path(__file__).parent / "data" / "real_configs.json").read_text())
@@ -42,7 +43,8 @@ def test_real_config_files_are_accepted_as_they_are(name):
     for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                   "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings",
                   "tie_word_embeddings"):  # fmt: skip
-        assert getattr(config, field) == raw[field], field
+        if field in raw:
+            assert getattr(config, field) == raw[field], field
     assert config.head_dim == (raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"])
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
     assert config.rope_theta == (rope["rope_theta"] or 10000.0)
@@ -54,11 +56,73 @@ def test_real_config_files_are_accepted_as_they_are(name):
     assert config.eos_token_ids == tuple(eos if isinstance(eos, list) else [eos])
 
 
-def test_real_config_files_cover_both_families_and_every_kind_of_rope():
+def test_real_config_files_cover_all_families_and_every_kind_of_rope():
     configs = [ModelConfig.from_json(entry["config"]) for entry in REAL.values()]
     assert {config.model_type for config in configs} == set(FAMILIES)
     assert {config.rope_scaling.kind for config in configs} >= {"default", "llama3"}
     assert {config.tie_word_embeddings for config in configs} == {True, False}
+
+
+def of(name: str) -> ModelConfig:
+    return ModelConfig.from_json(REAL[name]["config"])
+
+
+def test_what_is_particular_in_real_config_files_is_read():
+    assert of("mistralai/Mistral-7B-Instruct-v0.1").windows == (4096,) * 32
+    assert of("mistralai/Mistral-7B-Instruct-v0.3").windows == (None,) * 32
+    qwen3 = of("Qwen/Qwen3-0.6B")
+    assert qwen3.qk_norm and qwen3.windows == (None,) * 28 and not qwen3.qkv_bias
+    smollm3 = of("HuggingFaceTB/SmolLM3-3B")
+    assert smollm3.ropes == ("global", "global", "global", None) * 9 and smollm3.rope_theta == 5e6
+    phi3 = of("microsoft/Phi-3-mini-4k-instruct")
+    assert phi3.windows == (2047,) * 32 and [stem for stem, _ in phi3.fused] == [
+        "self_attn.qkv_proj",
+        "mlp.gate_up_proj",
+    ]
+    for name, scalar in (("google/gemma-2-2b-it", 256), ("google/gemma-2-27b-it", 144)):
+        gemma2 = of(name)
+        assert gemma2.windows == (4096, None) * (gemma2.num_hidden_layers // 2)
+        assert (gemma2.attn_logit_softcapping, gemma2.final_logit_softcapping) == (50, 30)
+        assert gemma2.query_pre_attn_scalar == scalar and gemma2.activation == "gelu_tanh"
+        assert gemma2.tie_word_embeddings and gemma2.norm_offset == 1 and not gemma2.qk_norm
+        assert gemma2.embedding_scale == gemma2.hidden_size**0.5
+    gemma3 = of("google/gemma-3-1b-it")
+    assert gemma3.windows == ((512,) * 5 + (None,)) * 4 + (512,) * 2
+    assert gemma3.ropes == (("local",) * 5 + ("global",)) * 4 + ("local",) * 2
+    assert (gemma3.rope_theta, gemma3.rope_local_theta, gemma3.final_logit_softcapping) == (1e6, 1e4, None)
+    glm4 = of("zai-org/GLM-4-9B-0414")
+    assert (glm4.rotary_dim, glm4.head_dim, glm4.neighbours, glm4.qkv_bias) == (64, 128, True, False)
+    assert of("baichuan-inc/Baichuan-7B").num_key_value_heads == 32
+
+
+PHI4_MINI = {
+    "model_type": "phi3", "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "partial_rotary_factor": 0.75, "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+    "original_max_position_embeddings": 4096, "eos_token_id": 199999, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+}  # fmt: skip
+BAICHUAN2 = {**REAL["baichuan-inc/Baichuan-7B"]["config"], "architectures": ["BaichuanForCausalLM"],
+             "model_max_length": 4096, "vocab_size": 125696}  # fmt: skip
+BAICHUAN_13B = {key: value for key, value in BAICHUAN2.items() if key != "max_position_embeddings"} | {
+    "vocab_size": 64000, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (PHI4_MINI, ("rope_scaling", "longrope")),
+        (BAICHUAN2, ("vocab_size", "Baichuan2")),
+        (BAICHUAN_13B, ("max_position_embeddings", "ALiBi")),
+        ({"model_type": "chatglm", "num_layers": 28, "hidden_size": 4096}, ("model_type", "GLM-4-9B-0414")),
+        ({"model_type": "qwen", "num_hidden_layers": 24, "hidden_size": 2048}, ("model_type", "Qwen1.5")),
+    ],
+    ids=["Phi-4-mini", "Baichuan2-7B", "Baichuan-13B", "ChatGLM", "Qwen-1.8B"],
+)
+def test_real_config_files_of_models_that_compute_otherwise_are_refused_with_the_reason(raw, words):
+    with pytest.raises(BadInput) as refused:
+        ModelConfig.from_json(raw)
+    assert len(refused.value.problems) == 1 and all(word in str(refused.value) for word in words)
 
 
 def test_absent_fields_mean_what_the_family_says():
@@ -113,8 +177,8 @@ def test_new_rope_parameters_mean_what_the_old_fields_mean(theta, scaling):
 
 REFUSED = [
     # field the message must name, changed fields, base
-    ("model_type", {"model_type": "mistral"}),
-    ("model_type", {"model_type": "qwen3"}),
+    ("model_type", {"model_type": "mixtral"}),
+    ("model_type", {"model_type": "qwen3_moe"}),
     ("model_type", {"model_type": "Llama"}),
     ("model_type", {"model_type": DROP}),
     ("model_type", {"model_type": 3}),
@@ -178,7 +242,9 @@ REFUSED = [
     ("eos_token_id", {"eos_token_id": "</s>"}),
     ("eos_token_id", {"eos_token_id": [2, -1]}),
     ("eos_token_id", {"eos_token_id": True}),
-    ("use_sliding_window", {"model_type": "qwen2", "use_sliding_window": True}),
+    ("use_sliding_window", {"use_sliding_window": True}),
+    ("use_sliding_window", {"model_type": "qwen2", "use_sliding_window": 1}),
+    ("max_window_layers", {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": -1}),
     ("sliding_window", {"sliding_window": 4096}),
     ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("layer_types", {"layer_types": "full_attention"}),
@@ -221,7 +287,8 @@ def test_all_problems_are_named_at_once():
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, 1, -1, 2**31, 2**63, 10**12, 10**400]))
 KEYS = st.sampled_from(["rope_type", "type", "factor", "rope_theta", "low_freq_factor", "high_freq_factor",
                         "original_max_position_embeddings", "attention_factor"])  # fmt: skip
-KINDS = st.sampled_from(["default", "linear", "llama3", "yarn", "silu", "llama", "qwen2", "full_attention"])
+KINDS = st.sampled_from(["default", "linear", "llama3", "yarn", "silu", "llama", "qwen2", "full_attention",
+                         "sliding_attention"])  # fmt: skip
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=6), KINDS)
 VALUES = st.recursive(
     LEAVES,
@@ -229,11 +296,12 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.sampled_from(sorted({*QWEN2, *NEUTRAL, "rope_scaling", "rope_parameters", "layer_types", "head_dim",
-                                 "attention_bias", "mlp_bias"}))  # fmt: skip
+                                 "attention_bias", "mlp_bias",
+                                 *(field for family in FAMILIES.values() for field in family.reads)}))  # fmt: skip
 
 
 @hypothesis_settings(max_examples=300, **CALM)
-@given(st.sampled_from(["llama", "qwen2"]), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
+@given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
 @example("llama", {"model_type": ["llama"]})
 @example("llama", {"hidden_size": 10**400})
 @example("qwen2", {"rope_scaling": {"type": "linear", "factor": 10**400}})
@@ -244,7 +312,9 @@ def test_any_json_in_any_field_gives_a_config_or_bad_input(family, fields):
     except BadInput as refused:
         assert all(problem and "\n" not in problem for problem in refused.problems)
         return
-    assert isinstance(config, ModelConfig) and config.head_dim % 2 == 0
+    assert isinstance(config, ModelConfig) and config.rotary_dim % 2 == 0 < config.rotary_dim <= config.head_dim
+    assert len(config.windows) == len(config.ropes) == config.num_hidden_layers
+    assert all(window is None or window > 0 for window in config.windows)
     assert config.num_attention_heads % config.num_key_value_heads == 0
     assert math.isfinite(config.rope_theta) and config.rope_theta > 0 and math.isfinite(config.rms_norm_eps)
     assert all(type(getattr(config, name)) is int for name in ("vocab_size", "hidden_size", "head_dim"))

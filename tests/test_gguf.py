@@ -26,8 +26,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from lora.errors import BadInput
 from lora.model import gguf, gguf_header
 from lora.model.config import ModelConfig
-from lora.model.decoder import inverse_frequencies
 from lora.model.gguf import GGUFCheckpoint
+from lora.model.rope import inverse_frequencies
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 32, 4, 2, 8, 64, 2
 SIZES = {

@@ -19,10 +19,13 @@ else:
     transformers = pytest.importorskip("transformers")
 
 from lora import files
+from lora.adapter.inject import lora_layers
 from lora.model.config import ModelConfig
 from lora.model.decoder import Model, rope_table
+from lora.model.families import FAMILIES
 from lora.model.pretrained import FolderCheckpoint, load_chat, load_model, write_model
-from tests.helpers import close, example_of, far, randomise, some_tokens, tiny_config, tiny_model
+from tests.helpers import close, example_of, far, patched, randomise, some_tokens, tiny_config, tiny_model
+from tests.test_families import NEW, family_config, folder_of, on_disk
 from tests.test_model import LLAMA3, random_config
 from tests.test_template import (
     CALM,
@@ -45,19 +48,17 @@ LLAMA3_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 
 def theirs(raw: dict):
     """transformers' model of a raw config.json, in float32, eager attention, eval mode."""
-    kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[raw["model_type"]]
-    family = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[raw["model_type"]]
-    fields = copy.deepcopy({key: value for key, value in raw.items() if key != "model_type"})  # it writes into them
-    config = kind(**fields, attn_implementation="eager")
-    return family(config).float().eval()
+    raw = copy.deepcopy(raw)  # it writes into them
+    config = transformers.AutoConfig.for_model(**raw)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
 
 
 def pair(raw: dict, seed: int):
     """Our model and theirs with the same random weights."""
     ours = randomise(Model(ModelConfig.from_json(raw)), seed).requires_grad_(False).eval()
     reference = theirs(raw)
-    missing, extra = reference.load_state_dict(ours.state_dict(), strict=False)
-    assert not extra and set(missing) <= ({"lm_head.weight"} if raw["tie_word_embeddings"] else set())
+    missing, extra = reference.load_state_dict(on_disk(ours), strict=False)
+    assert not extra and set(missing) <= ({"lm_head.weight"} if ours.config.tie_word_embeddings else set())
     reference.tie_weights()
     return ours, reference
 
@@ -85,30 +86,62 @@ def test_logits_of_random_configs_are_those_of_transformers(seed):
     assert far(ours(tokens), logits_of(reference, tokens, positions), 1e-5)
 
 
-def test_absent_fields_mean_what_transformers_means_by_them():
-    for raw in (
-        {"model_type": "llama", "tie_word_embeddings": False},
-        {"model_type": "qwen2", "tie_word_embeddings": False, "num_key_value_heads": 2},
-    ):
-        raw |= {"vocab_size": 90, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-                "num_attention_heads": 4}  # fmt: skip
-        ours, reference = pair(raw, 0)
-        tokens = some_tokens(67, 90)
-        assert close(ours(tokens), logits_of(reference, tokens), 1e-5)
-        assert ours.config.max_position_embeddings == reference.config.max_position_embeddings
-        assert ours.config.rms_norm_eps == reference.config.rms_norm_eps
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"baichuan"}))
+def test_absent_fields_mean_what_transformers_means_by_them(family):
+    raw = {"model_type": family, "vocab_size": 90, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 7,
+           "num_attention_heads": 8, "pad_token_id": 0}  # fmt: skip
+    raw |= {"num_key_value_heads": 2} if family in ("qwen2", "qwen3") else {}  # 32 there, which is never left out
+    ours, reference = pair(raw, 0)
+    tokens, config = some_tokens(67, 90), reference.config
+    assert close(ours(tokens), seen_as_they_say(reference, tokens), 1e-5)
+    for field in ("max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"):
+        assert getattr(ours.config, field) == getattr(config, field), field
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in reference.model.layers]
+    windows = [config.sliding_window] * 7 if family in ("mistral", "phi3") else windows
+    assert list(ours.config.windows) == windows
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.inference_mode()
+def seen_as_they_say(reference, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Logits under the masks that transformers makes, windows and all."""
+    positions = torch.arange(start, start + len(tokens))[None]
+    return reference(tokens[None], position_ids=positions, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NEW if kind != "baichuan"])
+@pytest.mark.parametrize("seed", range(6))
+def test_logits_of_random_configs_of_every_family_are_those_of_transformers(kind, seed):
+    raw = family_config(kind, seed)
+    ours, reference = pair(raw, seed)
+    tokens = some_tokens(67, raw["vocab_size"], seed)
+    expected = seen_as_they_say(reference, tokens)
+    assert expected.std() > 0.5
+    assert close(ours(tokens), expected, 1e-5)
+    positions = torch.arange(67) + 5000 + 97 * seed
+    assert close(ours(tokens, positions=positions), seen_as_they_say(reference, tokens, int(positions[0])), 1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_logits_of_qwen_with_windows_in_its_last_layers_are_those_of_transformers(family):
+    raw = tiny_config(model_type=family, use_sliding_window=True, sliding_window=7, max_window_layers=1, head_dim=8,
+                      num_hidden_layers=3)  # fmt: skip
+    ours, reference = pair(raw, 0)
+    tokens = some_tokens(67)
+    assert close(ours(tokens), seen_as_they_say(reference, tokens), 1e-5)
+    without = pair({**raw, "use_sliding_window": False}, 0)[0]
+    assert far(without(tokens), ours(tokens), 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "glm4"])
 def test_error_in_bfloat16_is_at_most_that_of_transformers(family):
-    raw = tiny_config(model_type=family, hidden_size=48, head_dim=16, num_hidden_layers=4)
+    raw = tiny_config(model_type=family, hidden_size=48, head_dim=16, num_hidden_layers=4, pad_token_id=0)
     ours, reference = pair(raw, 3)
     ours, reference = ours.bfloat16(), reference.bfloat16()
     tokens = some_tokens(128)
     exact = tiny_model(torch.float64, **raw)
     exact.load_state_dict({name: tensor.double() for name, tensor in ours.state_dict().items()})
     truth = exact(tokens)
-    mine, other = ours(tokens).double(), logits_of(reference, tokens).double()
+    mine, other = ours(tokens).double(), seen_as_they_say(reference, tokens).double()
     scale = truth.abs().max() * 2**-8
     assert (mine - truth).abs().max() <= 1.5 * (other - truth).abs().max() + scale
     assert (mine - truth).pow(2).mean().sqrt() <= 1.2 * (other - truth).pow(2).mean().sqrt()
@@ -150,6 +183,32 @@ def test_a_written_folder_loads_in_transformers_with_the_same_logits(tmp_path, s
     expected = logits_of(again.float().eval(), tokens)
     assert close(load_model(FolderCheckpoint(tmp_path / "merged"))(tokens), expected, 1e-4)
     assert far(logits_of(reference, tokens), expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_merged_folder_of_every_family_loads_in_transformers_and_theirs_here(tmp_path, kind):
+    """Baichuan's base is not theirs; what is merged from it is a Llama."""
+    raw = family_config(kind)
+    ours = randomise(Model(ModelConfig.from_json(raw)), 1).requires_grad_(False).eval()
+    base = folder_of(ours, raw, tmp_path / "base")
+    if kind != "baichuan":
+        (tmp_path / "theirs").mkdir()
+        pair(raw, 1)[1].save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
+        base = tmp_path / "theirs"
+        assert len(list(base.glob("*.safetensors"))) > 1
+    loaded, tokens = load_model(FolderCheckpoint(base)), some_tokens(67, raw["vocab_size"])
+    assert torch.equal(loaded(tokens), ours(tokens))
+    patched(loaded)
+    deltas = {f"{path}.weight": layer.delta() for path, layer in lora_layers(loaded).items()}
+    (tmp_path / "merged").mkdir()
+    write_model(FolderCheckpoint(base), tmp_path / "merged",
+                lambda name, tensor: (tensor + deltas[name] if name in deltas else tensor).detach())  # fmt: skip
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype="auto", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    expected = seen_as_they_say(again.float().eval(), tokens)
+    assert close(loaded(tokens), expected, 1e-4) and far(ours(tokens), expected, 1e-4)
 
 
 # ---- tokenizer and chat ----------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245): query head h reads key/value head
 h // (H / KV). No padding exists in training, so there is no mask but the causal one inside each document.
+
+Some layers of some families look back only a `window` of positions, their own included, or bend their scores by a soft
+`cap`: s -> cap tanh(s / cap), https://arxiv.org/abs/2408.00118. They go a plain way of their own.
 """
 
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora.device import upload
 
@@ -41,41 +45,63 @@ def at_once(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return device.type == "cuda" and fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, window: int | None = None, cap=None
+) -> torch.Tensor:
     """Documents end to end: q (T, H, d), k and v (T, KV, d) -> (T, H, d). Nobody sees another document."""
     lengths, starts = documents
-    if q.device.type == "cpu" and starts is None:
+    window = window if window and window < max(lengths) else None
+    if starts is not None and not cap:
+        return causal_varlen(window)(q, k, v, starts, starts, max(lengths), max(lengths))
+    if q.device.type == "cpu" and not window and not cap:
         return _Causal.apply(q, k, v, lengths)
-    if starts is not None:
-        return causal_varlen()(q, k, v, starts, starts, max(lengths), max(lengths))
     parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([one_document(*part) for part in parts])
+    return torch.cat([one_document(*part, window, cap) for part in parts])
 
 
 @cache
-def causal_varlen():
-    """PyTorch's `varlen_attn`, each query seeing any number of keys to its left and none to its right."""
+def causal_varlen(window: int | None = None):
+    """PyTorch's `varlen_attn`, each query seeing a window of keys that ends with its own, or all to its left."""
     from torch.nn.attention.varlen import varlen_attn  # there is no need of it on a CPU
 
     # the kernel has always grouped heads; since 2.12 the function before it wants to be told, 2.11 has no such argument
     grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    return partial(varlen_attn, window_size=(-1, 0), **grouped)
+    return partial(varlen_attn, window_size=(window - 1 if window else -1, 0), **grouped)
 
 
-def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q (T, H, d) against k, v (S, KV, d) with S >= T: the last query sees all of them, the one before all but one."""
+def one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, cap=None):
+    """q (T, H, d) against k, v (S, KV, d) with S >= T: the last query sees all of them, the one before all but one;
+    each no more than the `window` before the one after its own."""
+    if cap or (window and window < len(k)):
+        return by_rows(q, k, v, window or len(k), cap)
     if k.device.type == "cpu" and k.shape[0] <= SHORT:
         return explicit(q, k, v)
     return blocked(q, k, v)
 
 
-def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ / √d) v as written; the softmax in float32 or wider. Shapes as `one_document`."""
+def by_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, cap: float | None) -> torch.Tensor:
+    """`explicit` for SHORT queries at a time, against those keys that one of them sees; weights are formed again for
+    the backward pass. Shapes as `one_document`."""
+    parts, before = [], len(k) - len(q)
+    for start in range(0, len(q), SHORT):
+        stop = min(start + SHORT, len(q))
+        seen = slice(max(0, before + start + 1 - window), before + stop)
+        part = (q[start:stop], k[seen], v[seen], window, cap)
+        again = torch.is_grad_enabled() and len(q) > SHORT
+        parts.append(checkpoint(explicit, *part, use_reentrant=False) if again else explicit(*part))
+    return torch.cat(parts)
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, cap=None) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v as written; the softmax in float32 or wider. Arguments as `one_document`."""
     (T, H, d), (S, KV, _) = q.shape, k.shape
     grouped = q.view(T, KV, H // KV, d).permute(1, 2, 0, 3).reshape(KV, -1, d)  # (KV, G·T, d)
     scores = (grouped * d**-0.5) @ k.permute(1, 2, 0)  # (KV, G·T, S)
-    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # (T, S)
-    scores = scores.view(KV, -1, T, S).masked_fill(future, float("-inf"))
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    unseen = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # (T, S)
+    if window:
+        unseen |= torch.ones_like(unseen).tril(S - T - window)
+    scores = scores.view(KV, -1, T, S).masked_fill(unseen, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     out = weights.view(KV, -1, S) @ v.transpose(0, 1)  # (KV, G·T, d)
     return out.view(KV, -1, T, d).permute(2, 0, 1, 3).reshape(T, H, d)

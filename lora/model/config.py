@@ -1,42 +1,13 @@
-"""`config.json` of a Llama or Qwen2 model as data. What is not implemented is refused by field, never ignored."""
+"""`config.json` of a supported model as data. What is not implemented is refused by field, never ignored."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora.errors import BadInput
+from lora.model.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS
 
-# A family's meaning of absent fields, and the biases it always has. Sources: the configuration classes of transformers.
-FAMILIES = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "qkv_bias": False},
-    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "qkv_bias": True},
-}
-
-# Fields that would change the maths of these families, and the values with which they change nothing.
-NEUTRAL = {
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, None),
-    "use_sliding_window": (False, None),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1, None),
-    "use_mrope": (False, None),
-    "use_qk_norm": (False, None),
-    "qk_layernorm": (False, None),
-    "clip_qkv": (None,),
-    "attn_logit_softcapping": (None, 0),
-    "final_logit_softcapping": (None, 0),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "embedding_multiplier": (None, 1),
-    "residual_multiplier": (None, 1),
-    "attention_multiplier": (None,),
-    "query_pre_attn_scalar": (None,),
-    "num_local_experts": (None, 0, 1),
-    "num_experts": (None, 0, 1),
-    "is_causal": (True, None),
-    "add_cross_attention": (False, None),
-    "is_encoder_decoder": (False, None),
-}
+FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
 
 
 @dataclass(frozen=True)
@@ -70,6 +41,21 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    activation: str  # silu or gelu_tanh
+    norms: tuple[str | None, ...]  # before and after attention, before and after the MLP
+    norm_offset: float  # what norms add to their weight
+    qk_norm: bool
+    embedding_scale: float
+    query_pre_attn_scalar: float  # the number whose root attention divides by, head_dim in most
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    rotary_dim: int  # of the head_dim numbers of a head RoPE turns so many
+    neighbours: bool  # and it turns (2i, 2i + 1), not (i, i + d/2)
+    rope_local_theta: float  # of "local" RoPE, which is never scaled
+    ropes: tuple[str | None, ...]  # "global", "local" or none, for every layer
+    windows: tuple[int | None, ...]  # how many positions each layer looks back, its own included; None is all
+    fused: tuple[tuple[str, tuple[str, ...]], ...]  # Linears whose rows a file has as one tensor, and its name
+    written_as: str | None  # the model_type of merged models, where it is another
     eos_token_ids: tuple[int, ...]
 
     @staticmethod
@@ -84,7 +70,7 @@ class _Reader:
     def __init__(self, raw: Mapping, where: str):
         self.raw, self.where, self.problems = raw, where, []
 
-    def wrong(self, field: str, why: str, fix: str = "Give a model of the Llama or Qwen2 family") -> None:
+    def wrong(self, field: str, why: str, fix: str = "Give another model") -> None:
         self.problems.append(f"unsupported model in {self.where}:{field}: {why}. {fix}")
 
     def number(self, field, default=None, *, raw=None, kind=int, low=1, high=2**24):
@@ -106,58 +92,111 @@ class _Reader:
             self.wrong(field, f"{value!r} is neither true nor false", "Download the file again")
         return default if value is None else bool(value)
 
+    def optional(self, field: str, **limits) -> float | None:
+        """A number of families that read the field; absent, it is what the family says, and null is none."""
+        value = default = getattr(self.family, field)
+        if field in self.family.reads:
+            value = self.raw.get(field, default)
+        return None if value is None else self.number(field, default, raw={field: value}, **limits)
+
     def config(self) -> ModelConfig:
         kind = self.raw.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise BadInput(
-                f"unsupported model in {self.where}:model_type: {kind!r}. Supported are: {', '.join(sorted(FAMILIES))}"
-            )
-        family = FAMILIES[kind]
+            why = OTHERS.get(kind) if isinstance(kind, str) else None
+            why = why or f"Supported are: {', '.join(sorted(FAMILIES))}"
+            raise BadInput(f"unsupported model in {self.where}:model_type: {kind!r}. {why}")
+        self.family = family = FAMILIES[kind]
+        for field, value, why, fix in TRAPS.get(kind, ()):
+            if self.raw.get(field) == value:
+                self.wrong(field, why, fix)
         for field, neutral in NEUTRAL.items():
-            if field in self.raw and not any(self.raw[field] == n for n in neutral):
+            if field in self.raw and field not in family.reads and not any(self.raw[field] == n for n in neutral):
                 self.wrong(field, f"{json.dumps(self.raw[field])[:60]} is not implemented")
-        layers = self.raw.get("layer_types")
-        if layers is not None and (not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}):
-            self.wrong("layer_types", "only full_attention is implemented")
-        if kind == "llama" and self.raw.get("sliding_window") is not None:
-            self.wrong("sliding_window", "a sliding window is not implemented")
+        field, activation = family.activation
+        activation = self.raw.get(field) or activation
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            self.wrong(field, f"{json.dumps(activation)[:60]} is not implemented; {', '.join(ACTIVATIONS)} are")
+            activation = "silu"
 
         hidden = self.number("hidden_size", high=2**17)
         heads = self.number("num_attention_heads", high=2**12)
-        kv_heads = self.number("num_key_value_heads", default=heads, high=2**12)
+        absent = family.num_key_value_heads if "num_key_value_heads" not in self.raw else None
+        kv_heads = self.number("num_key_value_heads", default=absent or heads, high=2**12)
         if heads % kv_heads:
             self.wrong("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
-        if self.raw.get("head_dim") is None and hidden % heads:
+        if self.raw.get("head_dim") is None and hidden % heads and not family.head_dim:
             self.wrong("num_attention_heads", f"{heads} does not divide hidden_size {hidden}, and there is no head_dim")
-        head_dim = self.number("head_dim", default=max(1, hidden // heads), high=2**12)
-        if head_dim % 2:
-            self.wrong("head_dim", f"{head_dim} is odd; RoPE turns pairs")
-        theta, scaling = self.rope()
-        llama_bias = self.flag("attention_bias") if kind == "llama" else False
+        head_dim = self.number("head_dim", default=family.head_dim or max(1, hidden // heads), high=2**12)
+        layers = self.number("num_hidden_layers", high=1024)
+        windows = self.windows(layers)
+        bias, reads = family.attention_bias, family.reads
+        bias = self.flag("attention_bias", bias) if "attention_bias" in reads else bias
         config = ModelConfig(
             model_type=kind,
             vocab_size=self.number("vocab_size"),
             hidden_size=hidden,
             intermediate_size=self.number("intermediate_size", high=2**20),
-            num_hidden_layers=self.number("num_hidden_layers", high=1024),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=self.number(
-                "max_position_embeddings", family["max_position_embeddings"], high=2**30
-            ),
-            rms_norm_eps=self.number("rms_norm_eps", family["rms_norm_eps"], kind=float, low=0, high=1),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=self.flag("tie_word_embeddings"),
-            qkv_bias=family["qkv_bias"] or llama_bias,
-            o_bias=llama_bias,
-            mlp_bias=self.flag("mlp_bias") if kind == "llama" else False,
+            max_position_embeddings=self.number("max_position_embeddings", family.max_position_embeddings, high=2**30),
+            rms_norm_eps=self.number("rms_norm_eps", family.rms_norm_eps, kind=float, low=0, high=1),
+            **self.rope(head_dim),
+            tie_word_embeddings=self.flag("tie_word_embeddings", family.tie_word_embeddings),
+            qkv_bias=bias,
+            o_bias=bias and family.o_bias,
+            mlp_bias=self.flag("mlp_bias") if "mlp_bias" in reads else False,
+            activation=ACTIVATIONS[activation],
+            norms=family.norms,
+            norm_offset=family.norm_offset,
+            qk_norm=family.qk_norm,
+            embedding_scale=hidden**0.5 if family.embedding_scaled else 1.0,
+            query_pre_attn_scalar=self.optional("query_pre_attn_scalar", kind=float, low=1e-6) or head_dim,
+            attn_logit_softcapping=self.optional("attn_logit_softcapping", kind=float, low=1e-6),
+            final_logit_softcapping=self.optional("final_logit_softcapping", kind=float, low=1e-6),
+            neighbours=family.neighbours,
+            ropes=self.ropes(windows),
+            windows=windows,
+            fused=family.fused,
+            written_as=family.written_as,
             eos_token_ids=self.token_ids("eos_token_id"),
         )
         if self.problems:
             raise BadInput(*self.problems)
         return config
+
+    def windows(self, count: int) -> tuple[int | None, ...]:
+        """How many positions each layer looks back: by the family's pattern, or by `layer_types` in its place."""
+        family, window = self.family, self.optional("sliding_window", high=2**30)
+        if "use_sliding_window" in family.reads and not self.flag("use_sliding_window"):
+            window = None
+        first, pattern = self.optional("max_window_layers", low=0), self.optional("sliding_window_pattern")
+        kinds = [
+            FULL if not window or i < first or (pattern and (i + 1) % pattern == 0) else SLIDING for i in range(count)
+        ]
+        given = self.raw.get("layer_types")
+        if given is None or given == kinds:
+            return tuple(window if kind == SLIDING else None for kind in kinds)
+        possible = (FULL, SLIDING) if window and "layer_types" in family.reads else (kinds[0],)
+        if not isinstance(given, list) or len(given) != count or any(kind not in possible for kind in given):
+            self.wrong("layer_types", f"{json.dumps(given)[:60]} is not {count} times {' or '.join(possible)}")
+            return (None,) * count
+        return tuple(window if kind == SLIDING else None for kind in given)
+
+    def ropes(self, windows: tuple[int | None, ...]) -> tuple[str | None, ...]:
+        """Which RoPE each layer has."""
+        interval = self.optional("no_rope_layer_interval")
+        turned = [not interval or (i + 1) % interval != 0 for i in range(len(windows))]
+        given = self.raw.get("no_rope_layers") if interval else None  # 1 where a layer has RoPE, whatever the name says
+        if given is not None:
+            if not isinstance(given, list) or len(given) < len(windows) or any(i not in (0, 1) for i in given):
+                self.wrong("no_rope_layers", f"{json.dumps(given)[:60]} does not say 0 or 1 for each layer")
+                return (None,) * len(windows)
+            turned = given
+        local = self.family.rope_local_base_freq
+        kinds = ("local" if local and window else "global" for window in windows)
+        return tuple(kind if rope else None for kind, rope in zip(kinds, turned, strict=False))
 
     def token_ids(self, field: str) -> tuple[int, ...]:
         value = self.raw.get(field)
@@ -167,18 +206,43 @@ class _Reader:
             return ()
         return tuple(ids)
 
-    def rope(self) -> tuple[float, RopeScaling]:
-        """RoPE's base and scaling, from `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (old ones)."""
-        old, new = (self.raw.get(field) or {} for field in ("rope_scaling", "rope_parameters"))
-        for field, part in (("rope_scaling", old), ("rope_parameters", new)):
-            if not isinstance(part, Mapping):
-                self.wrong(field, f"{part!r} is not an object", "Download the file again")
-                return 10000.0, RopeScaling()
+    def mapping(self, raw: Mapping, field: str) -> Mapping:
+        value = raw.get(field) or {}
+        if isinstance(value, Mapping):
+            return value
+        self.wrong(field, f"{value!r} is not an object", "Download the file again")
+        return {}
+
+    def rope(self, head_dim: int) -> dict:
+        """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
+        family, raw = self.family, self.raw
+        old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
+        local = self.optional("rope_local_base_freq", kind=float, high=1e12)
+        if local and {FULL, SLIDING} & new.keys():
+            new, other = self.mapping(new, FULL), self.mapping(new, SLIDING)
+            local = self.number("rope_theta", local, raw=other, kind=float, high=1e12)
+            if other.get("rope_type", "default") != "default":
+                self.wrong("rope_parameters", f"rope type {other['rope_type']!r} of {SLIDING} is not implemented")
+        factor = family.partial_rotary_factor
+        if "partial_rotary_factor" in family.reads:
+            parts = [p for p in (new, old, raw) if p.get("partial_rotary_factor") is not None]
+            factor = self.number(
+                "partial_rotary_factor", factor, raw=parts[0] if parts else {}, kind=float, low=1e-3, high=1
+            )
+        turned = int(head_dim * factor)
+        if turned % 2 or not turned:
+            self.wrong("head_dim", f"of {head_dim} numbers {turned} are turned; RoPE turns pairs")
+        theta, scaling = self.scaled_rope(old, new)
+        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, "rotary_dim": turned}
+
+    def scaled_rope(self, old: Mapping, new: Mapping) -> tuple[float, RopeScaling]:
+        """RoPE's base and scaling."""
         field, part = ("rope_parameters", new) if new else ("rope_scaling", old)
         thetas = [p["rope_theta"] for p in (new, old, self.raw) if p.get("rope_theta") is not None]
         if any(theta != thetas[0] for theta in thetas):
             self.wrong("rope_theta", f"two different values, {thetas[0]!r} and {thetas[-1]!r}", "Keep the right one")
-        theta = self.number("rope_theta", raw={"rope_theta": thetas[0] if thetas else 10000.0}, kind=float, high=1e12)
+        theta = {"rope_theta": thetas[0] if thetas else self.family.rope_theta}
+        theta = self.number("rope_theta", raw=theta, kind=float, high=1e12)
 
         kinds = {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)} or {"default"}
         kind = kinds.pop()
@@ -186,7 +250,7 @@ class _Reader:
             self.wrong(field, f"rope type {kind!r} is not implemented; default, linear and llama3 are")
             return theta, RopeScaling()
         if kind == "default":
-            for key in sorted(part.keys() - {"rope_type", "type", "rope_theta"}):
+            for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *self.family.reads}):
                 if part[key] not in (None, 1, 1.0):
                     self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
             return theta, RopeScaling()

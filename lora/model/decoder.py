@@ -1,12 +1,12 @@
-"""One decoder for the Llama and Qwen2 families, with the hub's module names; family differences are config values.
+"""One decoder for all families, with the hub's module names; what differs between families are values of the config.
 
 Tokens are documents laid end to end: no batch axis and no padding. A tied model owns no `lm_head`.
-RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864. SwiGLU: https://arxiv.org/abs/2002.05202.
+RMSNorm: https://arxiv.org/abs/1910.07467. SwiGLU: https://arxiv.org/abs/2002.05202.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora.device import ROUND, upload
+from lora.errors import BadInput
 from lora.model.attention import Documents, attend
 from lora.model.cache import Cache
 from lora.model.config import ModelConfig
 from lora.model.linear import together
+from lora.model.rope import rope_table, rotate
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -28,22 +30,27 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """What the normed are multiplied by, (D,): the weight; or offset + weight, in float32 as the reference does."""
+        return self.offset + self.weight.to(wide(self.weight.dtype)) if self.offset else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., D) -> (..., D)"""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.plain(x)
-        return _Normed.apply(x, self.weight, self.eps)
+        return _Normed.apply(x, self.gain, self.eps)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The formula as written; `forward` keeps less of it for the backward pass."""
-        y = x.to(wide(x.dtype))
+        y, gain = x.to(wide(x.dtype)), self.gain
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)  # rounded before the weight, as the reference does
+        return (gain * y.to(gain.dtype)).to(x.dtype)  # rounded before the weight, as the reference does
 
 
 class _Normed(torch.autograd.Function):
@@ -56,9 +63,9 @@ class _Normed(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         y = x.to(wide(x.dtype))
         scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        n = (y * scale).to(x.dtype)
-        ctx.save_for_backward(n, scale, weight)
-        return weight * n
+        n = (y * scale).to(weight.dtype)
+        ctx.save_for_backward(n.to(x.dtype), scale, weight)
+        return (weight * n).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -67,38 +74,7 @@ class _Normed(torch.autograd.Function):
         d_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         g, n = (gradient * weight).to(scale.dtype), n.to(scale.dtype)
         g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(scale)
-        return g.to(weight.dtype), d_weight, None
-
-
-def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None) -> torch.Tensor:
-    """Angle per position for each of the head_dim/2 pairs, with the config's scaling. (d/2,)"""
-    d, scaling = config.head_dim, config.rope_scaling
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=device).to(dtype) / d)
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    if scaling.kind == "llama3":  # https://github.com/meta-llama/llama-models, apply_scaling
-        # slow pairs (few turns within the original context) are stretched, fast ones kept, between them a blend
-        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)  # rounded as the reference does
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = blend.clamp(0, 1)
-        return (1 - blend) * frequencies / scaling.factor + blend * frequencies
-    return frequencies
-
-
-def rope_table(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position's angles, each (T, d), in `dtype`; formed in float32 or wider.
-
-    In float32 the angles are `positions * frequencies`, both float32, as the reference forms them.
-    """
-    angles = positions.to(wide(dtype))[:, None] * inverse_frequencies(config, wide(dtype), positions.device)  # (T, d/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, d)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on x (T, heads, d): dimension i is paired with i + d/2, as in the hub's checkpoints."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+        return g.to(gradient.dtype), d_weight, None
 
 
 @contextmanager
@@ -127,13 +103,27 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset) for _ in range(2)
+            )
+        self.qk_norm, self.neighbours = config.qk_norm, config.neighbours
+        self.rope, self.bounds = config.ropes[index], (config.windows[index], config.attn_logit_softcapping)
+        self.stretch = (config.head_dim / config.query_pre_attn_scalar) ** 0.5  # attention itself divides by √d
 
     def heads(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (T, D) -> queries (T, H, d), keys and values (T, KV, d)."""
         T, d = x.shape[0], self.head_dim
         q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))
-        q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
-        return q, k, v
+        if self.qk_norm:
+            q, k = rather_again(self.q_norm, q), rather_again(self.k_norm, k)
+        if self.rope:
+            q, k = rotate(torch.cat((q, k), 1), cos, sin, self.neighbours).split((q.shape[1], k.shape[1]), 1)
+        return (q if self.stretch == 1 else q * self.stretch), k, v
+
+
+# Of bf16 too they are computed in float32, and rounded.
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
@@ -142,19 +132,19 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = together(x, [self.gate_proj, self.up_proj])
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.down_proj(rather_again(swiglu, gate, up))
-        gate = F.silu(gate)
+            return self.down_proj(rather_again(self.gated, gate, up))
+        gate = self.activation(gate)
         product = gate * up
         with formed_again(product, lambda: gate * up):
             return self.down_proj(product)
 
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate) * up
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.activation(gate) * up
 
 
 def rather_again(function: Callable, *arguments) -> torch.Tensor:
@@ -171,25 +161,33 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norms = config.norms
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for name in filter(None, config.norms[1:]):
+            self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset))
         self.mlp = MLP(config)
+
+    def normed(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """x by the norm before attention, after it, before the MLP or after it; where there is none, x."""
+        name = self.norms[place]
+        return rather_again(getattr(self, name), x) if name else x
 
     def before(self, x, cos, sin):
         """x (T, D) -> q, k, v of `Attention.heads`."""
-        return self.self_attn.heads(rather_again(self.input_layernorm, x), cos, sin)
+        return self.self_attn.heads(self.normed(0, x), cos, sin)
 
     def after(self, x, y):
         """x (T, D) and what attention found (T, H·d) -> (T, D)."""
-        x = x + self.self_attn.o_proj(y)
-        return x + self.mlp(rather_again(self.post_attention_layernorm, x))
+        x = x + self.normed(1, self.self_attn.o_proj(y))
+        return x + self.normed(3, self.mlp(self.normed(2, x)))
 
     def forward(self, x, cos, sin, documents: Documents, cache: Cache | None = None, rows=None) -> torch.Tensor:
         """x (T, D) -> (T, D), or of `rows` (N,) alone, (N, D): after attention no position needs another."""
         before, after = self.compiled if self.compiled and torch.is_grad_enabled() else (self.before, self.after)
         q, k, v = before(x, cos, sin)
-        y = attend(q, k, v, documents) if cache is None else cache.attend(self.self_attn.index, q, k, v)  # (T, H, d)
+        index, bounds = self.self_attn.index, self.self_attn.bounds
+        y = attend(q, k, v, documents, *bounds) if cache is None else cache.attend(index, q, k, v, *bounds)  # (T, H, d)
         x, y = (x, y) if rows is None else (x[rows], y[rows])
         return after(x, y.flatten(1))
 
@@ -204,7 +202,7 @@ class Trunk(nn.Module):
             torch.zeros(config.vocab_size, config.hidden_size), freeze=False
         )
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
 
 class Model(nn.Module):
@@ -231,7 +229,15 @@ class Model(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """The vocabulary projection, (V, D): the embedding itself where it is tied."""
+        """The vocabulary projection, (V, D): the embedding itself where it is tied. Raises BadInput for a model whose
+        logits are more than a product with it."""
+        if self.config.final_logit_softcapping:
+            why = "final_logit_softcapping: a loss by the head's weight leaves it out"
+            raise BadInput(f"unsupported model in config.json:{why}. Give another model")
+        return self._head
+
+    @property
+    def _head(self) -> torch.Tensor:
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None, rows=None):
@@ -245,11 +251,14 @@ class Model(nn.Module):
             starts = cache.lengths if cache else [0] * len(lengths)
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
             positions = upload(positions, tokens.device)
-        cos, sin = rope_table(self.config, positions.to(tokens.device), self.dtype)
+        c, positions = self.config, positions.to(tokens.device)
+        tables = {kind: rope_table(c, positions, self.dtype, kind) for kind in set(c.ropes)}
         if cache:
             cache.begin(lengths)
         x = self.model.embed_tokens(tokens)  # (T, D)
-        documents = Documents(lengths) if cache else Documents.of(lengths, x.device, x.dtype, self.config.head_dim)
+        if c.embedding_scale != 1:
+            x = x * torch.tensor(c.embedding_scale, dtype=x.dtype)  # rounded to the dtype, as the reference does
+        documents = Documents(lengths) if cache else Documents.of(lengths, x.device, x.dtype, c.head_dim)
         if self.compiled and not cache and torch.is_grad_enabled():
             x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
         again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
@@ -258,6 +267,7 @@ class Model(nn.Module):
         early = not (self.compiled and torch.is_grad_enabled())  # what is compiled always sees as many positions
         for block in self.model.layers:
             wanted = rows if early and block is self.model.layers[-1] else None
+            cos, sin = tables[block.self_attn.rope]
             if again:
                 x = checkpoint(block, x, cos, sin, documents, None, wanted, use_reentrant=False)
             else:
@@ -276,7 +286,9 @@ class Model(nn.Module):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) -> logits (T, V)."""
-        return F.linear(hidden, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        cap = self.config.final_logit_softcapping
+        logits = F.linear(hidden, self._head) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens, lengths=None, positions=None, cache=None) -> torch.Tensor:
         return self.head(self.trunk(tokens, lengths, positions, cache))

@@ -15,7 +15,8 @@ import torch
 from gguf.quants import dequantize
 
 from lora.errors import BadInput
-from lora.model import sentencepiece
+from lora.model import fused, sentencepiece
+from lora.model.families import FAMILIES, Family
 from lora.model.gguf_header import AGAIN, Header, Stored, show
 from lora.model.tokenizer import Tokenizer
 
@@ -33,26 +34,31 @@ ROPE_FREQS = "rope_freqs.weight"  # Llama 3's RoPE scaling: one divisor for each
 LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2
 HUB_NAMES = {  # each with .weight or .bias; those after the first three are in model.layers.N (blk.N)
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "blk.attn_norm": "input_layernorm", "blk.ffn_norm": "post_attention_layernorm",
     "blk.attn_q": "self_attn.q_proj", "blk.attn_k": "self_attn.k_proj", "blk.attn_v": "self_attn.v_proj",
+    "blk.attn_q_norm": "self_attn.q_norm", "blk.attn_k_norm": "self_attn.k_norm",
     "blk.attn_output": "self_attn.o_proj",
     "blk.ffn_gate": "mlp.gate_proj", "blk.ffn_up": "mlp.up_proj", "blk.ffn_down": "mlp.down_proj",
 }  # fmt: skip
+FUSED_NAMES = {"self_attn.qkv_proj": "blk.attn_qkv", "mlp.gate_up_proj": "blk.ffn_up"}
+NORMS = ("blk.attn_norm", "blk.post_attention_norm", "blk.ffn_norm", "blk.post_ffw_norm")  # as `Family.norms`
 
 
 class Architecture(NamedTuple):
-    """How GGUF holds a family. The first of `model_types`, the hub's names for it, is what a file is read as."""
+    """How GGUF holds a family."""
 
     hub_class: str
-    model_types: tuple[str, ...]
-    names: dict[str, str] = HUB_NAMES
-    turns_neighbours: bool = False  # llama.cpp's RoPE turns neighbours, the hub's code halves: q and k are reordered
+    model_type: str  # what a file is read as
+    written: tuple[str, ...]  # the hub's names of families that are written so; others are only read
+    turns_neighbours: bool = False  # where the hub's code turns halves: rows of q and k are reordered
     rope_freqs: bool = False  # may hold Llama 3's scaling
 
 
-ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", ("llama",), turns_neighbours=True, rope_freqs=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", ("qwen2",)),
+ARCHITECTURES = {  # which RoPE they have: `llama_model_rope_type` in llama.cpp; GLM-4's turns neighbours in both
+    "llama": Architecture("LlamaForCausalLM", "llama", ("llama", "mistral"), turns_neighbours=True, rope_freqs=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", ("qwen2",)),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", ("qwen3",)),
+    "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", (), turns_neighbours=True),
+    "glm4": Architecture("Glm4ForCausalLM", "glm4", ()),
 }
 ROTATED = re.compile(r"\.[qk]_proj\.")
 
@@ -73,17 +79,30 @@ def _split(number: str) -> list[dict]:
 
 
 # tokenizer.ggml.pre -> pre-tokenizers, normalizer, ignore_merges, and whether BOS is added if the file does not say.
-# Sources: tokenizer.json of SmolLM2, GPT-2, Qwen2.5 and Llama 3; for the last column llama.cpp's src/llama-vocab.cpp.
+# Sources: tokenizer.json of SmolLM2, GPT-2, Qwen2.5 and Llama 3; for GLM-4 and the last column llama.cpp's
+# src/llama-vocab.cpp.
 PRE_TOKENIZERS = {
     "smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], None, False, False),
     "gpt-2": ([BYTE_LEVEL], None, False, False),
     "qwen2": (_split(r"\p{N}"), {"type": "NFC"}, False, False),
     "llama-bpe": (_split(r"\p{N}{1,3}"), None, True, True),
+    "glm4": (_split(r"\p{N}{1,3}"), None, False, False),
 }
 
 
+def hub_names(family: Family) -> dict[str, str]:
+    """The names of a family's tensors in a GGUF file, without layer and .weight or .bias -> those in its hub folder."""
+    names = HUB_NAMES | {theirs: ours for theirs, ours in zip(NORMS, family.norms, strict=True) if ours}
+    for stem, parts in family.fused:
+        if stem in FUSED_NAMES:  # Baichuan's W_pack is three tensors here
+            block, _ = stem.split(".")
+            names = {theirs: ours for theirs, ours in names.items() if ours not in {f"{block}.{p}" for p in parts}}
+            names[FUSED_NAMES[stem]] = stem
+    return names
+
+
 def hub_name(names: dict[str, str], name: str) -> str | None:
-    """The hub's name of a tensor in GGUF, by `Architecture.names`; None where there is none."""
+    """The hub's name of a tensor in GGUF, by `hub_names`; None where there is none."""
     parts = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
     number, stem, kind = parts.groups() if parts else (None, "", "")
     hub = names.get(f"blk.{stem}" if number else stem)
@@ -108,7 +127,7 @@ def to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 class GGUFCheckpoint:
-    """A `.gguf` file of a Llama or Qwen2 model; opening it reads the header only. Raises BadInput.
+    """A `.gguf` file of a model of ARCHITECTURES; opening it reads the header only. Raises BadInput.
 
     `config` is a hub config.json; `header` maps a hub name to ("BF16", shape), a Linear's shape being (out, in).
     """
@@ -128,15 +147,18 @@ class GGUFCheckpoint:
             known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in KNOWN_KEYS
             self._check(known, show(key)[1:-1], "it could change the maths and is not implemented")
         self._rope_freqs = tensors.pop(ROPE_FREQS, None)
-        hub_names = {name: hub_name(ARCHITECTURES[arch].names, name) for name in tensors}
-        unknown = [show(name) for name, hub in hub_names.items() if not hub]
+        self._family = FAMILIES[ARCHITECTURES[arch].model_type]
+        names = hub_names(self._family)
+        hub = {name: hub_name(names, name) for name in tensors}
+        unknown = [show(name) for name in tensors if not hub[name]]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         self._check(not unknown, "tensors", f"{', '.join(unknown[:5])}{more} are not implemented")
-        self._tensors = {hub_names[name]: tensor for name, tensor in tensors.items()}
+        self._tensors = {hub[name]: tensor for name, tensor in tensors.items()}
         self.header = {name: ("BF16", tensor.shape) for name, tensor in self._tensors.items()}
         self.config = self._config()
+        self.header, self._rows = fused.split(self.config, self.header, str(path))
 
-    def _check(self, right: bool, key: str, why: str, fix: str = "Give a GGUF file of a Llama or Qwen2 model") -> None:
+    def _check(self, right: bool, key: str, why: str, fix: str = "Give another file, or a folder") -> None:
         if not right:
             raise BadInput(f"unsupported model in {self.path}:{key}: {why}. {fix}")
 
@@ -156,8 +178,10 @@ class GGUFCheckpoint:
         arch, tensors = self._arch, self.header
         hidden, heads = get("embedding_length"), get("attention.head_count")
         self._head_dim = size = get("attention.key_length", default=hidden // heads or 1)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            other = get(key, default=size)
+        turned = get("rope.dimension_count", default=size)
+        partial = "partial_rotary_factor" in self._family.reads
+        for key, other in (("attention.value_length", get("attention.value_length", default=size)),
+                           ("rope.dimension_count", size if partial and turned < size else turned)):  # fmt: skip
             self._check(other == size, f"{arch}.{key}", f"{other} is not implemented, only the {size} of a head")
         for name, (_, shape) in tensors.items():
             right = not ROTATED.search(name) or size % 2 == shape[0] % size == 0
@@ -176,18 +200,19 @@ class GGUFCheckpoint:
         biases = {name.split(".")[3] for name in tensors if name.endswith("_proj.bias")}
         theta = get("rope.freq_base", float, 10000.0)
         config = {
-            "architectures": [ARCHITECTURES[arch].hub_class], "model_type": ARCHITECTURES[arch].model_types[0],
+            "architectures": [ARCHITECTURES[arch].hub_class], "model_type": ARCHITECTURES[arch].model_type,
             "hidden_act": "silu", "torch_dtype": "bfloat16",
             "vocab_size": rows, "hidden_size": hidden, "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"), "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv", default=heads),
-            "head_dim": size if f"{arch}.attention.key_length" in self.metadata else None,
+            "head_dim": size if f"{arch}.attention.key_length" in self.metadata or self._family.head_dim else None,
+            "partial_rotary_factor": turned / size if partial else None,
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
             "rope_theta": theta, "rope_scaling": self._rope_scaling(theta, get("rope.scaling.factor", float, 1.0)),
             "tie_word_embeddings": "lm_head.weight" not in tensors,
-            "attention_bias": "self_attn" in biases if arch == "llama" else None,  # Qwen2 always has its own
-            "mlp_bias": "mlp" in biases if arch == "llama" else None,
+            "attention_bias": "self_attn" in biases if "attention_bias" in self._family.reads else None,
+            "mlp_bias": "mlp" in biases if "mlp_bias" in self._family.reads else None,
             "bos_token_id": self._ids["bos"], "pad_token_id": self._ids["padding"],
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         }  # fmt: skip
@@ -213,7 +238,8 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a hub name in bfloat16. Raises BadInput if the file has become shorter."""
-        tensor = self._dequantised(self._tensors[name], torch.bfloat16)
+        whole, first = self._rows.get(name, (name, 0))
+        tensor = self._dequantised(self._tensors[whole], torch.bfloat16)[first : first + self.header[name][1][0]]
         turned = ARCHITECTURES[self._arch].turns_neighbours and ROTATED.search(name)
         return to_halves(tensor, self._head_dim) if turned else tensor
 

@@ -21,7 +21,10 @@ from lora import files, folders
 from lora.errors import BadInput, BadNumbers, say
 from lora.model.config import ModelConfig, RopeScaling
 from lora.model.decoder import inverse_frequencies
-from lora.model.gguf import ARCHITECTURES, CHUNK, ROPE_FREQS, ROTATED, Architecture, gguf_name, to_neighbours
+from lora.model.families import FAMILIES
+from lora.model.gguf import (
+    ARCHITECTURES, CHUNK, ROPE_FREQS, ROTATED, Architecture, gguf_name, hub_names, to_neighbours,
+)  # fmt: skip
 from lora.model.gguf_vocab import tokenizer_metadata
 from lora.model.pretrained import Checkpoint, empty_model
 
@@ -64,11 +67,13 @@ def check_out(path: Path, overwrite: bool) -> None:
 
 def _architecture(config: ModelConfig, where: str) -> tuple[str, Architecture]:
     for arch, row in ARCHITECTURES.items():
-        if config.model_type in row.model_types:
+        if config.model_type in row.written:
             if config.rope_scaling.kind == "llama3" and not row.rope_freqs:
                 raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no llama3 scaling. Write a folder")
+            if any(config.windows):
+                raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no sliding window. Write a folder")
             return arch, row
-    known = ", ".join(kind for row in ARCHITECTURES.values() for kind in row.model_types)
+    known = ", ".join(kind for row in ARCHITECTURES.values() for kind in row.written)
     raise BadInput(f"unsupported model in {where}: {config.model_type} as GGUF is not implemented, only {known}. "
                    "Write a model folder and convert it with llama.cpp")  # fmt: skip
 
@@ -178,7 +183,7 @@ def write_adapter(
 
 
 def _named(row: Architecture, name: str, where: str) -> str:
-    found = gguf_name(row.names, name)
+    found = gguf_name(hub_names(FAMILIES[row.model_type]), name)
     if not found:
         raise BadInput(f"unsupported model in {where}:{name}: GGUF has no place for it. Write a model folder")
     return found

@@ -15,7 +15,7 @@ import torch
 
 from lora import files
 from lora.errors import BadInput, Refused
-from lora.model import download
+from lora.model import download, fused
 from lora.model.chat import Chat
 from lora.model.config import ModelConfig
 from lora.model.decoder import Model
@@ -65,7 +65,8 @@ class FolderCheckpoint:
                 if tensor in self._where:
                     raise BadInput(f"broken model in {shard.path}:{tensor}: it is in two files. Download it again")
                 self._where[tensor] = shard
-        self.header = {tensor: shard.header[tensor] for tensor, shard in self._where.items()}
+        header = {tensor: shard.header[tensor] for tensor, shard in self._where.items()}
+        self.header, self._rows = fused.split(self.config, header, f"{self.name}/config.json")
 
     def _shard_names(self) -> list[str]:
         index = self.path / "model.safetensors.index.json"
@@ -94,15 +95,17 @@ class FolderCheckpoint:
         return names
 
     def read(self, name: str) -> torch.Tensor:
-        return self._where[name].read(name)
+        return self.read_rows(name, 0, self.header[name][1][0]) if name in self._rows else self._where[name].read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Some rows of a tensor, without reading the others."""
-        return self._where[name].read_rows(name, start, stop)
+        whole, first = self._rows.get(name, (name, 0))
+        return self._where[whole].read_rows(whole, first + start, first + stop)
 
     def shard_of(self, name: str) -> str:
         """The file a tensor is in."""
-        return self._where[name].path.name
+        whole, _ = self._rows.get(name, (name, 0))
+        return self._where[whole].path.name
 
     def files(self) -> dict[str, bytes]:
         return {name: files.read_bytes(self.path / name) for name in SIDECARS if files.is_regular(self.path / name)}
@@ -265,16 +268,25 @@ def write_model(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a plain model folder, tensor by tensor: `change(name, tensor)` gives the tensor to write, in `dtype` (by
-    default the tensor's own). Files are cut as the checkpoint's are; config, tokenizer and template go along."""
+    default the tensor's own). Files are cut as the checkpoint's are, and what its family fuses is fused again; config,
+    tokenizer and template go along."""
     model = empty_model(checkpoint)
     shard_of = getattr(checkpoint, "shard_of", lambda name: "model.safetensors")
     shards: dict[str, dict] = {}
-    for name in model.state_dict():
-        stored, shape = checkpoint.header[name]
-        shards.setdefault(shard_of(name), {})[name] = (files.NAMES[dtype] if dtype else stored, shape)
+    layout = fused.stored(model.config, model.state_dict())
+    for whole, names in layout.items():
+        kind = files.NAMES[dtype] if dtype else checkpoint.header[names[0]][0]
+        shapes = [checkpoint.header[name][1] for name in names]
+        shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        shards.setdefault(shard_of(names[0]), {})[whole] = (kind, shape)
+
+    def read(whole: str) -> torch.Tensor:
+        parts = [change(name, checkpoint.read(name)) for name in layout[whole]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     for shard, header in shards.items():
-        read = lambda name: change(name, checkpoint.read(name)).to(files.DTYPES[header[name][0]])  # noqa: B023, E731
-        files.write_safetensors(folder / shard, header, read, metadata={"format": "pt"})
+        converted = lambda name: read(name).to(files.DTYPES[header[name][0]])  # noqa: B023, E731
+        files.write_safetensors(folder / shard, header, converted, metadata={"format": "pt"})
     if list(shards) != ["model.safetensors"]:
         sizes = (
             files.DTYPES[kind].itemsize * torch.Size(shape).numel()
@@ -287,6 +299,9 @@ def write_model(
     for name, data in checkpoint.files().items():
         files.write_bytes(folder / name, data)
     config = dict(checkpoint.config)
+    if family := model.config.written_as:
+        config |= {"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"]}
+        config.pop("auto_map", None)  # to code that computes the family under its other name
     if dtype:
         for key in ("torch_dtype", "dtype"):
             if key in config:
