@@ -20,13 +20,20 @@ from gguf.quants import quantize
 from lora import files, folders
 from lora.errors import BadInput, BadNumbers, say
 from lora.model.config import ModelConfig, RopeScaling
-from lora.model.decoder import inverse_frequencies
 from lora.model.families import FAMILIES
 from lora.model.gguf import (
-    ARCHITECTURES, CHUNK, ROPE_FREQS, ROTATED, Architecture, gguf_name, hub_names, to_neighbours,
+    ARCHITECTURES,
+    CHUNK,
+    ROPE_FREQS,
+    ROTATED,
+    Architecture,
+    gguf_name,
+    hub_names,
+    to_neighbours,
 )  # fmt: skip
 from lora.model.gguf_vocab import tokenizer_metadata
 from lora.model.pretrained import Checkpoint, empty_model
+from lora.model.rope import inverse_frequencies
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 FLOATS = {F32: torch.float32, F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
