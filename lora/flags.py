@@ -110,6 +110,7 @@ TRAIN = (
     Setting("init_adapter", str, None, "start from an adapter: rank, alpha and targets are its own",
             alias="--previous_lora_weights"),
     Setting("no_verify", bool, False, "start from an adapter that was made on another base"),
+    Setting("full", bool, False, "train every weight, in float32, instead of an adapter: the result is a whole model"),
     Setting("rank", int, 16, "rank of the adapter", **between(1, 65536)),
     Setting("alpha", float, 32.0, "the adapter counts alpha / rank times", **between(1e-6, 1e6)),
     Setting("dropout", float, 0.0, "dropout before the adapter", "from 0 to below 1", lambda value: 0 <= value < 1),
@@ -118,7 +119,8 @@ TRAIN = (
         "a name, or re: and a regular expression", _is_target, many=True,
     ),
     Setting(
-        "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model",
+        "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model; a tenth of "
+        "that with --full",
         "above 0, up to 1", lambda value: 0 < value <= 1,
     ),
     Setting("epochs", int, None, "times through the data; 3, or as many as give 50 steps", free=True,
@@ -211,4 +213,5 @@ EVALUATE = (
     Setting("no_verify", bool, False, "use adapters on another base than they were trained on"),
 )  # fmt: skip
 
+OF_ADAPTERS = ("init_adapter", "no_verify", "rank", "alpha", "dropout", "target", "adapter_dtype")  # nothing to --full
 ONE_OF_TWO = (("epochs", "max_steps"), ("system", "no_system"))

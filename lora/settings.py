@@ -131,5 +131,5 @@ def to_save(table: Sequence[Setting], values: SimpleNamespace) -> dict:
 
 
 def changed(table: Sequence[Setting], before: dict, now: SimpleNamespace) -> list[str]:
-    """The names of settings that decide what is learned and are not what they were."""
-    return [s.name for s in table if s.saved and not s.free and before.get(s.name) != getattr(now, s.name)]
+    """The names of settings that decide what is learned and are not what they were; a new one had its default."""
+    return [s.name for s in table if s.saved and not s.free and before.get(s.name, s.default) != getattr(now, s.name)]
