@@ -2,6 +2,7 @@
 
 python train.py                                     a new identity for a 135M model, in about two minutes
 python train.py --data chats.jsonl --model owner/name --rank 32 --epochs 2
+python train.py --full                              every weight in place of an adapter, to compare
 python train.py --resume --out weights/chats        go on with a run that was stopped or killed
 """
 
@@ -14,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from itertools import count, islice, takewhile
 from pathlib import Path
 
@@ -28,10 +30,10 @@ from lora.data import batch, preview
 from lora.data.sources import lint_report, numbered
 from lora.errors import BadInput, BadNumbers, StopFlag, Stopped, say
 from lora.model import download, pretrained
-from lora.run import adapter
+from lora.run import adapter, full
 from lora.run.examine import Examination, Interrupted, question_text
 from lora.run.plan import Plan, make_plan
-from lora.run.results import HOLDS, METRICS, REPORT, WROTE, Results
+from lora.run.results import METRICS, REPORT, WROTE, Results, holds, saved
 from lora.run.resume import Resumed, resume, where_computed
 from lora.train import checkpoint, ranks, stopping
 from lora.train.loss import summed_loss
@@ -70,12 +72,13 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
         if resumed:
             resumed.tell()
         else:
-            if team.main and folders.recover(out, lambda: (out / store.WEIGHTS).exists() or checkpoint.steps(out)):
+            if team.main and folders.recover(out, lambda: saved(out)):
                 say(f"note     a run that was to replace the one in {out} was killed before it saved: that one is back")
-            folders.check_out(out, s.overwrite, WROTE, HOLDS)
+            folders.check_out(out, s.overwrite, WROTE, holds(out))
         say(f"run      {out}")
         plan = make_plan(s, team, made, resumed and resumed.path)
         plan.tell(s)
+        plan.check_base(out)
         plan.check_room(out, s)
         if resumed:
             resumed.check(plan, s, team)
@@ -87,12 +90,13 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
             else:
                 load_model = pretrained.load_model
                 machine.keep_memory(team.device)
-            model = load_model(plan.base, getattr(torch, s.dtype), team.device)
+            model = load_model(plan.base, torch.float32 if s.full else getattr(torch, s.dtype), team.device)
             torch.manual_seed(s.seed)
-            start = resumed.path if resumed else s.init_adapter
-            inject(model, **adapter.arguments(s, given=start is not None))
-            if start:
-                store.restore(model, start)
+            if not s.full:
+                start = resumed.path if resumed else s.init_adapter
+                inject(model, **adapter.arguments(s, given=start is not None))
+                if start:
+                    store.restore(model, start)
             if s.compile:
                 model.compile_blocks()
                 say("compile  the first step takes a minute or two longer")
@@ -105,6 +109,14 @@ def check(s) -> None:
         problems.append("contradiction in the command line: --resume and --overwrite. Give one of them")
     if s.compile and s.fsdp:
         problems.append("contradiction in the command line: --compile and --fsdp. Leave out one of them")
+    if s.full and s.fsdp:
+        problems.append("contradiction in the command line: --full and --fsdp, which is for a base that is only read. "
+                        "Leave out one of them")  # fmt: skip
+    if s.full and (given := [name for name in flags.OF_ADAPTERS if name in s.given]):
+        them = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        problems.append(f"contradiction in the command line: --full makes no adapter to have {them}. Leave them out")
+    if s.full:
+        vars(s).update(dict.fromkeys(flags.OF_ADAPTERS))
     if s.patience and not (s.eval_data or s.eval_fraction):
         problems.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
     if problems:
@@ -127,8 +139,11 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
         )
 
     objective, lengths = objective_of(model, s), plan.examples.lengths
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masters = full.Masters(model, getattr(torch, s.dtype)) if s.full else None
+    parameters = masters.by_name if masters else {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizer_of(groups(parameters, s), s, team.device)
+    if masters:
+        masters.follow(optimizer)
     if resumed:
         state = resumed.state
         checkpoint.load_optimizer(resumed.path, optimizer, parameters)
@@ -142,6 +157,8 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     examination.begin(state)
     with disabled(model):
         before = examination.ask()
+    if masters and resumed:  # until here the model was the base
+        masters.restore(resumed.path)
     results = Results(model, plan, s, out, state, optimizer, parameters) if team.main else None
     steps, first = islice(plan.steps(s), state.step, None), state.step
     with (
@@ -178,6 +195,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
                 record.skip(state.step, lr, f"{found.why}; {state.skipped} of --skip-nonfinite {s.skip_nonfinite}")
         record.close()
         model.eval()
+        kind = "model" if s.full else "adapter"
 
         # ---- what is left of it
         if signal and state.step == first:
@@ -189,15 +207,17 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
         say(f"saved    {out} after {state.step} steps, {spent}")
         if best is not None:
             what, last_one = "best" if examination.has_loss else "kept", checkpoint.at(out, state.step)
-            say(f"{what}     step {best}: that is the adapter in {out}; the last one is {last_one}")
+            say(f"{what}     step {best}: that is the {kind} in {out}; the last one is {last_one}")
         if signal:
             again = shlex.join(["python", "train.py", "--resume", "--out", str(out)])
-            note = f"stopped after step {state.step} of {plan.total}; the adapter so far is saved. Go on with: {again}"
+            note = f"stopped after step {state.step} of {plan.total}; the {kind} so far is saved. Go on with: {again}"
             raise Stopped(signal, note)
         if best is not None:
             if team.main:
-                store.restore(model, checkpoint.at(out, best))
+                (masters.restore if masters else partial(store.restore, model))(checkpoint.at(out, best))
             team.spread(parameters.values())
+            if masters:
+                masters.show()
         try:
             after = examination.ask()
         except Interrupted:
@@ -209,7 +229,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
     # ---- what changed
     if team.main:
         show(asked, before.texts, after.texts)
-        say(f"\nTry it:  python generate.py --adapter {shlex.quote(str(out))}")
+        say(f"\nTry it:  python generate.py --{kind} {shlex.quote(str(out))}")
         if ended != FINISHED:
             say(f"ended    after step {state.step} of {plan.total}: {ended}")
     return 0

@@ -135,6 +135,7 @@ TRAIN = (
     Setting("init_adapter", str, None, "start from an adapter: rank, alpha and targets are its own",
             alias="--previous_lora_weights"),
     Setting("no_verify", bool, False, "start from an adapter that was made on another base"),
+    Setting("full", bool, False, "train every weight, in float32, instead of an adapter: the result is a whole model"),
     Setting("rank", int, 16, "rank of the adapter", **between(1, 65536)),
     Setting("alpha", float, 32.0, "the adapter counts alpha / rank times", **between(1e-6, 1e6)),
     Setting("dropout", float, 0.0, "dropout before the adapter", "from 0 to below 1", lambda value: 0 <= value < 1),
@@ -153,7 +154,8 @@ TRAIN = (
     Setting("dora", bool, False, "train the length of each weight's rows apart from their direction"),
     Setting("lr_ratio_b", float, 1.0, "lora_B learns so many times as fast as the rest (LoRA+)", **between(1e-3, 1e4)),
     Setting(
-        "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model",
+        "lr", float, None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model; a tenth of "
+        "that with --full",
         "above 0, up to 1", lambda value: 0 < value <= 1,
     ),
     Setting("epochs", int, None, "times through the data; 3, or as many as give 50 steps", free=True,
@@ -266,4 +268,8 @@ EVALUATE = (
     Setting("no_verify", bool, False, "use adapters on another base than they were trained on"),
 )  # fmt: skip
 
+OF_ADAPTERS = (  # nothing to --full
+    "init_adapter", "no_verify", "rank", "alpha", "dropout", "target", "layers", "rank_pattern", "alpha_pattern", "init",
+    "rslora", "dora", "lr_ratio_b", "adapter_dtype",
+)  # fmt: skip
 ONE_OF_TWO = (("epochs", "max_steps"), ("system", "no_system"))

@@ -137,5 +137,6 @@ def decisive(table: Sequence[Setting], values: SimpleNamespace) -> dict:
 
 
 def changed(table: Sequence[Setting], before: dict, now: SimpleNamespace) -> list[str]:
-    """The names of those that are not what they were."""
-    return [name for name, value in decisive(table, now).items() if before.get(name) != value]
+    """The names of those that are not what they were; a new one had its default."""
+    known = {s.name: s.default for s in table} | before
+    return [name for name, value in decisive(table, now).items() if known[name] != value]

@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def settings(**changes) -> SimpleNamespace:
     known = {"rank": 5, "dtype": "float32", "adapter_dtype": "float32", "device": "cpu", "dropout": 0.0,
              "micro_tokens": 2048, "checkpoint_activations": False, "overlong": "drop", "epochs": 3,
-             "max_steps": None, "dora": False, "init": "kaiming"}  # fmt: skip
+             "max_steps": None, "dora": False, "init": "kaiming", "full": False}  # fmt: skip
     return SimpleNamespace(**known | changes)
 
 

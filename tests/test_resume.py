@@ -320,6 +320,7 @@ def test_every_setting_that_decides_what_is_learned_is_tried():
         "no_system",
         "init_adapter",
         "no_verify",
+        "full",
     }  # change nothing here by themselves
     assert tried | alone == {s.name for s in flags.TRAIN if s.saved and not s.free}
 
@@ -685,7 +686,7 @@ def test_a_signal_after_the_last_step_leaves_a_run_that_is_done(tmp_path):
 def test_where_nothing_is_within_the_limit_it_is_said_that_the_adapter_is_the_last_one(tmp_path):
     argv = ("--max-forgetting", 0.0, "--eval-every", 2, "--retention", ordinary())
     done = train("out", *argv, cwd=tmp_path)
-    assert done.code == 0 and done.err.rstrip().endswith("none was within it, so the adapter is the last one")
+    assert done.code == 0 and done.err.rstrip().endswith("none was within it, so the last one is kept")
 
 
 def test_a_run_remembers_its_device(tmp_path, whole):

@@ -150,6 +150,8 @@ def read_config(folder: Path) -> LoRAConfig:
     if not folder.is_dir() or not path.exists():
         inner = sorted(p.parent for pattern in ("*/", "checkpoints/*/") for p in folder.glob(pattern + CONFIG))
         hint = f"Did you mean {inner[-1]}?" if inner else "Give a folder that train.py or PEFT wrote"
+        if (folder / "config.json").exists():
+            hint = "It is a whole model, with nothing to merge: give it as --model"
         raise BadInput(f"missing adapter in {folder}: there is no {CONFIG}. {hint}")
     raw, problems = files.read_json(path), []
     for key, value in raw.items():

@@ -32,17 +32,15 @@ TEMPLATE = """\
 {% for key, value in front.items() %}
 {{ key }}: {{ value }}
 {% endfor %}
+{% if lora %}
 tags:
 - lora
+{% endif %}
 ---
 
 # {{ title }}
 
-{% if adapter %}
-A LoRA adapter for {{ base }}. With the program that made it:
-{% else %}
-This is {{ base }} with a LoRA adapter merged into its weights. With the program that made it:
-{% endif %}
+{{ what }}. With the program that made it:
 
 ```
 {{ command }}
@@ -98,21 +96,29 @@ def made_in(folder: Path) -> Made | None:
     return None
 
 
-def write_adapter(folder: Path, base: Checkpoint, made: Made) -> None:
-    """The card of the adapter in `folder`."""
-    command = ("generate.py", "--adapter", Path(folder).name)
-    _write(folder, Path(folder).name, base, made, command, _sections(made), adapter=True)
+def write_adapter(folder: Path, name: str, base: Checkpoint, made: Made | None) -> None:
+    """The card of the adapter in `folder`, to be called `name`."""
+    _write(folder, name, base, made, "A LoRA adapter for {}", ("generate.py", "--adapter", name), adapter=True)
+
+
+def write_full(folder: Path, name: str, base: Checkpoint, made: Made) -> None:
+    """The card of the model in `folder`, to be called `name`, all of whose weights were trained."""
+    what = "This is {}, of which every weight was trained further"
+    _write(folder, name, base, made, what, ("generate.py", "--model", name), lora=False)
 
 
 def write_merged(folder: Path, name: str, base: Checkpoint, made: Made | None, receipt: Iterable = ()) -> None:
     """The card of the merged model in `folder`, to be called `name`; `receipt` has rows (what, value)."""
-    sections = _sections(made) if made else {}
-    if receipt := list(receipt):
-        sections["What merging changed"] = table(("what", "value"), receipt)
-    _write(folder, name, base, made, ("generate.py", "--model", name), sections, adapter=False)
+    what = "This is {} with a LoRA adapter merged into its weights"
+    sections = {"What merging changed": table(("what", "value"), rows)} if (rows := list(receipt)) else {}
+    _write(folder, name, base, made, what, ("generate.py", "--model", name), sections)
 
 
-def _write(folder: Path, name: str, base: Checkpoint, made: Made | None, command, sections: dict, adapter: bool):
+def _write(
+    folder: Path, name: str, base: Checkpoint, made: Made | None, what: str, command: tuple[str, ...],
+    sections: dict | None = None, adapter: bool = False, lora: bool = True,
+):  # fmt: skip
+    """`what` has a place for the base; `sections` come after those of a training."""
     known = base.hub_id if HUB_ID.fullmatch(base.hub_id) else None
     front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     front |= {"base_model": known, "license": license_of(base)}
@@ -122,12 +128,13 @@ def _write(folder: Path, name: str, base: Checkpoint, made: Made | None, command
     text = text.render(
         front={key: json.dumps(value) for key, value in front.items() if value},
         title=code(name),
-        base=f"[{known}](https://huggingface.co/{known})" if known else "a base model that is on no hub",
+        what=what.format(f"[{known}](https://huggingface.co/{known})" if known else "a base model that is on no hub"),
         base_id=json.dumps(known or "FOLDER OF THE BASE MODEL"),
         command=one_line(shlex.join(("python", *command))),
         system=turn,
-        sections=sections,
+        sections=(_sections(made) if made else {}) | (sections or {}),
         adapter=adapter,
+        lora=lora,
     )
     files.write_bytes(Path(folder) / FILE, text.encode())
 

@@ -15,8 +15,9 @@ from lora.adapter.several import common_base, try_on
 from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.model import pretrained
+from lora.run import card
 
-FILES = (store.WEIGHTS, store.CONFIG, store.PASSPORT, passport.TEMPLATE)
+FILES = (store.WEIGHTS, store.CONFIG, store.PASSPORT, passport.TEMPLATE, card.FILE)
 COMMON = ("out", "overwrite", "rank", "energy")
 BELONGS = {"combine": ("combine", "model", "no_verify", *COMMON), "extract": ("extract", *COMMON)}
 MOST_NAMES = 5  # of tensors in one line
@@ -213,6 +214,7 @@ def write(model, maps: dict[str, algebra.Factors], s, checkpoint, chat: dict, te
     with folders.new_folder(Path(s.out), s.overwrite) as folder:
         if template is not None:
             files.write_bytes(folder / passport.TEMPLATE, template)
+        card.write_adapter(folder, Path(s.out).name, checkpoint, None)
         store.save(model, folder, checkpoint.hub_id, papers, "CAUSAL_LM")
     say(f"saved    {s.out}, {described({path: layer.rank for path, layer in layers.items()})}")
     return 0

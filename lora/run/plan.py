@@ -14,6 +14,7 @@ import torch
 from lora import device as machine
 from lora import folders
 from lora.adapter import passport
+from lora.adapter.inject import choose
 from lora.data import batch, preview
 from lora.data.encode import Encoded
 from lora.data.retention import retention_batches
@@ -29,6 +30,7 @@ from lora.train.ranks import Team
 
 LEAST_STEPS = 50
 LR_TIMES_WIDTH = 1.15  # Adam's best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466); 0.002 at width 576
+FULL_LR = 0.1  # times that of an adapter (Schulman et al. 2025, https://thinkingmachines.ai/blog/lora)
 
 
 @dataclass
@@ -65,12 +67,20 @@ class Plan:
         return batch.steps(sizes, s.batch_size, s.seed, self.total, self.sources.weights, shares)
 
     def in_adapter(self, s: SimpleNamespace) -> int:
-        """The number of the adapter's parameters."""
+        """The number of parameters that train: the adapter's."""
+        if s.full:
+            return sum(p.numel() for p in self.empty.parameters())
         return memory.in_adapter(self.empty, self.targets, s.dora)
+
+    def check_base(self, out: Path) -> None:
+        """Raises BadInput where --overwrite would delete the base."""
+        place = getattr(self.base, "path", None)
+        if place and out.resolve() in (place.resolve(), *place.resolve().parents):
+            raise BadInput(f"wrong --out in {out}: it holds {place}, which is read. Choose another folder")
 
     def check_room(self, out: Path, s: SimpleNamespace) -> None:
         """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""
-        in_adapter = self.in_adapter(s) * getattr(torch, s.adapter_dtype).itemsize
+        in_adapter = self.in_adapter(s) * getattr(torch, s.adapter_dtype or "float32").itemsize
         size = checkpoint.size(in_adapter) + in_adapter * (s.init == "pissa")  # which saves its frozen start, too
         most = math.ceil(self.total / int(s.save_every)) if s.save_every.isdecimal() else 2
         count = max(1, min(s.keep, most))
@@ -86,9 +96,14 @@ class Plan:
         share, linears = 100 * in_adapter / (in_base + in_adapter), f"{len(self.targets)} linears"
         epochs = f"{self.total / self.per_epoch:.3g} epochs"
         say(f"base     {in_base / 1e6:,.1f} M parameters in {s.dtype} on {s.device} ({self.why_dtype})")
-        say(f"adapter  {in_adapter / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {s.rank}, {linears}")
-        for line in adapter.table(s, self.empty, self.targets):
-            say(line)
+        if s.full:
+            say("full     all of them train, in float32, as AdamW's moments are")
+            if s.system or s.no_system:
+                say("note     a whole model does not remember its system turn: give generate.py the same flag")
+        else:
+            say(f"adapter  {in_adapter / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {s.rank}, {linears}")
+            for line in adapter.table(s, self.empty, self.targets):
+                say(line)
         say(f"examples {len(self.examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
         say(f"plan     {self.total} steps of {s.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
         if not s.fsdp:
@@ -133,7 +148,7 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resum
     chat = pretrained.load_chat(base, False if s.no_system else s.system, template, date.fromisoformat(s.date))
     if s.init_adapter and not resumed:
         passport.verify_chat(s.init_adapter, base.name, chat.tokenizer, chat.template.source, s.no_verify)
-    targets = adapter.ranks(s, empty)
+    targets = dict.fromkeys(choose(empty), 0) if s.full else adapter.ranks(s, empty)
     s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
     sources = read_sources(s, chat, download.dataset_file, made)
     examples = sources.examples
@@ -142,7 +157,7 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resum
     if s.max_steps is None:
         s.epochs = s.epochs or max(3, math.ceil(LEAST_STEPS / per_epoch))
     total = s.max_steps or s.epochs * per_epoch
-    s.lr = s.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size, 6)
+    s.lr = s.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size * (FULL_LR if s.full else 1), 6)
     warmup = int(s.warmup if s.warmup >= 1 else s.warmup * total)
     step_tokens = batch.tokens_per_step([p.lengths for p in sources.data], s.batch_size, sources.weights,
                                         [(p.lengths, share) for p, share in sources.replays])  # fmt: skip

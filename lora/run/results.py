@@ -4,11 +4,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from lora import files, flags, folders, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.data.sources import numbered
-from lora.run import card
+from lora.model import pretrained
+from lora.run import card, full
 from lora.run.card import METRICS, SETTINGS
 from lora.run.plan import Plan
 from lora.train import checkpoint, report, stopping
@@ -16,8 +19,27 @@ from lora.train.record import Record, draw
 
 PICTURE, REPORT = "loss.png", "report.md"
 ADAPTER = (passport.TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
+MODEL = (*pretrained.SIDECARS, "model.safetensors", "model.safetensors.index.json", "config.json")  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (*ADAPTER, METRICS, PICTURE, REPORT, card.FILE, checkpoint.FOLDER)  # and these are all that it may hold besides
+HOLDS = (
+    *ADAPTER,
+    *MODEL,
+    METRICS,
+    PICTURE,
+    REPORT,
+    card.FILE,
+    checkpoint.FOLDER,
+)  # and these are all that it may hold besides
+
+
+def holds(out: Path) -> list[str]:
+    """The names that a run's folder may hold."""
+    return [*HOLDS, *(shard.name for shard in out.glob("model-*-of-*.safetensors"))]
+
+
+def saved(out: Path) -> bool:
+    """Has a run in this folder got as far as to save something?"""
+    return bool(checkpoint.steps(out)) or any((out / name).exists() for name in (store.WEIGHTS, "config.json"))
 
 
 class Results:
@@ -64,7 +86,7 @@ class Results:
             return
         self.state.rows = len(record.rows)
         files.sync(self.out / METRICS)
-        checkpoint.save(self.out, self.state, self.optimizer, self.parameters, self._write_adapter)
+        checkpoint.save(self.out, self.state, self.optimizer, self.parameters, self._write)
         self.saved, self.last = self.state.step, time.monotonic()
         for step in self.later:  # of the run before it was gone on with from an earlier checkpoint
             if step > self.state.step and checkpoint.at(self.out, step).exists():
@@ -78,15 +100,20 @@ class Results:
         seen = ([row for row in rows if row["step"] <= step] for step in checkpoint.ours(self.out)[-self.s.keep :])
         checkpoint.prune(self.out, self.s.keep, {stopping.best(part, most) for part in seen} - {None})
 
-    def _write_adapter(self, folder: Path) -> None:
+    def _write(self, folder: Path) -> None:
+        """What was learned, into a folder."""
+        if self.s.full:
+            return full.write(self.plan.base, folder, self.parameters, self.plan.chat.template.source)
         files.write_bytes(folder / passport.TEMPLATE, self.plan.chat.template.source.encode())
         papers = self.papers | {"step": self.state.step}
         store.save(self.model, folder, self.plan.base.hub_id, papers, "CAUSAL_LM")
 
     def publish(self, record: Record, ended: str) -> None:
-        """The best adapter, or without evaluations the last one, under the run's own name; settings, picture, card."""
-        if self.best is None:
-            self._write_adapter(self.out)
+        """The best adapter or model, or without evaluations the last, in the run's own folder; settings, picture, card."""
+        if self.s.full:
+            full.publish(checkpoint.at(self.out, self.best or self.state.step), self.out, getattr(torch, self.s.dtype))
+        elif self.best is None:
+            self._write(self.out)
         else:
             for name in ADAPTER:
                 source = checkpoint.at(self.out, self.best) / name
@@ -94,17 +121,17 @@ class Results:
         files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
         draw(record.rows, self.out / PICTURE, self._title(), self.best)
         made = card.Made(self.state.settings, record.rows, self.best or self.state.step)
-        card.write_adapter(self.out, self.plan.base, made)
+        (card.write_full if self.s.full else card.write_adapter)(self.out, self.out.name, self.plan.base, made)
 
     def report(self, record: Record, ended: str, answers) -> None:
         """`report.md`, with (question, before, after) of some answers."""
-        python, out = "python", str(self.out)
+        python, out, kind = "python", str(self.out), "--model" if self.s.full else "--adapter"
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
-            (python, "generate.py", "--adapter", out),
-            (python, "evaluate.py", "--adapter", out, "--data", *(self.s.eval_data or files_of(self.s) or ["FILE"])),
+            (python, "generate.py", kind, out),
+            (python, "evaluate.py", kind, out, "--data", *(self.s.eval_data or files_of(self.s) or ["FILE"])),
         ]
-        numbers = self.plan.numbers(self.s) | {"adapter parameters": f"{self.plan.in_adapter(self.s):,}"}
+        numbers = self.plan.numbers(self.s) | {"trained parameters": f"{self.plan.in_adapter(self.s):,}"}
         report.write(
             self.out / REPORT,
             self._title(),
@@ -118,7 +145,8 @@ class Results:
         )
 
     def _title(self) -> str:
-        return f"{self.out.name}: {self.plan.base.hub_id}, rank {self.s.rank}, {len(self.plan.examples)} examples"
+        what = "every weight" if self.s.full else f"rank {self.s.rank}"
+        return f"{self.out.name}: {self.plan.base.hub_id}, {what}, {len(self.plan.examples)} examples"
 
 
 def files_of(s) -> list[str]:

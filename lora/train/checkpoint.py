@@ -1,7 +1,7 @@
 """A run's state on disk: written whole, verified before it is believed.
 
     checkpoints/000050/               after 50 steps
-        adapter_model.safetensors ... a complete adapter, as the caller writes it
+        adapter_model.safetensors ... a complete adapter or model, as the caller writes it
         optimizer.safetensors         what the optimizer remembers: <parameter>.exp_avg, .exp_avg_sq, .step
         state.json                    `State`
         MANIFEST.json                 size and sha256 of every other file
@@ -63,11 +63,11 @@ def ours(run: Path) -> list[int]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(run: Path, state: State, optimizer, parameters: dict, write_adapter: Callable[[Path], None]) -> Path:
+def save(run: Path, state: State, optimizer, parameters: dict, write: Callable[[Path], None]) -> Path:
     """Write the checkpoint of a step; `parameters` are those of `optimizer` by name. Appears whole or not at all."""
     path = at(run, state.step)
     with folders.new_folder(path) as folder:
-        write_adapter(folder)
+        write(folder)
         _write_optimizer(folder / OPTIMIZER, optimizer, parameters)
         files.write_json(folder / STATE, asdict(state))
         found = {file.name: _seal(file) for file in sorted(folder.iterdir())}

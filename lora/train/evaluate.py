@@ -51,8 +51,9 @@ class Retention:
     """The meter of forgetting: call it, as often as wanted, and it says how far the model is from its base now.
 
     `trunk(batch)` gives the hidden states of a batch's trained positions (N, D), and those of the base inside `base()`;
-    `batch.targets` (N,) is what they should predict; `head_weight()` (V, D) is frozen. Of the base only hidden states
-    are kept, so a call costs one pass forward, and never a second model.
+    `batch.targets` (N,) is what they should predict; `head_weight()` (V, D) is frozen, or the base's while the meter is
+    made. Of the base only hidden states are kept, and a head that trains: fewer numbers than its logits from N > D on.
+    So a call costs one pass forward, and never a second model.
     """
 
     @torch.no_grad()
@@ -66,29 +67,32 @@ class Retention:
         self.trunk, self.head_weight, self.batches = trunk, head_weight, batches
         with base():
             self.of_base = [trunk(batch) for batch in batches]  # (N, D) each
+            head = head_weight()
+        self.head_of_base = head.clone() if head.requires_grad else None
 
     @torch.no_grad()
     def __call__(self, total: Total = list) -> Retained:
         sums = [0.0, 0.0, 0.0]
         for batch, of_base in zip(self.batches, self.of_base, strict=True):
             hidden = self.trunk(batch)
-            found = divergence(of_base, hidden, self.head_weight(), batch.targets)
+            found = divergence(of_base, hidden, self.head_weight(), batch.targets, head_of_base=self.head_of_base)
             sums = [a + b for a, b in zip(sums, found, strict=True)]
         *sums, count = total([*sums, sum(map(len, self.of_base))])
         return Retained(*(value / count for value in sums))
 
 
-def plain_divergence(of_base: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor):
-    """Hidden states of base and model (N, D), head (V, D), targets (N,) -> sums over all N positions, in float32 or
-    wider: KL(p_base || p_adapted), the base's loss, the model's loss."""
+def plain_divergence(of_base, hidden, head, targets, head_of_base: torch.Tensor | None = None):
+    """Hidden states of base and model (N, D), head (V, D), targets (N,), the base's head where it is another -> sums
+    over all N positions, in float32 or wider: KL(p_base || p_adapted), the base's loss, the model's loss."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    base, now = (F.log_softmax(states @ head.T, -1, dtype=wide) for states in (of_base, hidden))  # (N, V)
+    pairs = (of_base, head if head_of_base is None else head_of_base), (hidden, head)
+    base, now = (F.log_softmax(states @ weight.T, -1, dtype=wide) for states, weight in pairs)  # (N, V)
     losses = (-scores.gather(1, targets[:, None]).sum() for scores in (base, now))
     return ((base.exp() * (base - now)).sum().item(), *(loss.item() for loss in losses))
 
 
-def divergence(of_base, hidden, head, targets, rows: int = ROWS) -> list[float]:
+def divergence(of_base, hidden, head, targets, rows: int = ROWS, head_of_base=None) -> list[float]:
     """`plain_divergence` with the logits of `rows` positions at a time."""
     parts = zip(*(tensor.split(rows) for tensor in (of_base, hidden, targets)), strict=True)
-    sums = [plain_divergence(base, now, head, answers) for base, now, answers in parts]
+    sums = [plain_divergence(base, now, head, answers, head_of_base) for base, now, answers in parts]
     return [sum(column) for column in zip(*sums, strict=True)]

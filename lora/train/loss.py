@@ -1,6 +1,6 @@
 """Cross-entropy summed over trained tokens, in nats; the caller divides once by their number.
 
-L = Σ_t -log softmax(W h_t)[y_t]            ∂L/∂h_t = Wᵀ (softmax(W h_t) - onehot(y_t))
+L = Σ_t -log softmax(W h_t)[y_t]    e_t = softmax(W h_t) - onehot(y_t)    ∂L/∂h_t = Wᵀ e_t    ∂L/∂W = Σ_t e_t h_tᵀ
 """
 
 import torch
@@ -16,31 +16,38 @@ def plain_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) 
 
 
 def summed_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
-    """`plain_loss` for a frozen head, without ever holding all logits. Only pass positions that are trained."""
-    if head.requires_grad:
-        return plain_loss(hidden, head, targets)
+    """`plain_loss` without ever holding all logits. Only pass positions that are trained."""
     return _ChunkedLoss.apply(hidden, head, targets, rows)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradient of `hidden` is formed together with the loss, chunk by chunk, so no logits are kept for later."""
+    """The gradients are formed together with the loss, chunk by chunk, so no logits are kept for later. That of the
+    head adds up in float32 or wider."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, rows):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_head = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), rows):
             part, answers = hidden[start : start + rows], targets[start : start + rows, None]
             scores = F.log_softmax(part @ head.T, -1, dtype=wide)  # (rows, V)
             loss -= scores.gather(1, answers).sum()
-            if gradient is not None:
+            if any(ctx.needs_input_grad):
                 scores.exp_().scatter_add_(1, answers, scores.new_full(answers.shape, -1.0))  # softmax - onehot
-                torch.mm(scores.to(head.dtype), head, out=gradient[start : start + rows])
-        ctx.save_for_backward(gradient)
+                errors = scores.to(head.dtype)
+            if of_hidden is not None:
+                torch.mm(errors, head, out=of_hidden[start : start + rows])
+            if of_head is not None:
+                of_head += errors.T @ part  # (V, D)
+        ctx.save_for_backward(of_hidden, of_head)
+        ctx.dtype = head.dtype
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+        of_hidden, of_head = ctx.saved_tensors
+        of_hidden = None if of_hidden is None else of_hidden * upstream.to(of_hidden.dtype)
+        of_head = None if of_head is None else (of_head * upstream).to(ctx.dtype)
+        return of_hidden, of_head, None, None

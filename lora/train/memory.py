@@ -21,7 +21,7 @@ GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of 
 QUERIES, WEIGHTS = 128, {"cpu": 8 * 2**20}
 LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 NORMS = 3  # times a weight in float32: ΔW, W + ΔW, its squares
-ADAPTERS = 5  # the adapter, its gradients, Adam's two moments, and a copy from before the step
+ADAPTERS = 5  # the adapter or all masters, their gradients, Adam's two moments, and a copy from before the step
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
 # https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
@@ -56,6 +56,7 @@ def parts(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int
         backward = 2 * tokens * c.intermediate_size * size + 2 * row  # gradients on their way through an MLP
         logits = min(ROWS, tokens) * c.vocab_size * ((10 if size == 2 else 8) + 4 * (tokens > ROWS))
         loss = 3 * row + logits  # hidden states, the trained ones, their gradient
+        loss += s.full * c.vocab_size * c.hidden_size * (4 + 4 + size)  # gradient of the head: sum, scaled, rounded
         if s.checkpoint_activations or tokens > LONG * s.micro_tokens:  # a whole block is there only after the loss
             return {"blocks": row * len(blocks), "backward or the loss": max(max(blocks) + backward, loss)}
         return {"blocks": sum(blocks), "backward or the loss": max(backward, loss)}
@@ -64,13 +65,13 @@ def parts(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int
     batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, whole) if len(pool)]
     largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
     again = s.checkpoint_activations or len(whole) < len(lengths)
-    adapter = in_adapter(model, targets, s.dora)
-    copies = ADAPTERS + (s.init == "pissa")  # and its frozen start
+    base = sum(p.numel() for p in model.parameters())
+    trained = base * 4 if s.full else in_adapter(model, targets, s.dora) * getattr(torch, s.adapter_dtype).itemsize
     return {
         "runtime": RUNTIME.get(s.device, 0.0) + again * AGAIN.get(s.device, 0.0),
         "compiled kernels": compiled(s, lengths, batch_size),
-        "weights": sum(p.numel() for p in model.parameters()) * size,
-        "adapter and optimizer": copies * adapter * getattr(torch, s.adapter_dtype).itemsize,
+        "weights": base * size * (not s.full or size < 4),  # in float32 a weight is its own master
+        "adapter and optimizer": (ADAPTERS + (s.init == "pissa")) * trained,  # and its frozen start
         "norms of rows": 4 * NORMS * max(model.get_submodule(path).weight.numel() for path in targets) if s.dora else 0,
         **{name: growth * value for name, value in largest.items()},
     }
@@ -134,7 +135,7 @@ def kept(c, targets: Mapping[str, int], s, documents: list[int]) -> list[float]:
     }
     widths = {"q_proj": heads, "k_proj": kv, "v_proj": kv, "o_proj": hidden}
     widths |= {"gate_proj": inner, "up_proj": inner, "down_proj": hidden}
-    blocks, started = [], False
+    blocks, started = [], s.full
     for index in range(c.num_hidden_layers):
         blocks.append(0.0)
         for half, (always, inputs) in halves.items():

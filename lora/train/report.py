@@ -53,7 +53,7 @@ def write(
         rows = ([mark, *line] for mark, line in zip(marks, values, strict=True))
         lines += ["", "## Evaluations", "", *table(("step", *(what[key] for key in keys)), rows)]
     lines += ["", "## What changed", "", *table(("asked", "before", "after"), answers)]
-    lines += ["", "## Data and adapter", "", *table(("what", "value"), numbers.items())]
+    lines += ["", "## Data and parameters", "", *table(("what", "value"), numbers.items())]
     used = {name: value for name, value in settings.items() if value is not None and value is not False}
     lines += ["", "## Settings", "", *table(("setting", "value"), used.items())]
     lines += ["", "## Again", "", "```", *(shlex.join(map(str, command)) for command in commands), "```", ""]

@@ -27,7 +27,7 @@ def why_end(evaluations: Sequence[dict], patience: int | None = None, most: floa
     rows = [row for row in evaluations if row["step"] > 0]
     if rows and _forgot(rows[-1], most):
         forgot, step = rows[-1]["retention_kl"], rows[-1]["step"]
-        else_ = "" if best(rows, most) else "; none was within it, so the adapter is the last one"
+        else_ = "" if best(rows, most) else "; none was within it, so the last one is kept"
         return f"{forgot:.3f} nats forgotten by step {step}, over --max-forgetting {most:g}{else_}"
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     if patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
