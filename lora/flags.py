@@ -269,7 +269,7 @@ EVALUATE = (
 )  # fmt: skip
 
 OF_ADAPTERS = (  # nothing to --full
-    "init_adapter", "no_verify", "rank", "alpha", "dropout", "target", "layers", "rank_pattern", "alpha_pattern", "init",
-    "rslora", "dora", "lr_ratio_b", "adapter_dtype",
+    "init_adapter", "no_verify", "rank", "alpha", "dropout", "target", "layers", "rank_pattern", "alpha_pattern",
+    "init", "rslora", "dora", "lr_ratio_b", "adapter_dtype",
 )  # fmt: skip
 ONE_OF_TWO = (("epochs", "max_steps"), ("system", "no_system"))

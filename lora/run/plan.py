@@ -19,7 +19,7 @@ from lora.data import batch, preview
 from lora.data.encode import Encoded
 from lora.data.retention import retention_batches
 from lora.data.sources import Sources, named, read_sources, trained_rows
-from lora.errors import is_out_of_memory, out_of_memory, say
+from lora.errors import BadInput, is_out_of_memory, out_of_memory, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.decoder import Model

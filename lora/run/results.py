@@ -29,7 +29,7 @@ HOLDS = (
     REPORT,
     card.FILE,
     checkpoint.FOLDER,
-)  # and these are all that it may hold besides
+)  # and may hold these
 
 
 def holds(out: Path) -> list[str]:
@@ -109,7 +109,7 @@ class Results:
         store.save(self.model, folder, self.plan.base.hub_id, papers, "CAUSAL_LM")
 
     def publish(self, record: Record, ended: str) -> None:
-        """The best adapter or model, or without evaluations the last, in the run's own folder; settings, picture, card."""
+        """The best adapter or model, or without evaluations the last, in the run's own folder; settings and card."""
         if self.s.full:
             full.publish(checkpoint.at(self.out, self.best or self.state.step), self.out, getattr(torch, self.s.dtype))
         elif self.best is None:
