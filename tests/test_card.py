@@ -41,7 +41,7 @@ def read(folder) -> tuple[dict, str]:
 def adapter_card(tmp_path, name="heron", made=MADE, **base):
     folder = tmp_path / name
     folder.mkdir()
-    card.write_adapter(folder, base_of(**base), made)
+    card.write_adapter(folder, name, base_of(**base), made)
     return read(folder)
 
 
