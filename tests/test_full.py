@@ -211,7 +211,17 @@ def metrics(out) -> list[dict]:
 def test_the_folder_is_a_plain_model_and_so_is_every_checkpoint(runs):
     folders = [f"checkpoints/{step:06d}" for step in (4, 5)]
     inner = [f"{folder}/{name}" for folder in folders for name in CHECKPOINT]
-    made = ["settings.json", "metrics.jsonl", "loss.png", "report.md", *BESIDE, "checkpoints", *folders, *inner]
+    made = [
+        "settings.json",
+        "metrics.jsonl",
+        "loss.png",
+        "report.md",
+        "README.md",
+        *BESIDE,
+        "checkpoints",
+        *folders,
+        *inner,
+    ]
     assert sorted(cli.tree(runs / "plain")) == sorted(made)
     config = json.loads((runs / "evaluated" / "config.json").read_text())
     assert config == json.loads((cli.model_folder() / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
@@ -334,7 +344,7 @@ def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
     trained = list(masters.by_name.values())
     held = [*trained, *(p.grad for p in trained), *moments, *(p.clone() for p in trained)]  # and what was before
     own = {p.untyped_storage().data_ptr(): p.nbytes for p in (*held, *model.parameters())}
-    found = memory.parts(*arguments(dtype=name_of(dtype), full=True, rank=None, adapter_dtype=None))
+    found = memory.parts(*arguments(dtype=name_of(dtype), full=True, rank=0, adapter_dtype=None))
     assert found["weights"] + found["adapter and optimizer"] == sum(own.values())
 
 
@@ -343,7 +353,7 @@ def test_what_blocks_keep_is_what_autograd_saves(dtype):
     model = tiny_model(F32, hidden_size=48, intermediate_size=112, head_dim=8)
     Masters(model, dtype)
     c, lengths = model.config, [90, 40, 1]
-    targets = [name.removesuffix(".weight") for name, _ in model.named_parameters() if "proj" in name]
+    targets = dict.fromkeys((n.removesuffix(".weight") for n, _ in model.named_parameters() if "proj" in n), 0)
     found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=None), lengths))
     beside = sum(lengths) * (2 * c.head_dim * dtype.itemsize + 4 * (c.hidden_size + 1) + 8)  # as for adapters; tokens
     saved = kept_bytes(model, lengths) - beside

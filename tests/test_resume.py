@@ -303,25 +303,20 @@ def test_metrics_that_were_lost_do_not_stop_a_run(tmp_path, whole):
 
 # ---- what must be as it was ------------------------------------------------------------------------------------------
 
-IDENTITY = [  # a flag and another value than the run has
+IDENTITY = [  # a flag, and another value than the run has
     ("--rank", 5), ("--alpha", 3), ("--dropout", 0.3), ("--lr", 0.01), ("--batch-size", 4), ("--seed", 1),
     ("--micro-tokens", 64), ("--warmup", 3), ("--schedule", "linear"), ("--weight-decay", 0.1), ("--clip", 2),
     ("--target", "attention"), ("--train-on", "last"), ("--overlong", "error"), ("--max-len", 200),
     ("--system", "Be kind."), ("--template", "plain"), ("--date", "2025-02-01"), ("--adapter-dtype", "bfloat16"),
-    ("--dtype", "bfloat16"), ("--eval-fraction", 0.5),
+    ("--dtype", "bfloat16"), ("--eval-fraction", 0.5), ("--layers", "0"), ("--rank-pattern", "q_proj=3"),
+    ("--alpha-pattern", "q_proj=3"), ("--init", "gaussian"), ("--lr-ratio-b", 4), ("--rslora",), ("--dora",),
 ]  # fmt: skip
 
 
 def test_every_setting_that_decides_what_is_learned_is_tried():
-    tried = {flag.removeprefix("--").replace("-", "_") for flag, _ in IDENTITY}
-    alone = {
-        "prompt_key",
-        "response_key",
-        "no_system",
-        "init_adapter",
-        "no_verify",
-        "full",
-    }  # change nothing here by themselves
+    tried = {flag.removeprefix("--").replace("-", "_") for flag, *_ in IDENTITY}
+    # these change nothing here by themselves
+    alone = {"prompt_key", "response_key", "no_system", "init_adapter", "no_verify", "full"}
     assert tried | alone == {s.name for s in flags.TRAIN if s.saved and not s.free}
 
 
@@ -331,16 +326,16 @@ def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path,
     done = go_on(*(word for pair in IDENTITY for word in pair), cwd=tmp_path)
     assert done.code == 2
     lines = "\n".join(done.errors)
-    shown = [flag for flag, _ in IDENTITY if f"changed {flag} in the command line" in lines]
-    assert len(done.errors) == 21 and len(shown) == 20 and "and 2 more" in lines  # the data differ, too
+    shown = [flag for flag, *_ in IDENTITY if f"changed {flag} in the command line" in lines]
+    assert len(done.errors) == 21 and len(shown) == 20 and "and 9 more" in lines  # the data differ, too
     assert cli.tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(("flag", "value"), IDENTITY)
-def test_a_changed_setting_is_named(flag, value):
-    s = settings.resolve(flags.TRAIN, [flag, str(value)], "")
+@pytest.mark.parametrize("words", IDENTITY, ids=lambda words: words[0])
+def test_a_changed_setting_is_named(words):
+    s = settings.resolve(flags.TRAIN, [str(word) for word in words], "")
     old = settings.to_save(flags.TRAIN, settings.resolve(flags.TRAIN, [], ""))
-    name = flag.removeprefix("--").replace("-", "_")
+    name = words[0].removeprefix("--").replace("-", "_")
     assert settings.changed(flags.TRAIN, old, s) == [name]
 
 
