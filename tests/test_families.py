@@ -21,6 +21,8 @@ from lora.model.gguf import GGUFCheckpoint
 from lora.model.linear import prepared
 from lora.model.pretrained import FolderCheckpoint, find, load_model, write_model
 from tests import oracle
+from tests.cli import SIZES, ask, call, train
+from tests.cli import write_model as write_base
 from tests.helpers import close, far, patched, randomise, same, snapshot, some_tokens, tiny_config
 from tests.test_gguf import converters_permutation, write
 
@@ -383,3 +385,21 @@ def test_gguf_files_whose_tokenizer_is_not_implemented_are_refused_by_architectu
     with pytest.raises(BadInput) as refused:
         GGUFCheckpoint(write(tmp_path / "model.gguf", arch))
     assert "general.architecture" in str(refused.value) and arch in str(refused.value)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["phi3", "baichuan"])
+def test_what_is_trained_answers_the_same_merged(kind, tmp_path):
+    folder = write_base(tmp_path / "base")
+    raw = family_config(kind) | {"vocab_size": SIZES["vocab_size"], "eos_token_id": 2}
+    model = model_of(raw, dtype=torch.float32)
+    (folder / "config.json").write_text(json.dumps(raw))
+    write_tensors(folder / "model.safetensors", on_disk(model), {"format": "pt"})
+    assert train(tmp_path / "run", model=folder, cwd=tmp_path).code == 0
+    merged = ("--adapter", tmp_path / "run", "--out", tmp_path / "merged", "--dtype", "float32")
+    assert call("merge", *merged, cwd=tmp_path).code == 0
+    sources = (("--adapter", tmp_path / "run"), ("--model", tmp_path / "merged"), ("--model", folder))
+    answers = [ask(*source, "--prompt", "What is 1 and 2?", cwd=tmp_path).out for source in sources]
+    assert answers[0] == answers[1] != answers[2]

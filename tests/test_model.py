@@ -371,10 +371,11 @@ def test_rows_that_are_kept_go_on_as_if_they_had_been_alone():
 # ---- fast versions beside plain ones ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("trained", [False, True])
-def test_norms_and_their_closed_gradients_equal_the_formula(trained):
+def test_norms_and_their_closed_gradients_equal_the_formula(trained, offset):
     random = torch.Generator().manual_seed(4)
-    norm = decoder.RMSNorm(24, 1e-5).double()
+    norm = decoder.RMSNorm(24, 1e-5, offset).double()
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5, generator=random)
     norm.weight.requires_grad_(trained)

@@ -48,9 +48,11 @@ class RMSNorm(nn.Module):
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The formula as written; `forward` keeps less of it for the backward pass."""
-        y, gain = x.to(wide(x.dtype)), self.gain
+        y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (gain * y.to(gain.dtype)).to(x.dtype)  # rounded before the weight, as the reference does
+        if self.offset:
+            return (self.gain * y).to(x.dtype)
+        return self.weight * y.to(x.dtype)  # rounded before the weight, as the reference does
 
 
 class _Normed(torch.autograd.Function):
