@@ -20,6 +20,8 @@ from lora.model.families import FAMILIES
 from lora.model.gguf import GGUFCheckpoint
 from lora.model.linear import prepared
 from lora.model.pretrained import FolderCheckpoint, find, load_model, write_model
+from lora.train.evaluate import divergence
+from lora.train.loss import plain_loss, summed_loss
 from tests import oracle
 from tests.cli import SIZES, ask, call, train
 from tests.cli import write_model as write_base
@@ -235,6 +237,29 @@ def test_decoding_with_a_cache_equals_the_full_forward_and_rows_of_unequal_lengt
     assert close(torch.cat(steps), alone[2], TOL)
 
 
+@pytest.mark.parametrize("rows", [3, 256])
+def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
+    model = patched(family_model("gemma2"))
+    c, tokens = model.config, some_tokens(30, model.config.vocab_size)
+    hidden, targets = model.trunk(tokens[:-1]).detach().requires_grad_(), tokens[1:]
+    expected = torch.nn.functional.cross_entropy(model.head(hidden), targets, reduction="sum")
+    cap, found = c.final_logit_softcapping, []
+    for loss in (expected, plain_loss(hidden, model.head_weight, targets, cap),
+                 summed_loss(hidden, model.head_weight, targets, rows, cap)):  # fmt: skip
+        found.append([loss, *torch.autograd.grad(loss, hidden)])
+    assert all(close(a, b, TOL) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    assert far(plain_loss(hidden, model.head_weight, targets), expected, TOL)
+    with torch.no_grad():
+        base = hidden + 0.1
+        now, before = (model.head(states).log_softmax(-1) for states in (hidden, base))
+        kl, _, loss = divergence(base, hidden, model.head_weight, targets, rows, cap=cap)
+    assert close(
+        torch.tensor([kl, loss], dtype=torch.float64),
+        torch.stack([(before.exp() * (before - now)).sum(), expected]),
+        1e-11,
+    )
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +415,7 @@ def test_gguf_files_whose_tokenizer_is_not_implemented_are_refused_by_architectu
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["phi3", "baichuan"])
+@pytest.mark.parametrize("kind", ["phi3", "baichuan", "gemma2"])
 def test_what_is_trained_answers_the_same_merged(kind, tmp_path):
     folder = write_base(tmp_path / "base")
     raw = family_config(kind) | {"vocab_size": SIZES["vocab_size"], "eos_token_id": 2}
