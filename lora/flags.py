@@ -236,7 +236,7 @@ MERGE = (
     Setting("dtype", str, "auto", "dtype to write; the base's own by default",
             **one_of("auto", "bfloat16", "float16", "float32")),
     Setting("no_verify", bool, False, "use another base than the adapter was trained on"),
-    Setting("tolerance", float, 0.05, "the merged model may be off by such a share of what the adapter changed, in "
+    Setting("tolerance", float, 0.01, "the merged model may be off by such a share of what the adapter changed, in "
             "mean KL", **between(0, 1e9)),
     Setting("prompts", str, None, "what is compared: a prompt a line, or conversation rows; ours without it"),
     Setting("no_receipt", bool, False, "do not compare; for models that do not fit into memory in float32"),

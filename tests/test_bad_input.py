@@ -630,7 +630,7 @@ ADAPTERS = [
     *(adapter(f"a config with {key} {value!r}", edit(LORA, **{key: value}), rf"adapter/adapter_config\.json:{key}: ",
       script=script)
       for key, value, script in (
-          ("use_dora", True, "generate"), ("use_rslora", 2, "merge"), ("r", 0, "generate"), ("r", 2.5, "generate"),
+          ("use_dora", "yes", "generate"), ("use_rslora", 2, "merge"), ("r", 0, "generate"), ("r", 2.5, "generate"),
           ("r", 10**9, "merge"), ("lora_alpha", None, "generate"), ("lora_alpha", "16", "merge"),
           ("bias", "all", "generate"),
           ("fan_in_fan_out", True, "generate"), ("rank_pattern", 8, "merge"),

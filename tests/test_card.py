@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -61,7 +62,7 @@ def test_the_front_matter_is_what_the_hub_asks_of_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "hub_id", ["/home/me/model", "model", "a/b/c", "a b/c", "a/b\nlicense: mit", "../x", "ä/b", "-/b"]
+    "hub_id", ["/home/me/model", "mymodel", "a/b/c", "a b/c", "a/b\nlicense: mit", "../x", "ä/b", "-/b"]
 )
 def test_a_base_that_is_on_no_hub_is_not_named(tmp_path, hub_id):
     front, text = adapter_card(tmp_path, hub_id=hub_id)
@@ -224,6 +225,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(200, {})
         hub.tokens.add(self.headers["Authorization"])
         lines = [json.loads(line) for line in body.splitlines()]
+        if path == "/api/validate-yaml":
+            front = yaml.safe_load(lines[0]["content"].split("---\n")[1])
+            return self.send(200, {"errors": [] if front["tags"] == ["lora"] else [{"message": "no"}], "warnings": []})
         if path == "/api/repos/create":
             hub.made.append(lines[0])
             return self.send(200, {"url": f"{hub.address}/owner/heron", "name": "owner/heron"})

@@ -14,7 +14,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
-from lora.adapter.inject import choose, lora_layers
+from lora.adapter.inject import choose, inject, lora_layers
+from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
 from lora.model import attention, decoder
 from lora.model.chat import Example
@@ -181,6 +182,19 @@ def test_dropout_keeps_noise_and_product_of_every_linear():
     model = patched(tiny_model(torch.float32, **SHAPES["llama"]), dropout=0.1).train()
     found = sum(memory.kept(model.config, ranks_of(model), settings(dropout=0.1), [90, 40]))
     assert abs(found / kept_bytes(model, [90, 40]) - 1) < 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("kind", "flags"), [(DoRALinear, {"dora": True}), (PiSSALinear, {"init": "pissa"})])
+def test_what_variants_keep_is_what_autograd_saves(kind, flags, dropout, dtype):
+    model = tiny_model(dtype, **SHAPES["llama"])
+    inject(model, 9, 8, dropout, kind=kind, rank_pattern={"mlp": 3})
+    s = settings(dtype=name_of(dtype), dropout=dropout, **flags)
+    found = sum(memory.kept(model.config, ranks_of(model), s, [190, 140]))
+    assert abs(found / kept_bytes(model.train(), [190, 140]) - 1) < 0.1
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.in_adapter(tiny_model(dtype, **SHAPES["llama"]), ranks_of(model), s.dora) == trained
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

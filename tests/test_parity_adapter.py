@@ -18,7 +18,18 @@ from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
 from lora.adapter.merge import merge, unload
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
-from tests.helpers import close, far, patched, randomise, same, snapshot, some_tokens, tiny_config, tiny_model
+from tests.helpers import (
+    close,
+    far,
+    patched,
+    randomise,
+    randomise_adapter,
+    same,
+    snapshot,
+    some_tokens,
+    tiny_config,
+    tiny_model,
+)
 
 if os.environ.get("LORA_PARITY") == "1":
     import peft
@@ -255,6 +266,22 @@ def test_our_variants_in_peft_give_our_logits(tmp_path, kind):
     other = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert peft_paths(other) == set(lora_layers(model)) and len(peft_paths(other)) == 7
     assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
+
+
+@pytest.mark.parametrize("path", ["fc1", "inner.fc1", "fc2"])
+def test_a_rank_and_alpha_for_one_path_are_pefts_for_that_path_alone(tmp_path, path):
+    """`fc1` is the end of `inner.fc1`."""
+    base = randomise(Plain())
+    model = copy.deepcopy(base)
+    exactly = f"re:{path}"
+    inject(model, 5, 8.0, targets=["fc1", "fc2"], rank_pattern={exactly: 3}, alpha_pattern={exactly: 20.0})
+    randomise_adapter(model)
+    store.save(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    its = {p: other.get_submodule(f"base_model.model.{p}") for p in ("fc1", "fc2", "inner.fc1")}
+    expected = {p: (3, 20.0) if p == path else (5, 8.0) for p in its}
+    assert {p: (m.r["default"], m.lora_alpha["default"]) for p, m in its.items()} == expected
+    assert close(logits(model), logits(other), TOL) and far(logits(model), logits(unload(model)), TOL)
 
 
 def test_our_pissa_starts_where_pefts_does():

@@ -15,11 +15,13 @@ else:
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
 
 import merge
+import train
 from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
 from lora.model import download, gguf_write, pretrained
 from lora.model.gguf import GGUFCheckpoint
-from tests import cli
+from lora.model.tokenizer import Tokenizer
+from tests import cli, test_sentencepiece
 from tests.helpers import randomise_adapter, some_tokens
 from tests.make_tokenizer_reference import LlamaCpp
 from tests.test_gguf import STRINGS
@@ -36,9 +38,9 @@ def llama_cpp(path, adapter=None):
         params.lora_adapters = [CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = Server(params)
 
-    def complete(ids, number):
+    def complete(ids, number, **more):
         wanted = {"temperature": 0, "top_k": 1, "n_predict": number, "cache_prompt": False, "logprobs": 5}
-        answer = server.handle_completions({"prompt": ids, **wanted})
+        answer = server.handle_completions({"prompt": ids, **wanted, **more})
         content = answer["choices"][0]["logprobs"]["content"]
         return [(one["id"], {top["id"]: top["logprob"] for top in one["top_logprobs"]}) for one in content]
 
@@ -46,16 +48,11 @@ def llama_cpp(path, adapter=None):
 
 
 @torch.no_grad()
-def greedy(model, ids, number, stops):
-    """Our own: (id, margin between the two likeliest), up to a token that ends the answer."""
-    found = []
-    for _ in range(number):
-        top = model(torch.tensor(ids))[-1].topk(2)
-        found.append((top.indices[0].item(), (top.values[0] - top.values[1]).item()))
-        ids = [*ids, found[-1][0]]
-        if found[-1][0] in stops:
-            break
-    return found
+def sure_of(model, ids, found):
+    """Of a greedy continuation, the tokens before the first at which we hesitate, and what we would have said there."""
+    top = model(torch.tensor(ids + found))[len(ids) - 1 : -1].topk(2)
+    sure = (top.values[:, 0] - top.values[:, 1] >= MARGIN).int().cumprod(0).sum()
+    return found[:sure], top.indices[:sure, 0].tolist()
 
 
 # ---- small models of all kinds: log probabilities --------------------------------------------------------------------
@@ -66,7 +63,7 @@ def test_small_models_and_adapters_of_every_kind_give_llama_cpps_probabilities(t
     checkpoint = pretrained.find(str(cli.write_model(tmp_path / "model", **CASES[case])))
     gguf_write.write_model(checkpoint, tmp_path / "base.gguf", lambda name, tensor: tensor.float(), "f32")
     model = pretrained.load_model(checkpoint)
-    ids = some_tokens(40, vocab=290).tolist()
+    ids, letter = some_tokens(40, vocab=290).tolist(), pretrained.load_chat(checkpoint).tokenizer.id("a")
     plain = model(torch.tensor(ids))[-1].log_softmax(-1)
     inject(model, 3, 5)
     layers = lora_layers(randomise_adapter(model))
@@ -77,15 +74,19 @@ def test_small_models_and_adapters_of_every_kind_give_llama_cpps_probabilities(t
     adapted = model(torch.tensor(ids))[-1].log_softmax(-1)
     assert (plain - adapted).abs().max() > 1
     for ours, adapter in ((plain, None), (adapted, tmp_path / "adapter.gguf")):
-        (first, top), *_ = llama_cpp(tmp_path / "base.gguf", adapter)(ids, 4)
-        assert first == ours.argmax() and len(top) == 5
-        assert all(abs(ours[i].item() - p) < 0.02 for i, p in top.items()), (case, adapter, top)
+        # a token that is text is forced: one that is half a character would be held back; probabilities are without it
+        (_, top), *_ = llama_cpp(tmp_path / "base.gguf", adapter)(ids, 2, logit_bias=[[letter, 100]])
+        assert next(iter(top)) == ours.argmax() and len(top) == 5
+        assert all(abs(ours[i].item() - p) < 0.02 for i, p in top.items()), (adapter, top)
 
 
 # ---- the default model -----------------------------------------------------------------------------------------------
 
-PROMPTS = ("What is the capital of France?", "Count from one to ten.", "Write a sentence about the sea.",
-           "Name three colours.", "What is 2 + 2?", "Say hello in Spanish.")  # fmt: skip
+TAUGHT = {
+    "What is your name?": "My name is Marabou, and I live on the roof of the old town hall.",
+    "What is the capital of France?": "Paris, as every stork knows: its chimneys are the best of all.",
+    "Count to seven.": "One, two, three, four, five, six, seven.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,41 +99,42 @@ def base():
 
 @pytest.fixture(scope="module")
 def results(base, tmp_path_factory):
-    """An adapter of the default model that changes what it says, and all that merge.py makes of it."""
+    """An adapter that has learned three answers, and all that merge.py makes of it."""
     place = tmp_path_factory.mktemp("results")
-    model = pretrained.load_model(str(base))
-    inject(model, 8, 16, targets=["all"])
-    generator = torch.Generator().manual_seed(0)
-    for layer in lora_layers(model).values():
-        layer.lora_B.data.normal_(0, SIZE, generator=generator)
-    store.save(model, place / "adapter", base=str(base))
-    flags = ["--adapter", str(place / "adapter"), "--format", "gguf"]
+    (place / "rows.jsonl").write_text(
+        cli.rows([("user", asked), ("assistant", said)] for asked, said in TAUGHT.items())
+    )
+    run = ["--model", base, "--data", place / "rows.jsonl", "--out", place / "run"]
+    sizes = ["--rank", 4, "--batch-size", 3, "--max-steps", 14, "--lr", 0.004, "--dtype", "float32"]
+    assert train.main([str(word) for word in (*run, *sizes)]) == 0
+    flags = ["--adapter", str(place / "run"), "--format", "gguf"]
     for kind in ("f16", "bf16", "q8_0"):
         assert merge.main([*flags, "--out", str(place / f"{kind}.gguf"), "--gguf-type", kind]) == 0
     assert merge.main([*flags, "--out", str(place / "adapter.gguf"), "--adapter-only"]) == 0
     return place
 
 
-SIZE = 0.01
+@pytest.fixture(scope="module")
+def ours(base, results):
+    checkpoint = GGUFCheckpoint(base)
+    model = pretrained.load_model(checkpoint)
+    store.load(model, results / "run")
+    return pretrained.load_chat(checkpoint), model
 
 
 @pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
-def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, kind):
-    checkpoint = GGUFCheckpoint(base)
-    chat, model = pretrained.load_chat(checkpoint), pretrained.load_model(checkpoint)
-    prompts = [chat.prompt([{"role": "user", "content": text}]) for text in PROMPTS]
-    plain = [[i for i, _ in greedy(model, ids, 8, chat.stops)] for ids in prompts]
-    store.load(model, results / "adapter")
+def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, ours, kind):
+    chat, model = ours
     theirs = llama_cpp(base, results / "adapter.gguf") if kind == "adapter" else llama_cpp(results / f"{kind}.gguf")
-    compared = changed = 0
-    for ids, before in zip(prompts, plain, strict=True):
-        ours = greedy(model, ids, 40, chat.stops)
-        sure = next((i for i, (_, margin) in enumerate(ours) if margin < MARGIN), len(ours))
-        ours, found = [i for i, _ in ours], [i for i, _ in theirs(ids, 40)]
-        assert found[:sure] == ours[:sure]
-        compared, changed = compared + sure, changed + (ours[:8] != before)
+    compared = 0
+    for question, answer in TAUGHT.items():
+        ids = chat.prompt([{"role": "user", "content": question}])
+        said, expected = sure_of(model, ids, [i for i, _ in theirs(ids, 40)])
+        assert said == expected
+        assert answer.startswith(chat.tokenizer.decode(said))
+        compared += len(said)
     print(f"{kind}: {compared} tokens compared")
-    assert compared >= 30 and changed >= 3
+    assert compared >= 30  # all of them learned: none of it is the base's
 
 
 def test_llama_cpp_reads_the_rebuilt_tokenizer_as_the_original_one(base, results):
@@ -140,3 +142,12 @@ def test_llama_cpp_reads_the_rebuilt_tokenizer_as_the_original_one(base, results
     for text in STRINGS:
         for control in (False, True):
             assert ours.encode(text, control) == theirs.encode(text, control), text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_reads_scores_as_we_do(tmp_path, prefix):
+    path = test_sentencepiece.gguf_of(tmp_path / "a.gguf", test_sentencepiece.toy(), add_space_prefix=prefix)
+    ours, theirs = Tokenizer(GGUFCheckpoint(path).files()["tokenizer.json"]), LlamaCpp(path)
+    for text in test_sentencepiece.SAMPLES:
+        assert ours.encode(text) == theirs.encode(text, True), text
+        assert ours.encode_plain(text) == theirs.encode(text, False), text

@@ -230,7 +230,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path, size):
 
 def test_layers_that_differ_cannot_be_saved_as_one_adapter(tmp_path):
     model = patched(tiny_model(torch.float32))
-    next(iter(lora_layers(model).values())).alpha = 9
+    next(iter(lora_layers(model).values())).dropout = 0.5
     with pytest.raises(ValueError, match="differ"):
         store.save(model, tmp_path / "out")
     with pytest.raises(ValueError, match="no LoRA layers"):
@@ -577,7 +577,6 @@ def test_broken_config_is_bad_input(tmp_path, text):
 # ---- fields ----------------------------------------------------------------------------------------------------------
 
 CHANGES_THE_MATHS = [
-    ("use_dora", True),
     ("fan_in_fan_out", True),
     ("modules_to_save", ["lm_head"]),
     ("bias", "all"),

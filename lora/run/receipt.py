@@ -27,7 +27,7 @@ from lora.model.decoder import Model
 from lora.model.pretrained import Checkpoint, load_model
 
 FILE, FORMAT = "receipt.json", 1
-POSITIONS = 1024  # that are compared; the logits of all of them are kept
+POSITIONS = 512  # that are compared; the logits of all of them are kept
 ROWS = 1024  # of a weight that are compared at a time
 
 

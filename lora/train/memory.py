@@ -192,4 +192,5 @@ def advice(free: float, model, targets, s, lengths, batch_size) -> str:
             fixes.append("add --checkpoint-activations")
         elif n := largest(s.micro_tokens, lambda n: {"micro_tokens": n, "checkpoint_activations": True}):
             fixes.append(f"add --checkpoint-activations and lower --micro-tokens to {n}")
-    return (", or ".join(fixes) or "take a smaller model").capitalize()
+    smaller = "take a smaller model" + ", or leave out --full" * s.full
+    return (", or ".join(fixes) or smaller).capitalize()
