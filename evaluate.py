@@ -243,18 +243,19 @@ def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], 
 
 def losses(model, column: Column, device, s) -> dict[str, float]:
     """Loss on the rows and, of an adapter, what it changed elsewhere."""
+    cap = model.config.final_logit_softcapping
 
     def trunk(b) -> torch.Tensor:
         return model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
 
     def objective(b) -> torch.Tensor:
-        return summed_loss(trunk(b), model.head_weight, b.targets)
+        return summed_loss(trunk(b), model.head_weight, b.targets, cap=cap)
 
     batches = micro_batches(column.examples, s.micro_tokens, device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
     figures = {"loss": mean_loss(objective, bar)}
     if column.ordinary:
-        retained = Retention(trunk, lambda: model.head_weight, column.ordinary, lambda: disabled(model))()
+        retained = Retention(trunk, lambda: model.head_weight, column.ordinary, lambda: disabled(model), cap)()
         figures |= {f"retention_{key}": value for key, value in retained._asdict().items()}
     return figures
 

@@ -242,7 +242,7 @@ def objective_of(model, s) -> Callable[[batch.Batch], torch.Tensor]:
     def objective(b: batch.Batch) -> torch.Tensor:
         model.checkpoint_activations = s.checkpoint_activations or len(b.tokens) > LONG * s.micro_tokens
         hidden = model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
-        return summed_loss(hidden, model.head_weight, b.targets)
+        return summed_loss(hidden, model.head_weight, b.targets, cap=model.config.final_logit_softcapping)
 
     return objective
 

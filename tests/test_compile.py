@@ -17,6 +17,7 @@ from lora.model.chat import Example
 from lora.train.step import accumulate, train_step
 from tests.cli import ON_CPU, call, data_file, model_folder
 from tests.helpers import close, far, patched, tiny_model
+from tests.test_families import family_config, model_of
 from tests.test_train import objective_of
 
 TOL = 1e-11
@@ -105,6 +106,16 @@ def test_one_compilation_serves_all_blocks_and_steps_and_changes_nothing(model, 
     assert len(graphs) == 2  # before attention and after it
     assert agree(loss_and_gradients(model, second), plain[1])
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "gemma3_text"])
+def test_blocks_of_other_families_are_compiled_to_the_same(kind, graphs):
+    """Some layers without RoPE; four norms, two RoPEs, windows."""
+    model = patched(model_of(family_config(kind) | {"vocab_size": 131})).train()
+    batches = [batch.lay_out(STEP[:3])]
+    wanted = loss_and_gradients(model, batches)
+    assert agree(loss_and_gradients(compiled(model, graphs), batches), wanted)
+    assert graphs
 
 
 def test_a_third_length_needs_no_third_compilation(model, graphs):

@@ -4,6 +4,7 @@ import json
 import random
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ from lora.model.families import FAMILIES
 from lora.model.gguf import GGUFCheckpoint
 from lora.model.linear import prepared
 from lora.model.pretrained import FolderCheckpoint, find, load_model, write_model
+from lora.train.evaluate import divergence
+from lora.train.loss import plain_loss, summed_loss
 from tests import oracle
 from tests.cli import SIZES, ask, call, train
 from tests.cli import write_model as write_base
@@ -235,6 +238,29 @@ def test_decoding_with_a_cache_equals_the_full_forward_and_rows_of_unequal_lengt
     assert close(torch.cat(steps), alone[2], TOL)
 
 
+@pytest.mark.parametrize("rows", [3, 256])
+def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
+    model = patched(family_model("gemma2"))
+    c, tokens = model.config, some_tokens(30, model.config.vocab_size)
+    hidden, targets = model.trunk(tokens[:-1]).detach().requires_grad_(), tokens[1:]
+    expected = torch.nn.functional.cross_entropy(model.head(hidden), targets, reduction="sum")
+    cap, found = c.final_logit_softcapping, []
+    for loss in (expected, plain_loss(hidden, model.head_weight, targets, cap),
+                 summed_loss(hidden, model.head_weight, targets, rows, cap)):  # fmt: skip
+        found.append([loss, *torch.autograd.grad(loss, hidden)])
+    assert all(close(a, b, TOL) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    assert far(plain_loss(hidden, model.head_weight, targets), expected, TOL)
+    with torch.no_grad():
+        base = hidden + 0.1
+        now, before = (model.head(states).log_softmax(-1) for states in (hidden, base))
+        kl, _, loss = divergence(base, hidden, model.head_weight, targets, rows, cap=cap)
+    assert close(
+        torch.tensor([kl, loss], dtype=torch.float64),
+        torch.stack([(before.exp() * (before - now)).sum(), expected]),
+        1e-11,
+    )
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +371,7 @@ def test_new_files_say_the_same_of_rope_and_windows_as_old_ones():
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "smollm3", "glm4"])
+@pytest.mark.parametrize("kind", ["qwen3", "smollm3", "glm4", "phi3", "gemma2", "gemma3_text"])
 def test_a_gguf_file_gives_the_model_it_was_made_of(kind, tmp_path):
     """Names are those of the gguf package's own table, rows of q and k as llama.cpp's converter moves them."""
     raw = family_config(kind, 2 if kind == "qwen3" else 1) | ({"num_hidden_layers": 4} if kind == "smollm3" else {})
@@ -353,12 +379,12 @@ def test_a_gguf_file_gives_the_model_it_was_made_of(kind, tmp_path):
         raw.pop(field, None)  # which such a file does not have
     heads = {"q_proj": raw["num_attention_heads"], "k_proj": raw["num_key_value_heads"]}
     model = model_of(raw, dtype=torch.bfloat16).double()
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    arch, called = next((a, n) for a, n in gguf.MODEL_ARCH_NAMES.items() if n == kind.removesuffix("_text"))
     names, tensors = gguf.get_tensor_name_map(arch, raw["num_hidden_layers"]), {}
     for name, tensor in on_disk(model).items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         moved = kind == "smollm3" and name.split(".")[-2] in heads
-        data = tensor.float().numpy()
+        data = tensor.float().numpy() + (kind.startswith("gemma") and name.endswith("norm.weight"))
         tensors[theirs] = converters_permutation(data, heads[name.split(".")[-2]]) if moved else data
     c = model.config
     sizes = {
@@ -369,7 +395,12 @@ def test_a_gguf_file_gives_the_model_it_was_made_of(kind, tmp_path):
         "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
         "rope.dimension_count": c.rotary_dim,
     }  # fmt: skip
-    checkpoint = GGUFCheckpoint(write(tmp_path / "model.gguf", kind, sizes, tensors=tensors))
+    more = {"attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping", "rope.freq_base_swa": "rope_local_base_freq",
+            "attention.sliding_window_pattern": "sliding_window_pattern"}  # fmt: skip
+    if kind != "qwen3":
+        sizes |= {key: raw[field] for key, field in more.items() if field in raw}
+    checkpoint = GGUFCheckpoint(write(tmp_path / "model.gguf", called, sizes, tensors=tensors))
     read = load_model(checkpoint, torch.float64)
     assert same(snapshot(model), snapshot(read))
     tokens = some_tokens(31, c.vocab_size)
@@ -380,17 +411,23 @@ def test_a_gguf_file_gives_the_model_it_was_made_of(kind, tmp_path):
     }
 
 
-@pytest.mark.parametrize("arch", ["phi3", "gemma2", "gemma3", "baichuan"])
-def test_gguf_files_whose_tokenizer_is_not_implemented_are_refused_by_architecture(arch, tmp_path):
-    with pytest.raises(BadInput) as refused:
-        GGUFCheckpoint(write(tmp_path / "model.gguf", arch))
-    assert "general.architecture" in str(refused.value) and arch in str(refused.value)
+@pytest.mark.parametrize(("layers", "scalar"), [(2, 8.0), (46, 12.0)])
+def test_gemma_27b_is_known_by_its_layers_and_keys_of_other_families_are_refused(layers, scalar, tmp_path):
+    sizes = {"block_count": layers, "embedding_length": 48, "attention.head_count": 4, "attention.head_count_kv": 2,
+             "attention.key_length": 8, "attention.value_length": 8, "attn_logit_softcapping": 50.0}  # fmt: skip
+    tensors = {"token_embd.weight": np.zeros((64, 48), np.float32)}
+    checkpoint = GGUFCheckpoint(write(tmp_path / "model.gguf", "gemma2", sizes, tensors=tensors))
+    assert ModelConfig.from_json(checkpoint.config).query_pre_attn_scalar == scalar
+    for arch in ("llama", "glm4", "baichuan"):
+        with pytest.raises(BadInput) as refused:
+            GGUFCheckpoint(write(tmp_path / "other.gguf", arch, sizes, tensors=tensors))
+        assert ("attn_logit_softcapping" if arch != "baichuan" else "general.architecture") in str(refused.value)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["phi3", "baichuan"])
+@pytest.mark.parametrize("kind", ["phi3", "gemma2"])
 def test_what_is_trained_answers_the_same_merged(kind, tmp_path):
     folder = write_base(tmp_path / "base")
     raw = family_config(kind) | {"vocab_size": SIZES["vocab_size"], "eos_token_id": 2}

@@ -336,7 +336,7 @@ NO_MODEL = {"tensors": {"output_norm.weight": np.zeros(HIDDEN, np.float32)}}
         (with_divisors(llama3_divisors(8), **{"rope.scaling.factor": 2.0}), "rope_freqs.weight"),
         (with_divisors(np.full(32, np.nan, np.float32)), "rope_freqs.weight"),
         ({"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "rope.scaling.type: 'yarn'"),
-        ({"arch": "gemma2"}, "general.architecture: 'gemma2'"),
+        ({"arch": "mamba"}, "general.architecture: 'mamba'"),
         ({"sizes": {"expert_count": 8}}, "llama.expert_count"),
         ({"sizes": {"attention.sliding_window": 4096}}, "llama.attention.sliding_window"),
         ({"sizes": {"rope.dimension_count": 4}}, "llama.rope.dimension_count"),

@@ -14,11 +14,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 if os.environ.get("LORA_PARITY") == "1":
+    import peft
     import transformers
 else:
-    transformers = pytest.importorskip("transformers")
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 
 from lora import files
+from lora.adapter import store
 from lora.adapter.inject import lora_layers
 from lora.model.config import ModelConfig
 from lora.model.decoder import Model, rope_table
@@ -209,6 +211,19 @@ def test_a_merged_folder_of_every_family_loads_in_transformers_and_theirs_here(t
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     expected = seen_as_they_say(again.float().eval(), tokens)
     assert close(loaded(tokens), expected, 1e-4) and far(ours(tokens), expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NEW if kind != "baichuan"])
+def test_an_adapter_of_every_family_gives_the_same_logits_in_peft(tmp_path, kind):
+    """Of families that fuse, on the Linears that are no part of a fused one."""
+    raw = family_config(kind)
+    ours, reference = pair(raw, 0)
+    tokens = some_tokens(40, raw["vocab_size"])
+    before = ours(tokens)
+    patched(ours, targets=("o_proj", "down_proj") if kind in ("phi3", "glm4") else ("all",))
+    store.save(ours, tmp_path, base="x", task="CAUSAL_LM")
+    adapted = peft.PeftModel.from_pretrained(reference, tmp_path).eval()
+    assert close(seen_as_they_say(adapted, tokens), ours(tokens), 1e-5) and far(before, ours(tokens), 1e-5)
 
 
 # ---- tokenizer and chat ----------------------------------------------------------------------------------------------

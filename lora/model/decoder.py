@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora.device import ROUND, upload
-from lora.errors import BadInput
 from lora.model.attention import Documents, attend
 from lora.model.cache import Cache
 from lora.model.config import ModelConfig
@@ -231,15 +230,7 @@ class Model(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """The vocabulary projection, (V, D): the embedding itself where it is tied. Raises BadInput for a model whose
-        logits are more than a product with it."""
-        if self.config.final_logit_softcapping:
-            why = "final_logit_softcapping: a loss by the head's weight leaves it out"
-            raise BadInput(f"unsupported model in config.json:{why}. Give another model")
-        return self._head
-
-    @property
-    def _head(self) -> torch.Tensor:
+        """The vocabulary projection, (V, D): the embedding itself where it is tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None, rows=None):
@@ -289,7 +280,7 @@ class Model(nn.Module):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) -> logits (T, V)."""
         cap = self.config.final_logit_softcapping
-        logits = F.linear(hidden, self._head) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        logits = F.linear(hidden, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens, lengths=None, positions=None, cache=None) -> torch.Tensor:

@@ -30,6 +30,13 @@ KNOWN_KEYS = (
     "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
 )  # fmt: skip
+READ_KEYS = {  # those of families that read the hub's field
+    "attention.sliding_window": ("sliding_window", int), "rope.freq_base_swa": ("rope_local_base_freq", float),
+    "attention.sliding_window_pattern": ("sliding_window_pattern", int),
+    "attn_logit_softcapping": ("attn_logit_softcapping", float),
+    "final_logit_softcapping": ("final_logit_softcapping", float),
+}  # fmt: skip
+GEMMA_27B = (46, 62)  # layers; llama.cpp knows these by them, the files do not say by what attention divides
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's RoPE scaling: one divisor for each frequency
 LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2
 HUB_NAMES = {  # each with .weight or .bias; those after the first three are in model.layers.N (blk.N)
@@ -59,6 +66,9 @@ ARCHITECTURES = {  # which RoPE they have: `llama_model_rope_type` in llama.cpp;
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", ("qwen3",)),
     "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", (), turns_neighbours=True),
     "glm4": Architecture("Glm4ForCausalLM", "glm4", ()),
+    "phi3": Architecture("Phi3ForCausalLM", "phi3", ()),
+    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2", ()),
+    "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text", ()),
 }
 ROTATED = re.compile(r"\.[qk]_proj\.")
 
@@ -143,11 +153,12 @@ class GGUFCheckpoint:
         self._arch = arch = self._get("general.architecture", str)
         known = ", ".join(ARCHITECTURES)
         self._check(arch in ARCHITECTURES, "general.architecture", f"{show(arch)}; implemented are {known}")
+        self._family = FAMILIES[ARCHITECTURES[arch].model_type]
+        self._reads = {key: field for key, field in READ_KEYS.items() if field[0] in self._family.reads}
         for key in self.metadata:
-            known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in KNOWN_KEYS
+            known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in (*KNOWN_KEYS, *self._reads)
             self._check(known, show(key)[1:-1], "it could change the maths and is not implemented")
         self._rope_freqs = tensors.pop(ROPE_FREQS, None)
-        self._family = FAMILIES[ARCHITECTURES[arch].model_type]
         names = hub_names(self._family)
         hub = {name: hub_name(names, name) for name in tensors}
         unknown = [show(name) for name in tensors if not hub[name]]
@@ -199,14 +210,17 @@ class GGUFCheckpoint:
         ends = list(dict.fromkeys(self._ids[name] for name in ENDS if self._ids[name] is not None))
         biases = {name.split(".")[3] for name in tensors if name.endswith("_proj.bias")}
         theta = get("rope.freq_base", float, 10000.0)
-        config = {
+        scalar = hidden / heads if get("block_count") in GEMMA_27B else float(size)
+        given = {key: of for key, of in self._reads.items() if self.metadata.get(f"{arch}.{key}")}  # 0 is no window
+        config = {field: get(key, kind) for key, (field, kind) in given.items()} | {
             "architectures": [ARCHITECTURES[arch].hub_class], "model_type": ARCHITECTURES[arch].model_type,
-            "hidden_act": "silu", "torch_dtype": "bfloat16",
+            self._family.activation[0]: self._family.activation[1], "torch_dtype": "bfloat16",
             "vocab_size": rows, "hidden_size": hidden, "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"), "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv", default=heads),
             "head_dim": size if f"{arch}.attention.key_length" in self.metadata or self._family.head_dim else None,
             "partial_rotary_factor": turned / size if partial else None,
+            "query_pre_attn_scalar": scalar if self._family.query_pre_attn_scalar else None,
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
             "rope_theta": theta, "rope_scaling": self._rope_scaling(theta, get("rope.scaling.factor", float, 1.0)),
@@ -239,6 +253,9 @@ class GGUFCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a hub name in bfloat16. Raises BadInput if the file has become shorter."""
         whole, first = self._rows.get(name, (name, 0))
+        offset = self._family.norm_offset if name.endswith("norm.weight") else 0.0  # which the converter has added
+        if offset:
+            return (self._dequantised(self._tensors[name], torch.float32) - offset).bfloat16()
         tensor = self._dequantised(self._tensors[whole], torch.bfloat16)[first : first + self.header[name][1][0]]
         turned = ARCHITECTURES[self._arch].turns_neighbours and ROTATED.search(name)
         return to_halves(tensor, self._head_dim) if turned else tensor

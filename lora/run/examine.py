@@ -56,8 +56,8 @@ class Examination:
         if self.wanted:
             say(f"eval     every {self.every} steps")
             with evaluating(model):
-                base = lambda: disabled(model)  # noqa: E731
-                self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base)
+                base, cap = lambda: disabled(model), model.config.final_logit_softcapping
+                self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base, cap)
 
     def begin(self, state: checkpoint.State) -> None:
         """Earlier evaluations of a run that is gone on with count only if they were made on the same rows."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora.train.loss import ROWS
+from lora.train.loss import ROWS, logits_of
 
 Total = Callable[[list[float]], list[float]]  # adds numbers over processes; `list` where there is one process
 
@@ -63,8 +63,9 @@ class Retention:
         head_weight: Callable[[], torch.Tensor],
         batches: Sequence,
         base: Callable[[], AbstractContextManager],
+        cap: float | None = None,
     ):
-        self.trunk, self.head_weight, self.batches = trunk, head_weight, batches
+        self.trunk, self.head_weight, self.batches, self.cap = trunk, head_weight, batches, cap
         with base():
             self.of_base = [trunk(batch) for batch in batches]  # (N, D) each
             head = head_weight()
@@ -75,24 +76,26 @@ class Retention:
         sums = [0.0, 0.0, 0.0]
         for batch, of_base in zip(self.batches, self.of_base, strict=True):
             hidden = self.trunk(batch)
-            found = divergence(of_base, hidden, self.head_weight(), batch.targets, head_of_base=self.head_of_base)
+            heads = {"head": self.head_weight(), "head_of_base": self.head_of_base}
+            found = divergence(of_base, hidden, targets=batch.targets, cap=self.cap, **heads)
             sums = [a + b for a, b in zip(sums, found, strict=True)]
         *sums, count = total([*sums, sum(map(len, self.of_base))])
         return Retained(*(value / count for value in sums))
 
 
-def plain_divergence(of_base, hidden, head, targets, head_of_base: torch.Tensor | None = None):
-    """Hidden states of base and model (N, D), head (V, D), targets (N,), the base's head where it is another -> sums
-    over all N positions, in float32 or wider: KL(p_base || p_adapted), the base's loss, the model's loss."""
+def plain_divergence(of_base, hidden, head, targets, head_of_base: torch.Tensor | None = None, cap=None):
+    """Hidden states of base and model (N, D), head (V, D), targets (N,), the base's head where it is another, the soft
+    cap of logits -> sums over all N positions, in float32 or wider: KL(p_base || p_adapted), the base's loss, the
+    model's loss."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     pairs = (of_base, head if head_of_base is None else head_of_base), (hidden, head)
-    base, now = (F.log_softmax(states @ weight.T, -1, dtype=wide) for states, weight in pairs)  # (N, V)
+    base, now = (F.log_softmax(logits_of(states, weight, cap), -1, dtype=wide) for states, weight in pairs)  # (N, V)
     losses = (-scores.gather(1, targets[:, None]).sum() for scores in (base, now))
     return ((base.exp() * (base - now)).sum().item(), *(loss.item() for loss in losses))
 
 
-def divergence(of_base, hidden, head, targets, rows: int = ROWS, head_of_base=None) -> list[float]:
+def divergence(of_base, hidden, head, targets, rows: int = ROWS, head_of_base=None, cap=None) -> list[float]:
     """`plain_divergence` with the logits of `rows` positions at a time."""
     parts = zip(*(tensor.split(rows) for tensor in (of_base, hidden, targets)), strict=True)
-    sums = [plain_divergence(base, now, head, answers, head_of_base) for base, now, answers in parts]
+    sums = [plain_divergence(base, now, head, answers, head_of_base, cap) for base, now, answers in parts]
     return [sum(column) for column in zip(*sums, strict=True)]
