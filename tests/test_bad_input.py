@@ -277,7 +277,7 @@ TOO_SMALL = {
     "train": {"rank": 0, "alpha": 0, "dropout": 1, "lr": 0, "epochs": 0, "max_steps": 0, "batch_size": 0,
               "micro_tokens": 0, "max_len": 1, "preview": -1, "warmup": -1, "weight_decay": -1, "clip": -1, "seed": -1,
               "eval_fraction": 1, "eval_every": 0, "patience": 0, "max_forgetting": -1, "keep": 0,
-              "skip_nonfinite": -1},
+              "skip_nonfinite": -1, "lr_ratio_b": 0},
     "generate": {"max_new_tokens": 0, "temperature": -1, "top_k": -1, "top_p": 0, "min_p": 1, "repetition_penalty": 0,
                  "seed": -1, "batch_size": 0},
     "merge": {"tolerance": -1},
@@ -294,8 +294,8 @@ def all_flags(script: str, value: str, *kinds) -> tuple:
 
 
 def per_line(script: str, text: str, *kinds) -> str:
-    """One line for every numeric flag, in the order of the table."""
-    flags = [s.flag for s in numeric(script, kinds or (int, float))]
+    """One line for every numeric flag, in the order of the table; of 20 of them, more are not shown."""
+    flags = [s.flag for s in numeric(script, kinds or (int, float))][:20]
     return r"\n".join(rf".*wrong {flag} in the command line: {text}.*" for flag in flags)
 
 

@@ -461,7 +461,6 @@ WRONG = [
     (("--target", "embed_tokens"), "embed_tokens: embeddings get no adapters here. Leave it out, or train every weig"),
     (("--target", "lm_head"), "lm_head: heads get no adapters here. Leave it out, or train every weight with --full"),
     (("--init", "olora"), "wrong --init in the command line"),
-    (("--lr-ratio-b", 0), "wrong --lr-ratio-b in the command line"),
     (("--fsdp", "--dora"), "--fsdp and --dora, which reads whole weights"),
 ]
 

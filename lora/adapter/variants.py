@@ -41,12 +41,9 @@ class DoRALinear(LoRALinear):
     def reset(self, init: str | None = "kaiming") -> None:
         super().reset(init)
         wide = torch.promote_types(torch.promote_types(self.lora_A.dtype, torch.float32), self.base.weight.dtype)
-        norm = (
-            self.base.weight.detach().to(wide).norm(dim=1)
-            if init
-            else self.lora_B.new_empty(len(self.lora_B), dtype=wide)
-        )
-        self.lora_magnitude_vector = nn.Parameter(norm)
+        self.lora_magnitude_vector = nn.Parameter(self.lora_B.new_empty(len(self.lora_B), dtype=wide))
+        if init:
+            self.lora_magnitude_vector.data.copy_(self.base.weight.to(wide).norm(dim=1))
 
     @staticmethod
     def shapes(rank: int, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
