@@ -164,7 +164,7 @@ def rows(found: Receipt) -> list[tuple[str, str]]:
         ("mean KL from adapter to merged model", f"{found.merged.mean_kl:.2e} nats"),
         ("largest KL", f"{found.merged.max_kl:.2e} nats"),
         ("mean KL from adapter to base", f"{found.base.mean_kl:.2e} nats"),
-        ("lost of what the adapter changed", f"{found.share:.2%}"),
+        ("lost of what the adapter changed", f"{100 * found.share:.2g}%"),
         ("same likeliest token", f"{found.merged.same_top1:.2%}"),
         ("ΔW lost to rounding, median layer", f"{middle.rounding:.2%}"),
         ("ΔW lost to rounding, worst layer", f"{worst.rounding:.2%} in {path}"),
