@@ -155,7 +155,7 @@ def test_merge_writes_a_receipt_and_prints_it(tmp_path, base, dtype):
     assert set(found) == {"format", "prompts", "positions", "merged", "base", "share", "tolerance", "layers"}
     assert found["positions"] == receipt.POSITIONS and found["tolerance"] == 0.01
     assert len(found["layers"]) == 14 and all(set(x) == {"rounding", "unchanged"} for x in found["layers"].values())
-    assert out.count("\n") == 10 and f"{found['share']:.2%}" in out and f"{found['merged']['max_kl']:.2e}" in out
+    assert out.count("\n") == 10 and f"{100 * found['share']:.2g}%" in out and f"{found['merged']['max_kl']:.2e}" in out
     assert found["share"] < {"auto": 0.01, "float32": 1e-6, "float16": 1e-3}[dtype]
 
 

@@ -175,13 +175,12 @@ def verify_chat(folder: Path, name: str, tokenizer, template: str, insist: bool 
 
 
 @torch.no_grad()
-def prove(model: nn.Module, folder: Path, logits: Callable[[], torch.Tensor]) -> None:
-    """Warns where `logits()` are bit for bit those of the base: an adapter that changes nothing was not trained, or its
-    changes are too small for the dtype."""
+def changes(model: nn.Module, logits: Callable[[], torch.Tensor]) -> bool:
+    """Are `logits()` other than those of the base? They are not where an adapter was not trained, or where what it
+    learned is too small for the dtype."""
     with disabled(model):
         before = logits()
-    if torch.equal(before, logits()):
-        warn_unchanged(folder)
+    return not torch.equal(before, logits())
 
 
 def warn_unchanged(folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora.adapter import passport, store
-from lora.errors import BadEnvironment, BadInput
+from lora.errors import BadEnvironment, BadInput, say
 from lora.run.card import FILE, HUB_ID
 
 ADAPTER = (FILE, store.CONFIG, store.WEIGHTS, store.PASSPORT, passport.TEMPLATE)  # not settings, data or checkpoints
@@ -39,8 +39,11 @@ def push(folder: Path, repo: str, names: Sequence[str] = ("*",)) -> str:
 
 def push_adapter(folder: Path, repo: str) -> str:
     """`push` of an adapter that can be read. Its passport stays here if it names a folder of this machine."""
-    store.read_config(folder)
+    config, papers = store.read_config(folder), passport.read(folder) or {}
     store.read_tensors(folder)
-    papers = passport.read(folder) or {}
     private = papers and Path(papers["base"]["name"]).is_absolute()
+    if Path(config.base).is_absolute():
+        say(
+            f"note     {store.CONFIG} names the base by its place on this machine, for all who may read it: {config.base}"
+        )
     return push(folder, repo, [name for name in ADAPTER if not (private and name == store.PASSPORT)])
