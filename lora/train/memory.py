@@ -69,7 +69,8 @@ def parts(model: nn.Module, targets: Sequence[str], s, lengths: Sequence[int], b
         "runtime": RUNTIME.get(s.device, 0.0) + again * AGAIN.get(s.device, 0.0),
         "compiled kernels": compiled(s, lengths, batch_size),
         "weights": base * size * (not s.full or size < 4),  # in float32 a weight is its own master
-        "adapter and optimizer": ADAPTERS * trained,
+        # of all weights a copy from after the step is too long for the places that their gradients leave
+        "adapter and optimizer": (ADAPTERS + s.full) * trained,
         **{name: growth * value for name, value in largest.items()},
     }
 
