@@ -336,7 +336,7 @@ def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
     held = [*trained, *(p.grad for p in trained), *moments]
     held += [p.clone() for p in trained] + [p.clone() for p in trained]  # before and after the step
     own = {p.untyped_storage().data_ptr(): p.nbytes for p in (*held, *model.parameters())}
-    found = memory.parts(*arguments(dtype=name_of(dtype), full=True, rank=None, adapter_dtype=None))
+    found = memory.parts(*arguments(dtype=name_of(dtype), full=True, rank=0, adapter_dtype=None))
     assert found["weights"] + found["adapter and optimizer"] == sum(own.values())
 
 
@@ -346,7 +346,7 @@ def test_what_blocks_keep_is_what_autograd_saves(dtype):
     Masters(model, dtype)
     c, lengths = model.config, [90, 40, 1]
     targets = [name.removesuffix(".weight") for name, _ in model.named_parameters() if "proj" in name]
-    found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=None), lengths))
+    found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=0), lengths))
     beside = sum(lengths) * (2 * c.head_dim * dtype.itemsize + 4 * (c.hidden_size + 1) + 8)  # as for adapters; tokens
     saved = kept_bytes(model, lengths) - beside
     assert abs(found - saved) < 0.1 * saved
