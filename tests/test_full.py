@@ -182,7 +182,7 @@ def test_forgetting_is_measured_against_the_heads_of_both(tied):
 
 STEPS = 5
 RUN = ("--full", "--max-steps", STEPS, "--batch-size", 3, "--micro-tokens", 60, "--lr", 3e-3, "--save-every", 2)
-EVALUATED = ("--eval-fraction", 0.2, "--eval-every", 2, "--keep", 9, "--dtype", "bfloat16")
+EVALUATED = ("--eval-fraction", 0.2, "--eval-every", 3, "--keep", 9, "--dtype", "bfloat16", "--retention", "kept.jsonl")
 BESIDE = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 CHECKPOINT = sorted([*BESIDE, "optimizer.safetensors", "state.json", "MANIFEST.json"])
 
@@ -196,6 +196,7 @@ def train(out, *argv, cwd, **how):
 def runs(tmp_path_factory):
     """A short run in float32, and one in bf16 with evaluations."""
     folder = tmp_path_factory.mktemp("full")
+    (folder / "kept.jsonl").write_text(cli.rows([[("user", "Say something."), ("assistant", "The sea is deep.")]]))
     for out, argv in (("plain", ()), ("evaluated", EVALUATED)):
         done = train(out, *argv, cwd=folder)
         assert done.code == 0, done.err
@@ -260,6 +261,7 @@ def test_steps_of_the_command_are_adamws_on_the_plain_model(runs):
 @pytest.mark.parametrize("out, step", [("plain", 4), ("evaluated", 2)])
 def test_a_run_that_is_gone_on_with_has_the_bits_of_one_that_was_not_interrupted(runs, tmp_path, out, step):
     shutil.copytree(runs / out, tmp_path / out)
+    shutil.copy(runs / "kept.jsonl", tmp_path)
     for later in checkpoint.steps(tmp_path / out):
         if later > step:
             shutil.rmtree(checkpoint.at(tmp_path / out, later))
@@ -298,9 +300,8 @@ def test_where_an_adapter_is_meant_the_error_says_that_it_is_a_model(runs, tmp_p
 @pytest.mark.parametrize(
     "argv, names",
     [
-        (("--rank", 4, "--dropout", 0.1), ("--rank", "--dropout")),
+        (("--rank", 4, "--dropout", 0.1, "--init-adapter", "x"), ("--rank", "--dropout", "--init-adapter")),
         (("--target", "all", "--alpha", 16, "--adapter-dtype", "float32"), ("--target", "--alpha", "--adapter-dtype")),
-        (("--init-adapter", "there"), ("--init-adapter",)),
         (("--fsdp",), ("--fsdp",)),
     ],
 )
@@ -342,7 +343,8 @@ def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
     optimizer.step()
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
     trained = list(masters.by_name.values())
-    held = [*trained, *(p.grad for p in trained), *moments, *(p.clone() for p in trained)]  # and what was before
+    held = [*trained, *(p.grad for p in trained), *moments]
+    held += [p.clone() for p in trained] + [p.clone() for p in trained]  # before and after the step
     own = {p.untyped_storage().data_ptr(): p.nbytes for p in (*held, *model.parameters())}
     found = memory.parts(*arguments(dtype=name_of(dtype), full=True, rank=0, adapter_dtype=None))
     assert found["weights"] + found["adapter and optimizer"] == sum(own.values())
@@ -353,8 +355,8 @@ def test_what_blocks_keep_is_what_autograd_saves(dtype):
     model = tiny_model(F32, hidden_size=48, intermediate_size=112, head_dim=8)
     Masters(model, dtype)
     c, lengths = model.config, [90, 40, 1]
-    targets = dict.fromkeys((n.removesuffix(".weight") for n, _ in model.named_parameters() if "proj" in n), 0)
-    found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=None), lengths))
+    targets = dict.fromkeys((name.removesuffix(".weight") for name, _ in model.named_parameters() if "proj" in name), 0)
+    found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=0), lengths))
     beside = sum(lengths) * (2 * c.head_dim * dtype.itemsize + 4 * (c.hidden_size + 1) + 8)  # as for adapters; tokens
     saved = kept_bytes(model, lengths) - beside
     assert abs(found - saved) < 0.1 * saved

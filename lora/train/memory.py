@@ -71,7 +71,8 @@ def parts(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int
         "runtime": RUNTIME.get(s.device, 0.0) + again * AGAIN.get(s.device, 0.0),
         "compiled kernels": compiled(s, lengths, batch_size),
         "weights": base * size * (not s.full or size < 4),  # in float32 a weight is its own master
-        "adapter and optimizer": (ADAPTERS + (s.init == "pissa")) * trained,  # and its frozen start
+        # PiSSA has its frozen start; of all weights a copy from after the step is too long for the gradients' places
+        "adapter and optimizer": (ADAPTERS + s.full + (s.init == "pissa")) * trained,
         "norms of rows": 4 * NORMS * max(model.get_submodule(path).weight.numel() for path in targets) if s.dora else 0,
         **{name: growth * value for name, value in largest.items()},
     }
