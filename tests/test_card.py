@@ -283,7 +283,7 @@ def test_an_adapter_is_uploaded_with_its_card_and_without_what_is_private(hub, t
         ("heron", "owner", "private")
     ]
     assert hub.tokens == {"Bearer hf_secret"} and "hf_secret" not in done.err
-    assert f"names the base by its place on this machine, for all who may read it: {cli.model_folder()}" in done.err
+    assert f"the base's place on this machine to all who may read it: {cli.model_folder()}" in done.err
 
 
 def test_a_passport_that_names_a_model_of_the_hub_goes_along(hub, tmp_path):

@@ -43,5 +43,5 @@ def push_adapter(folder: Path, repo: str) -> str:
     store.read_tensors(folder)
     private = papers and Path(papers["base"]["name"]).is_absolute()
     if Path(config.base).is_absolute():
-        say(f"note     {store.CONFIG} names the base by its place on this machine, and goes along: {config.base}")
+        say(f"note     {store.CONFIG} will tell the base's place on this machine to all who may read it: {config.base}")
     return push(folder, repo, [name for name in ADAPTER if not (private and name == store.PASSPORT)])
