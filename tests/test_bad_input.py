@@ -280,7 +280,7 @@ TOO_SMALL = {
               "skip_nonfinite": -1, "lr_ratio_b": 0},
     "generate": {"max_new_tokens": 0, "temperature": -1, "top_k": -1, "top_p": 0, "min_p": 1, "repetition_penalty": 0,
                  "seed": -1, "batch_size": 0},
-    "merge": {"tolerance": -1},
+    "merge": {"rank": 0, "energy": 0, "tolerance": -1},
 }  # fmt: skip
 TABLES = {"train": flags.TRAIN, "generate": flags.GENERATE, "merge": flags.MERGE}
 

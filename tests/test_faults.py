@@ -404,7 +404,7 @@ def results_of(run: Path, step: int, best: int | None = None) -> Results:
     """What writes a run that stands after a step; without a base model, as nothing here asks for one."""
     made = object.__new__(Results)
     made.model, made.out, made.papers = trained(step)[0], run, {"a": 1}
-    made.s = SimpleNamespace(max_forgetting=None, rank=2, keep=1)
+    made.s = SimpleNamespace(max_forgetting=None, rank=2, keep=1, full=False)
     template, base = SimpleNamespace(source="{{ messages }}"), SimpleNamespace(hub_id="base")
     made.plan = SimpleNamespace(chat=SimpleNamespace(template=template), base=base, examples=[])
     evaluations = [] if best is None else [{"step": best, "eval_loss": 1.0}]
