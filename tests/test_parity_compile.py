@@ -51,7 +51,7 @@ def test_compiled_blocks_compute_the_same_and_keep_nothing_that_is_cheap_to_form
     for batches, wanted in zip(steps, plain, strict=True):
         assert agree(loss_and_gradients(model, batches), wanted)
 
-    def attend(q, k, v, documents):  # nothing of attention's own is kept
+    def attend(q, k, v, *_):  # nothing of attention's own is kept
         return q + (k + v).repeat_interleave(2, dim=1)
 
     monkeypatch.setattr(decoder, "attend", attend)
