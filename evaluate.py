@@ -10,6 +10,7 @@ quiet_imports(__name__)
 
 import os
 import sys
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,8 @@ from generate import encode as encode_prompt
 from lora import device as machine
 from lora import files, flags, settings
 from lora.adapter import passport, several, store
-from lora.adapter.inject import disabled
-from lora.adapter.merge import merge, unload, unmerge
+from lora.adapter.inject import disabled, lora_layers
+from lora.adapter.merge import merge, merged_weight, unload, unmerge
 from lora.data import formats
 from lora.data.batch import Batch, micro_batches
 from lora.data.encode import Encoded, encode
@@ -253,11 +254,25 @@ def losses(model, column: Column, device, s) -> dict[str, float]:
 
     batches = micro_batches(column.examples, s.micro_tokens, device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
-    figures = {"loss": mean_loss(objective, bar)}
-    if column.ordinary:
-        retained = Retention(trunk, lambda: model.head_weight, column.ordinary, lambda: disabled(model), cap)()
-        figures |= {f"retention_{key}": value for key, value in retained._asdict().items()}
+    with merged_head(model):
+        figures = {"loss": mean_loss(objective, bar)}
+        if column.ordinary:
+            retained = Retention(trunk, lambda: model.head_weight, column.ordinary, lambda: disabled(model), cap)()
+            figures |= {f"retention_{key}": value for key, value in retained._asdict().items()}
     return figures
+
+
+@contextmanager
+def merged_head(model):
+    """An adapter on the head is merged inside the block: losses read the head's weight and do not call it."""
+    head = lora_layers(model).get("lm_head")
+    if head:  # of an adapter made elsewhere: train.py refuses it
+        head.merged_weight = merged_weight(head.base.weight, head.delta())
+    try:
+        yield
+    finally:
+        if head:
+            head.merged_weight = None
 
 
 def answer_all(model, column: Column, s) -> list[list[int]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
 import evaluate
@@ -30,6 +31,7 @@ from lora.train import evaluate as meter
 from lora.train.evaluate import Retention, divergence, evaluating, mean_loss, plain_divergence
 from lora.train.loss import plain_loss
 from tests import cli
+from tests.adapters import write_adapter
 from tests.helpers import close, far, patched, same, snapshot, some_tokens, tiny_model
 
 IDENTITY = torch.eye(131, dtype=torch.float64)  # a head for what are logits already
@@ -367,6 +369,32 @@ def test_base_and_adapters_side_by_side_are_each_as_if_alone(tmp_path):
     assert report["adapters"]["adapter-2"] == str(other_adapter()) and report["rows"] == len(cli.CONVERSATIONS)
     assert report["machine"]["torch"] == torch.__version__ and report["machine"]["dtype"] == "float32"
     assert report["settings"]["max_new_tokens"] == 12
+
+
+def test_an_adapter_on_the_head_counts_in_losses_and_in_what_was_forgotten(tmp_path):
+    """Others make such adapters; the base and the merged model say what is right."""
+    write_adapter(tmp_path / "head", targets=("lm_head",))
+    merged = cli.call(
+        "merge", "--adapter", "head", "--out", "merged", "--dtype", "float32", "--no-receipt", cwd=tmp_path
+    )
+    assert merged.code == 0, merged.err
+    how = ("--no-generate", "--out", "out.json")
+    ordinary = retention_file(tmp_path)
+    found = []
+    for model in (("--adapter", "head", "--retention", ordinary), ("--model", "merged")):
+        assert score(*model, "--data", cli.data_file(), *how, cwd=tmp_path).code == 0
+        found.append(json.loads((tmp_path / "out.json").read_text())["figures"])
+    (base, adapter), (merged,) = (list(figures.values()) for figures in found)
+    assert abs(adapter["loss"] - merged["loss"]) < 1e-5 < 1e-2 < abs(adapter["loss"] - base["loss"])
+    net = pretrained.load_model(str(tmp_path / "merged")), pretrained.load_model(str(cli.model_folder()))
+    chat = pretrained.load_chat(pretrained.find(str(cli.model_folder())))
+    batches = retention_batches(chat, ordinary, 10**4, 10**4)[0]
+    expected, count = 0.0, 0
+    for batch in batches:
+        now, before = (model(batch.tokens, batch.lengths)[batch.rows].log_softmax(-1) for model in net)
+        expected += kl_divergence(Categorical(logits=before), Categorical(logits=now)).sum().item()
+        count += len(batch.rows)
+    assert abs(adapter["retention_kl"] - expected / count) < 1e-5 < adapter["retention_kl"]
 
 
 def test_the_table_has_a_line_a_figure_and_a_column_a_model(tmp_path):

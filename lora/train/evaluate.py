@@ -69,7 +69,8 @@ class Retention:
         with base():
             self.of_base = [trunk(batch) for batch in batches]  # (N, D) each
             head = head_weight()
-        self.head_of_base = head.clone() if head.requires_grad else None
+        own = head_weight()  # of an adapter on the head, merged, another than the base's
+        self.head_of_base = head.clone() if head.requires_grad else head if own is not head else None
 
     @torch.no_grad()
     def __call__(self, total: Total = list) -> Retained:
