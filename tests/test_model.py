@@ -196,10 +196,8 @@ def test_positions_begin_anew_in_every_document():
 # ---- who sees whom ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("short", [512, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_future_tokens_cannot_change_past_logits(dtype, short, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT", short)
+def test_future_tokens_cannot_change_past_logits(dtype):
     model, tokens = tiny_model(dtype), some_tokens(64)
     before = model(tokens)
     for cut in (1, 2, 31, 63):
