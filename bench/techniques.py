@@ -41,7 +41,7 @@ S = SimpleNamespace(lr=1e-4, weight_decay=0.0, checkpoint_activations=False, mic
 MICRO = SimpleNamespace(tokens=S.micro_tokens)  # apart from S, whose number also says which examples are recomputed
 
 
-def one_by_one(q, k, v, documents):
+def one_by_one(q, k, v, documents, *_):
     parts = zip(*(x.split(documents.lengths) for x in (q, k, v)), strict=True)
     return torch.cat([attention.one_document(*part) for part in parts])
 
