@@ -53,7 +53,7 @@ def story(argv) -> int:
     store.read_config(s.adapter)
     checkpoint = pretrained.find(s.model or passport.base_of(s.adapter))
     say(f"model    {checkpoint.described}")
-    derive.check_apart(out, [Path(s.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])])
+    folders.check_apart(out, [Path(s.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])])
 
     # ---- on `meta` the base has no memory; only the adapter's tensors are real
     model = pretrained.empty_model(checkpoint)

@@ -212,6 +212,13 @@ def check_out(path: Path, overwrite: bool, ours: Iterable[str], others: Iterable
             raise BadInput(f"wrong --out in {path}: {what}. Move it away, or choose another name")
 
 
+def check_apart(path: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output folder that is or holds something which is read. Raises BadInput."""
+    for source in sources:
+        if path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise BadInput(f"wrong --out in {path}: it holds {source}, which is read. Choose another folder")
+
+
 def free_bytes(path: Path) -> int:
     """On the disk of a folder that need not be there yet."""
     return shutil.disk_usage(_nearest(path)).free

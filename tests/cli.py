@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -142,6 +143,29 @@ def write_model(folder: Path, seed: int = 0, **sizes) -> Path:
     settings = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     return folder
+
+
+def counted_reads(path: Path) -> Callable[[], None]:
+    """For `before`: writes to `path`, as a model's tensors are read, how many were held at once and how many in all."""
+
+    def watch() -> None:
+        from lora.model import pretrained
+
+        alive, most, total = set(), [0], [0]
+        read = pretrained.FolderCheckpoint.read
+
+        def watched(self, name):
+            tensor = read(self, name)
+            total[0] += 1
+            alive.add(total[0])
+            weakref.finalize(tensor.untyped_storage(), alive.discard, total[0])
+            most[0] = max(most[0], len(alive))
+            path.write_text(f"{most[0]} {total[0]}")
+            return tensor
+
+        pretrained.FolderCheckpoint.read = watched
+
+    return watch
 
 
 @cache

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import weakref
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from lora.adapter.inject import lora_layers, patch
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import unload
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
-from lora.model import pretrained
 from tests import cli
 from tests.adapters import deltas, write_adapter
 from tests.helpers import close, far, patched, randomise, randomise_adapter, some_tokens, tiny_model
@@ -328,21 +326,7 @@ def test_extracting_at_full_rank_is_exact_and_names_what_an_adapter_cannot_hold(
 def test_extracting_never_holds_two_models(work, tuned, tmp_path):
     """Tensors are counted as they are read, and again when nobody holds them any more."""
 
-    def watch():
-        alive, most, total = set(), [0], [0]
-        read = pretrained.FolderCheckpoint.read
-
-        def watched(self, name):
-            tensor = read(self, name)
-            total[0] += 1
-            alive.add(total[0])
-            weakref.finalize(tensor.untyped_storage(), alive.discard, total[0])
-            most[0] = max(most[0], len(alive))
-            (tmp_path / "most").write_text(f"{most[0]} {total[0]}")
-            return tensor
-
-        pretrained.FolderCheckpoint.read = watched
-
+    watch = cli.counted_reads(tmp_path / "most")
     merge(work, "--extract", cli.model_folder(), tuned, "--rank", 1, out=tmp_path / "out", before=watch)
     most, total = map(int, (tmp_path / "most").read_text().split())
     assert most <= 4 and total >= 2 * 21 + 14  # a pair, while the pair before it is let go; and the passport

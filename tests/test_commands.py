@@ -3,14 +3,12 @@ give the same result."""
 
 import json
 import re
-import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora import flags
-from lora.model import pretrained
 from tests import cli
 
 WEIGHTS = "adapter_model.safetensors"
@@ -449,22 +447,7 @@ def test_a_base_in_shards_is_merged_into_the_same_shards(tmp_path, merged):
 def test_merge_holds_at_most_two_tensors_of_the_base_at_a_time(tmp_path):
     """The base's tensors are counted as they are read, and again when nobody holds them any more."""
 
-    def watch():
-        alive, most, total = set(), [0], [0]
-        read = pretrained.FolderCheckpoint.read
-
-        def watched(self, name):
-            tensor = read(self, name)
-            total[0] += 1
-            alive.add(total[0])
-            weakref.finalize(tensor.untyped_storage(), alive.discard, total[0])
-            most[0] = max(most[0], len(alive))
-            (tmp_path / "most").write_text(f"{most[0]} {total[0]}")
-            return tensor
-
-        pretrained.FolderCheckpoint.read = watched
-
     argv = ("--adapter", cli.adapter_folder(), "--out", "out", "--no-receipt")
-    ok(cli.call("merge", *argv, cwd=tmp_path, before=watch))
+    ok(cli.call("merge", *argv, cwd=tmp_path, before=cli.counted_reads(tmp_path / "most")))
     most, total = map(int, (tmp_path / "most").read_text().split())
     assert most <= 2 and total >= 21 + 14  # every tensor once to merge, every target once to verify

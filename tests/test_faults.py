@@ -21,9 +21,10 @@ from bench import kills
 from lora import files, folders
 from lora.adapter import store
 from lora.adapter.inject import inject
+from lora.adapter.passport import ADAPTER
 from lora.errors import BadEnvironment, BadInput
 from lora.run import results
-from lora.run.results import ADAPTER, SETTINGS, WROTE, Results
+from lora.run.results import SETTINGS, WROTE, Results
 from lora.train import checkpoint
 from lora.train.record import Record
 from tests import cli

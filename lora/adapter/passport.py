@@ -30,6 +30,7 @@ from lora.adapter.inject import disabled
 from lora.errors import BadInput, say
 
 FORMAT, TEMPLATE = 1, "chat_template.jinja"
+ADAPTER = (TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
 UNUSED = re.compile(r"\[PAD\d+\]")  # ids without a token, as llama.cpp's converter names them
 
 

@@ -17,7 +17,7 @@ from lora.errors import BadInput, BadNumbers, say
 from lora.model import pretrained
 from lora.run import card
 
-FILES = (store.WEIGHTS, store.CONFIG, store.PASSPORT, passport.TEMPLATE, card.FILE)
+FILES = (*passport.ADAPTER, card.FILE)
 COMMON = ("out", "overwrite", "rank", "energy")
 BELONGS = {"combine": ("combine", "model", "no_verify", *COMMON), "extract": ("extract", *COMMON)}
 MOST_NAMES = 5  # of tensors in one line
@@ -48,13 +48,6 @@ def way(s) -> str:
     if problems:
         raise BadInput(*problems)
     return chosen
-
-
-def check_apart(out: Path, sources: Sequence[Path]) -> None:
-    """Refuse an output folder that holds something which is read."""
-    for source in sources:
-        if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-            raise BadInput(f"wrong --out in {out}: it holds {source}, which is read. Choose another folder")
 
 
 # ---- --combine -------------------------------------------------------------------------------------------------------
@@ -181,7 +174,7 @@ def place(out: Path, s, sources: Sequence[Path]):
     folders.check_place(out)
     with folders.locked(out):
         folders.check_out(out, s.overwrite, FILES, ())
-        check_apart(out, sources)
+        folders.check_apart(out, sources)
         yield
 
 

@@ -19,7 +19,7 @@ from lora.data import batch, preview
 from lora.data.encode import Encoded
 from lora.data.retention import retention_batches
 from lora.data.sources import Sources, named, read_sources, trained_rows
-from lora.errors import BadInput, is_out_of_memory, out_of_memory, say
+from lora.errors import is_out_of_memory, out_of_memory, say
 from lora.model import download, pretrained
 from lora.model.chat import Chat
 from lora.model.decoder import Model
@@ -74,9 +74,7 @@ class Plan:
 
     def check_base(self, out: Path) -> None:
         """Raises BadInput where --overwrite would delete the base."""
-        place = getattr(self.base, "path", None)
-        if place and out.resolve() in (place.resolve(), *place.resolve().parents):
-            raise BadInput(f"wrong --out in {out}: it holds {place}, which is read. Choose another folder")
+        folders.check_apart(out, [self.base.path] if hasattr(self.base, "path") else [])
 
     def check_room(self, out: Path, s: SimpleNamespace) -> None:
         """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""

@@ -8,7 +8,7 @@ from lora.adapter import passport, store
 from lora.errors import BadEnvironment, BadInput, say
 from lora.run.card import FILE, HUB_ID
 
-ADAPTER = (FILE, store.CONFIG, store.WEIGHTS, store.PASSPORT, passport.TEMPLATE)  # not settings, data or checkpoints
+ADAPTER = (*passport.ADAPTER, FILE)  # not settings, data or checkpoints
 
 
 def check_name(repo: str) -> None:

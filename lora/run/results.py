@@ -18,18 +18,9 @@ from lora.train import checkpoint, report, stopping
 from lora.train.record import Record, draw
 
 PICTURE, REPORT = "loss.png", "report.md"
-ADAPTER = (passport.TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
 MODEL = (*pretrained.SIDECARS, "model.safetensors", "model.safetensors.index.json", "config.json")  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (
-    *ADAPTER,
-    *MODEL,
-    METRICS,
-    PICTURE,
-    REPORT,
-    card.FILE,
-    checkpoint.FOLDER,
-)  # and may hold these
+HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, card.FILE, checkpoint.FOLDER)  # and may hold these
 
 
 def holds(out: Path) -> list[str]:
@@ -115,7 +106,7 @@ class Results:
         elif self.best is None:
             self._write(self.out)
         else:
-            for name in ADAPTER:
+            for name in passport.ADAPTER:
                 source = checkpoint.at(self.out, self.best) / name
                 files.write_bytes(self.out / name, files.read_bytes(source, limit=2**40))
         files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
