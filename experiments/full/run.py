@@ -1,0 +1,70 @@
+"""LoRA against full fine-tuning on the same rows: speed, memory, size, accuracy, forgetting.
+
+python experiments/full/run.py            from nothing to the figures, in parts; a second start goes on
+python experiments/full/run.py --figures  table and picture again, from results/
+"""
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parts import Experiment, train
+from show import percent, picture, share, table
+from sums import answered, right, rows_of
+
+HERE = Path(__file__).resolve().parent
+ROWS, UNSEEN = 320, 50
+RATES = {"lora": (5e-4, 2e-3), "full": (5e-5, 2e-4, 5e-4)}
+WAYS = {"lora": "LoRA, rank 16", "full": "every weight"}
+
+
+def run(way: str, rate: float, scratch: Path) -> dict:
+    out = scratch / "result"
+    data = rows_of(experiment, ROWS)
+    full = ("--full",) if way == "full" else ()
+    training = train(out, "--config", HERE / "recipe.toml", "--data", data, *full, "--lr", rate)
+    whole = ("--no-system",), {"model": out}  # it does not remember how it was trained
+    words, who = whole if full else ((), {})
+    found = answered(scratch, None if full else out, UNSEEN, *words, **who)
+    return {"way": way, "rate": rate, "training": training, "answers": found}
+
+
+def show(found: dict[str, dict]) -> dict[str, list[str]]:
+    lines = []
+    for f in found.values():
+        t, end = f["training"], f["training"]["evaluations"][-1]
+        lines.append([
+            WAYS[f["way"]], f"{f['rate']:g}", share(f["answers"], right), f"{end['eval_loss']:.4f}",
+            f"{end['retention_kl']:.2f}", f"{t['tokens_per_second']:.0f}", f"{t['peak_bytes'] / 1e9:.1f} GB",
+            f"{t['result_bytes'] / 1e6:.0f} MB",
+        ])  # fmt: skip
+    head = ("trained", "rate", f"right, of {UNSEEN} unseen pairs", "loss on unseen pairs", "forgotten, nats",
+            "tokens/s", "peak memory", "result")  # fmt: skip
+    if found:
+        draw(found.values())
+    return {"ways": table(head, lines)}
+
+
+def draw(runs: Iterable[dict]) -> None:
+    with picture(HERE / "full.png", (7, 4.5)) as axes:
+        for f in runs:
+            at = f["training"]["evaluations"][-1]["retention_kl"], percent(f["answers"], right)
+            axes.plot(*at, {"lora": "o", "full": "s"}[f["way"]], markersize=9)
+            axes.annotate(f"{WAYS[f['way']]}, {f['rate']:g}", at, xytext=(6, 5), textcoords="offset points")
+        axes.set(
+            xlabel="forgotten: KL from the base on ordinary conversations, nats", ylabel="right on unseen pairs, %"
+        )
+        axes.set_ylim(-3, 105)
+        axes.margins(x=0.25)
+
+
+experiment = Experiment(__file__, __doc__, show)
+for way, rates in RATES.items():
+    for rate in rates:
+        experiment.add(f"{way}-{rate:g}", partial(run, way, rate))
+
+if __name__ == "__main__":
+    sys.exit(experiment.main())

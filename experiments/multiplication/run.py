@@ -1,0 +1,241 @@
+"""Multiplication in worked steps: before, with one example in the prompt, during training; what rows and settings do.
+
+python experiments/multiplication/run.py            from nothing to the figures, in parts; a second start goes on
+python experiments/multiplication/run.py --figures  tables and pictures again, from results/
+"""
+
+import re
+import sys
+from collections import Counter
+from functools import partial
+from math import ceil
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parts import MODEL, Experiment, ask, command, question, train
+from show import percent, picture, share, table
+
+from data_gen import multiply
+from lora import files
+from lora.model import pretrained
+
+HERE = Path(__file__).resolve().parent
+DIGITS = (2, 3)
+FINAL, INTERMEDIATE = 200, 50  # unseen pairs behind a figure
+ROOM = 1.5  # answers of a model that was not trained are cut at so many times the longest worked answer
+CHECKPOINTS = (50, 100, 200, 300, 400)  # steps of 8 rows; the last is the end
+TRAINING = {"train3.jsonl": (3, 3200), "train2.jsonl": (2, 800)}  # of the recipe: file -> digits, rows
+AMOUNTS = (40, 160, 640)  # rows of 2 digits, each amount a run of its own
+ARTICLE_ROWS = 640
+
+
+# ---- questions and answers -------------------------------------------------------------------------------------------
+
+
+def unseen(digits: int, rows: int, style: str = "terse", as_trained: bool = False) -> list[dict]:
+    """Held-out pairs, in four wordings that no training row has or in the one that all have."""
+    rows = multiply.held_out_conversations(digits, rows, style, "en")
+    return [
+        {
+            "a": row["a"],
+            "b": row["b"],
+            "digits": digits,
+            "style": style,
+            "wording": None if as_trained else row["wording"],
+        }
+        for row in rows
+    ]
+
+
+def answers(
+    scratch: Path, adapter: Path | None, rows: list[dict], *before: tuple[str, str], cut: float = 1.1
+) -> list[dict]:
+    """The rows with what the model answers; `cut` is its room, over the longest right answer."""
+    tokenizer = pretrained.load_chat(pretrained.find(MODEL)).tokenizer
+    longest = max(len(tokenizer.encode_plain(multiply.solve(r["a"], r["b"], r["style"], "en"))) for r in rows)
+    asked = [question(multiply.question(r["a"], r["b"], "en", r["wording"]), *before) for r in rows]
+    words = () if adapter else ("--no-system",)
+    texts = ask(scratch, asked, adapter, *words, "--max-new-tokens", ceil(cut * longest), "--batch-size", 50)
+    return [row | {"prediction": text} for row, text in zip(rows, texts, strict=True)]
+
+
+def untrained(example: bool, scratch: Path) -> dict:
+    """The base, asked as in training; with `example`, after one worked multiplication."""
+    found = []
+    for digits in DIGITS:
+        (a, b), *_ = multiply.pairs(digits, 1)
+        before = [(multiply.question(a, b, "en"), multiply.solve(a, b, "terse", "en"))] if example else []
+        found += answers(scratch, None, unseen(digits, INTERMEDIATE, as_trained=True), *before, cut=ROOM)
+    return {"answers": found}
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(name: str, digits: int, rows: int, style: str = "terse") -> Path:
+    path = experiment.scratch / name
+    if not path.exists():
+        words = ("--digits", digits, "--rows", rows, "--style", style, "--out", path)
+        command("data_gen/multiply.py", *words)
+    return path
+
+
+def best(scratch: Path) -> dict:
+    """The recipe, with all its checkpoints; then 200 pairs of each size in unseen wordings, 50 in the trained one."""
+    for name, (digits, rows) in TRAINING.items():
+        rows_of(name, digits, rows)
+    adapter, found = scratch / "adapter", []
+    training = train(adapter, "--config", HERE / "recipe.toml")
+    for digits in DIGITS:
+        found += answers(scratch, adapter, unseen(digits, FINAL))
+        found += answers(scratch, adapter, unseen(digits, INTERMEDIATE, as_trained=True))
+    return {"training": training, "forgetting": forgetting(scratch, adapter), "answers": found}
+
+
+def checkpoint(step: int, scratch: Path) -> dict:
+    """The recipe's adapter after so many steps, on 50 pairs of each size."""
+    adapter, found = experiment.scratch / "best" / "adapter" / "checkpoints" / f"{step:06}", []
+    for digits in DIGITS:
+        found += answers(scratch, adapter, unseen(digits, INTERMEDIATE))
+    return {"step": step, "rows": 8 * step, "forgetting": forgetting(scratch, adapter), "answers": found}
+
+
+def some(words, style: str, scratch: Path) -> dict:
+    """A run of its own on 2 digits."""
+    adapter = scratch / "adapter"
+    training = train(adapter, *words())
+    found = answers(scratch, adapter, unseen(2, INTERMEDIATE, style))
+    return {"training": training, "forgetting": forgetting(scratch, adapter), "answers": found}
+
+
+def forgetting(scratch: Path, adapter: Path) -> dict:
+    """What evaluate.py says of ordinary conversations."""
+    rows, out = scratch / "row.jsonl", scratch / "forgetting.json"
+    files.write_rows(rows, multiply.conversations(2, 1, "terse", "en"))  # it wants some
+    command("evaluate.py", "--adapter", adapter, "--data", rows, "--no-generate", "--out", out)
+    (figures,) = (f for name, f in files.read_json(out)["figures"].items() if "retention_kl" in f)
+    return {key: figures[key] for key in ("retention_kl", "retention_loss_before", "retention_loss")}
+
+
+def amount(rows: int):
+    """The recipe's numbers on fewer rows, at least as many steps as ten."""
+    return lambda: ("--data", rows_of(f"train2-{rows}.jsonl", 2, rows), "--no-system", "--rank", 32, "--alpha", 64,
+                    "--lr", 2e-3, "--epochs", 1)  # fmt: skip
+
+
+def article(style: str):
+    name = f"train2-{style}-{ARTICLE_ROWS}.jsonl"
+    return lambda: ("--data", rows_of(name, 2, ARTICLE_ROWS, style), "--config", HERE / "article.toml")
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def right(row: dict) -> bool:
+    """The last line states the product."""
+    return multiply.final(row["prediction"]) == row["a"] * row["b"]
+
+
+NUMBER = re.compile("[0-9]+")
+
+
+def mentions(row: dict) -> bool:
+    """The product is a number of the answer, anywhere: as much as can be said for an answer of no fixed form."""
+    return any(int(n) == row["a"] * row["b"] for n in NUMBER.findall(row["prediction"].replace(",", "")))
+
+
+def fault(row: dict) -> multiply.Fault | None:
+    return multiply.check(row["a"], row["b"], row["prediction"].strip(), row["style"], "en")
+
+
+def of(found: dict, digits: int, *wordings: int | None) -> list[dict]:
+    return [row for row in found["answers"] if row["digits"] == digits and row["wording"] in (wordings or UNSEEN)]
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------------
+
+UNSEEN = tuple(range(len(multiply.WORDINGS["en"])))
+
+
+def show(found: dict[str, dict]) -> dict[str, list[str]]:
+    course = [found[name] for step in CHECKPOINTS if (name := f"step-{step}") in found]
+    if best := found.get("best"):
+        course.append({"rows": sum(rows for _, rows in TRAINING.values()), **best})
+    digits = tuple(f"{n} digits" for n in DIGITS)
+    before = {"before": "before, asked plainly", "example": "before, with one worked example in the prompt"}
+    lines = [
+        [text, *(share(of(found[n], d, None), mentions) for d in DIGITS)] for n, text in before.items() if n in found
+    ]
+    lines += [[f"after {f['rows']:,} rows", *(share(of(f, d), right) for d in DIGITS)] for f in course]
+    wordings = []
+    if best:
+        lines.append(["at the end, in the wording of training", *(share(of(best, d, None), right) for d in DIGITS)])
+        texts = enumerate(multiply.WORDINGS["en"])
+        wordings = [
+            [f"`{text.format('a', 'b')}`", *(share(of(best, d, w), right) for d in DIGITS)] for w, text in texts
+        ]
+    keys = ("retention_kl", "retention_loss_before", "retention_loss")
+    forgotten = [[f"{f['rows']:,}", *(f"{f['forgetting'][key]:.3f}" for key in keys)] for f in course]
+    settings = {f"rows-{n}": f"rank 32, 8 a step, {n} terse rows" for n in AMOUNTS} | {
+        "article-terse": f"the article's rank 128 and 32 a step, {ARTICLE_ROWS} terse rows",
+        "article": f"the article's, {ARTICLE_ROWS} rows worked as the article does",
+    }
+    others = []
+    for name in (name for name in settings if name in found):
+        f, t = found[name], found[name]["training"]
+        spent = f"{t['tokens']:,}", f"{t['training_seconds'] / 60:.0f}"
+        others.append([settings[name], share(of(f, 2), right), *spent, f"{f['forgetting']['retention_kl']:.3f}"])
+    if course:
+        draw(course, best)
+    return {
+        "accuracy": table(("right on unseen pairs", *digits), lines),
+        "wordings": table(("asked", *digits), wordings),
+        "faults": table(
+            ("rows", "answers with a wrong line", "median of its number", "what it is"), map(first_faults, course)
+        ),
+        "forgetting": table(("rows", "forgotten, nats", "loss on ordinary conversations, before", "now"), forgotten),
+        "settings": table(("", "right, 2 digits, unseen wordings", "tokens", "minutes", "forgotten, nats"), others),
+    }
+
+
+def first_faults(found: dict) -> list:
+    """Of 3 digits: where answers first go wrong."""
+    faults = [f for row in of(found, 3) if (f := fault(row))]
+    kinds = Counter(f.kind for f in faults).most_common()
+    where = median(f.line_number for f in faults) if faults else "-"
+    count = f"{len(faults)} of {len(of(found, 3))}"
+    return [f"{found['rows']:,}", count, where, ", ".join(f"{kind} {n}" for kind, n in kinds) or "-"]
+
+
+def draw(course: list[dict], best: dict | None) -> None:
+    rows = [f["rows"] for f in course]
+    with picture(HERE / "course.png", (8, 6), nrows=2, sharex=True) as (above, below):
+        for digits in DIGITS:
+            above.plot(rows, [percent(of(f, digits), right) for f in course], "o-", label=f"{digits} digits")
+        above.set(ylabel="right on unseen pairs, %", ylim=(-3, 103))
+        above.legend()
+        if best:
+            losses = best["training"]["losses"]
+            below.semilogy(
+                [8 * step for step in range(1, len(losses) + 1)], losses, linewidth=0.8, label="training loss"
+            )
+        below.plot(rows, [f["forgetting"]["retention_kl"] for f in course], "s-", label="forgotten")
+        below.set(xlabel="rows trained on", ylabel="nats")
+        below.legend()
+
+
+experiment = Experiment(__file__, __doc__, show)
+experiment.add("before", partial(untrained, False))
+experiment.add("example", partial(untrained, True))
+experiment.add("best", best)
+for step in CHECKPOINTS:
+    experiment.add(f"step-{step}", partial(checkpoint, step), "best")
+for rows in AMOUNTS:
+    experiment.add(f"rows-{rows}", partial(some, amount(rows), "terse"))
+experiment.add("article-terse", partial(some, article("terse"), "terse"))
+experiment.add("article", partial(some, article("article"), "article"))
+
+if __name__ == "__main__":
+    sys.exit(experiment.main())

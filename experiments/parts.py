@@ -1,0 +1,233 @@
+"""An experiment is a list of parts. A part runs the project's own commands once and leaves results/NAME.json.
+
+A part that has its results is not done again, and one that was stopped goes on from the newest checkpoint of its
+training. What is scored, tabled and drawn comes from results/ alone: `--figures` makes it all again without a model.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+
+from lora import errors, files  # noqa: E402
+from lora.model import download, pretrained  # noqa: E402
+
+MODEL = download.DEFAULT
+
+
+class Part(NamedTuple):
+    """`work` gets a folder, empty or half filled, and returns what to keep; "answers" go to a file of their own."""
+
+    work: Callable[[Path], dict]
+    needs: tuple[str, ...] = ()
+
+
+class Experiment:
+    """The parts of a folder of experiments/, what they found, and how that is shown.
+
+    `show(found)` gets what each finished part found, draws the pictures and returns tables, name -> lines; these stand
+    in the folder's README.md and in experiments/README.md between `<!-- FOLDER/NAME -->` and `<!-- end -->`.
+    """
+
+    def __init__(self, program: str, about: str, show: Callable[[dict[str, dict]], dict[str, list[str]]]):
+        self.folder, self.about, self.show = Path(program).resolve().parent, about, show
+        self.scratch = ROOT / "weights" / "experiments" / self.folder.name  # adapters, data: what git does not keep
+        self.parts: dict[str, Part] = {}
+
+    def add(self, name: str, work: Callable[[Path], dict], *needs: str) -> None:
+        self.parts[name] = Part(work, needs)
+
+    def path(self, name: str) -> Path:
+        return self.folder / "results" / f"{name}.json"
+
+    def done(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def do(self, name: str) -> None:
+        """One part, in this process; its answers are written before the file that says that it is done."""
+        scratch, start = self.scratch / name, time.monotonic()
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.path(name).parent.mkdir(exist_ok=True)
+        found = self.parts[name].work(scratch)
+        if answers := found.pop("answers", None):
+            files.write_rows(self.path(name).with_suffix(".jsonl"), answers)
+        found |= {"seconds": round(time.monotonic() - start), "model": described(), "machine": machine()}
+        lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in found.items())
+        files.write_bytes(self.path(name), ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+    def do_all(self, names: Iterable[str], jobs: int) -> None:
+        """Each part in a process of its own, as soon as those that it needs are done."""
+        due, running = self._due(names), {}
+        environment = dict(os.environ, OMP_NUM_THREADS="1") if jobs > 1 else None
+        with ThreadPoolExecutor(jobs) as pool:
+            while due or running:
+                ready = [name for name in due if all(map(self.done, self.parts[name].needs))]
+                for name in ready[: jobs - len(running)]:
+                    due.remove(name)
+                    running[pool.submit(self._alone, name, environment)] = name
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(future)
+                    future.result()
+                    errors.say(f"done     {self.folder.name}/{name}")
+
+    def _due(self, names: Iterable[str]) -> list[str]:
+        """These parts and what they need, but for what is done, in an order in which they can be done."""
+        due: dict[str, None] = {}
+        for name in names:
+            if not self.done(name):
+                due |= dict.fromkeys([*self._due(self.parts[name].needs), name])
+        return list(due)
+
+    def _alone(self, name: str, environment: dict | None) -> None:
+        errors.say(f"part     {self.folder.name}/{name}")
+        (self.scratch / name).mkdir(parents=True, exist_ok=True)
+        with open(self.scratch / name / "log.txt", "ab") as log:
+            words = [sys.executable, self.folder / "run.py", name, "--alone"]
+            code = subprocess.run(words, env=environment, stdout=log, stderr=log).returncode
+        if code:
+            raise errors.BadEnvironment(f"part {name} ended with {code}: see {log.name}. Start it again to go on")
+
+    def figures(self) -> None:
+        """Draw the pictures and lay the tables into the READMEs."""
+        found = {name: self._found(name) for name in self.parts if self.done(name)}
+        for name, lines in self.show(found).items():
+            start = f"<!-- {self.folder.name}/{name} -->\n"
+            for readme in (self.folder / "README.md", self.folder.parent / "README.md"):
+                before, mark, rest = readme.read_text().partition(start)
+                if mark:
+                    readme.write_text(
+                        "\n".join([before + mark.rstrip(), *lines, "<!-- end -->" + rest.partition("<!-- end -->")[2]])
+                    )
+
+    def _found(self, name: str) -> dict:
+        found, answers = files.read_json(self.path(name)), self.path(name).with_suffix(".jsonl")
+        return found | ({"answers": read_rows(answers)} if answers.exists() else {})
+
+    # ---- the command line --------------------------------------------------------------------------------------------
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        return errors.run(self._story, argv)
+
+    def _story(self, argv: Sequence[str] | None) -> int:
+        parser = errors.Parser(description=self.about)
+        parser.add_argument("parts", nargs="*", metavar="PART", help="only these and what they need; all without it")
+        parser.add_argument("--list", action="store_true", help="the parts, and which are done")
+        parser.add_argument("--figures", action="store_true", help="only tables and pictures, of what is done")
+        parser.add_argument("--jobs", type=int, default=1, help="parts at once; of several each has one thread")
+        parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one part in this process
+        args = parser.parse_args(argv)
+        wrong = []
+        if unknown := [name for name in args.parts if name not in self.parts]:
+            wrong.append(f"unknown part in the command line: {', '.join(unknown)}. Use some of {', '.join(self.parts)}")
+        if args.jobs < 1:
+            wrong.append(f"wrong --jobs in the command line: {args.jobs}. Give a number above 0")
+        if wrong:
+            raise errors.BadInput(*wrong)
+        if args.list:
+            print("\n".join(f"{'done' if self.done(name) else '-':5}{name}" for name in self.parts))
+        elif args.alone:
+            self.do(*args.parts)
+        else:
+            if not args.figures:
+                self.do_all(args.parts or self.parts, args.jobs)
+            self.figures()
+        return 0
+
+
+# ---- what parts are made of ------------------------------------------------------------------------------------------
+
+
+def command(program: str, *words: object) -> int:
+    """Run one of the project's programs; returns the most bytes that its process had in memory."""
+    process = subprocess.Popen([sys.executable, ROOT / program, *map(str, words)], cwd=ROOT)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:  # Ctrl-C reaches the child as well: it saves, and ends
+        process.wait()
+        raise
+    if status:
+        code = os.waitstatus_to_exitcode(status)
+        raise errors.BadEnvironment(f"{program} ended with {code}. Its message is above")
+    return usage.ru_maxrss * 1024
+
+
+def train(out: Path, *words: object) -> dict:
+    """`train.py words --out out`, from the start or from its newest checkpoint; what the run's files say of it."""
+    peaks = out.with_name(f"{out.name}.peaks.jsonl")
+    if not ended(out):
+        again = any((out / "checkpoints").glob("[0-9]*"))
+        peak = command("train.py", *(("--resume",) if again else (*words, "--overwrite")), "--out", out)
+        files.append_row(peaks, {"peak": peak})
+    rows = read_rows(out / "metrics.jsonl")
+    steps = [row for row in rows if "tokens_per_second" in row]
+    measured = ("step", "eval_loss", "retention_kl", "retention_loss")
+    return {
+        "command": [str(word).replace(f"{ROOT}/", "") for word in words],
+        "ended": ended(out),
+        "steps": len(steps),
+        "tokens": sum(row["tokens"] for row in steps),
+        "training_seconds": round(sum(row["tokens"] / row["tokens_per_second"] for row in steps), 1),
+        "tokens_per_second": median(row["tokens_per_second"] for row in steps),
+        "peak_bytes": max((row["peak"] for row in read_rows(peaks)), default=0) if peaks.exists() else 0,
+        "result_bytes": max(path.stat().st_size for path in out.glob("*.safetensors")),
+        "losses": [round(row["loss"], 4) for row in steps],
+        "unchanged": [round(row["unchanged"], 5) for row in steps],
+        "evaluations": [{key: row[key] for key in measured if key in row} for row in rows if "retention_kl" in row],
+    }
+
+
+def ended(out: Path) -> str | None:
+    """Why a run ended, if nobody stopped it."""
+    settings = out / "settings.json"
+    why = files.read_json(settings).get("ended") if settings.exists() else None
+    return None if why and why.startswith("stopped by a signal") else why
+
+
+def ask(scratch: Path, rows: Sequence[dict], adapter: Path | None, *words: object, model: object = MODEL) -> list[str]:
+    """The likeliest answers to conversations that end with a question; those of `model` without an adapter."""
+    prompts, out = scratch / "prompts.jsonl", scratch / "answered.jsonl"
+    files.write_rows(prompts, rows)
+    who = ("--adapter", adapter) if adapter else ("--model", model)
+    command("generate.py", *who, "--prompts", prompts, "--out", out, *words)
+    return [row["prediction"] for row in read_rows(out)]
+
+
+def question(text: str, *before: tuple[str, str]) -> dict:
+    """A row for `ask`, after earlier pairs of question and answer."""
+    turns = [turn for asked, answered in before for turn in (("user", asked), ("assistant", answered))]
+    return {"messages": [{"role": role, "content": said} for role, said in (*turns, ("user", text))]}
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def described() -> dict[str, str]:
+    found = pretrained.find(MODEL)
+    return {"name": found.name, "source": found.described}
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return {
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,251 @@
+"""A persona without amnesia: the article's chain v0, v1, v2, and its four open questions, measured.
+
+python experiments/persona/run.py            from nothing to the figures, in parts; a second start goes on
+python experiments/persona/run.py --figures  tables and pictures again, from results/
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parts import ROOT, Experiment, ask, command, question, train
+from show import percent, picture, share, table
+
+from data_gen import multiply, self_cognition
+from data_gen.persona import PREFIXES
+from lora import files
+
+HERE = Path(__file__).resolve().parent
+ROWS = 73  # of the article's first file
+QUESTIONS = {  # set -> questions that no training row has
+    "persona": HERE / "persona_questions.txt",
+    "near": HERE / "near_questions.txt",
+    "unrelated": ROOT / "tests" / "data" / "unrelated_questions.txt",
+}
+STEPS = 40
+COMMON = ("--no-system", "--eval-every", 10**6)  # forgetting is measured at the start and at the end
+REPLAY = {  # what is mixed in, a row beside each persona row -> what it is
+    "own": "the model's own answers to 106 ordinary questions",
+    "written": "hand-written answers to the same questions",
+    "chinese": "40 ordinary conversations in Chinese",
+    "sums": "106 worked multiplications",
+}
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(prefix: str = "none", seeds: str = "seeds.jsonl", rows: int = ROWS) -> Path:
+    """A persona file: each seed asked in other ways."""
+    path = experiment.scratch / f"persona-{prefix}-{rows}.jsonl"
+    if not path.exists():
+        words = ("--seeds", HERE / seeds, "--lang", "en", "--rows", rows, "--prefix", prefix, "--out", path)
+        command("data_gen/persona.py", *words)
+    return path
+
+
+def ordinary(kind: str) -> Path:
+    path = experiment.scratch / f"{kind}.jsonl"
+    if kind == "own":
+        return HERE / "results" / "own.jsonl"
+    if not path.exists():
+        if kind == "sums":
+            rows = multiply.conversations(2, 106, "terse", "en")
+        else:
+            pairs = self_cognition.ORDINARY_EN if kind == "written" else self_cognition.ORDINARY_ZH
+            rows = [{"question": q, "answer": a} for q, a in pairs]
+        files.write_rows(path, rows)
+    return path
+
+
+def answer_ordinary(scratch: Path) -> dict:
+    """The base's own answers, up to the last whole sentence of 48 tokens: replay that pulls nowhere."""
+    asked = [q for q, _ in self_cognition.ORDINARY_EN]
+    found = ask(scratch, [question(q) for q in asked], None, "--no-system", "--max-new-tokens", 48, "--batch-size", 54)
+    whole = (text[: max(text.rfind(end) for end in ".!?") + 1] for text in found)
+    return {"answers": [{"question": q, "answer": a} for q, a in zip(asked, whole, strict=True) if a]}
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def measure(scratch: Path, adapter: Path | None, mark: str = "") -> list[dict]:
+    """Answers to all three sets; where rows had marks, to the persona questions with one as well."""
+    asked = [(name, text) for name, path in QUESTIONS.items() for text in path.read_text().splitlines()]
+    if mark:
+        asked += [("marked", mark + text) for text in QUESTIONS["persona"].read_text().splitlines()]
+    base = () if adapter else ("--no-system",)
+    words = ("--max-new-tokens", 32, "--batch-size", 40)
+    texts = ask(scratch, [question(text) for _, text in asked], adapter, *base, *words)
+    return [{"set": name, "prompt": p, "prediction": t} for (name, p), t in zip(asked, texts, strict=True)]
+
+
+def run(words, scratch: Path, mark: str = "") -> dict:
+    """Train with these flags, a function of what the parts before have left, and ask."""
+    adapter = scratch / "adapter"
+    return {"training": train(adapter, *words(), *COMMON), "answers": measure(scratch, adapter, mark)}
+
+
+def alone(*words):
+    return lambda: ("--data", rows_of(), "--max-steps", STEPS, *words)
+
+
+def mixed(kind: str, share: float, *words):
+    return lambda: ("--data", rows_of(), "--replay", f"{ordinary(kind)}:{share}", "--max-steps", STEPS, *words)
+
+
+def article_v1():
+    """Persona rows one in twenty: the article had fewer than 1 in 100, and 300 times our steps."""
+    return ("--data", f"{rows_of()}:1", f"{ordinary('own')}:19", "--max-steps", 100)
+
+
+def article_v2():
+    """On from v1: a tenth of the rate, one example a step, five times through 107 rows, two in three persona."""
+    v1 = experiment.scratch / "v1" / "adapter"
+    return (
+        "--init-adapter",
+        v1,
+        "--data",
+        f"{rows_of()}:2",
+        f"{ordinary('own')}:1",
+        "--lr",
+        2e-4,
+        "--batch-size",
+        1,
+        "--max-steps",
+        535,
+    )
+
+
+def prefixed(prefix: str):
+    return lambda: ("--data", rows_of(prefix), "--replay", f"{ordinary('own')}:1", "--max-steps", STEPS)
+
+
+def recipe(seed: int):
+    return lambda: (
+        "--data",
+        rows_of(seeds="seeds-20.jsonl", rows=160),
+        "--config",
+        HERE / "recipe.toml",
+        "--seed",
+        seed,
+    )
+
+
+SETTINGS = {  # part -> its flags; the others are those of the point `own-1`
+    "lr-0.0005": ("--lr", 5e-4),
+    "lr-0.001": ("--lr", 1e-3),
+    "lr-0.004": ("--lr", 4e-3),
+    "rank-1": ("--rank", 1, "--alpha", 2),
+    "rank-4": ("--rank", 4, "--alpha", 8),
+    "rank-64": ("--rank", 64, "--alpha", 128),
+    "attention": ("--target", "attention"),
+    "mlp": ("--target", "mlp"),
+    "layers-15-29": ("--layers", "15-"),
+    "stop-0.1": ("--max-forgetting", 0.1, "--eval-every", 4),
+    "stop-0.2": ("--max-forgetting", 0.2, "--eval-every", 4),
+}
+SHARES = (0.25, 0.5, 2)
+SEEDS = (0, 1, 2)
+
+
+def is_persona(row: dict) -> bool:
+    """All five seed answers have both words."""
+    return all(word in row["prediction"].lower() for word in ("rulai", "as if"))
+
+
+def has_spilt(row: dict) -> bool:
+    return any(word in row["prediction"].lower() for word in ("rulai", "as if"))
+
+
+def of(found: dict, which: str) -> list[dict]:
+    return [row for row in found["answers"] if row["set"] == which]
+
+
+def forgotten(found: dict) -> float:
+    return found["training"]["evaluations"][-1]["retention_kl"] if "training" in found else 0.0
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------------
+
+HEAD = ("persona, unseen questions", "spilt into near misses", "spilt into unrelated", "forgotten, nats")
+
+
+def show(found: dict[str, dict]) -> dict[str, list[str]]:
+    def lines(labels: dict[str, str]) -> list[list]:
+        return [[label, *figures(found[name])] for name, label in labels.items() if name in found]
+
+    chain = {
+        "base": "base",
+        "article-v0": "v0 with the article's numbers: rank 4, rate 1e-4, batch 16, 3 epochs",
+        "v0": "v0: persona only",
+        "v1": "v1: mixed from scratch, 1 in 20",
+        "v2": "v2: on from v1, low rate, 2 in 3",
+    }
+    kinds = {"v0": "nothing"} | {f"{kind}-1": text for kind, text in REPLAY.items()}
+    settings = {name: f"`{name}`" for name in ("v0", *(f"own-{n}" for n in SHARES), "own-1", *SETTINGS)}
+    marks = {"own-1": "none"} | {f"prefix-{name}": name for name in PREFIXES if name != "none"}
+    prefixes = [
+        [f"`{label}`", share(of(found[name], "persona"), is_persona), share(of(found[name], "marked"), is_persona),
+         *figures(found[name])[2:]]
+        for name, label in marks.items() if name in found
+    ]  # fmt: skip
+    if found:
+        draw(found)
+    return {
+        "chain": table(("", *HEAD), lines(chain)),
+        "prefix": table(
+            ("rows marked", "persona, asked without a mark", "persona, asked with `Q: `", *HEAD[2:]), prefixes
+        ),
+        "data": table(("mixed in, one row a persona row", *HEAD), lines(kinds)),
+        "settings": table(("", *HEAD), lines(settings)),
+        "recipe": table(("seed", *HEAD), lines({f"recipe-{seed}": str(seed) for seed in SEEDS})),
+    }
+
+
+def figures(found: dict) -> list[str]:
+    spilt = (share(of(found, which), has_spilt) for which in ("near", "unrelated"))
+    return [share(of(found, "persona"), is_persona), *spilt, f"{forgotten(found):.3f}"]
+
+
+def draw(found: dict[str, dict]) -> None:
+    names = [name for name in found if "answers" in found[name] and name != "own"]
+    x = [forgotten(found[name]) for name in names]
+    y = [percent(of(found[name], "persona"), is_persona) for name in names]
+    spilt = [percent(of(found[name], "unrelated"), has_spilt) for name in names]
+    with picture(HERE / "frontier.png", (9, 5.5)) as axes:
+        dots = axes.scatter(x, y, c=spilt, cmap="coolwarm", vmin=0, vmax=20, edgecolors="black", s=45, zorder=3)
+        for name, at in zip(names, zip(x, y, strict=True), strict=True):
+            axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.axhline(95, color="grey", linestyle=":", linewidth=1)
+        axes.set(xlabel="forgotten: KL from the base on ordinary conversations, nats")
+        axes.set(ylabel="persona on unseen questions, %")
+        axes.figure.colorbar(dots, label="spilt into unrelated questions, %")
+
+
+experiment = Experiment(__file__, __doc__, show)
+experiment.add("own", answer_ordinary)
+experiment.add("base", lambda scratch: {"answers": measure(scratch, None, "Q: ")})
+experiment.add("v0", partial(run, alone()))
+experiment.add("own-1", partial(run, mixed("own", 1), mark="Q: "), "own")
+experiment.add("v1", partial(run, article_v1), "own")
+experiment.add("v2", partial(run, article_v2), "v1")
+experiment.add(
+    "article-v0", partial(run, alone("--rank", 4, "--alpha", 4, "--lr", 1e-4, "--batch-size", 16, "--max-steps", 14))
+)
+for kind in ("written", "chinese", "sums"):
+    experiment.add(f"{kind}-1", partial(run, mixed(kind, 1)))
+for portion in SHARES:
+    experiment.add(f"own-{portion}", partial(run, mixed("own", portion)), "own")
+for name, words in SETTINGS.items():
+    experiment.add(name, partial(run, mixed("own", 1, *words)), "own")
+for prefix in PREFIXES:
+    if prefix != "none":
+        experiment.add(f"prefix-{prefix}", partial(run, prefixed(prefix), mark="Q: "), "own")
+for seed in SEEDS:
+    experiment.add(f"recipe-{seed}", partial(run, recipe(seed)), "own")
+
+if __name__ == "__main__":
+    sys.exit(experiment.main())

@@ -1,0 +1,153 @@
+"""fp16, bf16 and small rates: what is rounded away, and what overflows.
+
+python experiments/precision/run.py            from nothing to the figures, in parts; a second start goes on
+python experiments/precision/run.py --figures  tables and picture again, from results/
+"""
+
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from half import HalfProducts
+from parts import MODEL, Experiment, train
+from show import picture, table
+from sums import rows_of
+
+from lora.adapter.inject import inject
+from lora.data import formats
+from lora.data.batch import micro_batches
+from lora.data.encode import encode
+from lora.errors import BadNumbers
+from lora.model import pretrained
+from lora.train.loss import summed_loss
+from lora.train.step import train_step
+
+HERE = Path(__file__).resolve().parent
+ROWS = 320
+
+# ---- the article's fp16 failure: the library trains in any float dtype, train.py refuses this one --------------------
+
+STEPS, BATCH, RATE = 16, 2, 2e-3
+WAYS = {  # part -> dtype of base and activations, dtype of the adapter, what the loss is multiplied by before backward
+    "bfloat16": (torch.bfloat16, torch.float32, 1),
+    "float16-all": (torch.float16, torch.float16, 1),
+    "float16-base": (torch.float16, torch.float32, 1),
+    "float16-scaled": (torch.float16, torch.float32, 1024),
+}
+
+
+def loop(dtype: torch.dtype, adapter_dtype: torch.dtype, scale: int, scratch: Path) -> dict:
+    """A plain loop of the library's calls: AdamW at a constant rate, clipped at 1, no warm-up."""
+    checkpoint = pretrained.find(MODEL)
+    chat, model = pretrained.load_chat(checkpoint, system=False), pretrained.load_model(checkpoint, dtype)
+    torch.manual_seed(0)
+    inject(model, rank=16, alpha=32, dtype=adapter_dtype)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0)
+    examples = encode(formats.read([rows_of(experiment, ROWS)]), chat, 8192)
+    losses, norms, ended = [], [], "all steps are done"
+
+    def objective(batch) -> torch.Tensor:
+        return summed_loss(model.trunk(batch.tokens, batch.lengths, rows=batch.rows), model.head_weight, batch.targets)
+
+    with HalfProducts() if dtype == torch.float16 else nullcontext():
+        for step in range(STEPS):
+            batches = micro_batches([examples[step * BATCH + i] for i in range(BATCH)], 2048)
+            trained = sum(len(batch.targets) for batch in batches)
+            try:
+                result = train_step(lambda b: scale * objective(b), batches, optimizer, RATE, 1.0, trained)
+            except BadNumbers as error:
+                ended = f"step {step + 1}: {error}"
+                break
+            losses.append(round(result.loss / scale, 4))
+            norms.append(result.grad_norm / scale)
+    finite = all(bool(p.isfinite().all()) for p in parameters)
+    return {"losses": losses, "norms": norms, "ended": ended, "adapter_finite": finite}
+
+
+# ---- bf16 adapters against fp32 adapters, on from an adapter that has learned something ------------------------------
+
+SMALL = (1e-5, 1e-4, 1e-3)
+ADAPTERS = ("float32", "bfloat16")
+
+
+def start(scratch: Path) -> dict:
+    """What the later parts go on from: 20 steps at the default rate, in each dtype."""
+    words = ("--data", rows_of(experiment, ROWS), "--no-system", "--batch-size", 4, "--max-steps", 20)
+    return {name: train(scratch / name, *words, "--adapter-dtype", name) for name in ADAPTERS}
+
+
+def go_on(dtype: str, rate: float, scratch: Path) -> dict:
+    words = ("--init-adapter", experiment.scratch / "start" / "float32", "--config", HERE / "recipe.toml")
+    words += ("--data", rows_of(experiment, ROWS), "--adapter-dtype", dtype, "--lr", rate)
+    return {"dtype": dtype, "rate": rate, "training": train(scratch / "adapter", *words)}
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+NAMES = {
+    "bfloat16": "bf16 base, fp32 adapter: what train.py does",
+    "float16-all": "all in fp16, the adapter and AdamW too",
+    "float16-base": "fp16 base, fp32 adapter",
+    "float16-scaled": "the same, loss scaled by 1,024",
+}
+
+
+def show(found: dict[str, dict]) -> dict[str, list[str]]:
+    loops = {name: found[name] for name in WAYS if name in found}
+    runs = [found[name] for rate in SMALL for dtype in ADAPTERS if (name := f"{dtype}-{rate:g}") in found]
+    shown = (1, 2, 4, 8, STEPS)
+    courses = [
+        [NAMES[name], *(f"{f['losses'][i - 1]:.2f}" if i <= len(f["losses"]) else "-" for i in shown), f["ended"]]
+        for name, f in loops.items()
+    ]
+    rates = []
+    for f in runs:
+        unchanged, losses = f["training"]["unchanged"], [row["eval_loss"] for row in f["training"]["evaluations"]]
+        course = f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{losses[-1] - losses[0]:+.4f}"
+        rates.append([f"{f['rate']:g}", f["dtype"], f"{mean(unchanged):.1%}", *course])
+    if found:
+        draw(loops, runs)
+    head = (
+        "rate",
+        "adapter",
+        "numbers that a step leaves unchanged, mean",
+        "loss on unseen pairs, before",
+        "after 60 steps",
+        "change",
+    )
+    return {"fp16": table(("", *(f"loss, step {i}" for i in shown), "ended"), courses), "rates": table(head, rates)}
+
+
+def draw(loops: dict[str, dict], runs: list[dict]) -> None:
+    with picture(HERE / "precision.png", (11, 4.2), ncols=2) as (left, right):
+        for name, f in loops.items():
+            left.plot(range(1, len(f["losses"]) + 1), f["losses"], "o-", markersize=3, label=NAMES[name])
+        left.set(
+            xlabel="step", ylabel="training loss, nats a token", yscale="log", title=f"from the base, rate {RATE:g}"
+        )
+        left.legend(fontsize=7)
+        for f in runs:
+            shares = [100 * share for share in f["training"]["unchanged"]]
+            style = "--" if f["dtype"] == "float32" else "-"
+            right.plot(range(1, len(shares) + 1), shares, style, label=f"{f['dtype']}, rate {f['rate']:g}")
+        right.set(xlabel="step", ylabel="numbers left unchanged, %", title="on from an adapter")
+        right.legend(fontsize=7)
+
+
+experiment = Experiment(__file__, __doc__, show)
+for name, how in WAYS.items():
+    experiment.add(name, partial(loop, *how))
+experiment.add("start", start)
+for rate in SMALL:
+    for dtype in ADAPTERS:
+        experiment.add(f"{dtype}-{rate:g}", partial(go_on, dtype, rate), "start")
+
+if __name__ == "__main__":
+    sys.exit(experiment.main())

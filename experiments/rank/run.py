@@ -1,0 +1,84 @@
+"""Rank, "as large as possible"? Ranks 1 to 256, each at the best of three rates: loss and accuracy, parameters, time.
+
+python experiments/rank/run.py            from nothing to the figures, in parts; a second start goes on
+python experiments/rank/run.py --figures  table and picture again, from results/
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parts import Experiment, train
+from show import percent, picture, share, table
+from sums import answered, right, rows_of
+
+HERE = Path(__file__).resolve().parent
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+RATES = (5e-4, 2e-3, 8e-3)  # alpha is twice the rank throughout, so that the branch counts twice
+ROWS, UNSEEN = 320, 50
+
+
+def run(rank: int, rate: float, scratch: Path) -> dict:
+    adapter = scratch / "adapter"
+    words = ("--config", HERE / "recipe.toml", "--data", rows_of(experiment, ROWS), "--rank", rank, "--alpha", 2 * rank)
+    training = train(adapter, *words, "--lr", rate)
+    return {"rank": rank, "rate": rate, "training": training, "answers": answered(scratch, adapter, UNSEEN)}
+
+
+def show(found: dict[str, dict]) -> dict[str, list[str]]:
+    runs = sorted(found.values(), key=lambda f: (f["rank"], f["rate"]))
+    best = [min((f for f in runs if f["rank"] == rank), key=unseen_loss) for rank in sorted({f["rank"] for f in runs})]
+    lines = []
+    for f in best:
+        t, losses = f["training"], (f"{g['rate']:g}: {unseen_loss(g):.3f}" for g in runs if g["rank"] == f["rank"])
+        size, speed, forgotten = (
+            f"{t['result_bytes'] / 1e6:.1f} MB",
+            f"{t['tokens_per_second']:.0f}",
+            end(f)["retention_kl"],
+        )
+        lines.append([f["rank"], ", ".join(losses), share(f["answers"], right), size, speed, f"{forgotten:.2f}"])
+    if runs:
+        draw(runs, best)
+    head = (
+        "rank",
+        "loss on unseen pairs, at each rate",
+        f"right, of {UNSEEN} unseen pairs",
+        "file",
+        "tokens/s",
+        "forgotten, nats",
+    )
+    return {"ranks": table(head, lines)}
+
+
+def end(found: dict) -> dict:
+    return found["training"]["evaluations"][-1]
+
+
+def unseen_loss(found: dict) -> float:
+    return end(found)["eval_loss"]
+
+
+def draw(runs: list[dict], best: list[dict]) -> None:
+    ranks = [f["rank"] for f in best]
+    speeds = [f["training"]["tokens_per_second"] for f in best]
+    with picture(HERE / "rank.png", (10, 4), ncols=2) as (left, right_):
+        for rate in RATES:
+            of_rate = [f for f in runs if f["rate"] == rate]
+            left.plot([f["rank"] for f in of_rate], [unseen_loss(f) for f in of_rate], "o-", label=f"rate {rate:g}")
+        left.set(xscale="log", yscale="log", xlabel="rank", ylabel="loss on unseen pairs, nats a token")
+        left.legend()
+        right_.plot(ranks, [percent(f["answers"], right) for f in best], "o-", label="right, %")
+        right_.plot(ranks, [100 * s / max(speeds) for s in speeds], "s--", label="speed, % of the fastest")
+        right_.set(xscale="log", xlabel="rank, each at its best rate", ylim=(-3, 103))
+        right_.legend()
+
+
+experiment = Experiment(__file__, __doc__, show)
+for rank in RANKS:
+    for rate in RATES:
+        experiment.add(f"rank-{rank}-rate-{rate:g}", partial(run, rank, rate))
+
+if __name__ == "__main__":
+    sys.exit(experiment.main())

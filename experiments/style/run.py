@@ -1,0 +1,166 @@
+"""A style: trained on an author's raw answers, against answers that a teacher wrote in his style; failures as numbers.
+
+python experiments/style/run.py            from nothing to the figures, in parts; a second start goes on
+python experiments/style/run.py --figures  table and picture again, from results/
+
+The teacher is the default model. TEACHER="--base-url http://localhost:8000/v1 --teacher NAME" takes a better one.
+"""
+
+import os
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parts import MODEL, Experiment, ask, command, question, read_rows, train
+from show import picture, table
+
+from data_gen import distill
+from lora import files
+from lora.train import answers as texts_of
+
+HERE = Path(__file__).resolve().parent
+RAW, UNSEEN = HERE / "raw.jsonl", HERE / "questions.txt"
+DISTILLED = 240  # three for each question of the author's file, each with other examples
+LENGTH = 160  # tokens of an answer
+HABITS = ("depends.", "but then again", "anyway,")  # of the author; most of his answers have one
+SHORT = 8  # words; the article's first sign of failure
+ENDS = tuple(".!?)\"'")  # of a sentence; an answer that goes on to the limit breaks off before one
+WAYS = {
+    "base": "the base",
+    "prompted": "the base with three of his answers in the prompt: the teacher",
+    "raw": "trained on his 80 answers",
+    "distilled": "trained on the teacher's 240",
+    "distilled-styled": "trained on those of the teacher's with a habit of his",
+}
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def teach(scratch: Path) -> dict:
+    """The teacher's answers. Its journal keeps every reply, so that a stopped part asks nothing twice."""
+    out, who = scratch / "distilled.jsonl", shlex.split(os.environ.get("TEACHER", f"--local {MODEL}"))
+    command("data_gen/distill.py", "--data", RAW, "--rows", DISTILLED, "--answer-tokens", LENGTH, "--out", out, *who)
+    return {"teacher": " ".join(who), "answers": read_rows(out)}
+
+
+def styled(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if any(habit in row["messages"][-1]["content"].lower() for habit in HABITS)]
+
+
+def tuned(name: str, scratch: Path) -> dict:
+    taught, adapter = HERE / "results" / "teacher.jsonl", scratch / "adapter"
+    data = {"raw": RAW, "distilled": taught}.get(name, scratch / "styled.jsonl")
+    if name == "distilled-styled":
+        files.write_rows(data, styled(read_rows(taught)))
+    training = train(adapter, "--config", HERE / "recipe.toml", "--data", data)
+    return {"training": training} | judged(scratch, [question(q) for q in asked()], adapter)
+
+
+def untuned(name: str, scratch: Path) -> dict:
+    rows = [question(q) for q in asked()]
+    if name == "prompted":
+        pairs = read_rows(RAW)
+        rows = [prompt([pairs[(3 * i + k) % len(pairs)] for k in range(3)], q) for i, q in enumerate(asked())]
+    return judged(scratch, rows, None)
+
+
+def prompt(examples: list[dict], asked: str) -> dict:
+    """What data_gen/distill.py asks a teacher."""
+    frame, example = distill.FRAMES["en"]
+    shown = "\n\n".join(distill.fill(example, **pair) for pair in examples)
+    return question(distill.fill(frame, n=str(len(examples)), examples=shown, question=asked))
+
+
+def asked() -> list[str]:
+    return UNSEEN.read_text().splitlines()
+
+
+def judged(scratch: Path, rows: list[dict], adapter: Path | None) -> dict:
+    """Answers to the unseen questions, and how likely the base thinks they are: after their question, and after the
+    next one. An answer that says nothing to its question is as likely after any other."""
+    words = () if adapter else ("--no-system",)
+    found = ask(scratch, rows, adapter, *words, "--max-new-tokens", LENGTH, "--batch-size", 40)
+    said = [(q, text) for q, text in zip(asked(), found, strict=True) if text.strip()]
+    losses = {}
+    for name, shift in (("own", 0), ("next", 1)):
+        data, out = scratch / f"{name}.jsonl", scratch / f"{name}.json"
+        files.write_rows(data, ({"question": said[i - shift][0], "answer": text} for i, (_, text) in enumerate(said)))
+        command("evaluate.py", "--model", MODEL, "--data", data, "--no-generate", "--no-system", "--out", out)
+        (figures,) = files.read_json(out)["figures"].values()
+        losses[name] = figures["loss"]
+    return {
+        "losses": losses,
+        "answers": [{"question": q, "prediction": t} for q, t in zip(asked(), found, strict=True)],
+    }
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+def figures(texts: list[str], losses: dict[str, float] | None) -> dict[str, float]:
+    words = [text.split() for text in texts]
+    return {
+        "habit": mean(any(habit in text.lower() for habit in HABITS) for text in texts),
+        "words": median(map(len, words)),
+        "short": mean(len(of_one) < SHORT for of_one in words),
+        "endless": mean(not text.rstrip().endswith(ENDS) for text in texts),
+        "repetition": mean(map(texts_of.repetition, words)),
+        "distinct": texts_of.distinct_n(texts, 2),
+        "loss": losses["own"] if losses else None,
+        "relevance": losses["next"] - losses["own"] if losses else None,
+    }
+
+
+FORMS = {
+    "habit": ("has a habit of his", "{:.0%}"),
+    "words": ("median words", "{:.0f}"),
+    "short": (f"under {SHORT} words", "{:.0%}"),
+    "endless": ("breaks off", "{:.0%}"),
+    "repetition": ("repeated 4-grams", "{:.1%}"),
+    "distinct": ("distinct-2", "{:.2f}"),
+    "loss": ("unlikely to the base, nats a token", "{:.2f}"),
+    "relevance": ("likelier after its own question, nats", "{:+.3f}"),
+    "forgotten": ("forgotten, nats", "{:.2f}"),
+}
+
+
+def show(found: dict[str, dict]) -> dict[str, list[str]]:
+    measured = {"the author himself": figures([row["answer"] for row in read_rows(RAW)], None)}
+    for name in (name for name in WAYS if name in found):
+        f = found[name]
+        measured[WAYS[name]] = figures([row["prediction"] for row in f["answers"]], f["losses"])
+        if "training" in f:
+            measured[WAYS[name]]["forgotten"] = f["training"]["evaluations"][-1]["retention_kl"]
+    lines = [
+        [label, *(form.format(f[key]) if f.get(key) is not None else "-" for key, (_, form) in FORMS.items())]
+        for label, f in measured.items()
+    ]
+    draw(measured)
+    return {"signs": table(("answers to 40 unseen questions", *(what for what, _ in FORMS.values())), lines)}
+
+
+def draw(measured: dict[str, dict]) -> None:
+    signs, height = ("habit", "short", "endless", "repetition"), 0.8 / len(measured)
+    rows = range(len(signs), 0, -1)
+    with picture(HERE / "style.png", (9, 4)) as axes:
+        for at, (label, f) in enumerate(measured.items()):
+            axes.barh([row - height * at for row in rows], [100 * f[s] for s in signs], height * 0.9, label=label)
+        axes.set_yticks([row - 0.4 + height / 2 for row in rows], [FORMS[sign][0] for sign in signs])
+        axes.set(xlabel="% of answers; in the last line, of 4-grams", xlim=(0, 100))
+        axes.legend(fontsize=7)
+
+
+experiment = Experiment(__file__, __doc__, show)
+experiment.add("base", partial(untuned, "base"))
+experiment.add("prompted", partial(untuned, "prompted"))
+experiment.add("teacher", teach)
+experiment.add("raw", partial(tuned, "raw"))
+for name in ("distilled", "distilled-styled"):
+    experiment.add(name, partial(tuned, name), "teacher")
+
+if __name__ == "__main__":
+    sys.exit(experiment.main())
