@@ -85,7 +85,7 @@ def measure(scratch: Path, adapter: Path | None, mark: str = "") -> list[dict]:
 def run(words, scratch: Path, mark: str = "") -> dict:
     """Train with these flags, a function of what the parts before have left, and ask."""
     adapter = scratch / "adapter"
-    return {"training": train(adapter, *words(), *COMMON), "answers": measure(scratch, adapter, mark)}
+    return {"training": train(adapter, *COMMON, *words()), "answers": measure(scratch, adapter, mark)}
 
 
 def alone(*words):
@@ -123,15 +123,8 @@ def prefixed(prefix: str):
     return lambda: ("--data", rows_of(prefix), "--replay", f"{ordinary('own')}:1", "--max-steps", STEPS)
 
 
-def recipe(seed: int):
-    return lambda: (
-        "--data",
-        rows_of(seeds="seeds-20.jsonl", rows=160),
-        "--config",
-        HERE / "recipe.toml",
-        "--seed",
-        seed,
-    )
+def recipe(*words):
+    return lambda: ("--data", rows_of(seeds="seeds-20.jsonl", rows=160), "--config", HERE / "recipe.toml", *words)
 
 
 SETTINGS = {  # part -> its flags; the others are those of the point `own-1`
@@ -144,11 +137,19 @@ SETTINGS = {  # part -> its flags; the others are those of the point `own-1`
     "attention": ("--target", "attention"),
     "mlp": ("--target", "mlp"),
     "layers-15-29": ("--layers", "15-"),
-    "stop-0.1": ("--max-forgetting", 0.1, "--eval-every", 4),
     "stop-0.2": ("--max-forgetting", 0.2, "--eval-every", 4),
+    "stop-0.4": ("--max-forgetting", 0.4, "--eval-every", 4),
 }
 SHARES = (0.25, 0.5, 2)
-SEEDS = (0, 1, 2)
+RECIPES = {  # the recipe, its other seeds, and what might forget less
+    "recipe": (),
+    "recipe-seed-1": ("--seed", 1),
+    "recipe-seed-2": ("--seed", 2),
+    "recipe-own-1": ("--replay", "experiments/persona/results/own.jsonl:1"),
+    "recipe-40-steps": ("--max-steps", 40),
+    "recipe-lr-0.001": ("--lr", 1e-3),
+    "recipe-rank-4": ("--rank", 4, "--alpha", 8),
+}
 
 
 def is_persona(row: dict) -> bool:
@@ -201,7 +202,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         ),
         "data": table(("mixed in, one row a persona row", *HEAD), lines(kinds)),
         "settings": table(("", *HEAD), lines(settings)),
-        "recipe": table(("seed", *HEAD), lines({f"recipe-{seed}": str(seed) for seed in SEEDS})),
+        "recipe": table(("", *HEAD), lines({name: f"`{name}`" for name in RECIPES})),
     }
 
 
@@ -244,8 +245,8 @@ for name, words in SETTINGS.items():
 for prefix in PREFIXES:
     if prefix != "none":
         experiment.add(f"prefix-{prefix}", partial(run, prefixed(prefix), mark="Q: "), "own")
-for seed in SEEDS:
-    experiment.add(f"recipe-{seed}", partial(run, recipe(seed)), "own")
+for name, words in RECIPES.items():
+    experiment.add(name, partial(run, recipe(*words)), "own")
 
 if __name__ == "__main__":
     sys.exit(experiment.main())

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,39 +34,56 @@ ROWS = 320
 # ---- the article's fp16 failure: the library trains in any float dtype, train.py refuses this one --------------------
 
 STEPS, BATCH, RATE = 16, 2, 2e-3
-WAYS = {  # part -> dtype of base and activations, dtype of the adapter, what the loss is multiplied by before backward
-    "bfloat16": (torch.bfloat16, torch.float32, 1),
-    "float16-all": (torch.float16, torch.float16, 1),
-    "float16-base": (torch.float16, torch.float32, 1),
-    "float16-scaled": (torch.float16, torch.float32, 1024),
+HALF, WIDE = torch.float16, torch.float32
+
+
+class How(NamedTuple):
+    """dtype of base and activations, dtype of the adapter and AdamW's moments; `fused` steps in float32 inside."""
+
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    fused: bool = True
+    rate: float = RATE
+    eps: float = 1e-8
+    scale: int = 1  # of the loss, before backward
+
+
+WAYS = {
+    "bfloat16": How(torch.bfloat16, WIDE, fused=False),
+    "float16-all": How(HALF, HALF, fused=False),
+    "float16-fused": How(HALF, HALF),
+    "float16-slow": How(HALF, HALF, rate=1e-4),
+    "float16-eps": How(HALF, HALF, eps=1e-3),
+    "float16-base": How(HALF, WIDE, fused=False),
+    "float16-scaled": How(HALF, WIDE, fused=False, scale=1024),
 }
 
 
-def loop(dtype: torch.dtype, adapter_dtype: torch.dtype, scale: int, scratch: Path) -> dict:
+def loop(how: How, scratch: Path) -> dict:
     """A plain loop of the library's calls: AdamW at a constant rate, clipped at 1, no warm-up."""
     checkpoint = pretrained.find(MODEL)
-    chat, model = pretrained.load_chat(checkpoint, system=False), pretrained.load_model(checkpoint, dtype)
+    chat, model = pretrained.load_chat(checkpoint, system=False), pretrained.load_model(checkpoint, how.dtype)
     torch.manual_seed(0)
-    inject(model, rank=16, alpha=32, dtype=adapter_dtype)
+    inject(model, rank=16, alpha=32, dtype=how.adapter_dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0)
+    optimizer = torch.optim.AdamW(parameters, how.rate, eps=how.eps, weight_decay=0, fused=how.fused)
     examples = encode(formats.read([rows_of(experiment, ROWS)]), chat, 8192)
     losses, norms, ended = [], [], "all steps are done"
 
     def objective(batch) -> torch.Tensor:
         return summed_loss(model.trunk(batch.tokens, batch.lengths, rows=batch.rows), model.head_weight, batch.targets)
 
-    with HalfProducts() if dtype == torch.float16 else nullcontext():
+    with HalfProducts() if how.dtype == HALF else nullcontext():
         for step in range(STEPS):
             batches = micro_batches([examples[step * BATCH + i] for i in range(BATCH)], 2048)
             trained = sum(len(batch.targets) for batch in batches)
             try:
-                result = train_step(lambda b: scale * objective(b), batches, optimizer, RATE, 1.0, trained)
+                result = train_step(lambda b: how.scale * objective(b), batches, optimizer, how.rate, 1.0, trained)
             except BadNumbers as error:
                 ended = f"step {step + 1}: {error}"
                 break
-            losses.append(round(result.loss / scale, 4))
-            norms.append(result.grad_norm / scale)
+            losses.append(round(result.loss / how.scale, 4))
+            norms.append(result.grad_norm / how.scale)
     finite = all(bool(p.isfinite().all()) for p in parameters)
     return {"losses": losses, "norms": norms, "ended": ended, "adapter_finite": finite}
 
@@ -94,6 +112,9 @@ def go_on(dtype: str, rate: float, scratch: Path) -> dict:
 NAMES = {
     "bfloat16": "bf16 base, fp32 adapter: what train.py does",
     "float16-all": "all in fp16, the adapter and AdamW too",
+    "float16-fused": "the same, AdamW as one kernel, float32 inside",
+    "float16-slow": "the same, rate 1e-4",
+    "float16-eps": "the same, rate 2e-3, AdamW's eps 1e-3 instead of 1e-8",
     "float16-base": "fp16 base, fp32 adapter",
     "float16-scaled": "the same, loss scaled by 1,024",
 }
@@ -143,7 +164,7 @@ def draw(loops: dict[str, dict], runs: list[dict]) -> None:
 
 experiment = Experiment(__file__, __doc__, show)
 for name, how in WAYS.items():
-    experiment.add(name, partial(loop, *how))
+    experiment.add(name, partial(loop, how))
 experiment.add("start", start)
 for rate in SMALL:
     for dtype in ADAPTERS:

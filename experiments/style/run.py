@@ -108,7 +108,7 @@ def figures(texts: list[str], losses: dict[str, float] | None) -> dict[str, floa
         "words": median(map(len, words)),
         "short": mean(len(of_one) < SHORT for of_one in words),
         "endless": mean(not text.rstrip().endswith(ENDS) for text in texts),
-        "repetition": mean(map(texts_of.repetition, words)),
+        "repetition": mean(map(texts_of.repetition, texts)),
         "distinct": texts_of.distinct_n(texts, 2),
         "loss": losses["own"] if losses else None,
         "relevance": losses["next"] - losses["own"] if losses else None,
