@@ -89,7 +89,7 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
                 from lora.model.shard import load_sharded as load_model  # it is slow to import
             else:
                 load_model = pretrained.load_model
-                machine.keep_memory(team.device)
+            tidy = (lambda: None) if s.fsdp else machine.keep_memory(team.device)
             model = load_model(plan.base, torch.float32 if s.full else getattr(torch, s.dtype), team.device)
             torch.manual_seed(s.seed)
             if not s.full:
@@ -100,7 +100,7 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
             if s.compile:
                 model.compile_blocks()
                 say("compile  the first step takes a minute or two longer")
-            return train(model, plan, s, out, team, resumed)
+            return train(model, plan, s, out, team, resumed, tidy)
 
 
 def check(s) -> None:
@@ -123,7 +123,7 @@ def check(s) -> None:
         raise BadInput(*problems)
 
 
-def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) -> int:
+def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None, tidy: Callable[[], None]) -> int:
     """Step, evaluate and save by turns until a reason to end; then show what changed."""
 
     def micro_batches(indices: list[int]) -> list[batch.Batch]:
@@ -188,6 +188,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None) 
                 batches = micro_batches(indices)
                 result = train_step(objective, batches, optimizer, lr, s.clip, trained, agreement.reduce)
                 record.add(state.step, result, lr)
+                tidy()
             except NotFinite as found:
                 state.skipped += 1
                 if state.skipped > s.skip_nonfinite:

@@ -24,11 +24,11 @@ def rows_of(experiment: Experiment, rows: int) -> Path:
 
 
 def answered(scratch: Path, adapter: Path | None, rows: int, *words: object, **who: object) -> list[dict]:
-    """Answers to unseen pairs in wordings that no training row has."""
-    asked = multiply.held_out_conversations(2, rows, "terse", "en")
-    prompts = [question(multiply.question(row["a"], row["b"], "en", row["wording"])) for row in asked]
+    """Answers to unseen pairs, asked as in training."""
+    pairs = multiply.pairs(2, rows, held_out=True)
+    prompts = [question(multiply.question(a, b, "en")) for a, b in pairs]
     texts = ask(scratch, prompts, adapter, "--max-new-tokens", ROOM, "--batch-size", rows, *words, **who)
-    return [{"a": row["a"], "b": row["b"], "prediction": text} for row, text in zip(asked, texts, strict=True)]
+    return [{"a": a, "b": b, "prediction": text} for (a, b), text in zip(pairs, texts, strict=True)]
 
 
 def right(row: dict) -> bool:

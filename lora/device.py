@@ -6,6 +6,8 @@ import platform
 import re
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from lora.errors import BadEnvironment, BadInput
 
 ROUND = 32  # on a CPU a product is compiled for every number of rows anew, and kept: better few numbers
+TIDY_SECONDS = 30
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,16 +51,27 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
 
 
-def keep_memory(device: torch.device) -> None:
-    """Let glibc keep what is freed, for training on a CPU; elsewhere nothing.
+def keep_memory(device: torch.device) -> Callable[[], None]:
+    """Let glibc keep what is freed, for training on a CPU; elsewhere nothing. Call what it returns after each step.
 
-    By itself it returns large blocks to the system, which hands the next ones out page by page, each filled with zeros
-    (mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD). The most memory at once stays the same.
+    By itself glibc returns large blocks to the system, which hands the next ones out page by page, each filled with
+    zeros (mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD). But steps differ in size, and what is kept of
+    one has holes that the next does not fill: 500 steps of 2,000 tokens grew from 2.3 to 6.2 GB. So every half minute
+    all that is free is given back (malloc_trim(3)).
     """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, size in ((-1, 2**31 - 1), (-2, 64 * 2**20), (-3, 2**30)):
-            libc.mallopt(option, size)
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return lambda: None
+    libc, due = ctypes.CDLL(None), time.monotonic() + TIDY_SECONDS
+    for option, size in ((-1, 2**31 - 1), (-2, 64 * 2**20), (-3, 2**30)):
+        libc.mallopt(option, size)
+
+    def tidy() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            libc.malloc_trim(0)
+            due = time.monotonic() + TIDY_SECONDS
+
+    return tidy
 
 
 def check_compiler(device: torch.device) -> None:

@@ -387,3 +387,27 @@ def test_large_blocks_are_returned_though_small_ones_lie_between_them():
     call = "from lora import device; from tests import test_memory; device.give_back(2**24); print(test_memory.holes())"
     done = subprocess.run([sys.executable, "-c", call], cwd=cli.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and int(done.stdout) < 10 * 2**20, done.stdout + done.stderr
+
+
+HOLES = """
+import time, torch
+from lora import device
+device.TIDY_SECONDS = {seconds}
+tidy = device.keep_memory(torch.device("cpu"))
+blocks = [torch.ones(2**20) for _ in range(100)]  # 4 MB each
+del blocks[::2]
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+before = resident()
+tidy()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+@pytest.mark.parametrize("seconds, least, most", [(0, 150_000, 250_000), (3600, -20_000, 20_000)])
+def test_holes_between_blocks_are_given_back_but_not_after_every_step(seconds, least, most):
+    """Of 400 MB every other block is free: 200 MB between blocks in use."""
+    words = [sys.executable, "-c", HOLES.format(seconds=seconds)]
+    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert least < int(found.stdout) < most

@@ -34,19 +34,11 @@ ARTICLE_ROWS = 640
 # ---- questions and answers -------------------------------------------------------------------------------------------
 
 
-def unseen(digits: int, rows: int, style: str = "terse", as_trained: bool = False) -> list[dict]:
-    """Held-out pairs, in four wordings that no training row has or in the one that all have."""
-    rows = multiply.held_out_conversations(digits, rows, style, "en")
-    return [
-        {
-            "a": row["a"],
-            "b": row["b"],
-            "digits": digits,
-            "style": style,
-            "wording": None if as_trained else row["wording"],
-        }
-        for row in rows
-    ]
+def unseen(digits: int, rows: int, style: str = "terse", reworded: bool = False) -> list[dict]:
+    """Held-out pairs, in the wording of training or, in turn, in four that no training row has."""
+    asked = multiply.held_out_conversations(digits, rows, style, "en")
+    about = {"digits": digits, "style": style}
+    return [about | {"a": row["a"], "b": row["b"], "wording": row["wording"] if reworded else None} for row in asked]
 
 
 def answers(
@@ -67,7 +59,7 @@ def untrained(example: bool, scratch: Path) -> dict:
     for digits in DIGITS:
         (a, b), *_ = multiply.pairs(digits, 1)
         before = [(multiply.question(a, b, "en"), multiply.solve(a, b, "terse", "en"))] if example else []
-        found += answers(scratch, None, unseen(digits, INTERMEDIATE, as_trained=True), *before, cut=ROOM)
+        found += answers(scratch, None, unseen(digits, INTERMEDIATE), *before, cut=ROOM)
     return {"answers": found}
 
 
@@ -83,15 +75,17 @@ def rows_of(name: str, digits: int, rows: int, style: str = "terse") -> Path:
 
 
 def best(scratch: Path) -> dict:
-    """The recipe, with all its checkpoints; then 200 pairs of each size in unseen wordings, 50 in the trained one."""
+    """The recipe, with all its checkpoints."""
     for name, (digits, rows) in TRAINING.items():
         rows_of(name, digits, rows)
-    adapter, found = scratch / "adapter", []
-    training = train(adapter, "--config", HERE / "recipe.toml")
-    for digits in DIGITS:
-        found += answers(scratch, adapter, unseen(digits, FINAL))
-        found += answers(scratch, adapter, unseen(digits, INTERMEDIATE, as_trained=True))
-    return {"training": training, "forgetting": forgetting(scratch, adapter), "answers": found}
+    training = train(scratch / "adapter", "--config", HERE / "recipe.toml")
+    return {"training": training, "forgetting": forgetting(scratch, scratch / "adapter")}
+
+
+def end(reworded: bool, scratch: Path) -> dict:
+    """Of the recipe's adapter, 200 pairs of each size."""
+    adapter = experiment.scratch / "best" / "adapter"
+    return {"answers": [row for d in DIGITS for row in answers(scratch, adapter, unseen(d, FINAL, reworded=reworded))]}
 
 
 def checkpoint(step: int, scratch: Path) -> dict:
@@ -150,32 +144,25 @@ def fault(row: dict) -> multiply.Fault | None:
     return multiply.check(row["a"], row["b"], row["prediction"].strip(), row["style"], "en")
 
 
-def of(found: dict, digits: int, *wordings: int | None) -> list[dict]:
-    return [row for row in found["answers"] if row["digits"] == digits and row["wording"] in (wordings or UNSEEN)]
+def of(found: dict, digits: int) -> list[dict]:
+    return [row for row in found["answers"] if row["digits"] == digits]
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------------
 
-UNSEEN = tuple(range(len(multiply.WORDINGS["en"])))
-
 
 def show(found: dict[str, dict]) -> dict[str, list[str]]:
     course = [found[name] for step in CHECKPOINTS if (name := f"step-{step}") in found]
-    if best := found.get("best"):
-        course.append({"rows": sum(rows for _, rows in TRAINING.values()), **best})
+    if "end" in found:
+        course.append({"rows": sum(rows for _, rows in TRAINING.values()), **found["best"], **found["end"]})
     digits = tuple(f"{n} digits" for n in DIGITS)
     before = {"before": "before, asked plainly", "example": "before, with one worked example in the prompt"}
-    lines = [
-        [text, *(share(of(found[n], d, None), mentions) for d in DIGITS)] for n, text in before.items() if n in found
-    ]
+    lines = [[text, *(share(of(found[n], d), mentions) for d in DIGITS)] for n, text in before.items() if n in found]
     lines += [[f"after {f['rows']:,} rows", *(share(of(f, d), right) for d in DIGITS)] for f in course]
     wordings = []
-    if best:
-        lines.append(["at the end, in the wording of training", *(share(of(best, d, None), right) for d in DIGITS)])
-        texts = enumerate(multiply.WORDINGS["en"])
-        wordings = [
-            [f"`{text.format('a', 'b')}`", *(share(of(best, d, w), right) for d in DIGITS)] for w, text in texts
-        ]
+    for number, text in enumerate(multiply.WORDINGS["en"] if "reworded" in found else ()):
+        asked = ([row for row in of(found["reworded"], d) if row["wording"] == number] for d in DIGITS)
+        wordings.append([f"`{text.format('a', 'b')}`", *(share(rows, right) for rows in asked)])
     keys = ("retention_kl", "retention_loss_before", "retention_loss")
     forgotten = [[f"{f['rows']:,}", *(f"{f['forgetting'][key]:.3f}" for key in keys)] for f in course]
     settings = {f"rows-{n}": f"rank 32, 8 a step, {n} terse rows" for n in AMOUNTS} | {
@@ -188,7 +175,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         spent = f"{t['tokens']:,}", f"{t['training_seconds'] / 60:.0f}"
         others.append([settings[name], share(of(f, 2), right), *spent, f"{f['forgetting']['retention_kl']:.3f}"])
     if course:
-        draw(course, best)
+        draw(course, found.get("best"))
     return {
         "accuracy": table(("right on unseen pairs", *digits), lines),
         "wordings": table(("asked", *digits), wordings),
@@ -196,7 +183,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
             ("rows", "answers with a wrong line", "median of its number", "what it is"), map(first_faults, course)
         ),
         "forgetting": table(("rows", "forgotten, nats", "loss on ordinary conversations, before", "now"), forgotten),
-        "settings": table(("", "right, 2 digits, unseen wordings", "tokens", "minutes", "forgotten, nats"), others),
+        "settings": table(("", "right, 2 digits", "tokens", "minutes", "forgotten, nats"), others),
     }
 
 
@@ -230,6 +217,8 @@ experiment = Experiment(__file__, __doc__, show)
 experiment.add("before", partial(untrained, False))
 experiment.add("example", partial(untrained, True))
 experiment.add("best", best)
+experiment.add("end", partial(end, False), "best")
+experiment.add("reworded", partial(end, True), "best")
 for step in CHECKPOINTS:
     experiment.add(f"step-{step}", partial(checkpoint, step), "best")
 for rows in AMOUNTS:
