@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import torch  # noqa: E402
+from show import Found  # noqa: E402
 
 from lora import errors, files  # noqa: E402
 from lora.model import download, pretrained  # noqa: E402
@@ -103,7 +104,7 @@ class Experiment:
 
     def figures(self) -> None:
         """Draw the pictures and lay the tables into the READMEs."""
-        found = {name: self._found(name) for name in self.parts if self.done(name)}
+        found = Found({name: self._found(name) for name in self.parts if self.done(name)})
         for name, lines in self.show(found).items():
             start = f"<!-- {self.folder.name}/{name} -->\n"
             for readme in (self.folder / "README.md", self.folder.parent / "README.md"):
@@ -176,7 +177,7 @@ def train(out: Path, *words: object) -> dict:
     steps = [row for row in rows if "tokens_per_second" in row]
     measured = ("step", "eval_loss", "retention_kl", "retention_loss")
     return {
-        "command": [str(word).replace(f"{ROOT}/", "") for word in words],
+        "command": relative(words),
         "ended": ended(out),
         "steps": len(steps),
         "tokens": sum(row["tokens"] for row in steps),
@@ -188,6 +189,11 @@ def train(out: Path, *words: object) -> dict:
         "unchanged": [round(row["unchanged"], 5) for row in steps],
         "evaluations": [{key: row[key] for key in measured if key in row} for row in rows if "retention_kl" in row],
     }
+
+
+def relative(words: Iterable[object]) -> list[str]:
+    """A command's words as they are typed in the project's folder."""
+    return [str(word).replace(f"{ROOT}/", "") for word in words]
 
 
 def ended(out: Path) -> str | None:

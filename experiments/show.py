@@ -1,12 +1,13 @@
 """How results are shown: a Markdown table, a share, a picture."""
 
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lora.train.report import table
 
-__all__ = ["percent", "picture", "share", "table"]
+__all__ = ["Found", "NotDone", "percent", "picture", "share", "table", "verdicts"]
 
 
 def share(rows: Iterable[dict], good: Callable[[dict], bool]) -> str:
@@ -17,6 +18,28 @@ def share(rows: Iterable[dict], good: Callable[[dict], bool]) -> str:
 
 def percent(rows: Sequence[dict], good: Callable[[dict], bool]) -> float:
     return 100 * sum(map(good, rows)) / len(rows)
+
+
+def verdicts(folder: Path, measured: dict[str, Callable[[], str]]) -> list[str]:
+    """A table of the claims of its claims.toml, what was measured, and the verdict; or that a part is not done yet."""
+    lines = []
+    for key, row in tomllib.loads((folder / "claims.toml").read_text()).items():
+        try:
+            lines.append((row["claim"], measured[key](), row["verdict"]))
+        except NotDone as missing:
+            lines.append((row["claim"], f"not run yet: {missing}", "open"))
+    return table(("the articles", "measured here", "verdict"), lines)
+
+
+class NotDone(LookupError):
+    """A part that a figure needs."""
+
+
+class Found(dict):
+    """What each finished part found."""
+
+    def __missing__(self, name: str):
+        raise NotDone(f"`{name}`")
 
 
 @contextmanager

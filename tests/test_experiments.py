@@ -194,10 +194,12 @@ def test_no_question_that_is_scored_was_trained_on():
     assert len(set(trained)) == 80 and len(set(scored)) == 40
     assert not words_in_a_row("\n".join(trained)) & set().union(*map(words_in_a_row, scored))
     persona = program(FOLDER / "persona")
-    seeds = {row["question"].lower() for row in rows(FOLDER / "persona" / "seeds.jsonl")}
+    seeds = {row["question"].lower() for row in rows(FOLDER / "persona" / "seeds-20.jsonl")}
     asked = {text.lower() for path in persona.QUESTIONS.values() for text in path.read_text().splitlines()}
     ordinary = {q.lower() for q, _ in persona.self_cognition.ORDINARY_EN}
     assert len(asked) == 120 and not asked & seeds and not asked & ordinary
+    unseen = persona.QUESTIONS["persona"].read_text().splitlines()
+    assert not set().union(*map(words_in_a_row, seeds)) & set().union(*map(words_in_a_row, unseen))
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------

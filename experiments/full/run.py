@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import Experiment, train
-from show import percent, picture, share, table
+from show import percent, picture, share, table, verdicts
 from sums import answered, right, rows_of
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +45,24 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
             "tokens/s", "peak memory", "result")  # fmt: skip
     if found:
         draw(found.values())
-    return {"ways": table(head, lines)}
+    return {"summary": claims(found), "ways": table(head, lines)}
+
+
+def claims(found: dict[str, dict]) -> list[str]:
+    def cost() -> str:
+        lora, full = found["lora-0.002"]["training"], found["full-0.0002"]["training"]
+        speed, memory, size = (full[k] / lora[k] for k in ("tokens_per_second", "peak_bytes", "result_bytes"))
+        return (
+            f"every weight over rank 16: {speed:.2f} of the speed, {memory:.1f} times the memory, {size:.0f} the file"
+        )
+
+    def quality() -> str:
+        runs = ((f, f["training"]["evaluations"][-1]) for f in (found["lora-0.002"], found["full-0.0002"]))
+        return "; ".join(
+            f"{WAYS[f['way']]}: {share(f['answers'], right)}, forgotten {end['retention_kl']:.2f}" for f, end in runs
+        )
+
+    return verdicts(HERE, {"cost": cost, "quality": quality})
 
 
 def draw(runs: Iterable[dict]) -> None:

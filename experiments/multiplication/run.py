@@ -7,6 +7,7 @@ python experiments/multiplication/run.py --figures  tables and pictures again, f
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -15,7 +16,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import MODEL, Experiment, ask, command, question, train
-from show import percent, picture, share, table
+from show import percent, picture, share, table, verdicts
 
 from data_gen import multiply
 from lora import files
@@ -161,7 +162,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     lines += [[f"after {f['rows']:,} rows", *(share(of(f, d), right) for d in DIGITS)] for f in course]
     wordings = []
     for number, text in enumerate(multiply.WORDINGS["en"] if "reworded" in found else ()):
-        asked = ([row for row in of(found["reworded"], d) if row["wording"] == number] for d in DIGITS)
+        asked = (worded(found["reworded"], d, number) for d in DIGITS)
         wordings.append([f"`{text.format('a', 'b')}`", *(share(rows, right) for rows in asked)])
     keys = ("retention_kl", "retention_loss_before", "retention_loss")
     forgotten = [[f"{f['rows']:,}", *(f"{f['forgetting'][key]:.3f}" for key in keys)] for f in course]
@@ -177,6 +178,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     if course:
         draw(course, found.get("best"))
     return {
+        "summary": claims(found),
         "accuracy": table(("right on unseen pairs", *digits), lines),
         "wordings": table(("asked", *digits), wordings),
         "faults": table(
@@ -194,6 +196,35 @@ def first_faults(found: dict) -> list:
     where = median(f.line_number for f in faults) if faults else "-"
     count = f"{len(faults)} of {len(of(found, 3))}"
     return [f"{found['rows']:,}", count, where, ", ".join(f"{kind} {n}" for kind, n in kinds) or "-"]
+
+
+def claims(found: dict[str, dict]) -> list[str]:
+    def accuracy(name: str, good: Callable[[dict], bool]) -> str:
+        return ", ".join(f"{d} digits {share(of(found[name], d), good)}" for d in DIGITS)
+
+    def wordings() -> str:
+        asked = ((text, worded(found["reworded"], 3, n)) for n, text in enumerate(multiply.WORDINGS["en"]))
+        return "3 digits: " + "; ".join(f"`{text.format('a', 'b')}` {share(rows, right)}" for text, rows in asked)
+
+    def others() -> str:
+        lost = found["best"]["forgetting"]
+        course = f"{lost['retention_loss_before']:.2f} → {lost['retention_loss']:.2f}"
+        return f"forgotten {lost['retention_kl']:.2f} nats; loss on ordinary conversations {course}"
+
+    return verdicts(
+        HERE,
+        {
+            "before": partial(accuracy, "before", mentions),
+            "example": partial(accuracy, "example", mentions),
+            "after": lambda: f"after 4,000 rows, once: {accuracy('end', right)}",
+            "wordings": wordings,
+            "others": others,
+        },
+    )
+
+
+def worded(found: dict, digits: int, wording: int) -> list[dict]:
+    return [row for row in of(found, digits) if row["wording"] == wording]
 
 
 def draw(course: list[dict], best: dict | None) -> None:

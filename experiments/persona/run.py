@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import ROOT, Experiment, ask, command, question, train
-from show import percent, picture, share, table
+from show import percent, picture, share, table, verdicts
 
 from data_gen import multiply, self_cognition
 from data_gen.persona import PREFIXES
@@ -196,6 +196,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     if found:
         draw(found)
     return {
+        "summary": claims(found),
         "chain": table(("", *HEAD), lines(chain)),
         "prefix": table(
             ("rows marked", "persona, asked without a mark", "persona, asked with `Q: `", *HEAD[2:]), prefixes
@@ -209,6 +210,24 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
 def figures(found: dict) -> list[str]:
     spilt = (share(of(found, which), has_spilt) for which in ("near", "unrelated"))
     return [share(of(found, "persona"), is_persona), *spilt, f"{forgotten(found):.3f}"]
+
+
+def claims(found: dict[str, dict]) -> list[str]:
+    def of_runs(*names: str) -> str:
+        texts = ("persona {}, near misses {}, spilt {}, forgotten {}".format(*figures(found[name])) for name in names)
+        return "; ".join(text if len(names) == 1 else f"`{n}` {text}" for n, text in zip(names, texts, strict=True))
+
+    runs = {
+        "alone": ("v0",),
+        "article-numbers": ("article-v0",),
+        "thin": ("v1",),
+        "review": ("v2",),
+        "marks": ("own-1", "prefix-both"),
+        "data": ("v0", "chinese-1", "written-1", "own-1"),
+        "settings": ("own-1", "rank-1", "lr-0.001", "own-0.25"),
+        "balance": ("recipe",),
+    }
+    return verdicts(HERE, {key: partial(of_runs, *names) for key, names in runs.items()})
 
 
 def draw(found: dict[str, dict]) -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from half import HalfProducts
 from parts import MODEL, Experiment, train
-from show import picture, table
+from show import picture, table, verdicts
 from sums import rows_of
 
 from lora.adapter.inject import inject
@@ -143,7 +143,25 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         "after 60 steps",
         "change",
     )
-    return {"fp16": table(("", *(f"loss, step {i}" for i in shown), "ended"), courses), "rates": table(head, rates)}
+    return {
+        "summary": claims(found),
+        "fp16": table(("", *(f"loss, step {i}" for i in shown), "ended"), courses),
+        "rates": table(head, rates),
+    }
+
+
+def claims(found: dict[str, dict]) -> list[str]:
+    def fp16() -> str:
+        names = {"float16-slow": "fp16 at rate 1e-4", "float16-eps": "with eps 1e-3", "float16-base": "fp32 adapter"}
+        losses = ((label, found[name]["losses"]) for name, label in names.items())
+        return f"loss in {STEPS} steps: " + "; ".join(f"{label} {run[0]:.2f} → {run[-1]:.2f}" for label, run in losses)
+
+    def rate(dtype: str) -> str:
+        t = found[f"{dtype}-1e-05"]["training"]
+        won = t["evaluations"][0]["eval_loss"] - t["evaluations"][-1]["eval_loss"]
+        return f"{dtype}: {mean(t['unchanged']):.0%} left unchanged, loss lower by {won:.3f}"
+
+    return verdicts(HERE, {"fp16": fp16, "rate": lambda: "; ".join(map(rate, ADAPTERS))})
 
 
 def draw(loops: dict[str, dict], runs: list[dict]) -> None:
@@ -153,7 +171,7 @@ def draw(loops: dict[str, dict], runs: list[dict]) -> None:
         left.set(
             xlabel="step", ylabel="training loss, nats a token", yscale="log", title=f"from the base, rate {RATE:g}"
         )
-        left.legend(fontsize=7)
+        left.legend(fontsize=7, loc="lower left")
         for f in runs:
             shares = [100 * share for share in f["training"]["unchanged"]]
             style = "--" if f["dtype"] == "float32" else "-"

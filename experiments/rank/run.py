@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import Experiment, train
-from show import percent, picture, share, table
+from show import NotDone, percent, picture, share, table, verdicts
 from sums import answered, right, rows_of
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +49,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         "tokens/s",
         "forgotten, nats",
     )
-    return {"ranks": table(head, lines)}
+    return {"summary": claims(best), "ranks": table(head, lines)}
 
 
 def end(found: dict) -> dict:
@@ -58,6 +58,15 @@ def end(found: dict) -> dict:
 
 def unseen_loss(found: dict) -> float:
     return end(found)["eval_loss"]
+
+
+def claims(best: list[dict]) -> list[str]:
+    def large() -> str:
+        if len(best) < 3:
+            raise NotDone("three ranks at least")
+        return "; ".join(f"{f['rank']}: loss {unseen_loss(f):.3f}, {share(f['answers'], right)}" for f in best)
+
+    return verdicts(HERE, {"large": large})
 
 
 def draw(runs: list[dict], best: list[dict]) -> None:

@@ -15,8 +15,8 @@ from statistics import mean, median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parts import MODEL, Experiment, ask, command, question, read_rows, train
-from show import picture, table
+from parts import MODEL, Experiment, ask, command, question, read_rows, relative, train
+from show import picture, table, verdicts
 
 from data_gen import distill
 from lora import files
@@ -33,29 +33,29 @@ WAYS = {
     "base": "the base",
     "prompted": "the base with three of his answers in the prompt: the teacher",
     "raw": "trained on his 80 answers",
-    "distilled": "trained on the teacher's 240",
-    "distilled-styled": "trained on those of the teacher's with a habit of his",
+    "distilled": "trained on the teacher's answers",
+    "distilled-tuned": "trained on those of a teacher that was trained on his 80",
 }
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def teach(scratch: Path) -> dict:
+def teach(scratch: Path, adapter: Path | None = None) -> dict:
     """The teacher's answers. Its journal keeps every reply, so that a stopped part asks nothing twice."""
     out, who = scratch / "distilled.jsonl", shlex.split(os.environ.get("TEACHER", f"--local {MODEL}"))
+    if adapter:
+        who = ["--local", MODEL, "--local-adapter", adapter]
     command("data_gen/distill.py", "--data", RAW, "--rows", DISTILLED, "--answer-tokens", LENGTH, "--out", out, *who)
-    return {"teacher": " ".join(who), "answers": read_rows(out)}
+    return {"teacher": relative(who), "answers": read_rows(out)}
 
 
-def styled(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if any(habit in row["messages"][-1]["content"].lower() for habit in HABITS)]
+def teach_tuned(scratch: Path) -> dict:
+    return teach(scratch, experiment.scratch / "raw" / "adapter")
 
 
 def tuned(name: str, scratch: Path) -> dict:
-    taught, adapter = HERE / "results" / "teacher.jsonl", scratch / "adapter"
-    data = {"raw": RAW, "distilled": taught}.get(name, scratch / "styled.jsonl")
-    if name == "distilled-styled":
-        files.write_rows(data, styled(read_rows(taught)))
+    adapter = scratch / "adapter"
+    data = RAW if name == "raw" else HERE / "results" / f"{name.replace('distilled', 'teacher')}.jsonl"
     training = train(adapter, "--config", HERE / "recipe.toml", "--data", data)
     return {"training": training} | judged(scratch, [question(q) for q in asked()], adapter)
 
@@ -140,7 +140,20 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         for label, f in measured.items()
     ]
     draw(measured)
-    return {"signs": table(("answers to 40 unseen questions", *(what for what, _ in FORMS.values())), lines)}
+    return {
+        "summary": claims(found, measured),
+        "signs": table(("answers to 40 unseen questions", *(what for what, _ in FORMS.values())), lines),
+    }
+
+
+def claims(found: dict[str, dict], measured: dict[str, dict]) -> list[str]:
+    def signs(way: str) -> str:
+        found[way]  # or it is not done yet
+        shown = ("habit", "short", "endless", "repetition", "loss", "relevance")
+        return ", ".join(f"{FORMS[key][0]} {FORMS[key][1].format(measured[WAYS[way]][key])}" for key in shown)
+
+    ways = {"raw": "raw", "distilled": "distilled", "self": "prompted"}
+    return verdicts(HERE, {key: partial(signs, way) for key, way in ways.items()})
 
 
 def draw(measured: dict[str, dict]) -> None:
@@ -159,8 +172,9 @@ experiment.add("base", partial(untuned, "base"))
 experiment.add("prompted", partial(untuned, "prompted"))
 experiment.add("teacher", teach)
 experiment.add("raw", partial(tuned, "raw"))
-for name in ("distilled", "distilled-styled"):
-    experiment.add(name, partial(tuned, name), "teacher")
+experiment.add("distilled", partial(tuned, "distilled"), "teacher")
+experiment.add("teacher-tuned", teach_tuned, "raw")
+experiment.add("distilled-tuned", partial(tuned, "distilled-tuned"), "teacher-tuned")
 
 if __name__ == "__main__":
     sys.exit(experiment.main())
