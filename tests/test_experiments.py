@@ -177,7 +177,10 @@ def test_every_result_says_model_source_and_machine_and_no_path_of_one(path):
     assert not re.search(r'"/\w', path.read_text())
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*/*.toml")), ids=lambda path: path.parts[-2] + path.stem)
+RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if path.name != "claims.toml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parts[-2] + path.stem)
 def test_every_recipe_is_one_that_train_takes(path):
     settings.resolve(flags.TRAIN, ["--config", str(path)], "")
 
