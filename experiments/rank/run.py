@@ -6,12 +6,13 @@ python experiments/rank/run.py --figures  table and picture again, from results/
 
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import Experiment, train
-from show import NotDone, percent, picture, share, table, verdicts
+from show import percent, picture, share, table, verdicts
 from sums import answered, right, rows_of
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +50,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         "tokens/s",
         "forgotten, nats",
     )
-    return {"summary": claims(best), "ranks": table(head, lines)}
+    return {"summary": claims(found, best), "ranks": table(head, lines)}
 
 
 def end(found: dict) -> dict:
@@ -60,10 +61,10 @@ def unseen_loss(found: dict) -> float:
     return end(found)["eval_loss"]
 
 
-def claims(best: list[dict]) -> list[str]:
+def claims(found: dict[str, dict], best: list[dict]) -> list[str]:
     def large() -> str:
-        if len(best) < 3:
-            raise NotDone("three ranks at least")
+        for rank, rate in product(RANKS, RATES):
+            found[f"rank-{rank}-rate-{rate:g}"]  # or it is not done yet
         return "; ".join(f"{f['rank']}: loss {unseen_loss(f):.3f}, {share(f['answers'], right)}" for f in best)
 
     return verdicts(HERE, {"large": large})
