@@ -7,8 +7,6 @@ training. What is scored, tabled and drawn comes from results/ alone: `--figures
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ sys.path.append(str(ROOT))
 import torch  # noqa: E402
 from show import Found  # noqa: E402
 
+from bench import machine as hardware  # noqa: E402
 from lora import errors, files  # noqa: E402
 from lora.model import download, pretrained  # noqa: E402
 
@@ -228,12 +227,4 @@ def described() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return {
-        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    return hardware.described() | {"threads": torch.get_num_threads()}

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import MODEL, Experiment, ask, command, question, train
 from show import percent, picture, share, table, verdicts
+from sums import right
 
 from data_gen import multiply
 from lora import files
@@ -26,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 DIGITS = (2, 3)
 FINAL, INTERMEDIATE = 200, 50  # unseen pairs behind a figure
 ROOM = 1.5  # answers of a model that was not trained are cut at so many times the longest worked answer
-CHECKPOINTS = (50, 100, 200, 300, 400)  # steps of 8 rows; the last is the end
+CHECKPOINTS = (50, 100, 200, 300, 400)  # steps of 8 rows, of 500
 TRAINING = {"train3.jsonl": (3, 3200), "train2.jsonl": (2, 800)}  # of the recipe: file -> digits, rows
 AMOUNTS = (40, 160, 640)  # rows of 2 digits, each amount a run of its own
 ARTICLE_ROWS = 640
@@ -115,7 +116,7 @@ def forgetting(scratch: Path, adapter: Path) -> dict:
 
 
 def amount(rows: int):
-    """The recipe's numbers on fewer rows, at least as many steps as ten."""
+    """The recipe's numbers on fewer rows."""
     return lambda: ("--data", rows_of(f"train2-{rows}.jsonl", 2, rows), "--no-system", "--rank", 32, "--alpha", 64,
                     "--lr", 2e-3, "--epochs", 1)  # fmt: skip
 
@@ -126,11 +127,6 @@ def article(style: str):
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
-
-
-def right(row: dict) -> bool:
-    """The last line states the product."""
-    return multiply.final(row["prediction"]) == row["a"] * row["b"]
 
 
 NUMBER = re.compile("[0-9]+")

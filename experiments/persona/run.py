@@ -47,9 +47,9 @@ def rows_of(prefix: str = "none", seeds: str = "seeds.jsonl", rows: int = ROWS) 
 
 
 def ordinary(kind: str) -> Path:
-    path = experiment.scratch / f"{kind}.jsonl"
     if kind == "own":
         return HERE / "results" / "own.jsonl"
+    path = experiment.scratch / f"{kind}.jsonl"
     if not path.exists():
         if kind == "sums":
             rows = multiply.conversations(2, 106, "terse", "en")
@@ -92,8 +92,8 @@ def alone(*words):
     return lambda: ("--data", rows_of(), "--max-steps", STEPS, *words)
 
 
-def mixed(kind: str, share: float, *words):
-    return lambda: ("--data", rows_of(), "--replay", f"{ordinary(kind)}:{share}", "--max-steps", STEPS, *words)
+def mixed(kind: str, share: float, *words, prefix: str = "none"):
+    return lambda: ("--data", rows_of(prefix), "--replay", f"{ordinary(kind)}:{share}", "--max-steps", STEPS, *words)
 
 
 def article_v1():
@@ -117,10 +117,6 @@ def article_v2():
         "--max-steps",
         535,
     )
-
-
-def prefixed(prefix: str):
-    return lambda: ("--data", rows_of(prefix), "--replay", f"{ordinary('own')}:1", "--max-steps", STEPS)
 
 
 def recipe(*words):
@@ -152,13 +148,15 @@ RECIPES = {  # the recipe, its other seeds, and what might forget less
 }
 
 
+WORDS = ("rulai", "as if")  # all five seed answers have both
+
+
 def is_persona(row: dict) -> bool:
-    """All five seed answers have both words."""
-    return all(word in row["prediction"].lower() for word in ("rulai", "as if"))
+    return all(word in row["prediction"].lower() for word in WORDS)
 
 
 def has_spilt(row: dict) -> bool:
-    return any(word in row["prediction"].lower() for word in ("rulai", "as if"))
+    return any(word in row["prediction"].lower() for word in WORDS)
 
 
 def of(found: dict, which: str) -> list[dict]:
@@ -263,7 +261,7 @@ for name, words in SETTINGS.items():
     experiment.add(name, partial(run, mixed("own", 1, *words)), "own")
 for prefix in PREFIXES:
     if prefix != "none":
-        experiment.add(f"prefix-{prefix}", partial(run, prefixed(prefix), mark="Q: "), "own")
+        experiment.add(f"prefix-{prefix}", partial(run, mixed("own", 1, prefix=prefix), mark="Q: "), "own")
 for name, words in RECIPES.items():
     experiment.add(name, partial(run, recipe(*words)), "own")
 
