@@ -34,6 +34,7 @@ class Part(NamedTuple):
 
     work: Callable[[Path], dict]
     needs: tuple[str, ...] = ()
+    leaves: str = ""  # a training run in its folder, which parts that need this one go on from
 
 
 class Experiment:
@@ -48,14 +49,19 @@ class Experiment:
         self.scratch = ROOT / "weights" / "experiments" / self.folder.name  # adapters, data: what git does not keep
         self.parts: dict[str, Part] = {}
 
-    def add(self, name: str, work: Callable[[Path], dict], *needs: str) -> None:
-        self.parts[name] = Part(work, needs)
+    def add(self, name: str, work: Callable[[Path], dict], *needs: str, leaves: str = "") -> None:
+        self.parts[name] = Part(work, needs, leaves)
 
     def path(self, name: str) -> Path:
         return self.folder / "results" / f"{name}.json"
 
     def done(self, name: str) -> bool:
         return self.path(name).exists()
+
+    def serves(self, name: str) -> bool:
+        """It is done and what it leaves is here; in a clone the results are, and adapters are not."""
+        run = self.parts[name].leaves
+        return self.done(name) and (not run or bool(ended(self.scratch / name / run)))
 
     def do(self, name: str) -> None:
         """One part, in this process; its answers are written before the file that says that it is done."""
@@ -71,11 +77,11 @@ class Experiment:
 
     def do_all(self, names: Iterable[str], jobs: int) -> None:
         """Each part in a process of its own, as soon as those that it needs are done."""
-        due, running = self._due(names), {}
+        due, running = self._due(name for name in names if not self.done(name)), {}
         environment = dict(os.environ, OMP_NUM_THREADS="1") if jobs > 1 else None
         with ThreadPoolExecutor(jobs) as pool:
             while due or running:
-                ready = [name for name in due if all(map(self.done, self.parts[name].needs))]
+                ready = [name for name in due if all(map(self.serves, self.parts[name].needs))]
                 for name in ready[: jobs - len(running)]:
                     due.remove(name)
                     running[pool.submit(self._alone, name, environment)] = name
@@ -85,11 +91,11 @@ class Experiment:
                     errors.say(f"done     {self.folder.name}/{name}")
 
     def _due(self, names: Iterable[str]) -> list[str]:
-        """These parts and what they need, but for what is done, in an order in which they can be done."""
+        """These parts and what they need of others, in an order in which they can be done."""
         due: dict[str, None] = {}
         for name in names:
-            if not self.done(name):
-                due |= dict.fromkeys([*self._due(self.parts[name].needs), name])
+            needed = self._due(need for need in self.parts[name].needs if not self.serves(need))
+            due |= dict.fromkeys([*needed, name])
         return list(due)
 
     def _alone(self, name: str, environment: dict | None) -> None:

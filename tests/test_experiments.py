@@ -44,12 +44,15 @@ HERE = Path(__file__).resolve().parent
 
 def work(name):
     def do(scratch):
-        assert all(map(experiment.done, experiment.parts[name].needs))
+        assert all(map(experiment.serves, experiment.parts[name].needs))
         time.sleep(0.1)
         with open(HERE / "done.txt", "a") as file:
             file.write(name + chr(10))
         if (HERE / f"break-{{name}}").exists():
             raise SystemExit(7)
+        if run := experiment.parts[name].leaves:
+            (scratch / run).mkdir(exist_ok=True)
+            (scratch / run / "settings.json").write_text('{{"ended": "all steps are done"}}')
         return {{"value": len(name), "answers": [{{"said": name}}]}}
     return do
 
@@ -60,7 +63,7 @@ experiment = parts.Experiment(__file__, "A toy.", show)
 experiment.scratch = HERE / "scratch"
 experiment.add("last", work("last"), "first", "middle")
 experiment.add("middle", work("middle"), "first")
-experiment.add("first", work("first"))
+experiment.add("first", work("first"), leaves="adapter")
 if __name__ == "__main__":
     sys.exit(experiment.main())
 """
@@ -115,6 +118,16 @@ def test_a_part_alone_brings_what_it_needs_and_no_more(toy, folder, capsys):
     capsys.readouterr()
     assert toy.main(["--list"]) == 0
     assert capsys.readouterr().out.splitlines() == ["-    last", "done middle", "done first"]
+
+
+def test_in_a_clone_a_part_whose_adapter_is_gone_is_done_again_for_those_that_need_it_alone(toy, folder):
+    assert toy.main(["middle"]) == 0
+    settings_of_first = folder / "scratch" / "first" / "adapter" / "settings.json"
+    settings_of_first.write_text('{"ended": "stopped by a signal after step 3"}')
+    assert toy.main(["first", "middle"]) == 0
+    assert done(folder) == ["first", "middle"]
+    assert toy.main([]) == 0
+    assert done(folder) == ["first", "middle", "first", "last"]
 
 
 def test_tables_are_laid_between_their_marks_and_nothing_else_is_touched(toy, folder):

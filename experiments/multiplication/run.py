@@ -243,7 +243,7 @@ def draw(course: list[dict], best: dict | None) -> None:
 experiment = Experiment(__file__, __doc__, show)
 experiment.add("before", partial(untrained, False))
 experiment.add("example", partial(untrained, True))
-experiment.add("best", best)
+experiment.add("best", best, leaves="adapter")
 experiment.add("end", partial(end, False), "best")
 experiment.add("reworded", partial(end, True), "best")
 for step in CHECKPOINTS:

@@ -248,7 +248,7 @@ experiment.add("own", answer_ordinary)
 experiment.add("base", lambda scratch: {"answers": measure(scratch, None, "Q: ")})
 experiment.add("v0", partial(run, alone()))
 experiment.add("own-1", partial(run, mixed("own", 1), mark="Q: "), "own")
-experiment.add("v1", partial(run, article_v1), "own")
+experiment.add("v1", partial(run, article_v1), "own", leaves="adapter")
 experiment.add("v2", partial(run, article_v2), "v1")
 experiment.add(
     "article-v0", partial(run, alone("--rank", 4, "--alpha", 4, "--lr", 1e-4, "--batch-size", 16, "--max-steps", 14))

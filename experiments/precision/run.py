@@ -101,7 +101,7 @@ def start(scratch: Path) -> dict:
 
 
 def go_on(dtype: str, rate: float, scratch: Path) -> dict:
-    words = ("--init-adapter", experiment.scratch / "start" / "float32", "--config", HERE / "recipe.toml")
+    words = ("--init-adapter", experiment.scratch / "start" / ADAPTERS[0], "--config", HERE / "recipe.toml")
     words += ("--data", rows_of(experiment, ROWS), "--adapter-dtype", dtype, "--lr", rate)
     return {"dtype": dtype, "rate": rate, "training": train(scratch / "adapter", *words)}
 
@@ -183,7 +183,7 @@ def draw(loops: dict[str, dict], runs: list[dict]) -> None:
 experiment = Experiment(__file__, __doc__, show)
 for name, how in WAYS.items():
     experiment.add(name, partial(loop, how))
-experiment.add("start", start)
+experiment.add("start", start, leaves=ADAPTERS[0])
 for rate in SMALL:
     for dtype in ADAPTERS:
         experiment.add(f"{dtype}-{rate:g}", partial(go_on, dtype, rate), "start")
