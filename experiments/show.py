@@ -7,13 +7,18 @@ from pathlib import Path
 
 from lora.train.report import table
 
-__all__ = ["Found", "NotDone", "percent", "picture", "share", "table", "verdicts"]
+__all__ = ["Found", "NotDone", "at_end", "percent", "picture", "share", "table", "verdicts"]
 
 
 def share(rows: Iterable[dict], good: Callable[[dict], bool]) -> str:
     """`12 of 50`; a dash where there are none."""
     verdicts = [good(row) for row in rows]
     return f"{sum(verdicts)} of {len(verdicts)}" if verdicts else "-"
+
+
+def at_end(found: dict) -> dict:
+    """What the last evaluation of a part's training measured."""
+    return found["training"]["evaluations"][-1]
 
 
 def percent(rows: Sequence[dict], good: Callable[[dict], bool]) -> float:

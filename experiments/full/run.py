@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import Experiment, train
-from show import percent, picture, share, table, verdicts
+from show import at_end, percent, picture, share, table, verdicts
 from sums import answered, right, rows_of
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +35,7 @@ def run(way: str, rate: float, scratch: Path) -> dict:
 def show(found: dict[str, dict]) -> dict[str, list[str]]:
     lines = []
     for f in found.values():
-        t, end = f["training"], f["training"]["evaluations"][-1]
+        t, end = f["training"], at_end(f)
         lines.append([
             WAYS[f["way"]], f"{f['rate']:g}", share(f["answers"], right), f"{end['eval_loss']:.4f}",
             f"{end['retention_kl']:.2f}", f"{t['tokens_per_second']:.0f}", f"{t['peak_bytes'] / 1e9:.1f} GB",
@@ -57,7 +57,7 @@ def claims(found: dict[str, dict]) -> list[str]:
         )
 
     def quality() -> str:
-        runs = ((f, f["training"]["evaluations"][-1]) for f in (found["lora-0.002"], found["full-0.0002"]))
+        runs = ((f, at_end(f)) for f in (found["lora-0.002"], found["full-0.0002"]))
         return "; ".join(
             f"{WAYS[f['way']]}: {share(f['answers'], right)}, forgotten {end['retention_kl']:.2f}" for f, end in runs
         )
@@ -68,7 +68,7 @@ def claims(found: dict[str, dict]) -> list[str]:
 def draw(runs: Iterable[dict]) -> None:
     with picture(HERE / "full.png", (7, 4.5)) as axes:
         for f in runs:
-            at = f["training"]["evaluations"][-1]["retention_kl"], percent(f["answers"], right)
+            at = at_end(f)["retention_kl"], percent(f["answers"], right)
             axes.plot(*at, {"lora": "o", "full": "s"}[f["way"]], markersize=9)
             axes.annotate(f"{WAYS[f['way']]}, {f['rate']:g}", at, xytext=(6, 5), textcoords="offset points")
         axes.set(

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import ROOT, Experiment, ask, command, question, train
-from show import percent, picture, share, table, verdicts
+from show import at_end, percent, picture, share, table, verdicts
 
 from data_gen import multiply, self_cognition
 from data_gen.persona import PREFIXES
@@ -164,7 +164,7 @@ def of(found: dict, which: str) -> list[dict]:
 
 
 def forgotten(found: dict) -> float:
-    return found["training"]["evaluations"][-1]["retention_kl"] if "training" in found else 0.0
+    return at_end(found)["retention_kl"] if "training" in found else 0.0
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------------

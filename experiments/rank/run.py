@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import Experiment, train
-from show import percent, picture, share, table, verdicts
+from show import at_end, percent, picture, share, table, verdicts
 from sums import answered, right, rows_of
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         size, speed, forgotten = (
             f"{t['result_bytes'] / 1e6:.1f} MB",
             f"{t['tokens_per_second']:.0f}",
-            end(f)["retention_kl"],
+            at_end(f)["retention_kl"],
         )
         lines.append([f["rank"], ", ".join(losses), share(f["answers"], right), size, speed, f"{forgotten:.2f}"])
     if runs:
@@ -53,12 +53,8 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     return {"summary": claims(found, best), "ranks": table(head, lines)}
 
 
-def end(found: dict) -> dict:
-    return found["training"]["evaluations"][-1]
-
-
 def unseen_loss(found: dict) -> float:
-    return end(found)["eval_loss"]
+    return at_end(found)["eval_loss"]
 
 
 def claims(found: dict[str, dict], best: list[dict]) -> list[str]:

@@ -16,7 +16,7 @@ from statistics import mean, median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import MODEL, Experiment, ask, command, question, read_rows, relative, train
-from show import picture, table, verdicts
+from show import at_end, picture, table, verdicts
 
 from data_gen import distill
 from lora import files
@@ -134,7 +134,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         f = found[name]
         measured[WAYS[name]] = figures([row["prediction"] for row in f["answers"]], f["losses"])
         if "training" in f:
-            measured[WAYS[name]]["forgotten"] = f["training"]["evaluations"][-1]["retention_kl"]
+            measured[WAYS[name]]["forgotten"] = at_end(f)["retention_kl"]
     lines = [
         [label, *(form.format(f[key]) if f.get(key) is not None else "-" for key, (_, form) in FORMS.items())]
         for label, f in measured.items()
