@@ -89,7 +89,7 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
                 from lora.model.shard import load_sharded as load_model  # it is slow to import
             else:
                 load_model = pretrained.load_model
-            tidy = (lambda: None) if s.fsdp else machine.keep_memory(team.device)
+            tidy = (lambda: None) if s.fsdp else machine.keep_memory(team.device, plan.memory(s))
             model = load_model(plan.base, torch.float32 if s.full else getattr(torch, s.dtype), team.device)
             torch.manual_seed(s.seed)
             if not s.full:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from lora.errors import BadEnvironment, BadInput
 
 ROUND = 32  # on a CPU a product is compiled for every number of rows anew, and kept: better few numbers
-TIDY_SECONDS = 30
+TIDY_SECONDS = 5  # between two times that memory is given back: the pages have to be filled with zeros again
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,23 +52,24 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
 
 
-def keep_memory(device: torch.device) -> Callable[[], None]:
-    """Let glibc keep what is freed, for training on a CPU; elsewhere nothing. Call what it returns after each step.
+def keep_memory(device: torch.device, enough: float = inf) -> Callable[[], None]:
+    """Let glibc keep what is freed, up to `enough` bytes of the process, for training on a CPU; elsewhere nothing. Call
+    what it returns after each step.
 
     By itself glibc returns large blocks to the system, which hands the next ones out page by page, each filled with
     zeros (mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD). But steps differ in size, and what is kept of
-    one has holes that the next does not fill: 500 steps of 2,000 tokens grew from 2.3 to 6.2 GB. So every half minute
-    all that is free is given back (malloc_trim(3)).
+    one has holes that the next does not fill: 500 steps of 2,000 tokens grew from 2.3 to 6.2 GB. So where a step leaves
+    more than enough, all that is free is given back (malloc_trim(3)).
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return lambda: None
-    libc, due = ctypes.CDLL(None), time.monotonic() + TIDY_SECONDS
+    libc, due = ctypes.CDLL(None), 0.0
     for option, size in ((-1, 2**31 - 1), (-2, 64 * 2**20), (-3, 2**30)):
         libc.mallopt(option, size)
 
     def tidy() -> None:
         nonlocal due
-        if time.monotonic() >= due:
+        if time.monotonic() >= due and resident_memory() > enough:
             libc.malloc_trim(0)
             due = time.monotonic() + TIDY_SECONDS
 
@@ -125,6 +127,11 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory, as Linux counts them (proc_pid_statm(5))."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:

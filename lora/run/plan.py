@@ -84,9 +84,13 @@ class Plan:
         count = max(1, min(s.keep, most))
         folders.check_room(out, (count + 1) * size, f"a run with {count} checkpoints (--keep)")
 
+    def memory(self, s: SimpleNamespace) -> float:
+        """Bytes that the run is expected to take at its peak."""
+        return memory.expected(*self.needs(s))
+
     def numbers(self, s: SimpleNamespace) -> dict:
         """Statistics of the data."""
-        return preview.numbers(self.examples, self.step_tokens, memory.expected(*self.needs(s)))
+        return preview.numbers(self.examples, self.step_tokens, self.memory(s))
 
     def tell(self, s: SimpleNamespace) -> None:
         tokens, trained = len(self.examples.tokens), int(self.examples.trained.sum())
@@ -105,7 +109,7 @@ class Plan:
         say(f"examples {len(self.examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
         say(f"plan     {self.total} steps of {s.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
         if not s.fsdp:
-            say(f"memory   about {memory.expected(*self.needs(s)) / 1e9:.1f} GB at the most")
+            say(f"memory   about {self.memory(s) / 1e9:.1f} GB at the most")
 
     @contextmanager
     def within_memory(self, s: SimpleNamespace, device: torch.device):
@@ -120,7 +124,7 @@ class Plan:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            fix = memory.advice(memory.expected(*self.needs(s)) if free is None else free, *self.needs(s))
+            fix = memory.advice(self.memory(s) if free is None else free, *self.needs(s))
             raise out_of_memory(error, fix) from error
 
 
