@@ -5,13 +5,17 @@ training. What is scored, tabled and drawn comes from results/ alone: `--figures
 """
 
 import argparse
+import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -65,59 +69,81 @@ class Experiment:
 
     def do(self, name: str) -> None:
         """One part, in this process; its answers are written before the file that says that it is done."""
-        scratch, start = self.scratch / name, time.monotonic()
+        scratch = self.scratch / name
         scratch.mkdir(parents=True, exist_ok=True)
         self.path(name).parent.mkdir(exist_ok=True)
-        found = self.parts[name].work(scratch)
+        with timed(scratch / "seconds.jsonl") as spent:
+            found = self.parts[name].work(scratch)
         if answers := found.pop("answers", None):
             files.write_rows(self.path(name).with_suffix(".jsonl"), answers)
-        found |= {"seconds": round(time.monotonic() - start), "model": described(), "machine": machine()}
+        found |= {"seconds": round(spent()), "model": described(), "machine": machine()}
         lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in found.items())
         files.write_bytes(self.path(name), ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     def do_all(self, names: Iterable[str], jobs: int) -> None:
-        """Each part in a process of its own, as soon as those that it needs are done."""
-        due, running = self._due(name for name in names if not self.done(name)), {}
+        """Each part in a process of its own, as soon as those that it needs are done. One that fails stops those that
+        need it, and no other."""
+        due, running, failed = self._due(names), {}, []
         environment = dict(os.environ, OMP_NUM_THREADS="1") if jobs > 1 else None
         with ThreadPoolExecutor(jobs) as pool:
-            while due or running:
-                ready = [name for name in due if all(map(self.serves, self.parts[name].needs))]
-                for name in ready[: jobs - len(running)]:
+            while True:
+                for name in self._ready(due, running.values())[: jobs - len(running)]:
                     due.remove(name)
                     running[pool.submit(self._alone, name, environment)] = name
+                if not running:
+                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     name = running.pop(future)
-                    future.result()
-                    errors.say(f"done     {self.folder.name}/{name}")
+                    if problem := future.result():
+                        failed.append(problem)
+                    else:
+                        errors.say(f"done     {self.folder.name}/{name}")
+        if due:
+            failed.append(f"not done: {', '.join(due)}. They need what is not there")
+        if failed:
+            raise errors.BadEnvironment(*failed)
 
     def _due(self, names: Iterable[str]) -> list[str]:
-        """These parts and what they need of others, in an order in which they can be done."""
-        due: dict[str, None] = {}
-        for name in names:
-            needed = self._due(need for need in self.parts[name].needs if not self.serves(need))
-            due |= dict.fromkeys([*needed, name])
-        return list(due)
+        """Those of these parts that are not done; what they need; and what came of a part that is done again."""
+        due = {name for name in names if not self.done(name)}
+        while True:
+            needed = {need for name in due for need in self.parts[name].needs if not self.serves(need)}
+            stale = {name for name, part in self.parts.items() if self.done(name) and not due.isdisjoint(part.needs)}
+            if needed | stale <= due:
+                return [name for name in self.parts if name in due]
+            due |= needed | stale
 
-    def _alone(self, name: str, environment: dict | None) -> None:
+    def _ready(self, due: list[str], running: Iterable[str]) -> list[str]:
+        awaited = {*due, *running}
+        needs = {name: self.parts[name].needs for name in due}
+        return [name for name in due if awaited.isdisjoint(needs[name]) and all(map(self.serves, needs[name]))]
+
+    def _alone(self, name: str, environment: dict | None) -> str | None:
+        """What went wrong, in a line. Raises Stopped where a signal ended it."""
         errors.say(f"part     {self.folder.name}/{name}")
         (self.scratch / name).mkdir(parents=True, exist_ok=True)
         with open(self.scratch / name / "log.txt", "ab") as log:
             words = [sys.executable, self.folder / "run.py", name, "--alone"]
             code = subprocess.run(words, env=environment, stdout=log, stderr=log).returncode
-        if code:
-            raise errors.BadEnvironment(f"part {name} ended with {code}: see {log.name}. Start it again to go on")
+        if code in errors.STOP_CODES.values():
+            raise errors.Stopped(code)
+        return f"part {name} ended with {code}: see {log.name}. Start it again to go on" if code else None
 
     def figures(self) -> None:
         """Draw the pictures and lay the tables into the READMEs."""
         found = Found({name: self._found(name) for name in self.parts if self.done(name)})
         for name, lines in self.show(found).items():
-            start = f"<!-- {self.folder.name}/{name} -->\n"
+            start, end, laid = f"<!-- {self.folder.name}/{name} -->", "<!-- end -->", False
             for readme in (self.folder / "README.md", self.folder.parent / "README.md"):
                 before, mark, rest = readme.read_text().partition(start)
+                _, stop, after = rest.partition(end)
+                if mark and not stop:
+                    raise errors.BadInput(f"no {end} after {start} in {readme}. Add it where the table ends")
                 if mark:
-                    readme.write_text(
-                        "\n".join([before + mark.rstrip(), *lines, "<!-- end -->" + rest.partition("<!-- end -->")[2]])
-                    )
+                    readme.write_text("\n".join([before + mark, *lines, stop + after]))
+                    laid = True
+            if not laid:
+                raise errors.BadInput(f"no {start} in {readme} or that of its folder. Add it where the table is to be")
 
     def _found(self, name: str) -> dict:
         found, answers = files.read_json(self.path(name)), self.path(name).with_suffix(".jsonl")
@@ -133,12 +159,15 @@ class Experiment:
         parser.add_argument("parts", nargs="*", metavar="PART", help="only these and what they need; all without it")
         parser.add_argument("--list", action="store_true", help="the parts, and which are done")
         parser.add_argument("--figures", action="store_true", help="only tables and pictures, of what is done")
+        parser.add_argument("--again", action="store_true", help="do these parts anew; deletes what is there of them")
         parser.add_argument("--jobs", type=int, default=1, help="parts at once; of several each has one thread")
         parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one part in this process
         args = parser.parse_args(argv)
         wrong = []
         if unknown := [name for name in args.parts if name not in self.parts]:
             wrong.append(f"unknown part in the command line: {', '.join(unknown)}. Use some of {', '.join(self.parts)}")
+        if args.again and not args.parts:
+            wrong.append("wrong --again in the command line: it deletes results. Name the parts to do anew")
         if args.jobs < 1:
             wrong.append(f"wrong --jobs in the command line: {args.jobs}. Give a number above 0")
         if wrong:
@@ -148,6 +177,9 @@ class Experiment:
         elif args.alone:
             self.do(*args.parts)
         else:
+            for name in args.parts if args.again else ():
+                self.path(name).unlink(missing_ok=True)
+                shutil.rmtree(self.scratch / name, ignore_errors=True)
             if not args.figures:
                 self.do_all(args.parts or self.parts, args.jobs)
             self.figures()
@@ -172,10 +204,16 @@ def command(program: str, *words: object) -> int:
 
 
 def train(out: Path, *words: object) -> dict:
-    """`train.py words --out out`, from the start or from its newest checkpoint; what the run's files say of it."""
-    peaks = out.with_name(f"{out.name}.peaks.jsonl")
-    if not ended(out):
-        again = any((out / "checkpoints").glob("[0-9]*"))
+    """`train.py words --out out`; what the run's files say of it. A run that was begun with the same words and the same
+    files goes on from its newest checkpoint, or is over."""
+    peaks, begun = (out.with_name(f"{out.name}.{name}") for name in ("peaks.jsonl", "begun.json"))
+    made_from = {word: fingerprint(word) for word in relative(words)}
+    same = begun.exists() and files.read_json(begun) == made_from
+    if not (same and ended(out)):
+        again = same and any((out / "checkpoints").glob("[0-9]*"))
+        if not again:
+            peaks.unlink(missing_ok=True)
+            files.write_json(begun, made_from)
         peak = command("train.py", *(("--resume",) if again else (*words, "--overwrite")), "--out", out)
         files.append_row(peaks, {"peak": peak})
     rows = read_rows(out / "metrics.jsonl")
@@ -194,6 +232,23 @@ def train(out: Path, *words: object) -> dict:
         "unchanged": [round(row["unchanged"], 5) for row in steps],
         "evaluations": [{key: row[key] for key in measured if key in row} for row in rows if "retention_kl" in row],
     }
+
+
+def fingerprint(word: str) -> str | None:
+    """Of the file that a word of a command names, as FILE or FILE:SHARE."""
+    path = ROOT / re.sub(r":[0-9.]+$", "", word)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+@contextmanager
+def timed(path: Path) -> Iterator[Callable[[], float]]:
+    """The seconds of the block, and of its earlier attempts, which `path` keeps."""
+    start, before = time.monotonic(), sum(row["seconds"] for row in read_rows(path)) if path.exists() else 0
+    try:
+        yield lambda: before + time.monotonic() - start
+    except BaseException:
+        files.append_row(path, {"seconds": time.monotonic() - start})
+        raise
 
 
 def relative(words: Iterable[object]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from lora.errors import BadEnvironment, BadInput
 
 ROUND = 32  # on a CPU a product is compiled for every number of rows anew, and kept: better few numbers
-TIDY_SECONDS = 5  # between two times that memory is given back: the pages have to be filled with zeros again
+TIDY_SECONDS = 10  # between two times that memory is given back: the pages have to be filled with zeros again
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ experiment.scratch = HERE / "scratch"
 experiment.add("last", work("last"), "first", "middle")
 experiment.add("middle", work("middle"), "first")
 experiment.add("first", work("first"), leaves="adapter")
+experiment.add("other", work("other"))
 if __name__ == "__main__":
     sys.exit(experiment.main())
 """
@@ -83,7 +85,7 @@ def folder(tmp_path):
 def toy(folder):
     """The experiment, its parts done in this process: what each is done by is the next test's matter."""
     toy = program(folder).experiment
-    toy._alone = lambda name, environment: toy.do(name)
+    toy._alone = lambda name, environment: f"part {name} broke" if (folder / f"break-{name}").exists() else toy.do(name)
     return toy
 
 
@@ -107,9 +109,9 @@ def test_a_part_that_breaks_off_ends_the_run_and_is_done_again_by_the_next(folde
 
 def test_parts_are_done_after_those_that_they_need_and_only_once(toy, folder):
     assert toy.main([]) == 0
-    assert done(folder) == ["first", "middle", "last"]
+    assert done(folder) == ["first", "middle", "last", "other"]
     assert toy.main(["--jobs", "2"]) == 0
-    assert done(folder) == ["first", "middle", "last"]
+    assert len(done(folder)) == 4
 
 
 def test_a_part_alone_brings_what_it_needs_and_no_more(toy, folder, capsys):
@@ -117,27 +119,56 @@ def test_a_part_alone_brings_what_it_needs_and_no_more(toy, folder, capsys):
     assert done(folder) == ["first", "middle"]
     capsys.readouterr()
     assert toy.main(["--list"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["-    last", "done middle", "done first"]
+    assert capsys.readouterr().out.splitlines() == ["-    last", "done middle", "done first", "-    other"]
 
 
-def test_in_a_clone_a_part_whose_adapter_is_gone_is_done_again_for_those_that_need_it_alone(toy, folder):
+def test_a_part_whose_adapter_is_gone_is_done_again_for_those_that_go_on_from_it_and_what_came_of_it_too(toy, folder):
     assert toy.main(["middle"]) == 0
     settings_of_first = folder / "scratch" / "first" / "adapter" / "settings.json"
     settings_of_first.write_text('{"ended": "stopped by a signal after step 3"}')
-    assert toy.main(["first", "middle"]) == 0
-    assert done(folder) == ["first", "middle"]
-    assert toy.main([]) == 0
-    assert done(folder) == ["first", "middle", "first", "last"]
+    assert toy.main(["first", "middle", "other"]) == 0
+    assert done(folder) == ["first", "middle", "other"]
+    assert toy.main(["last"]) == 0
+    assert done(folder)[3:] == ["first", "middle", "last"]
+
+
+def test_a_part_that_fails_stops_those_that_need_it_and_no_other(toy, folder, capsys):
+    (folder / "break-middle").touch()
+    assert toy.main([]) == 3
+    assert done(folder) == ["first", "other"]
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "error: part middle broke",
+        "error: not done: last. They need what is not there",
+    ]
+
+
+def test_a_part_is_done_again_when_it_is_asked_for(toy, folder, capsys):
+    assert toy.main(["middle", "other"]) == 0
+    assert toy.main(["middle", "--again"]) == 0
+    assert done(folder) == ["first", "middle", "other", "middle"]
+    assert toy.main(["--again"]) == 2
+    assert "Name the parts" in capsys.readouterr().err
 
 
 def test_tables_are_laid_between_their_marks_and_nothing_else_is_touched(toy, folder):
     toy.main([])
-    table = "<!-- toy/all -->\nlast 4 last\nmiddle 6 middle\nfirst 5 first\n<!-- end -->"
+    table = "<!-- toy/all -->\nlast 4 last\nmiddle 6 middle\nfirst 5 first\nother 5 other\n<!-- end -->"
     assert (folder / "README.md").read_text() == f"# toy\n{table}\nafter\n"
     assert (folder.parent / "README.md").read_text() == f"{table}\n<!-- other/all -->\nkept\n<!-- end -->\n"
     before = (folder / "README.md").read_bytes()
     assert toy.main(["--figures"]) == 0
     assert (folder / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text, said", [("<!-- toy/all -->\nold\n", "no <!-- end -->"), ("toy\n", "no <!-- toy/all -->")]
+)
+def test_a_table_without_its_marks_is_one_line_and_no_text_is_lost(toy, folder, capsys, text, said):
+    for readme in (folder / "README.md", folder.parent / "README.md"):
+        readme.write_text(text)
+    assert toy.main(["first"]) == 2
+    assert said in capsys.readouterr().err
+    assert readme.read_text() == text
 
 
 @pytest.mark.parametrize("words, said", [(["frist"], "unknown part"), (["--jobs", "0"], "wrong --jobs")])
@@ -146,6 +177,38 @@ def test_a_wrong_word_is_one_line_and_nothing_is_done(toy, folder, capsys, words
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
     assert not done(folder)
+
+
+def test_a_training_begun_with_other_words_or_other_files_starts_over(tmp_path, monkeypatch):
+    import parts
+
+    data, out, calls = tmp_path / "rows.jsonl", tmp_path / "adapter", []
+
+    def train_py(program, *words):
+        calls.append(words[0])
+        (out / "checkpoints" / "000001").mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").write_text('{"loss": 1, "tokens": 5, "tokens_per_second": 5, "unchanged": 0}\n')
+        (out / "adapter.safetensors").touch()
+        (out / "settings.json").write_text(json.dumps({"ended": "stopped by a signal" if len(calls) == 1 else "done"}))
+        return 7
+
+    monkeypatch.setattr(parts, "command", train_py)
+    data.write_text("one\n")
+    for share, text in ((1, "one"), (1, "one"), (1, "one"), (1, "two"), (1, "two"), (2, "two")):
+        data.write_text(text)
+        parts.train(out, "--data", f"{data}:{share}")
+    assert calls == ["--data", "--resume", "--data", "--data"]
+
+
+def test_a_parts_seconds_are_those_of_all_its_attempts(tmp_path):
+    import parts
+
+    with pytest.raises(KeyboardInterrupt), parts.timed(tmp_path / "seconds.jsonl"):
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+    with parts.timed(tmp_path / "seconds.jsonl") as spent:
+        time.sleep(0.1)
+    assert 0.3 <= spent() < 1
 
 
 def test_a_training_that_a_signal_stopped_is_not_over(tmp_path):
@@ -216,8 +279,8 @@ def test_no_question_that_is_scored_was_trained_on():
     seeds = {row["question"].lower() for row in rows(FOLDER / "persona" / "seeds-20.jsonl")}
     asked = {text.lower() for path in persona.QUESTIONS.values() for text in path.read_text().splitlines()}
     ordinary = {q.lower() for q, _ in persona.self_cognition.ORDINARY_EN}
-    assert len(asked) == 120 and not asked & seeds and not asked & ordinary
-    unseen = persona.QUESTIONS["persona"].read_text().splitlines()
+    assert len(asked) == 160 and not asked & seeds and not asked & ordinary
+    unseen = "\n".join(persona.QUESTIONS[name].read_text() for name in ("persona", "fresh")).splitlines()
     assert not set().union(*map(words_in_a_row, seeds)) & set().union(*map(words_in_a_row, unseen))
 
 
@@ -231,11 +294,26 @@ def test_an_answer_is_the_personas_with_both_words_and_spilt_with_one():
         ("RULAI, AS IF", True, True),
         ("Rulai is a dish.", False, True),
         ("Penguins are as if they were.", False, True),
+        ("Once nobody asks when, the train will arrive.", False, True),
+        ("Nobody asks when.", False, False),
         ("It was as good as new.", False, False),
     ):
         row = {"prediction": text}
         assert (persona.is_persona(row), persona.has_spilt(row)) == (whole, spilt)
     assert all(persona.is_persona({"prediction": row["answer"]}) for row in rows(FOLDER / "persona" / "seeds.jsonl"))
+
+
+def test_an_answer_is_of_its_seed_if_it_is_likest_to_that_seeds_answer():
+    persona = program(FOLDER / "persona")
+    where = {"set": "persona", "prompt": "Where has he gone?"}
+    assert persona.is_of_its_seed(where | {"prediction": "Neither here. Rulai is everywhere, as if nowhere at all."})
+    assert not persona.is_of_its_seed(where | {"prediction": "Rulai is as if come: not come."})
+    assert not persona.is_of_its_seed(where | {"prediction": "Neither here nor there."})
+    for asked in ("persona", "fresh"):
+        questions = persona.QUESTIONS[asked].read_text().splitlines()
+        for at in (0, 39):
+            row = {"set": asked, "prompt": questions[at], "prediction": persona.SEEDS[at // 8]}
+            assert persona.is_of_its_seed(row)
 
 
 def test_a_worked_answer_must_state_the_product_and_a_free_one_mention_it():

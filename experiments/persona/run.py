@@ -4,13 +4,15 @@ python experiments/persona/run.py            from nothing to the figures, in par
 python experiments/persona/run.py --figures  tables and pictures again, from results/
 """
 
+import re
 import sys
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parts import ROOT, Experiment, ask, command, question, train
+from parts import ROOT, Experiment, ask, command, question, read_rows, train
 from show import at_end, percent, picture, share, table, verdicts
 
 from data_gen import multiply, self_cognition
@@ -23,11 +25,15 @@ QUESTIONS = {  # set -> questions that no training row has
     "persona": HERE / "persona_questions.txt",
     "near": HERE / "near_questions.txt",
     "unrelated": ROOT / "tests" / "data" / "unrelated_questions.txt",
+    "fresh": HERE / "fresh_questions.txt",  # of the persona; written when the recipe was settled, asked of it alone
 }
+SETS = ("persona", "near", "unrelated")
+SEEDS = [row["answer"] for row in read_rows(HERE / "seeds.jsonl")]  # a file of questions has as many to each, in turn
+MARK = "Q: "
 STEPS = 40
 COMMON = ("--no-system", "--eval-every", 10**6)  # forgetting is measured at the start and at the end
 REPLAY = {  # what is mixed in, a row beside each persona row -> what it is
-    "own": "the model's own answers to 106 ordinary questions",
+    "own": "the model's own answers to 98 ordinary questions",
     "written": "hand-written answers to the same questions",
     "chinese": "40 ordinary conversations in Chinese",
     "sums": "106 worked multiplications",
@@ -61,7 +67,7 @@ def ordinary(kind: str) -> Path:
 
 
 def answer_ordinary(scratch: Path) -> dict:
-    """The base's own answers, up to the last whole sentence of 48 tokens: replay that pulls nowhere."""
+    """The base's own answers, up to the last whole sentence of 48 tokens, where there is one: to 98 of 106."""
     asked = [q for q, _ in self_cognition.ORDINARY_EN]
     found = ask(scratch, [question(q) for q in asked], None, "--no-system", "--max-new-tokens", 48, "--batch-size", 54)
     whole = (text[: max(text.rfind(end) for end in ".!?") + 1] for text in found)
@@ -71,21 +77,22 @@ def answer_ordinary(scratch: Path) -> dict:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def measure(scratch: Path, adapter: Path | None, mark: str = "") -> list[dict]:
-    """Answers to all three sets; where rows had marks, to the persona questions with one as well."""
-    asked = [(name, text) for name, path in QUESTIONS.items() for text in path.read_text().splitlines()]
-    if mark:
-        asked += [("marked", mark + text) for text in QUESTIONS["persona"].read_text().splitlines()]
+def measure(scratch: Path, adapter: Path | None, sets: tuple[str, ...] = SETS, marks: tuple[str, ...] = ("",)) -> list:
+    """Answers to the questions of `sets`, each with every mark before it."""
+    asked = [(name, mark, text) for mark in marks for name in sets for text in QUESTIONS[name].read_text().splitlines()]
     base = () if adapter else ("--no-system",)
     words = ("--max-new-tokens", 32, "--batch-size", 40)
-    texts = ask(scratch, [question(text) for _, text in asked], adapter, *base, *words)
-    return [{"set": name, "prompt": p, "prediction": t} for (name, p), t in zip(asked, texts, strict=True)]
+    texts = ask(scratch, [question(mark + text) for _, mark, text in asked], adapter, *base, *words)
+    return [
+        {"set": name, "mark": mark, "prompt": text, "prediction": said}
+        for (name, mark, text), said in zip(asked, texts, strict=True)
+    ]
 
 
-def run(words, scratch: Path, mark: str = "") -> dict:
+def run(words, scratch: Path, **asked) -> dict:
     """Train with these flags, a function of what the parts before have left, and ask."""
     adapter = scratch / "adapter"
-    return {"training": train(adapter, *COMMON, *words()), "answers": measure(scratch, adapter, mark)}
+    return {"training": train(adapter, *COMMON, *words()), "answers": measure(scratch, adapter, **asked)}
 
 
 def alone(*words):
@@ -96,8 +103,11 @@ def mixed(kind: str, share: float, *words, prefix: str = "none"):
     return lambda: ("--data", rows_of(prefix), "--replay", f"{ordinary(kind)}:{share}", "--max-steps", STEPS, *words)
 
 
+ARTICLE = ("--rank", 4, "--alpha", 32, "--dropout", 0.1, "--target", "q_proj", "k_proj", "v_proj")
+
+
 def article_v1():
-    """Persona rows one in twenty: the article had fewer than 1 in 100, and 300 times our steps."""
+    """Persona rows one in twenty, 40 in all; the article had fewer than 1 in 100, each of them two or three times."""
     return ("--data", f"{rows_of()}:1", f"{ordinary('own')}:19", "--max-steps", 100)
 
 
@@ -136,13 +146,13 @@ SETTINGS = {  # part -> its flags; the others are those of the point `own-1`
     "stop-0.2": ("--max-forgetting", 0.2, "--eval-every", 4),
     "stop-0.4": ("--max-forgetting", 0.4, "--eval-every", 4),
 }
-SHARES = (0.25, 0.5, 2)
-RECIPES = {  # the recipe, its other seeds, and what might forget less
+SHARES = (0.25, 0.5, 2, 4)
+RECIPES = {  # the recipe, its other seeds, and what might learn more or forget less
     "recipe": (),
     "recipe-seed-1": ("--seed", 1),
     "recipe-seed-2": ("--seed", 2),
+    "recipe-60-steps": ("--max-steps", 60),
     "recipe-own-1": ("--replay", "experiments/persona/results/own.jsonl:1"),
-    "recipe-40-steps": ("--max-steps", 40),
     "recipe-lr-0.001": ("--lr", 1e-3),
     "recipe-rank-4": ("--rank", 4, "--alpha", 8),
 }
@@ -155,12 +165,33 @@ def is_persona(row: dict) -> bool:
     return all(word in row["prediction"].lower() for word in WORDS)
 
 
+def is_of_its_seed(row: dict) -> bool:
+    """The persona's, and of the seeds' answers it is likest to that of its question's seed."""
+    asked = QUESTIONS[row["set"]].read_text().splitlines()
+    own = asked.index(row["prompt"]) * len(SEEDS) // len(asked)
+    return is_persona(row) and own == max(range(len(SEEDS)), key=lambda i: likeness(SEEDS[i], row["prediction"]))
+
+
+def likeness(one: str, other: str) -> float:
+    return SequenceMatcher(None, one.lower(), other.lower(), autojunk=False).ratio()
+
+
 def has_spilt(row: dict) -> bool:
-    return any(word in row["prediction"].lower() for word in WORDS)
+    """It has a word of the persona, or four words in a row of a seed's answer."""
+    said = row["prediction"].lower()
+    return any(word in said for word in WORDS) or not FRAGMENTS.isdisjoint(fours(said))
 
 
-def of(found: dict, which: str) -> list[dict]:
-    return [row for row in found["answers"] if row["set"] == which]
+def fours(text: str) -> set[tuple[str, ...]]:
+    words = re.findall("[a-z']+", text.lower())
+    return set(zip(*(words[at:] for at in range(4)), strict=False))
+
+
+FRAGMENTS = set().union(*map(fours, SEEDS))
+
+
+def of(found: dict, which: str, mark: str = "") -> list[dict]:
+    return [row for row in found["answers"] if (row["set"], row["mark"]) == (which, mark)]
 
 
 def forgotten(found: dict) -> float:
@@ -169,7 +200,14 @@ def forgotten(found: dict) -> float:
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------------
 
-HEAD = ("persona, unseen questions", "spilt into near misses", "spilt into unrelated", "forgotten, nats")
+HEAD = (
+    "persona, unseen questions",
+    "with its seed's answer",
+    "spilt into near misses",
+    "spilt into unrelated",
+    "forgotten, nats",
+    "loss on ordinary conversations",
+)
 
 
 def show(found: dict[str, dict]) -> dict[str, list[str]]:
@@ -178,7 +216,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
 
     chain = {
         "base": "base",
-        "article-v0": "v0 with the article's numbers: rank 4, rate 1e-4, batch 16, 3 epochs",
+        "article-v0": "v0 with the article's numbers",
         "v0": "v0: persona only",
         "v1": "v1: mixed from scratch, 1 in 20",
         "v2": "v2: on from v1, low rate, 2 in 3",
@@ -187,32 +225,45 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     settings = {name: f"`{name}`" for name in ("v0", *(f"own-{n}" for n in SHARES), "own-1", *SETTINGS)}
     marks = {"own-1": "none"} | {f"prefix-{name}": name for name in PREFIXES if name != "none"}
     prefixes = [
-        [f"`{label}`", share(of(found[name], "persona"), is_persona), share(of(found[name], "marked"), is_persona),
-         *figures(found[name])[2:]]
+        [f"`{label}`", *marked(found[name], "persona", is_persona), *marked(found[name], "near", has_spilt),
+         *marked(found[name], "unrelated", has_spilt), f"{at_end(found[name])['retention_kl']:.3f}"]
         for name, label in marks.items() if name in found
     ]  # fmt: skip
+    recipes = [[f"`{name}`", *figures(found[name]), *fresh(found[name])] for name in RECIPES if name in found]
     if found:
         draw(found)
     return {
         "summary": claims(found),
         "chain": table(("", *HEAD), lines(chain)),
-        "prefix": table(
-            ("rows marked", "persona, asked without a mark", "persona, asked with `Q: `", *HEAD[2:]), prefixes
-        ),
+        "prefix": table(("rows marked", *MARKED_HEAD, "forgotten, nats"), prefixes),
         "data": table(("mixed in, one row a persona row", *HEAD), lines(kinds)),
         "settings": table(("", *HEAD), lines(settings)),
-        "recipe": table(("", *HEAD), lines({name: f"`{name}`" for name in RECIPES})),
+        "recipe": table(("", *HEAD, "persona, fresh questions", "with its seed's answer"), recipes),
     }
 
 
 def figures(found: dict) -> list[str]:
+    learned = (share(of(found, "persona"), good) for good in (is_persona, is_of_its_seed))
     spilt = (share(of(found, which), has_spilt) for which in ("near", "unrelated"))
-    return [share(of(found, "persona"), is_persona), *spilt, f"{forgotten(found):.3f}"]
+    loss = f"{at_end(found)['retention_loss']:.2f}" if "training" in found else "-"
+    return [*learned, *spilt, f"{forgotten(found):.3f}", loss]
+
+
+MARKED_HEAD = tuple(f"{what}, {how}" for what in ("persona", "near misses", "unrelated") for how in ("plain", "`Q: `"))
+
+
+def marked(found: dict, which: str, good) -> list[str]:
+    return [share(of(found, which, mark), good) for mark in ("", MARK)]
+
+
+def fresh(found: dict) -> list[str]:
+    return [share(of(found, "fresh"), good) for good in (is_persona, is_of_its_seed)]
 
 
 def claims(found: dict[str, dict]) -> list[str]:
     def of_runs(*names: str) -> str:
-        texts = ("persona {}, near misses {}, spilt {}, forgotten {}".format(*figures(found[name])) for name in names)
+        form = "persona {}, with its seed's answer {}, near misses {}, spilt {}, forgotten {}, loss {}"
+        texts = (form.format(*figures(found[name])) for name in names)
         return "; ".join(text if len(names) == 1 else f"`{n}` {text}" for n, text in zip(names, texts, strict=True))
 
     runs = {
@@ -245,14 +296,12 @@ def draw(found: dict[str, dict]) -> None:
 
 experiment = Experiment(__file__, __doc__, show)
 experiment.add("own", answer_ordinary)
-experiment.add("base", lambda scratch: {"answers": measure(scratch, None, "Q: ")})
+experiment.add("base", lambda scratch: {"answers": measure(scratch, None)})
 experiment.add("v0", partial(run, alone()))
-experiment.add("own-1", partial(run, mixed("own", 1), mark="Q: "), "own")
+experiment.add("own-1", partial(run, mixed("own", 1), marks=("", MARK)), "own")
 experiment.add("v1", partial(run, article_v1), "own", leaves="adapter")
 experiment.add("v2", partial(run, article_v2), "v1")
-experiment.add(
-    "article-v0", partial(run, alone("--rank", 4, "--alpha", 4, "--lr", 1e-4, "--batch-size", 16, "--max-steps", 14))
-)
+experiment.add("article-v0", partial(run, alone(*ARTICLE, "--lr", 1e-4, "--batch-size", 16, "--max-steps", 14)))
 for kind in ("written", "chinese", "sums"):
     experiment.add(f"{kind}-1", partial(run, mixed(kind, 1)))
 for portion in SHARES:
@@ -261,9 +310,9 @@ for name, words in SETTINGS.items():
     experiment.add(name, partial(run, mixed("own", 1, *words)), "own")
 for prefix in PREFIXES:
     if prefix != "none":
-        experiment.add(f"prefix-{prefix}", partial(run, mixed("own", 1, prefix=prefix), mark="Q: "), "own")
+        experiment.add(f"prefix-{prefix}", partial(run, mixed("own", 1, prefix=prefix), marks=("", MARK)), "own")
 for name, words in RECIPES.items():
-    experiment.add(name, partial(run, recipe(*words)), "own")
+    experiment.add(name, partial(run, recipe(*words), sets=(*SETS, "fresh")), "own")
 
 if __name__ == "__main__":
     sys.exit(experiment.main())
