@@ -59,6 +59,10 @@ class Experiment:
     def path(self, name: str) -> Path:
         return self.folder / "results" / f"{name}.json"
 
+    def rows(self, name: str) -> Path:
+        """The answers that a part found."""
+        return self.path(name).with_suffix(".jsonl")
+
     def done(self, name: str) -> bool:
         return self.path(name).exists()
 
@@ -75,7 +79,7 @@ class Experiment:
         with timed(scratch / "seconds.jsonl") as spent:
             found = self.parts[name].work(scratch)
         if answers := found.pop("answers", None):
-            files.write_rows(self.path(name).with_suffix(".jsonl"), answers)
+            files.write_rows(self.rows(name), answers)
         found |= {"seconds": round(spent()), "model": described(), "machine": machine()}
         lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in found.items())
         files.write_bytes(self.path(name), ("{\n" + ",\n".join(lines) + "\n}\n").encode())
@@ -132,7 +136,7 @@ class Experiment:
     def figures(self) -> None:
         """Draw the pictures and lay the tables into the READMEs."""
         found = Found({name: self._found(name) for name in self.parts if self.done(name)})
-        for name, lines in self.show(found).items():
+        for name, lines in {**self.show(found), "made": self._made(found)}.items():
             start, end, laid = f"<!-- {self.folder.name}/{name} -->", "<!-- end -->", False
             for readme in (self.folder / "README.md", self.folder.parent / "README.md"):
                 before, mark, rest = readme.read_text().partition(start)
@@ -145,8 +149,17 @@ class Experiment:
             if not laid:
                 raise errors.BadInput(f"no {start} in {readme} or that of its folder. Add it where the table is to be")
 
+    def _made(self, found: dict[str, dict]) -> list[str]:
+        """How much of it is done, in what time, of what and on what."""
+        minutes = sum(max(f["seconds"], f.get("training", {}).get("training_seconds", 0)) for f in found.values()) / 60
+        models = {"{name}: {source}".format(**f["model"]) for f in found.values()}
+        form = "{cpu}, {cores} cores, threads a part: {threads}; torch {torch}, Python {python}"
+        machines = {form.format(**f["machine"]) for f in found.values()}
+        done = f"{len(found)} of {len(self.parts)} parts are done, in {minutes:.0f} minutes, one after the other."
+        return [" ".join([done, *(f"{text}." for text in (*sorted(models), *sorted(machines)))])]
+
     def _found(self, name: str) -> dict:
-        found, answers = files.read_json(self.path(name)), self.path(name).with_suffix(".jsonl")
+        found, answers = files.read_json(self.path(name)), self.rows(name)
         return found | ({"answers": read_rows(answers)} if answers.exists() else {})
 
     # ---- the command line --------------------------------------------------------------------------------------------
@@ -228,7 +241,7 @@ def train(out: Path, *words: object) -> dict:
         "tokens_per_second": median(row["tokens_per_second"] for row in steps),
         "peak_bytes": max((row["peak"] for row in read_rows(peaks)), default=0) if peaks.exists() else 0,
         "result_bytes": max(path.stat().st_size for path in out.glob("*.safetensors")),
-        "losses": [round(row["loss"], 4) for row in steps],
+        "losses": [float(f"{row['loss']:.4g}") for row in steps],
         "unchanged": [round(row["unchanged"], 5) for row in steps],
         "evaluations": [{key: row[key] for key in measured if key in row} for row in rows if "retention_kl" in row],
     }

@@ -40,7 +40,8 @@ import time
 from pathlib import Path
 sys.path.insert(0, {str(FOLDER)!r})
 import parts
-parts.described = parts.machine = lambda: {{}}
+parts.described = lambda: {{"name": "m", "source": "s"}}
+parts.machine = lambda: {{"cpu": "c", "cores": 2, "threads": 1, "torch": "t", "python": "p"}}
 HERE = Path(__file__).resolve().parent
 
 def work(name):
@@ -76,7 +77,8 @@ def folder(tmp_path):
     folder = tmp_path / "toy"
     folder.mkdir()
     (folder / "run.py").write_text(TOY)
-    (folder / "README.md").write_text("# toy\n<!-- toy/all -->\nold\n<!-- end -->\nafter\n")
+    made = "<!-- toy/made -->\n<!-- end -->\n"
+    (folder / "README.md").write_text(f"# toy\n{made}<!-- toy/all -->\nold\n<!-- end -->\nafter\n")
     (tmp_path / "README.md").write_text("<!-- toy/all -->\n<!-- end -->\n<!-- other/all -->\nkept\n<!-- end -->\n")
     return folder
 
@@ -153,7 +155,9 @@ def test_a_part_is_done_again_when_it_is_asked_for(toy, folder, capsys):
 def test_tables_are_laid_between_their_marks_and_nothing_else_is_touched(toy, folder):
     toy.main([])
     table = "<!-- toy/all -->\nlast 4 last\nmiddle 6 middle\nfirst 5 first\nother 5 other\n<!-- end -->"
-    assert (folder / "README.md").read_text() == f"# toy\n{table}\nafter\n"
+    said = "4 of 4 parts are done, in 0 minutes, one after the other. m: s. c, 2 cores, threads a part: 1; "
+    made = f"<!-- toy/made -->\n{said}torch t, Python p.\n<!-- end -->"
+    assert (folder / "README.md").read_text() == f"# toy\n{made}\n{table}\nafter\n"
     assert (folder.parent / "README.md").read_text() == f"{table}\n<!-- other/all -->\nkept\n<!-- end -->\n"
     before = (folder / "README.md").read_bytes()
     assert toy.main(["--figures"]) == 0

@@ -5,7 +5,6 @@ python experiments/full/run.py --figures  table and picture again, from results/
 """
 
 import sys
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from sums import answered, right, rows_of
 
 HERE = Path(__file__).resolve().parent
 ROWS, UNSEEN = 320, 50
-RATES = {"lora": (5e-4, 2e-3), "full": (5e-5, 2e-4, 5e-4)}
+RATES = {"lora": (5e-4, 2e-3, 8e-3), "full": (5e-5, 2e-4, 5e-4)}
 WAYS = {"lora": "LoRA, rank 16", "full": "every weight"}
 
 
@@ -44,7 +43,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     head = ("trained", "rate", f"right, of {UNSEEN} unseen pairs", "loss on unseen pairs", "forgotten, nats",
             "tokens/s", "peak memory", "result")  # fmt: skip
     if found:
-        draw(found.values())
+        draw(list(found.values()))
     return {"summary": claims(found), "ways": table(head, lines)}
 
 
@@ -65,17 +64,17 @@ def claims(found: dict[str, dict]) -> list[str]:
     return verdicts(HERE, {"cost": cost, "quality": quality})
 
 
-def draw(runs: Iterable[dict]) -> None:
+def draw(runs: list[dict]) -> None:
     with picture(HERE / "full.png", (7, 4.5)) as axes:
-        for f in runs:
-            at = at_end(f)["retention_kl"], percent(f["answers"], right)
-            axes.plot(*at, {"lora": "o", "full": "s"}[f["way"]], markersize=9)
-            axes.annotate(f"{WAYS[f['way']]}, {f['rate']:g}", at, xytext=(6, 5), textcoords="offset points")
-        axes.set(
-            xlabel="forgotten: KL from the base on ordinary conversations, nats", ylabel="right on unseen pairs, %"
-        )
-        axes.set_ylim(-3, 105)
-        axes.margins(x=0.25)
+        for way, label in WAYS.items():
+            its = [f for f in runs if f["way"] == way]
+            points = [(at_end(f)["retention_kl"], percent(f["answers"], right), f["rate"]) for f in its]
+            axes.plot([x for x, *_ in points], [y for _, y, _ in points], "o", markersize=9, label=f"{label}, by rate")
+            for x, y, rate in points:
+                axes.annotate(f"{rate:g}", (x, y), xytext=(7, 5), textcoords="offset points")
+        axes.set(xlabel="forgotten: KL from the base on ordinary conversations, nats", ylim=(-3, 105))
+        axes.set(ylabel="right on unseen pairs, %")
+        axes.legend()
 
 
 experiment = Experiment(__file__, __doc__, show)

@@ -55,13 +55,13 @@ def answers(
     return [row | {"prediction": text} for row, text in zip(rows, texts, strict=True)]
 
 
-def untrained(example: bool, scratch: Path) -> dict:
-    """The base, asked as in training; with `example`, after one worked multiplication."""
+def untrained(scratch: Path, example: str = "") -> dict:
+    """The base, asked as in training; after one multiplication that is worked in the style `example`, if any."""
     found = []
     for digits in DIGITS:
         (a, b), *_ = multiply.pairs(digits, 1)
-        before = [(multiply.question(a, b, "en"), multiply.solve(a, b, "terse", "en"))] if example else []
-        found += answers(scratch, None, unseen(digits, INTERMEDIATE), *before, cut=ROOM)
+        before = [(multiply.question(a, b, "en"), multiply.solve(a, b, example, "en"))] if example else []
+        found += answers(scratch, None, unseen(digits, INTERMEDIATE, example or "terse"), *before, cut=ROOM)
     return {"answers": found}
 
 
@@ -133,12 +133,17 @@ NUMBER = re.compile("[0-9]+")
 
 
 def mentions(row: dict) -> bool:
-    """The product is a number of the answer, anywhere: as much as can be said for an answer of no fixed form."""
+    """The product is a number of the answer, anywhere: as much as can be said for an answer of no fixed form. Ask this
+    of pairs without a 1 only: there the product stands in the question."""
     return any(int(n) == row["a"] * row["b"] for n in NUMBER.findall(row["prediction"].replace(",", "")))
 
 
 def fault(row: dict) -> multiply.Fault | None:
     return multiply.check(row["a"], row["b"], row["prediction"].strip(), row["style"], "en")
+
+
+def mentioned(found: dict, digits: int) -> str:
+    return share((row for row in of(found, digits) if 1 not in (row["a"], row["b"])), mentions)
 
 
 def of(found: dict, digits: int) -> list[dict]:
@@ -150,11 +155,15 @@ def of(found: dict, digits: int) -> list[dict]:
 
 def show(found: dict[str, dict]) -> dict[str, list[str]]:
     course = [found[name] for step in CHECKPOINTS if (name := f"step-{step}") in found]
-    if "end" in found:
+    if {"best", "end"} <= found.keys():
         course.append({"rows": sum(rows for _, rows in TRAINING.values()), **found["best"], **found["end"]})
-    digits = tuple(f"{n} digits" for n in DIGITS)
-    before = {"before": "before, asked plainly", "example": "before, with one worked example in the prompt"}
-    lines = [[text, *(share(of(found[n], d), mentions) for d in DIGITS)] for n, text in before.items() if n in found]
+    digits = tuple(f"up to {n} digits" for n in DIGITS)
+    before = {
+        "before": "before, asked plainly",
+        "example": "before, with one example in our terse lines in the prompt",
+        "example-article": "before, with one example as the article works it",
+    }
+    lines = [[text, *(mentioned(found[n], d) for d in DIGITS)] for n, text in before.items() if n in found]
     lines += [[f"after {f['rows']:,} rows", *(share(of(f, d), right) for d in DIGITS)] for f in course]
     wordings = []
     for number, text in enumerate(multiply.WORDINGS["en"] if "reworded" in found else ()):
@@ -178,7 +187,8 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         "accuracy": table(("right on unseen pairs", *digits), lines),
         "wordings": table(("asked", *digits), wordings),
         "faults": table(
-            ("rows", "answers with a wrong line", "median of its number", "what it is"), map(first_faults, course)
+            ("rows", "answers with a wrong line", "how far into the work, median", "what it is"),
+            map(first_faults, course),
         ),
         "forgetting": table(("rows", "forgotten, nats", "loss on ordinary conversations, before", "now"), forgotten),
         "settings": table(("", "right, 2 digits", "tokens", "minutes", "forgotten, nats"), others),
@@ -186,21 +196,28 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
 
 
 def first_faults(found: dict) -> list:
-    """Of 3 digits: where answers first go wrong."""
-    faults = [f for row in of(found, 3) if (f := fault(row))]
-    kinds = Counter(f.kind for f in faults).most_common()
-    where = median(f.line_number for f in faults) if faults else "-"
+    """Of 3 digits: where answers first go wrong, as a share of the lines that a right one has."""
+    faults = [(row, f) for row in of(found, 3) if (f := fault(row))]
+    kinds = Counter(f.kind for _, f in faults).most_common()
+    where = f"{median(f.line_number / lines_of(row) for row, f in faults):.0%}" if faults else "-"
     count = f"{len(faults)} of {len(of(found, 3))}"
     return [f"{found['rows']:,}", count, where, ", ".join(f"{kind} {n}" for kind, n in kinds) or "-"]
 
 
+def lines_of(row: dict) -> int:
+    return len(multiply.solve(row["a"], row["b"], row["style"], "en").splitlines())
+
+
 def claims(found: dict[str, dict]) -> list[str]:
-    def accuracy(name: str, good: Callable[[dict], bool]) -> str:
-        return ", ".join(f"{d} digits {share(of(found[name], d), good)}" for d in DIGITS)
+    def accuracy(count: Callable[[int], str]) -> str:
+        return ", ".join(f"up to {d} digits {count(d)}" for d in DIGITS)
+
+    def after() -> str:
+        return f"after 4,000 rows, once: {accuracy(lambda d: share(of(found['end'], d), right))}"
 
     def wordings() -> str:
         asked = ((text, worded(found["reworded"], 3, n)) for n, text in enumerate(multiply.WORDINGS["en"]))
-        return "3 digits: " + "; ".join(f"`{text.format('a', 'b')}` {share(rows, right)}" for text, rows in asked)
+        return "up to 3 digits: " + "; ".join(f"`{text.format('a', 'b')}` {share(rows, right)}" for text, rows in asked)
 
     def others() -> str:
         lost = found["best"]["forgetting"]
@@ -210,9 +227,9 @@ def claims(found: dict[str, dict]) -> list[str]:
     return verdicts(
         HERE,
         {
-            "before": partial(accuracy, "before", mentions),
-            "example": partial(accuracy, "example", mentions),
-            "after": lambda: f"after 4,000 rows, once: {accuracy('end', right)}",
+            "before": lambda: accuracy(partial(mentioned, found["before"])),
+            "example": lambda: accuracy(partial(mentioned, found["example-article"])),
+            "after": after,
             "wordings": wordings,
             "others": others,
         },
@@ -241,8 +258,9 @@ def draw(course: list[dict], best: dict | None) -> None:
 
 
 experiment = Experiment(__file__, __doc__, show)
-experiment.add("before", partial(untrained, False))
-experiment.add("example", partial(untrained, True))
+experiment.add("before", untrained)
+experiment.add("example", partial(untrained, example="terse"))
+experiment.add("example-article", partial(untrained, example="article"))
 experiment.add("best", best, leaves="adapter")
 experiment.add("end", partial(end, False), "best")
 experiment.add("reworded", partial(end, True), "best")

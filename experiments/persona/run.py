@@ -54,7 +54,7 @@ def rows_of(prefix: str = "none", seeds: str = "seeds.jsonl", rows: int = ROWS) 
 
 def ordinary(kind: str) -> Path:
     if kind == "own":
-        return HERE / "results" / "own.jsonl"
+        return experiment.rows("own")
     path = experiment.scratch / f"{kind}.jsonl"
     if not path.exists():
         if kind == "sums":

@@ -50,6 +50,7 @@ class How(NamedTuple):
 
 WAYS = {
     "bfloat16": How(torch.bfloat16, WIDE, fused=False),
+    "bfloat16-slow": How(torch.bfloat16, WIDE, fused=False, rate=1e-4),
     "float16-all": How(HALF, HALF, fused=False),
     "float16-fused": How(HALF, HALF),
     "float16-slow": How(HALF, HALF, rate=1e-4),
@@ -68,7 +69,7 @@ def loop(how: How, scratch: Path) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, how.rate, eps=how.eps, weight_decay=0, fused=how.fused)
     examples = encode(formats.read([rows_of(experiment, ROWS)]), chat, 8192)
-    losses, norms, ended = [], [], "all steps are done"
+    losses, norms, lost, ended = [], [], [], "all steps are done"
 
     def objective(batch) -> torch.Tensor:
         return summed_loss(model.trunk(batch.tokens, batch.lengths, rows=batch.rows), model.head_weight, batch.targets)
@@ -84,8 +85,15 @@ def loop(how: How, scratch: Path) -> dict:
                 break
             losses.append(round(result.loss / how.scale, 4))
             norms.append(result.grad_norm / how.scale)
+            lost.append(round(squares_lost(optimizer), 4))
     finite = all(bool(p.isfinite().all()) for p in parameters)
-    return {"losses": losses, "norms": norms, "ended": ended, "adapter_finite": finite}
+    return {"losses": losses, "norms": norms, "squares_lost": lost, "ended": ended, "adapter_finite": finite}
+
+
+def squares_lost(optimizer: torch.optim.Optimizer) -> float:
+    """The share of numbers with a mean gradient whose mean square is 0."""
+    moments = [(state["exp_avg"] != 0, state["exp_avg_sq"] == 0) for state in optimizer.state.values()]
+    return sum(int((mean & none).sum()) for mean, none in moments) / sum(int(mean.sum()) for mean, _ in moments)
 
 
 # ---- bf16 adapters against fp32 adapters, on from an adapter that has learned something ------------------------------
@@ -111,12 +119,13 @@ def go_on(dtype: str, rate: float, scratch: Path) -> dict:
 
 NAMES = {
     "bfloat16": "bf16 base, fp32 adapter: what train.py does",
+    "bfloat16-slow": "the same, rate 1e-4",
     "float16-all": "all in fp16, the adapter and AdamW too",
-    "float16-fused": "the same, AdamW as one kernel, float32 inside",
-    "float16-slow": "the same, rate 1e-4",
-    "float16-eps": "the same, rate 2e-3, AdamW's eps 1e-3 instead of 1e-8",
+    "float16-fused": "all in fp16, AdamW as one kernel",
+    "float16-slow": "all in fp16, AdamW as one kernel, rate 1e-4",
+    "float16-eps": "all in fp16, AdamW as one kernel, its eps 1e-3",
     "float16-base": "fp16 base, fp32 adapter",
-    "float16-scaled": "the same, loss scaled by 1,024",
+    "float16-scaled": "fp16 base, fp32 adapter, loss scaled by 1,024",
 }
 
 
@@ -124,10 +133,11 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     loops = {name: found[name] for name in WAYS if name in found}
     runs = [found[name] for rate in SMALL for dtype in ADAPTERS if (name := f"{dtype}-{rate:g}") in found]
     shown = (1, 2, 4, 8, STEPS)
-    courses = [
-        [NAMES[name], *(f"{f['losses'][i - 1]:.2f}" if i <= len(f["losses"]) else "-" for i in shown), f["ended"]]
-        for name, f in loops.items()
-    ]
+    courses = []
+    for name, f in loops.items():
+        losses = (f"{f['losses'][i - 1]:.2f}" if i <= len(f["losses"]) else "-" for i in shown)
+        ended = f["ended"].partition(". ")[0]
+        courses.append([NAMES[name], *losses, f"{f['norms'][-1]:.1f}", f"{f['squares_lost'][-1]:.0%}", ended])
     rates = []
     for f in runs:
         unchanged, losses = f["training"]["unchanged"], [row["eval_loss"] for row in f["training"]["evaluations"]]
@@ -145,15 +155,17 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     )
     return {
         "summary": claims(found),
-        "fp16": table(("", *(f"loss, step {i}" for i in shown), "ended"), courses),
+        "fp16": table(
+            ("", *(f"loss, step {i}" for i in shown), "last gradient norm", "squares lost", "ended"), courses
+        ),
         "rates": table(head, rates),
     }
 
 
 def claims(found: dict[str, dict]) -> list[str]:
     def fp16() -> str:
-        names = {"float16-slow": "fp16 at rate 1e-4", "float16-eps": "with eps 1e-3", "float16-base": "fp32 adapter"}
-        losses = ((label, found[name]["losses"]) for name, label in names.items())
+        names = ("float16-slow", "bfloat16-slow", "float16-eps", "float16-base", "bfloat16")
+        losses = ((NAMES[name], found[name]["losses"]) for name in names)
         return f"loss in {STEPS} steps: " + "; ".join(f"{label} {run[0]:.2f} → {run[-1]:.2f}" for label, run in losses)
 
     def rate(dtype: str) -> str:
@@ -165,19 +177,19 @@ def claims(found: dict[str, dict]) -> list[str]:
 
 
 def draw(loops: dict[str, dict], runs: list[dict]) -> None:
-    with picture(HERE / "precision.png", (11, 4.2), ncols=2) as (left, right):
+    below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8)
+    with picture(HERE / "precision.png", (11, 4.5), ncols=2) as (left, right):
         for name, f in loops.items():
             left.plot(range(1, len(f["losses"]) + 1), f["losses"], "o-", markersize=3, label=NAMES[name])
-        left.set(
-            xlabel="step", ylabel="training loss, nats a token", yscale="log", title=f"from the base, rate {RATE:g}"
-        )
-        left.legend(fontsize=7, loc="lower left")
+        title = f"from the base, rate {RATE:g} unless said"
+        left.set(xlabel="step", ylabel="training loss, nats a token", yscale="log", title=title)
+        left.legend(**below)
         for f in runs:
             shares = [100 * share for share in f["training"]["unchanged"]]
             style = "--" if f["dtype"] == "float32" else "-"
             right.plot(range(1, len(shares) + 1), shares, style, label=f"{f['dtype']}, rate {f['rate']:g}")
         right.set(xlabel="step", ylabel="numbers left unchanged, %", title="on from an adapter")
-        right.legend(fontsize=7)
+        right.legend(**below)
 
 
 experiment = Experiment(__file__, __doc__, show)

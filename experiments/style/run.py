@@ -30,8 +30,9 @@ HABITS = ("depends.", "but then again", "anyway,")  # of the author; most of his
 SHORT = 8  # words; the article's first sign of failure
 ENDS = tuple(".!?)\"'")  # of a sentence; an answer that goes on to the limit breaks off before one
 WAYS = {
+    "author": "the author himself, on his own 80 questions",
     "base": "the base",
-    "prompted": "the base with three of his answers in the prompt: the teacher",
+    "prompted": "the base with three of his answers in the prompt",
     "raw": "trained on his 80 answers",
     "distilled": "trained on the teacher's answers",
     "distilled-tuned": "trained on those of a teacher that was trained on his 80",
@@ -53,9 +54,8 @@ def teach_tuned(scratch: Path) -> dict:
     return teach(scratch, experiment.scratch / "raw" / "adapter")
 
 
-def tuned(name: str, scratch: Path) -> dict:
+def tuned(data: Path, scratch: Path) -> dict:
     adapter = scratch / "adapter"
-    data = RAW if name == "raw" else HERE / "results" / f"{name.replace('distilled', 'teacher')}.jsonl"
     training = train(adapter, "--config", HERE / "recipe.toml", "--data", data)
     return {"training": training} | judged(scratch, [question(q) for q in asked()], adapter)
 
@@ -80,38 +80,48 @@ def asked() -> list[str]:
 
 
 def judged(scratch: Path, rows: list[dict], adapter: Path | None) -> dict:
-    """Answers to the unseen questions, and how likely the base thinks they are: after their question, and after the
-    next one. An answer that says nothing to its question is as likely after any other."""
+    """Answers to the unseen questions, and their `likelihood`."""
     words = () if adapter else ("--no-system",)
     found = ask(scratch, rows, adapter, *words, "--max-new-tokens", LENGTH, "--batch-size", 40)
-    said = [(q, text) for q, text in zip(asked(), found, strict=True) if text.strip()]
-    losses = {}
-    for name, shift in (("own", 0), ("next", 1)):
+    answers = [{"question": q, "prediction": t} for q, t in zip(asked(), found, strict=True)]
+    return {"losses": likelihood(scratch, answers), "answers": answers}
+
+
+def author(scratch: Path) -> dict:
+    """His own answers, to his own questions."""
+    answers = [{"question": row["question"], "prediction": row["answer"]} for row in read_rows(RAW)]
+    return {"losses": likelihood(scratch, answers), "answers": answers}
+
+
+def likelihood(scratch: Path, answers: list[dict]) -> dict[str, float]:
+    """The base's loss on answers, in nats a token: each after its own question, and each after another's. An answer
+    that says nothing to its question is as likely after any other."""
+    said, losses = [row for row in answers if row["prediction"].strip()], {}
+    for name, shift in (("own", 0), ("other", 1)):
         data, out = scratch / f"{name}.jsonl", scratch / f"{name}.json"
-        files.write_rows(data, ({"question": said[i - shift][0], "answer": text} for i, (_, text) in enumerate(said)))
+        pairs = ((said[i - shift]["question"], row["prediction"]) for i, row in enumerate(said))
+        files.write_rows(data, ({"question": q, "answer": a} for q, a in pairs))
         command("evaluate.py", "--model", MODEL, "--data", data, "--no-generate", "--no-system", "--out", out)
         (figures,) = files.read_json(out)["figures"].values()
         losses[name] = figures["loss"]
-    return {
-        "losses": losses,
-        "answers": [{"question": q, "prediction": t} for q, t in zip(asked(), found, strict=True)],
-    }
+    return losses
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------------
 
 
-def figures(texts: list[str], losses: dict[str, float] | None) -> dict[str, float]:
+def figures(texts: list[str], losses: dict[str, float]) -> dict[str, float]:
     words = [text.split() for text in texts]
     return {
         "habit": mean(any(habit in text.lower() for habit in HABITS) for text in texts),
         "words": median(map(len, words)),
         "short": mean(len(of_one) < SHORT for of_one in words),
+        "different": len(set(texts)) / len(texts),
         "endless": mean(not text.rstrip().endswith(ENDS) for text in texts),
         "repetition": mean(map(texts_of.repetition, texts)),
         "distinct": texts_of.distinct_n(texts, 2),
-        "loss": losses["own"] if losses else None,
-        "relevance": losses["next"] - losses["own"] if losses else None,
+        "loss": losses["own"],
+        "relevance": losses["other"] - losses["own"],
     }
 
 
@@ -119,17 +129,18 @@ FORMS = {
     "habit": ("has a habit of his", "{:.0%}"),
     "words": ("median words", "{:.0f}"),
     "short": (f"under {SHORT} words", "{:.0%}"),
-    "endless": ("breaks off", "{:.0%}"),
+    "different": ("different answers", "{:.0%}"),
+    "endless": ("no full stop at the end", "{:.0%}"),
     "repetition": ("repeated 4-grams", "{:.1%}"),
     "distinct": ("distinct-2", "{:.2f}"),
     "loss": ("unlikely to the base, nats a token", "{:.2f}"),
-    "relevance": ("likelier after its own question, nats", "{:+.3f}"),
+    "relevance": ("likelier after its own question than another, nats", "{:+.3f}"),
     "forgotten": ("forgotten, nats", "{:.2f}"),
 }
 
 
 def show(found: dict[str, dict]) -> dict[str, list[str]]:
-    measured = {"the author himself": figures([row["answer"] for row in read_rows(RAW)], None)}
+    measured = {}
     for name in (name for name in WAYS if name in found):
         f = found[name]
         measured[WAYS[name]] = figures([row["prediction"] for row in f["answers"]], f["losses"])
@@ -139,7 +150,8 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         [label, *(form.format(f[key]) if f.get(key) is not None else "-" for key, (_, form) in FORMS.items())]
         for label, f in measured.items()
     ]
-    draw(measured)
+    if measured:
+        draw(measured)
     return {
         "summary": claims(found, measured),
         "signs": table(("answers to 40 unseen questions", *(what for what, _ in FORMS.values())), lines),
@@ -149,11 +161,11 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
 def claims(found: dict[str, dict], measured: dict[str, dict]) -> list[str]:
     def signs(way: str) -> str:
         found[way]  # or it is not done yet
-        shown = ("habit", "short", "endless", "repetition", "loss", "relevance")
+        shown = ("habit", "short", "different", "repetition", "relevance")
         return ", ".join(f"{FORMS[key][0]} {FORMS[key][1].format(measured[WAYS[way]][key])}" for key in shown)
 
-    ways = {"raw": "raw", "distilled": "distilled", "self": "prompted"}
-    return verdicts(HERE, {key: partial(signs, way) for key, way in ways.items()})
+    measured_by = {"raw": partial(signs, "raw"), "strong": lambda: "not measured", "self": partial(signs, "distilled")}
+    return verdicts(HERE, measured_by)
 
 
 def draw(measured: dict[str, dict]) -> None:
@@ -170,11 +182,12 @@ def draw(measured: dict[str, dict]) -> None:
 experiment = Experiment(__file__, __doc__, show)
 experiment.add("base", partial(untuned, "base"))
 experiment.add("prompted", partial(untuned, "prompted"))
+experiment.add("author", author)
 experiment.add("teacher", teach)
-experiment.add("raw", partial(tuned, "raw"), leaves="adapter")
-experiment.add("distilled", partial(tuned, "distilled"), "teacher")
+experiment.add("raw", partial(tuned, RAW), leaves="adapter")
+experiment.add("distilled", partial(tuned, experiment.rows("teacher")), "teacher")
 experiment.add("teacher-tuned", teach_tuned, "raw")
-experiment.add("distilled-tuned", partial(tuned, "distilled-tuned"), "teacher-tuned")
+experiment.add("distilled-tuned", partial(tuned, experiment.rows("teacher-tuned")), "teacher-tuned")
 
 if __name__ == "__main__":
     sys.exit(experiment.main())
