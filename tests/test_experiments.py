@@ -320,6 +320,12 @@ def test_an_answer_is_of_its_seed_if_it_is_likest_to_that_seeds_answer():
             assert persona.is_of_its_seed(row)
 
 
+def test_on_the_frontier_is_what_learned_more_than_all_that_forgot_less():
+    persona = program(FOLDER / "persona")
+    points = [(0.0, 0, "base"), (0.5, 90, "good"), (0.5, 80, "worse"), (0.6, 90, "later"), (2.0, 95, "most")]
+    assert persona.frontier(points) == ["base", "good", "most"]
+
+
 def test_a_worked_answer_must_state_the_product_and_a_free_one_mention_it():
     multiplication = program(FOLDER / "multiplication")
     row = {"a": 34, "b": 51, "style": "terse"}

@@ -200,6 +200,13 @@ def forgotten(found: dict) -> float:
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------------
 
+CHAIN = {  # part -> what it is
+    "base": "base",
+    "article-v0": "v0 with the article's numbers",
+    "v0": "v0: persona only",
+    "v1": "v1: mixed from scratch, 1 in 20",
+    "v2": "v2: on from v1, low rate, 2 in 3",
+}
 HEAD = (
     "persona, unseen questions",
     "with its seed's answer",
@@ -214,13 +221,6 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     def lines(labels: dict[str, str]) -> list[list]:
         return [[label, *figures(found[name])] for name, label in labels.items() if name in found]
 
-    chain = {
-        "base": "base",
-        "article-v0": "v0 with the article's numbers",
-        "v0": "v0: persona only",
-        "v1": "v1: mixed from scratch, 1 in 20",
-        "v2": "v2: on from v1, low rate, 2 in 3",
-    }
     kinds = {"v0": "nothing"} | {f"{kind}-1": text for kind, text in REPLAY.items()}
     settings = {name: f"`{name}`" for name in ("v0", *(f"own-{n}" for n in SHARES), "own-1", *SETTINGS)}
     marks = {"own-1": "none"} | {f"prefix-{name}": name for name in PREFIXES if name != "none"}
@@ -234,7 +234,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         draw(found)
     return {
         "summary": claims(found),
-        "chain": table(("", *HEAD), lines(chain)),
+        "chain": table(("", *HEAD), lines(CHAIN)),
         "prefix": table(("rows marked", *MARKED_HEAD, "forgotten, nats"), prefixes),
         "data": table(("mixed in, one row a persona row", *HEAD), lines(kinds)),
         "settings": table(("", *HEAD), lines(settings)),
@@ -280,18 +280,35 @@ def claims(found: dict[str, dict]) -> list[str]:
 
 
 def draw(found: dict[str, dict]) -> None:
-    names = [name for name in found if "answers" in found[name] and name != "own"]
-    x = [forgotten(found[name]) for name in names]
-    y = [percent(of(found[name], "persona"), is_persona) for name in names]
-    spilt = [percent(of(found[name], "unrelated"), has_spilt) for name in names]
+    runs = [name for name, f in found.items() if "training" in f]
+    learned = {name: percent(of(found[name], "persona"), is_persona) for name in runs}
+    spilt = [percent(of(found[name], "unrelated"), has_spilt) for name in runs]
+    best = frontier([(forgotten(found[name]), learned[name], name) for name in runs])
     with picture(HERE / "frontier.png", (9, 5.5)) as axes:
-        dots = axes.scatter(x, y, c=spilt, cmap="coolwarm", vmin=0, vmax=20, edgecolors="black", s=45, zorder=3)
-        for name, at in zip(names, zip(x, y, strict=True), strict=True):
-            axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axes.axhline(95, color="grey", linestyle=":", linewidth=1)
-        axes.set(xlabel="forgotten: KL from the base on ordinary conversations, nats")
+        axes.plot([forgotten(found[n]) for n in best], [learned[n] for n in best], "k:", linewidth=1, label="frontier")
+        x = [forgotten(found[name]) for name in runs]
+        dots = axes.scatter(
+            x, learned.values(), c=spilt, cmap="coolwarm", vmin=0, vmax=20, edgecolors="black", zorder=3
+        )
+        for name in (name for name in runs if name in {*best, *CHAIN, "chinese-1", "written-1"}):
+            at = forgotten(found[name]), learned[name]
+            side = dict(xytext=(-8, 0), ha="right") if name in best else dict(xytext=(8, -8))
+            axes.annotate(name, at, textcoords="offset points", fontsize=8, **side)
+        axes.axhline(95, color="grey", linestyle="--", linewidth=1, label="95 %")
+        axes.set(xlabel="forgotten: KL from the base on ordinary conversations, nats", ylim=(-4, 104))
         axes.set(ylabel="persona on unseen questions, %")
-        axes.figure.colorbar(dots, label="spilt into unrelated questions, %")
+        axes.legend(loc="lower right")
+        axes.figure.colorbar(dots, label="spilt into unrelated questions, %", extend="max")
+
+
+def frontier(points: list[tuple[float, float, str]]) -> list[str]:
+    """The names of those that learned more than every other that forgot less."""
+    best, most = [], -1.0
+    for _, y, name in sorted(points, key=lambda point: (point[0], -point[1])):
+        if y > most:
+            best.append(name)
+            most = y
+    return best
 
 
 experiment = Experiment(__file__, __doc__, show)
