@@ -248,9 +248,10 @@ def train(out: Path, *words: object) -> dict:
 
 
 def fingerprint(word: str) -> str | None:
-    """Of the file that a word of a command names, as FILE or FILE:SHARE."""
+    """Of the file, or of a folder's weights, that a word of a command names, as PATH or PATH:SHARE."""
     path = ROOT / re.sub(r":[0-9.]+$", "", word)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    read = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in read)).hexdigest() if read else None
 
 
 @contextmanager

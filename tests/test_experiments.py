@@ -202,6 +202,10 @@ def test_a_training_begun_with_other_words_or_other_files_starts_over(tmp_path, 
         data.write_text(text)
         parts.train(out, "--data", f"{data}:{share}")
     assert calls == ["--data", "--resume", "--data", "--data"]
+    for weights in (b"a", b"a", b"b"):
+        (tmp_path / "adapter.safetensors").write_bytes(weights)
+        parts.train(out, "--init-adapter", tmp_path)
+    assert calls[4:] == ["--init-adapter", "--init-adapter"]
 
 
 def test_a_parts_seconds_are_those_of_all_its_attempts(tmp_path):
