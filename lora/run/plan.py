@@ -109,7 +109,7 @@ class Plan:
         say(f"examples {len(self.examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
         say(f"plan     {self.total} steps of {s.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
         if not s.fsdp:
-            say(f"memory   about {self.memory(s) / 1e9:.1f} GB at the most")
+            say(f"memory   about {self.memory(s) / 1e9:.1f} GB")
 
     @contextmanager
     def within_memory(self, s: SimpleNamespace, device: torch.device):
