@@ -222,7 +222,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         return [[label, *figures(found[name])] for name, label in labels.items() if name in found]
 
     kinds = {"v0": "nothing"} | {f"{kind}-1": text for kind, text in REPLAY.items()}
-    settings = {name: f"`{name}`" for name in ("v0", *(f"own-{n}" for n in SHARES), "own-1", *SETTINGS)}
+    settings = {name: f"`{name}`" for name in ("v0", *(f"own-{n}" for n in sorted({*SHARES, 1})), *SETTINGS)}
     marks = {"own-1": "none"} | {f"prefix-{name}": name for name in PREFIXES if name != "none"}
     prefixes = [
         [f"`{label}`", *marked(found[name], "persona", is_persona), *marked(found[name], "near", has_spilt),

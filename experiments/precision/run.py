@@ -137,7 +137,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     for name, f in loops.items():
         losses = (f"{f['losses'][i - 1]:.2f}" if i <= len(f["losses"]) else "-" for i in shown)
         ended = f["ended"].partition(". ")[0]
-        courses.append([NAMES[name], *losses, f"{f['norms'][-1]:.1f}", f"{f['squares_lost'][-1]:.0%}", ended])
+        courses.append([NAMES[name], *losses, f"{f['norms'][-1]:.1f}", f"{f['squares_lost'][-1]:.1%}", ended])
     rates = []
     for f in runs:
         unchanged, losses = f["training"]["unchanged"], [row["eval_loss"] for row in f["training"]["evaluations"]]

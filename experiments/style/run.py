@@ -169,14 +169,17 @@ def claims(found: dict[str, dict], measured: dict[str, dict]) -> list[str]:
 
 
 def draw(measured: dict[str, dict]) -> None:
-    signs, height = ("habit", "short", "endless", "repetition"), 0.8 / len(measured)
+    signs, height = ("habit", "short", "different", "repetition"), 0.8 / len(measured)
     rows = range(len(signs), 0, -1)
-    with picture(HERE / "style.png", (9, 4)) as axes:
+    with picture(HERE / "style.png", (9, 6)) as axes:
         for at, (label, f) in enumerate(measured.items()):
-            axes.barh([row - height * at for row in rows], [100 * f[s] for s in signs], height * 0.9, label=label)
+            bars = axes.barh(
+                [row - height * at for row in rows], [100 * f[s] for s in signs], height * 0.9, label=label
+            )
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
         axes.set_yticks([row - 0.4 + height / 2 for row in rows], [FORMS[sign][0] for sign in signs])
-        axes.set(xlabel="% of answers; in the last line, of 4-grams", xlim=(0, 100))
-        axes.legend(fontsize=7)
+        axes.set(xlabel="% of answers; in the last line, of 4-grams", xlim=(0, 105))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8)
 
 
 experiment = Experiment(__file__, __doc__, show)
