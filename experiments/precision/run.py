@@ -119,7 +119,7 @@ def go_on(dtype: str, rate: float, scratch: Path) -> dict:
 
 NAMES = {
     "bfloat16": "bf16 base, fp32 adapter: what train.py does",
-    "bfloat16-slow": "the same, rate 1e-4",
+    "bfloat16-slow": "bf16 base, fp32 adapter, rate 1e-4",
     "float16-all": "all in fp16, the adapter and AdamW too",
     "float16-fused": "all in fp16, AdamW as one kernel",
     "float16-slow": "all in fp16, AdamW as one kernel, rate 1e-4",
