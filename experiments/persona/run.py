@@ -16,7 +16,6 @@ from parts import ROOT, Experiment, ask, command, question, read_rows, train
 from show import at_end, percent, picture, share, table, verdicts
 
 from data_gen import multiply, self_cognition
-from data_gen.persona import PREFIXES
 from lora import files
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +29,7 @@ QUESTIONS = {  # set -> questions that no training row has
 SETS = ("persona", "near", "unrelated")
 SEEDS = [row["answer"] for row in read_rows(HERE / "seeds.jsonl")]  # a file of questions has as many to each, in turn
 MARK = "Q: "
+MARKED = ("question", "both", "mixed")  # of data_gen/persona.py --prefix
 STEPS = 40
 COMMON = ("--no-system", "--eval-every", 10**6)  # forgetting is measured at the start and at the end
 REPLAY = {  # what is mixed in, a row beside each persona row -> what it is
@@ -134,25 +134,19 @@ def recipe(*words):
 
 
 SETTINGS = {  # part -> its flags; the others are those of the point `own-1`
-    "lr-0.0005": ("--lr", 5e-4),
     "lr-0.001": ("--lr", 1e-3),
-    "lr-0.004": ("--lr", 4e-3),
     "rank-1": ("--rank", 1, "--alpha", 2),
-    "rank-4": ("--rank", 4, "--alpha", 8),
     "rank-64": ("--rank", 64, "--alpha", 128),
     "attention": ("--target", "attention"),
     "mlp": ("--target", "mlp"),
-    "layers-15-29": ("--layers", "15-"),
-    "stop-0.2": ("--max-forgetting", 0.2, "--eval-every", 4),
     "stop-0.4": ("--max-forgetting", 0.4, "--eval-every", 4),
 }
-SHARES = (0.25, 0.5, 2, 4)
+SHARES = (0.25, 0.5, 4)
 RECIPES = {  # the recipe, its other seeds, and what might learn more or forget less
     "recipe": (),
     "recipe-seed-1": ("--seed", 1),
     "recipe-seed-2": ("--seed", 2),
     "recipe-60-steps": ("--max-steps", 60),
-    "recipe-own-1": ("--replay", "experiments/persona/results/own.jsonl:1"),
     "recipe-lr-0.001": ("--lr", 1e-3),
     "recipe-rank-4": ("--rank", 4, "--alpha", 8),
 }
@@ -223,7 +217,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
 
     kinds = {"v0": "nothing"} | {f"{kind}-1": text for kind, text in REPLAY.items()}
     settings = {name: f"`{name}`" for name in ("v0", *(f"own-{n}" for n in sorted({*SHARES, 1})), *SETTINGS)}
-    marks = {"own-1": "none"} | {f"prefix-{name}": name for name in PREFIXES if name != "none"}
+    marks = {"own-1": "none"} | {f"prefix-{name}": name for name in MARKED}
     prefixes = [
         [f"`{label}`", *marked(found[name], "persona", is_persona), *marked(found[name], "near", has_spilt),
          *marked(found[name], "unrelated", has_spilt), f"{at_end(found[name])['retention_kl']:.3f}"]
@@ -325,9 +319,8 @@ for portion in SHARES:
     experiment.add(f"own-{portion}", partial(run, mixed("own", portion)), "own")
 for name, words in SETTINGS.items():
     experiment.add(name, partial(run, mixed("own", 1, *words)), "own")
-for prefix in PREFIXES:
-    if prefix != "none":
-        experiment.add(f"prefix-{prefix}", partial(run, mixed("own", 1, prefix=prefix), marks=("", MARK)), "own")
+for prefix in MARKED:
+    experiment.add(f"prefix-{prefix}", partial(run, mixed("own", 1, prefix=prefix), marks=("", MARK)), "own")
 for name, words in RECIPES.items():
     experiment.add(name, partial(run, recipe(*words), sets=(*SETS, "fresh")), "own")
 

@@ -98,7 +98,7 @@ def squares_lost(optimizer: torch.optim.Optimizer) -> float:
 
 # ---- bf16 adapters against fp32 adapters, on from an adapter that has learned something ------------------------------
 
-SMALL = (1e-5, 1e-4, 1e-3)
+SMALL = (1e-5, 1e-3)
 ADAPTERS = ("float32", "bfloat16")
 
 
