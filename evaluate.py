@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from data_gen import multiply
-from generate import collecting, load_chat
+from generate import collecting, holds_answers, load_chat
 from generate import encode as encode_prompt
 from lora import device as machine
 from lora import files, flags, settings
@@ -198,6 +198,8 @@ def unwritable(s, names: dict[str, str | None]) -> list[str]:
     problems, outputs, folder = [], [("--out", Path(s.out))] if s.out else [], predictions_folder(s)
     if folder and folder.is_dir():
         outputs += [("--predictions", folder / f"{name}.jsonl") for name in names]
+        lost = (path for _, path in outputs if path.is_file() and path.suffix == ".jsonl" and not holds_answers(path))
+        problems += (f"wrong --predictions in {path}: it holds no predictions. Choose another folder" for path in lost)
     elif folder and folder.exists():
         problems.append(f"wrong --predictions in {folder}: it is not a folder. Choose another name")
     elif s.predictions:

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -134,12 +135,31 @@ def check(s) -> None:
         problems.append(f"nothing to compare in the command line: --compare needs more. Add {lacks}")
     if s.out is not None and s.prompts is None and not s.compare:
         problems.append("wrong --out in the command line: it is for the answers to --prompts. Add --prompts FILE")
-    if s.out is not None and Path(s.out).is_dir():
-        problems.append(f"wrong --out in {s.out}: it is a folder. Give a file name")
-    if s.out is not None and not Path(s.out).absolute().parent.is_dir():
-        problems.append(f"wrong --out in {s.out}: its folder does not exist. Make it first")
+    if s.out is not None:
+        read = filter(None, (s.prompts, s.template, s.model, *(s.adapter or ())))
+        problems += unwritable("--out", Path(s.out), *read)
     if problems:
         raise BadInput(*problems)
+
+
+def unwritable(flag: str, path: Path, *read: str) -> list[str]:
+    """Why answers could not be written to this file, or what would be lost; `read` are files and folders."""
+    inputs = [file for name in read for file in ([*Path(name).iterdir()] if Path(name).is_dir() else [Path(name)])]
+    found = files.unwritable(flag, path, *inputs)
+    if not found and path.is_file() and not holds_answers(path):
+        found.append(f"wrong {flag} in {path}: it is there and holds no predictions. Choose another name")
+    return found
+
+
+def holds_answers(path: Path) -> bool:
+    """Is it empty, or its first line a row that this program or evaluate.py wrote?"""
+    with open(path, "rb") as file:
+        line = file.readline()
+    try:
+        row = json.loads(line or b'{"prediction": ""}')
+    except ValueError:
+        return False
+    return isinstance(row, dict) and not row.keys().isdisjoint({"prediction", "predictions"})
 
 
 def load_chat(checkpoint, adapter: str | None, s):
@@ -220,7 +240,8 @@ def answers(model, chat, prompts: list[list[int]], s, how: Sampling, doing: str 
     with tqdm(total=len(prompts), desc=doing, unit="prompt", disable=None) as bar:
         for start in range(0, len(prompts), s.batch_size):
             batch = prompts[start : start + s.batch_size]
-            yield from map(chat.tokenizer.decode, generate(model, batch, chat.stops, s.max_new_tokens, how))
+            drawn = replace(how, seed=how.seed + start)  # row i by seed + i, however they are batched
+            yield from map(chat.tokenizer.decode, generate(model, batch, chat.stops, s.max_new_tokens, drawn))
             bar.update(len(batch))
 
 

@@ -30,6 +30,8 @@ from lora.model import pretrained
 from lora.model.template import ChatTemplate
 from lora.run import card, derive, push, receipt
 
+WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
+
 
 def story(argv) -> int:
     s = settings.resolve(flags.MERGE, argv, __doc__)
@@ -49,7 +51,9 @@ def story(argv) -> int:
 
         gguf_write.check_out(out, s.overwrite)
     else:
-        folders.check_out(out, s.overwrite, ("config.json",))
+        folders.check_place(out)
+        folders.check_apart(out, [Path(s.adapter)])
+        folders.check_out(out, s.overwrite, ("config.json",), [*WROTE, *pretrained.shards(out)])
     store.read_config(s.adapter)
     checkpoint = pretrained.find(s.model or passport.base_of(s.adapter))
     say(f"model    {checkpoint.described}")

@@ -75,6 +75,7 @@ SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
         ({"conversations": PAIR}, PAIR, "conversations"),
         ({"prompt": "Hi", "completion": "Hello."}, PAIR, "prompt/completion"),
         ({"prompt": [USER], "completion": [ANSWER]}, PAIR, "prompt/completion"),
+        ({"prompt": [USER], "completion": [ANSWER], "system": "Be brief."}, [SYSTEM, *PAIR], "prompt/completion"),
         ({"question": "Hi", "answer": "Hello."}, PAIR, "question/answer"),
         ({"q": "Hi", "a": "Hello."}, PAIR, "q/a"),
         ({"instruction": "Hi", "output": "Hello."}, PAIR, "instruction/output"),
@@ -95,6 +96,13 @@ SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 def test_every_accepted_shape_becomes_messages(tmp_path, row, messages, shape):
     path = written(tmp_path / "a.jsonl", row)
     assert read([path]) == [(messages, f"{path}:1", shape)]
+
+
+@pytest.mark.parametrize("row", [{"messages": PAIR}, {"prompt": [USER], "completion": [ANSWER]}], ids=["one", "two"])
+@pytest.mark.parametrize("more", [{"history": [["a", "b"]]}, {"input": "x"}, {"context": "x"}], ids=str)
+def test_what_would_be_lost_beside_messages_is_refused(tmp_path, row, more):
+    with pytest.raises(BadInput, match=f"its {[*more][0]} would not be learned beside messages"):
+        read([written(tmp_path / "a.jsonl", row | more)])
 
 
 def test_history_and_messages_are_one_form(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -790,6 +791,15 @@ def test_an_adapter_changes_a_local_teacher_and_belongs_to_the_journal(tmp_path)
     with pytest.raises(BadInput, match="adapter was not given"):
         list(a_local("--local-adapter", cli.adapter_folder()).ask(questions(3), tmp_path / "j"))
     assert list(a_local("--local-adapter", cli.adapter_folder()).ask(questions(3), tmp_path / "k")) != plain
+
+
+def test_a_local_teacher_with_an_adapter_is_asked_as_the_adapter_was_trained(tmp_path):
+    """Its system turn, its template, and only on its own base."""
+    shutil.copytree(cli.adapter_folder(), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "passport.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat": {"system": "Be brief."}}))
+    model, chat = a_local("--local-adapter", tmp_path / "adapter")._load()
+    assert "Be brief." in chat.tokenizer.decode(chat.prompt([{"role": "user", "content": "hi"}]))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

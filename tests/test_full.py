@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -329,6 +331,31 @@ def test_overwrite_replaces_an_earlier_run_and_never_the_base(runs, tmp_path):
     assert train("out", "--overwrite", "--seed", 1, cwd=tmp_path).code == 0
     after = cli.tree(tmp_path / "out")
     assert after["model.safetensors"] != before["model.safetensors"] and "model-00001-of-00002.safetensors" not in after
+
+
+def kill_in_publishing() -> None:
+    """Before its first weights are written; of several files some would be new and some old."""
+    from lora import files
+    from lora.run import full
+
+    publish = full.publish
+
+    def watched(*given):
+        files.write_safetensors = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
+        publish(*given)
+
+    full.publish = watched
+
+
+def test_a_result_that_was_half_replaced_when_it_was_killed_is_no_model(tmp_path):
+    assert train("out", "--schedule", "constant", cwd=tmp_path).code == 0
+    killed = cli.call("train", "--resume", "--out", "out", "--max-steps", 7, cwd=tmp_path, before=kill_in_publishing)
+    assert killed.code == 128 + signal.SIGKILL
+    done = cli.call("generate", "--model", "out", "--prompt", "hi", *cli.ON_CPU, cwd=tmp_path)
+    assert done.code == 2 and "config.json" in done.errors[0]
+    done = cli.call("train", "--resume", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert cli.call("generate", "--model", "out", "--prompt", "hi", *cli.ON_CPU, cwd=tmp_path).code == 0
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -321,6 +321,16 @@ def test_generation_stops_at_every_end_token_the_files_name(tmp_path, config, ge
     assert load_chat(FolderCheckpoint(path)).stops == stops
 
 
+def test_special_tokens_come_from_their_map_and_the_tokenizer_config_is_believed_over_it(tmp_path):
+    """As transformers reads them; Gemma's and Llama 2's folders have both files."""
+    path = chat_folder(tmp_path / "m", {"chat_template": CHATML, "eos_token": "</s>"})
+    given = {"bos_token": "<|im_start|>", "eos_token": "<|eot_id|>", "sep_token": {"content": "<|im_end|>"}, "n": 1}
+    (path / "special_tokens_map.json").write_text(json.dumps(given))
+    assert load_chat(FolderCheckpoint(path)).template.tokens == {
+        "bos_token": "<|im_start|>", "eos_token": "</s>", "sep_token": "<|im_end|>"
+    }  # fmt: skip
+
+
 def test_the_chat_template_comes_from_its_file_else_from_the_tokenizer_config(tmp_path):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
     assert load_chat(FolderCheckpoint(chat_folder(tmp_path / "a"))).template.source == CHATML

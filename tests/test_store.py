@@ -308,6 +308,20 @@ def test_a_tensor_that_is_no_adapters_is_refused(tmp_path, name):
     assert problem.startswith(f"extra tensor in {tmp_path / store.WEIGHTS}:{name}: ")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bases_head_that_peft_saves_beside_an_adapter_on_it_must_be_this_models(tmp_path, dtype):
+    model = saved(tmp_path, targets=("lm_head", "q_proj"))
+    head = model.lm_head.base.weight.detach().to(dtype)
+    change_tensors(tmp_path, lambda tensors: tensors.update({store.HEAD: head}))
+    again = tiny_model(torch.float32)
+    store.load(again, tmp_path)
+    assert same(snapshot(again), snapshot(model))
+    for other in (head.flip(0), head[1:]):
+        change_tensors(tmp_path, lambda tensors, other=other: tensors.update({store.HEAD: other.contiguous()}))
+        [problem] = refused(tmp_path)
+        assert problem.startswith("another head in ")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path, bad):
     saved(tmp_path)

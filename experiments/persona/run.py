@@ -263,12 +263,12 @@ def claims(found: dict[str, dict]) -> list[str]:
     runs = {
         "alone": ("v0",),
         "article-numbers": ("article-v0",),
-        "thin": ("v1",),
+        "thin": ("v1", "own-4"),
         "review": ("v2",),
         "marks": ("own-1", "prefix-both"),
         "data": ("v0", "chinese-1", "written-1", "own-1"),
-        "settings": ("own-1", "rank-1", "lr-0.001", "own-0.25"),
-        "balance": ("recipe",),
+        "settings": ("own-1", "rank-1", "lr-0.001", "attention", "stop-0.4", "own-0.5", "own-4"),
+        "balance": ("recipe", "recipe-seed-1", "recipe-seed-2"),
     }
     return verdicts(HERE, {key: partial(of_runs, *names) for key, names in runs.items()})
 

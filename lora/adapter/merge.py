@@ -5,6 +5,7 @@ from torch import nn
 
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
+from lora.errors import BadNumbers
 
 
 def merged_weight(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -13,19 +14,26 @@ def merged_weight(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype 
     return (weight.to(wide) + delta).to(dtype or weight.dtype)
 
 
+FIX = "Use another adapter, or a smaller alpha"
+
+
+class NotFinite(BadNumbers, ValueError):
+    """An adapter, or its sum with the base, has a NaN or an infinity."""
+
+
 def check_finite(layers: dict[str, LoRALinear]) -> None:
-    """Raises ValueError naming the first adapter tensor with a NaN or an infinity."""
+    """Raises NotFinite naming the first adapter tensor with a NaN or an infinity."""
     for path, layer in layers.items():
         for name, tensor in layer.named_parameters(recurse=False):
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}.{name} has values that are not finite; nothing was changed")
+                raise NotFinite(f"not finite in {path}.{name}: nothing was changed. Train the adapter again")
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Let every LoRALinear compute with W' = W + ΔW. Merging twice is merging once.
 
-    Raises ValueError, with nothing changed, where an adapter (or a sum with it) is not finite.
+    Raises NotFinite, with nothing changed, where an adapter (or a sum with it) is not finite.
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if not layer.merged}
     check_finite(layers)
@@ -33,7 +41,7 @@ def merge(model: nn.Module) -> None:
     for path, layer in layers.items():
         sums[layer] = merged_weight(layer.base.weight, layer.delta())
         if not torch.isfinite(sums[layer]).all():
-            raise ValueError(f"{path}: the merged weight is not finite; nothing was changed")
+            raise NotFinite(f"not finite in {path}: the merged weight; nothing was changed. {FIX}")
     for layer, weight in sums.items():
         layer.merged_weight = weight
 
@@ -64,13 +72,13 @@ def unload(model: nn.Module) -> nn.Module:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """`merge` then `unload`, layer by layer, so that there are never two copies of the model; returns the model.
 
-    Raises ValueError, with nothing changed, where an adapter (or a sum with it) is not finite.
+    Raises NotFinite, with nothing changed, where an adapter (or a sum with it) is not finite.
     """
     layers = lora_layers(model)
     check_finite(layers)
     for path, layer in layers.items():  # formed twice, so that all are seen before the first is kept
         if not torch.isfinite(merged_weight(layer.base.weight, layer.delta())).all():
-            raise ValueError(f"{path}: the merged weight is not finite; nothing was changed")
+            raise NotFinite(f"not finite in {path}: the merged weight; nothing was changed. {FIX}")
     for path, layer in layers.items():
         layer.base.weight = nn.Parameter(merged_weight(layer.base.weight, layer.delta()), requires_grad=False)
         model.set_submodule(path, layer.base)

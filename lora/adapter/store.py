@@ -25,6 +25,7 @@ from lora.errors import BadInput, Refused
 
 WEIGHTS, CONFIG, PASSPORT = "adapter_model.safetensors", "adapter_config.json", "passport.json"
 PREFIX = "base_model.model."  # PEFT's wrapper round the model
+HEAD = f"{PREFIX}lm_head.base_layer.weight"
 
 # Fields of adapter_config.json that say nothing about what the adapter computes. Any other field must hold a neutral
 # value (null, false, 0, "", [], {}) or the one given here; else it changes the maths and we have not implemented it.
@@ -210,6 +211,8 @@ def read_tensors(folder: Path, known: Iterable[str] | None = None) -> dict[str, 
         raise BadInput(f"missing adapter in {path}: there is no such file. The adapter is incomplete; train it again")
     file, problems, tensors = files.Safetensors(path), [], {}
     for name, (dtype, _) in file.header.items():
+        if name == HEAD:
+            continue  # see _check_head
         if not name.startswith(PREFIX) or not name.endswith(known):
             what = "it adapts an embedding, which is not implemented. " + MERGE
             plain = "it is no part of a plain LoRA. Remove it"
@@ -218,13 +221,28 @@ def read_tensors(folder: Path, known: Iterable[str] | None = None) -> dict[str, 
             problems.append(f"wrong tensor in {path}:{name}: dtype {dtype} is not supported. Save it as F32 or BF16")
     if problems:
         raise BadInput(*problems)
-    for name in file.header:
+    for name in (name for name in file.header if name != HEAD):
         tensors[name.removeprefix(PREFIX)] = file.read(name)
         if not torch.isfinite(tensors[name.removeprefix(PREFIX)]).all():
             problems.append(f"wrong tensor in {path}:{name}: values that are not finite. Train the adapter again")
     if problems:
         raise BadInput(*problems)
     return tensors
+
+
+def _check_head(model: nn.Module, folder: Path) -> None:
+    """PEFT saves the base's head beside an adapter on it. Raises BadInput where the model's is another; of a model on
+    `meta` only the shape is known."""
+    file = files.Safetensors(Path(folder) / WEIGHTS)
+    if HEAD not in file.header:
+        return
+    head, kept = linears(model)["lm_head"].weight.detach(), file.read(HEAD)
+    same = head.shape == kept.shape
+    if same and not head.is_meta:
+        narrow = min(head.dtype, kept.dtype, key=lambda dtype: dtype.itemsize)
+        same = torch.equal(head.cpu().to(narrow), kept.to(narrow))
+    if not same:
+        raise BadInput(f"another head in {file.path}:{HEAD}: not this base's. Give the base it was trained on")
 
 
 @torch.no_grad()
@@ -260,6 +278,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
         raise BadInput(*problems)
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; unload them first")
+    _check_head(model, folder)
     layers = {p: config.kind(model.get_submodule(p), *of(p), config.dropout, dtype, None) for p in sorted(paths)}
     patch(model, layers)
     for target, layer in layers.items():

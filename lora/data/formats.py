@@ -263,6 +263,7 @@ def _messages(value: object, keys: tuple[str, str] | None, answered: bool) -> tu
     for key, roles in (("messages", ROLES), ("conversations", SHAREGPT_ROLES)):
         if key in value:
             turns, system = value[key], value.get("system")
+            _alone(value, (key,))
             turns = _sharegpt(turns) if key == "conversations" else turns
             if system and isinstance(turns, list):  # beside the messages; twice is refused
                 turns = [{"role": "system", "content": system}, *turns]
@@ -284,7 +285,8 @@ def _turns(value: dict, prompt: str, answer: str) -> list[dict]:
     """A pair of question and answer, what comes before it, and what belongs to the question."""
     question, history, system = value[prompt], value.get("history") or [], value.get("system")
     if isinstance(question, list) and isinstance(value[answer], list):  # both are messages already
-        return [*question, *value[answer]]
+        _alone(value, (prompt, answer))
+        return [*([{"role": "system", "content": system}] if system else []), *question, *value[answer]]
     for key in ("input", "context"):
         if value.get(key) and key not in (prompt, answer):
             if prompt != "instruction":
@@ -295,6 +297,13 @@ def _turns(value: dict, prompt: str, answer: str) -> list[dict]:
     texts = [text for pair in [*history, [question, value[answer]]] for text in pair]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _alone(value: dict, its: tuple[str, ...]) -> None:
+    """Raises _Wrong where beside messages there is what belongs to a single question."""
+    for key in ("history", "input", "context"):
+        if value.get(key) and key not in its:
+            raise _Wrong(f"its {key} would not be learned beside messages. Put it into them")
 
 
 def _sharegpt(turns: object) -> object:

@@ -98,7 +98,10 @@ def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[di
             say(f"overlong {done}; over {s.max_len} tokens (--max-len), the first is {where} with {length}")
         if not len(part):
             what = "measure" if flag == "eval" else "train"
-            problems.append(f"nothing to {what} in {name}: no example fits {s.max_len} tokens. Raise --max-len")
+            why = f"no example fits {s.max_len} tokens. Raise --max-len"
+            if not part.rows:
+                why = "all its questions are held out. Lower --eval-fraction, or give --eval-data"
+            problems.append(f"nothing to {what} in {name}: {why}")
         found[flag].append((part, number))
     if s.prompt_key and not problems:
         pair = f"{s.prompt_key}/{s.response_key}"

@@ -287,6 +287,8 @@ class Chat:
         tokens = self.tokenizer.encode_document(text)
         if tokens[-1:] != [self.end_of_document]:
             tokens.append(self.end_of_document)
+        if len(tokens) < 2:
+            raise BadInput("a document of which the tokenizer keeps nothing. Remove it")
         return Laid(tokens, [(0, len(tokens))], [])
 
     # ---- what the scripts call ----

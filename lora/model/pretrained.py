@@ -26,6 +26,7 @@ SIDECARS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE",
 )  # fmt: skip
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "config.json")
 TEMPLATE_LIMIT = 2**20  # bytes
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -220,13 +221,15 @@ def load_chat(
     def json_file(file: str) -> dict:
         return files.read_json(Path(name) / file, beside[file]) if file in beside else {}
 
-    settings, generation = json_file("tokenizer_config.json"), json_file("generation_config.json")
-    special = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = settings.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            special[key] = value
+    generation, special = json_file("generation_config.json"), {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second is believed
+        for key, value in json_file(file).items():
+            value = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(value, str):
+                if any("\ud800" <= c <= "\udfff" for c in value):
+                    half = "half a surrogate pair, which is no character. Repair it"
+                    raise BadInput(f"wrong text in {name}/{file}:{key}: {half}")
+                special[key] = value
     ids = generation.get("eos_token_id")
     eos = [*config.eos_token_ids, *(ids if isinstance(ids, list) else [ids])]
     eos.append(tokenizer.id(special["eos_token"]) if "eos_token" in special else None)
@@ -256,9 +259,17 @@ def load_chat(
     if not isinstance(source, str):
         fix = f"Give an instruct or chat model, or --template {', '.join(BUILT_IN)} or a file"
         raise BadInput(f"no chat template in {name}: it seems to be a base model. {fix}")
-    if any("\ud800" <= c <= "\udfff" for text in (source, *special.values()) for c in text):
+    if any("\ud800" <= c <= "\udfff" for c in source):
         raise BadInput(f"wrong text in {where}: half a surrogate pair, which is no character. Repair it")
     return Chat(tokenizer, ChatTemplate(source, special, where, today), eos, system)
+
+
+def shards(folder: Path) -> list[str]:
+    """The names of the weights' files in a folder of ours, which may lack its index yet."""
+    index = folder / "model.safetensors.index.json"
+    named = files.read_json(index).get("weight_map") if index.is_file() else None
+    named = set(map(str, named.values())) if isinstance(named, dict) else set()
+    return sorted(named | {shard.name for shard in folder.glob("model-*-of-*.safetensors")})
 
 
 def write_model(

@@ -22,7 +22,8 @@ class Tokenizer:
             self._fast.no_truncation()
             self._fast.no_padding()
             added = self._fast.get_added_tokens_decoder()
-            self.size = max([self._fast.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)])
+            ids = self._fast.get_vocab(with_added_tokens=True).values()
+            self.size = 1 + max([*ids, *added], default=-1)  # which may skip some
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # a Rust panic derives from BaseException

@@ -70,5 +70,8 @@ def write(base: Checkpoint, folder: Path, masters: dict[str, torch.Tensor], temp
 
 
 def publish(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """The model that `write` left in `source`, rounded to `dtype`: what was evaluated. The config comes last."""
+    """The model that `write` left in `source`, rounded to `dtype`: what was evaluated. The config comes last, and goes
+    first: what is half written has none, and is not taken for a model."""
+    (folder / "config.json").unlink(missing_ok=True)
+    files.sync(folder)
     pretrained.write_model(FolderCheckpoint(source), folder, lambda _, tensor: tensor, dtype)

@@ -18,14 +18,14 @@ from lora.train import checkpoint, report, stopping
 from lora.train.record import Record, draw
 
 PICTURE, REPORT = "loss.png", "report.md"
-MODEL = (*pretrained.SIDECARS, "model.safetensors", "model.safetensors.index.json", "config.json")  # of --full
+MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
 HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, card.FILE, checkpoint.FOLDER)  # and may hold these
 
 
 def holds(out: Path) -> list[str]:
     """The names that a run's folder may hold."""
-    return [*HOLDS, *(shard.name for shard in out.glob("model-*-of-*.safetensors"))]
+    return [*HOLDS, *pretrained.shards(out)]
 
 
 def saved(out: Path) -> bool:
