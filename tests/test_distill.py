@@ -798,7 +798,7 @@ def test_a_local_teacher_with_an_adapter_is_asked_as_the_adapter_was_trained(tmp
     shutil.copytree(cli.adapter_folder(), tmp_path / "adapter")
     path = tmp_path / "adapter" / "passport.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat": {"system": "Be brief."}}))
-    model, chat = a_local("--local-adapter", tmp_path / "adapter")._load()
+    _, chat = a_local("--local-adapter", tmp_path / "adapter")._load()
     assert "Be brief." in chat.tokenizer.decode(chat.prompt([{"role": "user", "content": "hi"}]))
 
 
