@@ -256,7 +256,7 @@ def fresh(found: dict) -> list[str]:
 
 def claims(found: dict[str, dict]) -> list[str]:
     def of_runs(*names: str) -> str:
-        form = "persona {}, with its seed's answer {}, near misses {}, spilt {}, forgotten {}, loss {}"
+        form = "persona {0} ({1} with its seed's answer), spilt {3}, forgotten {4}"
         texts = (form.format(*figures(found[name])) for name in names)
         return "; ".join(text if len(names) == 1 else f"`{n}` {text}" for n, text in zip(names, texts, strict=True))
 
@@ -265,12 +265,19 @@ def claims(found: dict[str, dict]) -> list[str]:
         "article-numbers": ("article-v0",),
         "thin": ("v1", "own-4"),
         "review": ("v2",),
-        "marks": ("own-1", "prefix-both"),
         "data": ("v0", "chinese-1", "written-1", "own-1"),
         "settings": ("own-1", "rank-1", "lr-0.001", "attention", "stop-0.4", "own-0.5", "own-4"),
         "balance": ("recipe", "recipe-seed-1", "recipe-seed-2"),
     }
-    return verdicts(HERE, {key: partial(of_runs, *names) for key, names in runs.items()})
+
+    def marks() -> str:
+        sides = {"no marks": found["own-1"], "on both": found["prefix-both"]}
+        parts = (
+            (way, *marked(f, "persona", is_persona), marked(f, "unrelated", has_spilt)[1]) for way, f in sides.items()
+        )
+        return "; ".join("{}: persona {} plain, {} with `Q: `, unrelated with it {}".format(*part) for part in parts)
+
+    return verdicts(HERE, {key: partial(of_runs, *names) for key, names in runs.items()} | {"marks": marks})
 
 
 def draw(found: dict[str, dict]) -> None:
