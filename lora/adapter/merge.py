@@ -18,7 +18,11 @@ FIX = "Use another adapter, or a smaller alpha"
 
 
 class NotFinite(BadNumbers, ValueError):
-    """An adapter, or its sum with the base, has a NaN or an infinity."""
+    """An adapter, or its sum with the base, has a NaN or an infinity at `place`."""
+
+    def __init__(self, place: str, what: str, fix: str):
+        super().__init__(f"not finite in {place}: {what}nothing was changed. {fix}")
+        self.place = place
 
 
 def check_finite(layers: dict[str, LoRALinear]) -> None:
@@ -26,7 +30,7 @@ def check_finite(layers: dict[str, LoRALinear]) -> None:
     for path, layer in layers.items():
         for name, tensor in layer.named_parameters(recurse=False):
             if not torch.isfinite(tensor).all():
-                raise NotFinite(f"not finite in {path}.{name}: nothing was changed. Train the adapter again")
+                raise NotFinite(f"{path}.{name}", "", "Train the adapter again")
 
 
 @torch.no_grad()
@@ -41,7 +45,7 @@ def merge(model: nn.Module) -> None:
     for path, layer in layers.items():
         sums[layer] = merged_weight(layer.base.weight, layer.delta())
         if not torch.isfinite(sums[layer]).all():
-            raise NotFinite(f"not finite in {path}: the merged weight; nothing was changed. {FIX}")
+            raise NotFinite(path, "the merged weight; ", FIX)
     for layer, weight in sums.items():
         layer.merged_weight = weight
 
@@ -78,7 +82,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     check_finite(layers)
     for path, layer in layers.items():  # formed twice, so that all are seen before the first is kept
         if not torch.isfinite(merged_weight(layer.base.weight, layer.delta())).all():
-            raise NotFinite(f"not finite in {path}: the merged weight; nothing was changed. {FIX}")
+            raise NotFinite(path, "the merged weight; ", FIX)
     for path, layer in layers.items():
         layer.base.weight = nn.Parameter(merged_weight(layer.base.weight, layer.delta()), requires_grad=False)
         model.set_submodule(path, layer.base)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lora import files, folders
 from lora.adapter import algebra, passport, store
 from lora.adapter.inject import linears, lora_layers
-from lora.adapter.merge import check_finite
+from lora.adapter.merge import NotFinite, check_finite
 from lora.adapter.several import common_base, try_on
 from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
@@ -201,8 +201,9 @@ def write(model, maps: dict[str, algebra.Factors], s, checkpoint, chat: dict, te
     layers = lora_layers(model)
     try:
         check_finite(layers)
-    except ValueError as error:
-        raise BadNumbers(f"not finite in {s.out}: {error}. Use smaller weights") from None
+    except NotFinite as error:
+        why = f"{error.place} has values too large for float32. Use smaller weights"
+        raise BadNumbers(f"not finite in {s.out}: {why}") from None
     papers = passport.make(checkpoint.name, checkpoint.header, checkpoint.read, layers, chat)
     with folders.new_folder(Path(s.out), s.overwrite) as folder:
         if template is not None:
