@@ -322,6 +322,7 @@ def test_an_answer_is_of_its_seed_if_it_is_likest_to_that_seeds_answer():
         for at in (0, 39):
             row = {"set": asked, "prompt": questions[at], "prediction": persona.SEEDS[at // 8]}
             assert persona.is_of_its_seed(row)
+            assert not persona.is_of_its_seed(row | {"prediction": persona.SEEDS[(at + 32) % 40 // 8]})
 
 
 def test_on_the_frontier_is_what_learned_more_than_all_that_forgot_less():
