@@ -408,11 +408,16 @@ def test_pefts_choice_of_modules_is_read_as_pefts(tmp_path, fields):
     assert close(logits(model), logits(other), TOL) and far(logits(model), before, TOL)
 
 
-def test_a_base_weight_that_peft_saves_beside_the_adapter_is_refused(tmp_path):
-    """Where lm_head is a target, PEFT adds the head itself, which would replace the base's."""
-    peft_patched(theirs(), target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
-    with pytest.raises(store.BadInput, match=r"extra tensor.*base_model\.model\.lm_head\.base_layer\.weight"):
-        store.load(theirs(), tmp_path)
+def test_the_head_that_peft_saves_beside_an_adapter_on_it_is_read_if_it_is_the_bases(tmp_path):
+    """By its default PEFT does so wherever lm_head is a target."""
+    model = peft_patched(theirs(), target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path)
+    ours, other = theirs(), theirs()
+    store.load(ours, tmp_path)
+    assert close(logits(model), logits(ours), TOL) and far(logits(model), logits(other), TOL)
+    other.lm_head.weight.data += 1
+    with pytest.raises(store.BadInput, match=r"another head in .*base_model\.model\.lm_head\.base_layer\.weight"):
+        store.load(other, tmp_path)
 
 
 @pytest.mark.parametrize(
