@@ -198,8 +198,6 @@ def unwritable(s, names: dict[str, str | None]) -> list[str]:
     problems, outputs, folder = [], [("--out", Path(s.out))] if s.out else [], predictions_folder(s)
     if folder and folder.is_dir():
         outputs += [("--predictions", folder / f"{name}.jsonl") for name in names]
-        lost = (path for _, path in outputs if path.is_file() and path.suffix == ".jsonl" and not holds_answers(path))
-        problems += (f"wrong --predictions in {path}: it holds no predictions. Choose another folder" for path in lost)
     elif folder and folder.exists():
         problems.append(f"wrong --predictions in {folder}: it is not a folder. Choose another name")
     elif s.predictions:
@@ -209,6 +207,8 @@ def unwritable(s, names: dict[str, str | None]) -> list[str]:
         problems += found
         if not found and flag == "--out" and path.is_file() and not is_report(path):
             problems.append(f"wrong --out in {path}: it is there and no report of this program. Choose another name")
+        if not found and flag == "--predictions" and path.is_file() and not holds_answers(path):
+            problems.append(f"wrong --predictions in {path}: it holds no predictions. Choose another folder")
         if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):
             problems.append(f"wrong {flag} in {path}: its folder cannot be written to. Choose another one")
     return problems

@@ -557,3 +557,16 @@ def test_a_report_replaces_nothing_but_a_report(tmp_path, name):
     assert done.code == 2 and "wrong --out" in done.err and cli.tree(tmp_path) == before
     for _ in range(2):
         assert score(*how, "--out", "r.json", cwd=tmp_path).code == 0
+
+
+def test_predictions_replace_nothing_but_predictions(tmp_path):
+    shutil.copytree(cli.adapter_folder(), tmp_path / "a")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "a.jsonl").write_text('{"question": "Hi", "answer": "Hello."}\n')
+    before = cli.tree(tmp_path)
+    how = ("--adapter", "a", "--model", cli.model_folder(), "--data", cli.data_file(), "--no-retention")
+    done = score(*how, "--predictions", "w", cwd=tmp_path)
+    assert done.code == 2 and "wrong --predictions in w/a.jsonl" in done.err and cli.tree(tmp_path) == before
+    (tmp_path / "w" / "a.jsonl").unlink()
+    for _ in range(2):
+        assert score(*how, "--predictions", "w", cwd=tmp_path).code == 0
