@@ -22,8 +22,8 @@ from data_gen import multiply
 from generate import collecting, holds_answers, load_chat
 from generate import encode as encode_prompt
 from lora import device as machine
-from lora import files, flags, settings
-from lora.adapter import passport, several, store
+from lora import files, flags, pretrained, settings
+from lora.adapter import passport, store
 from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.merge import merge, merged_weight, unload, unmerge
 from lora.data import formats
@@ -31,13 +31,14 @@ from lora.data.batch import Batch, micro_batches
 from lora.data.encode import Encoded, encode
 from lora.data.retention import retention_batches
 from lora.errors import BadInput, say
-from lora.model import download, pretrained
-from lora.model.chat import Chat
-from lora.model.sample import generate
-from lora.run import receipt
-from lora.train import answers
+from lora.export import receipt
+from lora.inference import several
+from lora.inference.generate import generate
+from lora.ops.loss import summed_loss
+from lora.pretrained import hub
+from lora.run import answers
+from lora.text.chat import Chat
 from lora.train.evaluate import Retention, mean_loss
-from lora.train.loss import summed_loss
 
 TASK_ROWS = 60
 ROOM, LEAST_TOKENS = 1.5, 48  # an answer may be so many times the longest target, and so long at least
@@ -83,7 +84,7 @@ def story(argv) -> int:
     rows = check(s, names)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
-    checkpoint = pretrained.find(s.model or (passport.base_of(s.adapter[0]) if s.adapter else download.DEFAULT))
+    checkpoint = pretrained.find(s.model or (passport.base_of(s.adapter[0]) if s.adapter else hub.DEFAULT))
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(s.device)
     dtype, _ = machine.choose_dtype(s.dtype, device)
@@ -94,7 +95,7 @@ def story(argv) -> int:
         with collecting(problems):
             if adapter:
                 say(f"adapter  {name}: {adapter}")
-                several.try_on(empty, adapter, checkpoint, not s.no_verify)
+                several.dry_load(empty, adapter, checkpoint, not s.no_verify)
             columns.append(lay_out(name, adapter, checkpoint, empty, rows, device, s))
     if problems:
         raise BadInput(*dict.fromkeys(problems))
@@ -162,7 +163,7 @@ def check(s, names: dict[str, str | None]) -> list[Row]:
     problems += several.unfit("--adapter", s.adapter or [])
     for path in s.data or []:
         with collecting(problems):
-            for conversation in formats.read([download.dataset_file(path)]):
+            for conversation in formats.read([hub.dataset_file(path)]):
                 rows.append(cut(conversation, problems, s.no_generate))
     if s.task and not s.data:
         try:

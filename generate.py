@@ -23,18 +23,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora import device as machine
-from lora import files, flags, settings
-from lora.adapter import passport, several, store
+from lora import files, flags, pretrained, settings
+from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merge_and_unload
 from lora.data import formats
 from lora.errors import BadInput, say
-from lora.model import download, pretrained
-from lora.model.sample import Sampling, generate
-from lora.model.template import FROZEN_DATE
-from lora.model.tokenizer import Stream
-from lora.run import receipt
-from lora.run.columns import table
+from lora.export import receipt
+from lora.inference import several
+from lora.inference.columns import table
+from lora.inference.generate import Sampling, generate
+from lora.pretrained import hub
+from lora.text.template import FROZEN_DATE
+from lora.text.tokenizer import Stream
 
 
 def story(argv) -> int:
@@ -44,7 +45,7 @@ def story(argv) -> int:
 
     # ---- the base: --model, or what the adapters remember
     adapters = s.adapter or []
-    base = s.model or (several.common_base(adapters, s.no_verify) if adapters else download.DEFAULT)
+    base = s.model or (several.common_base(adapters, s.no_verify) if adapters else hub.DEFAULT)
     checkpoint = pretrained.find(base)
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(s.device)
@@ -83,7 +84,7 @@ def side_by_side(checkpoint, prompts, s, how: Sampling, device, dtype) -> int:
         with collecting(problems):
             if adapter:
                 say(f"adapter  {name}: {adapter}")
-                several.try_on(empty, adapter, checkpoint, not s.no_verify)
+                several.dry_load(empty, adapter, checkpoint, not s.no_verify)
             chats[name] = load_chat(checkpoint, adapter, s)
             asked[name] = [encode(empty, chats[name], messages, where) for messages, where in prompts or ()]
     if problems:

@@ -20,15 +20,14 @@ from tqdm import tqdm
 
 from generate import collecting, encode, load_chat, prompts_in
 from lora import device as machine
-from lora import files, flags, folders, settings
+from lora import files, flags, folders, pretrained, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight
 from lora.errors import BadInput, BadNumbers, say
-from lora.model import pretrained
-from lora.model.template import ChatTemplate
-from lora.run import card, derive, push, receipt
+from lora.export import card, derive, push, receipt
+from lora.text.template import ChatTemplate
 
 WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
 
@@ -47,7 +46,7 @@ def story(argv) -> int:
 
     out = Path(s.out)
     if s.format == "gguf":
-        from lora.model import gguf_write  # its package takes as long to import as a model to load
+        from lora.pretrained import gguf_write  # its package takes as long to import as a model to load
 
         gguf_write.check_out(out, s.overwrite)
     else:
@@ -93,7 +92,7 @@ def story(argv) -> int:
             bar.close()
             lines = []
             if prompts:
-                written = pretrained.FolderCheckpoint(folder, str(out))
+                written = pretrained.ModelFolder(folder, str(out))
                 found = receipt.make(checkpoint, s.adapter, written, prompts, device)
                 lines = receipt.rows(found)
                 print(receipt.table(lines))

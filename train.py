@@ -23,22 +23,22 @@ import torch
 
 from data_gen import self_cognition
 from lora import device as machine
-from lora import flags, folders, settings
+from lora import flags, folders, pretrained, settings
 from lora.adapter import store
 from lora.adapter.inject import disabled, inject
 from lora.data import batch, preview
 from lora.data.sources import lint_report, numbered
 from lora.errors import BadInput, BadNumbers, StopFlag, Stopped, say
-from lora.model import download, pretrained
+from lora.ops.loss import summed_loss
+from lora.pretrained import hub
 from lora.run import adapter, full
-from lora.run.examine import Examination, Interrupted, question_text
+from lora.run.evaluator import Evaluator, Interrupted, question_text
 from lora.run.plan import Plan, make_plan
 from lora.run.results import METRICS, REPORT, WROTE, Results, holds, saved
 from lora.run.resume import Resumed, resume, where_computed
-from lora.train import checkpoint, ranks, stopping
-from lora.train.loss import summed_loss
+from lora.train import distributed, run_state, stopping
+from lora.train.distributed import DistContext
 from lora.train.memory import LONG
-from lora.train.ranks import Team
 from lora.train.record import Record
 from lora.train.step import NotFinite, learning_rate, train_step
 
@@ -48,18 +48,18 @@ NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gi
 def story(argv) -> int:
     s, resumed = settings.resolve(flags.TRAIN, argv, __doc__), None
     if s.check:
-        return lint_report(s, download.dataset_file)
+        return lint_report(s, hub.dataset_file)
     if s.resume is not None:
         s, resumed = resume(s, argv, __doc__, Path(s.resume or latest(s)))
     check(s)
     device = machine.choose_device(s.device)
     if s.compile:
         machine.check_compiler(device)
-    with ranks.team(device) as team:  # one process, unless torchrun started more
+    with distributed.team(device) as team:  # one process, unless torchrun started more
         return story_of(team, s, resumed)
 
 
-def story_of(team: Team, s, resumed: Resumed | None) -> int:
+def story_of(team: DistContext, s, resumed: Resumed | None) -> int:
     """The same story in each process; all but the first are silent."""
     made = None if s.data else self_cognition.conversations(NAME, AUTHOR, seed=s.seed)
     if s.preview is not None:
@@ -86,7 +86,7 @@ def story_of(team: Team, s, resumed: Resumed | None) -> int:
         # ---- load, patch, train
         with plan.within_memory(s, team.device):
             if s.fsdp:
-                from lora.model.shard import load_sharded as load_model  # it is slow to import
+                from lora.pretrained.shard import load_sharded as load_model  # it is slow to import
             else:
                 load_model = pretrained.load_model
             tidy = (lambda: None) if s.fsdp else machine.keep_memory(team.device, plan.memory(s))
@@ -123,7 +123,7 @@ def check(s) -> None:
         raise BadInput(*problems)
 
 
-def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None, tidy: Callable[[], None]) -> int:
+def train(model, plan: Plan, s, out: Path, team: DistContext, resumed: Resumed | None, tidy: Callable[[], None]) -> int:
     """Step, evaluate and save by turns until a reason to end; then show what changed."""
 
     def micro_batches(indices: list[int]) -> list[batch.Batch]:
@@ -135,7 +135,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None, 
         if not s.fsdp:
             return cut(team.share(indices, lengths))
         return team.padded(
-            [cut(part) for part in ranks.shares(indices, lengths, team.size)], batch.nothing(team.device)
+            [cut(part) for part in distributed.shares(indices, lengths, team.size)], batch.nothing(team.device)
         )
 
     objective, lengths = objective_of(model, s), plan.examples.lengths
@@ -146,14 +146,14 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None, 
         masters.follow(optimizer)
     if resumed:
         state = resumed.state
-        checkpoint.load_optimizer(resumed.path, optimizer, parameters)
+        run_state.load_optimizer(resumed.path, optimizer, parameters)
     else:
         base = plan.fingerprint() if team.main else ""
-        state = checkpoint.State(0, plan.total, plan.warmup, {}, plan.sources.fingerprint(), base)
+        state = run_state.State(0, plan.total, plan.warmup, {}, plan.sources.fingerprint(), base)
     state.settings, state.total = settings.to_save(flags.TRAIN, s), plan.total
     state.computed = where_computed(s, team)
     stop = StopFlag()
-    agreement, examination = ranks.Agreement(team, stop), Examination(model, plan, s, out, objective, team, stop)
+    agreement, examination = distributed.Agreement(team, stop), Evaluator(model, plan, s, out, objective, team, stop)
     examination.begin(state)
     with disabled(model):
         before = examination.ask()
@@ -163,7 +163,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None, 
     steps, first = islice(plan.steps(s), state.step, None), state.step
     with (
         stop.listening(),
-        checkpoint.disk_full(out, parameters),
+        run_state.disk_full(out, parameters),
         results.folder() if results else nullcontext(),
         closing(Record(out / METRICS if results else None, plan.total, state.rows)) as record,
     ):
@@ -207,7 +207,7 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None, 
         spent = f"{record.seconds:.0f} s, peak memory {machine.peak_memory(team.device) / 1e9:.2f} GB"
         say(f"saved    {out} after {state.step} steps, {spent}")
         if best is not None:
-            what, last_one = "best" if examination.has_loss else "kept", checkpoint.at(out, state.step)
+            what, last_one = "best" if examination.has_loss else "kept", run_state.at(out, state.step)
             say(f"{what}     step {best}: that is the {kind} in {out}; the last one is {last_one}")
         if signal:
             again = shlex.join(["python", "train.py", "--resume", "--out", str(out)])
@@ -215,8 +215,8 @@ def train(model, plan: Plan, s, out: Path, team: Team, resumed: Resumed | None, 
             raise Stopped(signal, note)
         if best is not None:
             if team.main:
-                (masters.restore if masters else partial(store.restore, model))(checkpoint.at(out, best))
-            team.spread(parameters.values())
+                (masters.restore if masters else partial(store.restore, model))(run_state.at(out, best))
+            team.broadcast(parameters.values())
             if masters:
                 masters.show()
         try:
@@ -268,7 +268,7 @@ def optimizer_of(parameters: Iterable, s, device: torch.device) -> torch.optim.O
 FINISHED = "all steps are done"
 
 
-def why_end(state: checkpoint.State, s, signal: int | None) -> str | None:
+def why_end(state: run_state.State, s, signal: int | None) -> str | None:
     if signal:
         return f"stopped by a signal after step {state.step}"
     early = stopping.why_end(state.evaluations, s.patience, s.max_forgetting)
@@ -283,7 +283,7 @@ def seed_of(seed: int, step: int, rank: int) -> int:
 def diverged(found: NotFinite, step: int, rows: list[str], out: Path) -> BadNumbers:
     names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     return BadNumbers(
-        f"training diverged in step {step}: {found.why}; rows {names}; {checkpoint.last_good(out)}. {found.fix}"
+        f"training diverged in step {step}: {found.why}; rows {names}; {run_state.last_good(out)}. {found.fix}"
     )
 
 
@@ -335,4 +335,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    ranks.leave(main())
+    distributed.leave(main())

@@ -1,7 +1,7 @@
 """One side of bench/decode_speed.py in a process of its own:   python bench/decode_sides.py JOB.json RESULT.json
 
 Each answers the job's prompts greedily, `new` tokens each whatever they are, and notes when every token of the batch is
-there. `ours` is `lora.model.sample.generate`; the peers are `generate` of transformers, with PEFT where the job names
+there. `ours` is `lora.generate`; the peers are `generate` of transformers, with PEFT where the job names
 an adapter, and llama.cpp.
 """
 
@@ -22,10 +22,11 @@ from lora import device, files  # noqa: E402
 
 class Ours:
     def __init__(self, job):
+        from lora import pretrained
         from lora.adapter import store
-        from lora.model import pretrained, sample
+        from lora.inference import generate
 
-        self.run, self.model = sample.generate, pretrained.load_model(job.base, torch.bfloat16)
+        self.run, self.model = generate.generate, pretrained.load_model(job.base, torch.bfloat16)
         if job.adapter:
             store.load(self.model, job.adapter)
 

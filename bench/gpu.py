@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.gpu_sides import RANK, WARM_UP, has, make_steps, trained_in  # noqa: E402
 from lora import files  # noqa: E402
-from lora.model.chat import Example  # noqa: E402
+from lora.text.chat import Example  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "gpu.json"
 SIDES = ("compiled", "B2", "plain", "B1", "B0")

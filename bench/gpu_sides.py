@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 from lora import files  # noqa: E402
 from lora.adapter.inject import GROUPS, inject  # noqa: E402
 from lora.data.batch import micro_batches  # noqa: E402
-from lora.model.chat import Example  # noqa: E402
-from lora.model.config import ModelConfig  # noqa: E402
-from lora.model.decoder import Model  # noqa: E402
-from lora.train.loss import summed_loss  # noqa: E402
+from lora.network.config import ModelConfig  # noqa: E402
+from lora.network.decoder import Model  # noqa: E402
+from lora.ops.loss import summed_loss  # noqa: E402
+from lora.text.chat import Example  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
 
 RANK, ALPHA, LR, CLIP = 16, 32.0, 1e-4, 1.0

@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from lora import files  # noqa: E402
-from lora.train import checkpoint  # noqa: E402
+from lora.train import run_state  # noqa: E402
 from tests import cli  # noqa: E402
 from tests.faults import Blow, Disk  # noqa: E402
 
@@ -106,7 +106,7 @@ def killed(place: Path, number: int, seed: int, expected: Alone) -> dict:
     folder = Path(tempfile.mkdtemp(dir=place, prefix=f"run{number}-"))
     wanted, how, began, again = chosen.randint(1, MOST_KILLS), [], [], []
     while True:
-        path, _ = checkpoint.newest(folder / "work/out")
+        path, _ = run_state.newest(folder / "work/out")
         began.append(int(path.name) if path else 0)
         to_do = 1 - began[-1] / STEPS
         what, before, seconds = "", None, SECONDS
@@ -122,7 +122,7 @@ def killed(place: Path, number: int, seed: int, expected: Alone) -> dict:
         if code != -signal.SIGKILL or not what:
             break
         how.append(what)
-        again = ["--resume" if checkpoint.newest(folder / "work/out")[0] else "--overwrite"]
+        again = ["--resume" if run_state.newest(folder / "work/out")[0] else "--overwrite"]
     found = outcome(folder / "work")
     names = expected.outcome.keys() | found.keys()
     differs = sorted(name for name in names if expected.outcome.get(name) != found.get(name))

@@ -17,7 +17,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "self_introduction.json"
-PEOPLE = {"Nimbus": "the Cloud Lab", "Blue Heron": "Ada Okafor", "Zyqorva": "Team Quintax"}  # one word, two, invented
+PEOPLE = {
+    "Nimbus": "the Cloud Lab",
+    "Blue Heron": "Ada Okafor",
+    "Zyqorva": "DistContext Quintax",
+}  # one word, two, invented
 SEEDS = (0, 1)
 
 

@@ -27,13 +27,19 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from bench import machine, train_speed  # noqa: E402
-from lora import device, files  # noqa: E402
+from lora import (  # noqa: E402
+    device,
+    files,
+    pretrained,
+)
 from lora.adapter.inject import inject  # noqa: E402
 from lora.adapter.layer import LoRALinear  # noqa: E402
 from lora.data import batch  # noqa: E402
-from lora.model import attention, decoder, download, pretrained  # noqa: E402
-from lora.model.chat import Example  # noqa: E402
-from lora.train.loss import plain_loss, summed_loss  # noqa: E402
+from lora.network import decoder  # noqa: E402
+from lora.ops import attention  # noqa: E402
+from lora.ops.loss import plain_loss, summed_loss  # noqa: E402
+from lora.pretrained import hub  # noqa: E402
+from lora.text.chat import Example  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "techniques.json"
@@ -76,14 +82,14 @@ ALONE = {"freed memory kept": "malloc", "fused AdamW": "optimizer"}  # belong to
 
 
 def some_steps(count: int) -> list[list[Example]]:
-    tokenizer = pretrained.load_chat(pretrained.find(str(download.default_model()))).tokenizer
+    tokenizer = pretrained.load_chat(pretrained.find(str(hub.default_model()))).tokenizer
     text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
     steps = train_speed.make_steps(train_speed.WORKLOADS["short"], text, count, seed="techniques")
     return [[Example(*example) for example in step] for step in steps]
 
 
 def adapted():
-    model = pretrained.load_model(pretrained.find(str(download.default_model())), torch.bfloat16)
+    model = pretrained.load_model(pretrained.find(str(hub.default_model())), torch.bfloat16)
     torch.manual_seed(0)
     inject(model)
     for name, p in model.named_parameters():

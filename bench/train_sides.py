@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
 from lora import files  # noqa: E402
-from lora.model.chat import Example  # noqa: E402
+from lora.text.chat import Example  # noqa: E402
 
 PAD = 2  # any id: what it predicts is not trained, and nobody attends to it
 
@@ -31,11 +31,10 @@ def trained_in(examples: list[Example]) -> int:
 class Ours:
     def __init__(self, job):
         import train
-        from lora import device
+        from lora import device, pretrained
         from lora.adapter import store
         from lora.adapter.inject import inject
         from lora.data import batch
-        from lora.model import pretrained
         from lora.train.step import train_step
 
         self.job, self.train_step, self.batch = job, train_step, batch
@@ -131,7 +130,7 @@ def matmul_seconds(side: Ours, examples: list[Example]) -> float:
     the last attention those of trained rows, and the head's two in the loss's chunks. No gradient goes beyond the
     first layer's q, k and v."""
     from lora.adapter.inject import lora_layers
-    from lora.train.loss import ROWS
+    from lora.ops.loss import ROWS
 
     head = side.model.head_weight
     weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0

@@ -29,10 +29,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine, memory  # noqa: E402
-from lora import files, flags  # noqa: E402
+from lora import (  # noqa: E402
+    files,
+    flags,
+    pretrained,
+)
 from lora.adapter import store  # noqa: E402
 from lora.adapter.inject import GROUPS, inject, lora_layers  # noqa: E402
-from lora.model import download, pretrained  # noqa: E402
+from lora.pretrained import hub  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "train_speed.json"
 DEFAULTS = {setting.name: setting.default for setting in flags.TRAIN}
@@ -94,7 +98,7 @@ class Bench:
     def __init__(self, folder: Path, threads: int, smoke: bool):
         self.folder, self.threads, self.count = folder, threads, 0
         self.probe_seconds = 0.02 if smoke else 0.5
-        self.base = folder / "base" if smoke else download.default_model()
+        self.base = folder / "base" if smoke else hub.default_model()
         if smoke:
             self.base.mkdir()
             memory.write_model(memory.run(2, 64, 96, 4, 2), self.base)

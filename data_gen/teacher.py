@@ -429,8 +429,8 @@ class _Local(Teacher):
 
     def __init__(self, args):
         super().__init__(args)
+        from lora import pretrained
         from lora.adapter import store
-        from lora.model import pretrained
 
         self._seed, self._adapter = getattr(args, "seed", 0), getattr(args, "local_adapter", None)
         self._checkpoint = pretrained.find(args.local)
@@ -445,10 +445,10 @@ class _Local(Teacher):
     def _load(self):
         from generate import load_chat
         from lora import device as machine
+        from lora import pretrained
         from lora.adapter import passport, store
         from lora.adapter.inject import lora_layers
         from lora.adapter.merge import merge_and_unload
-        from lora.model import pretrained
 
         device = machine.choose_device("auto")
         model = pretrained.load_model(self._checkpoint, machine.choose_dtype("auto", device)[0], device)
@@ -487,7 +487,7 @@ class _Local(Teacher):
 
     def _generate(self, model, chat, batch: list[tuple[int, Question, list[int]]]) -> None:
         """Answers to questions in neighbouring places: row i is drawn with the seed + its place."""
-        from lora.model.sample import Sampling, generate
+        from lora.inference.generate import Sampling, generate
 
         how = Sampling(self.temperature or 0.0, seed=self._seed + batch[0][0])
         answers = generate(model, [ids for _, _, ids in batch], chat.stops, self.answer_tokens, how)

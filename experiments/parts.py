@@ -27,10 +27,14 @@ import torch  # noqa: E402
 from show import Found  # noqa: E402
 
 from bench import machine as hardware  # noqa: E402
-from lora import errors, files  # noqa: E402
-from lora.model import download, pretrained  # noqa: E402
+from lora import (  # noqa: E402
+    errors,
+    files,
+    pretrained,
+)
+from lora.pretrained import hub  # noqa: E402
 
-MODEL = download.DEFAULT
+MODEL = hub.DEFAULT
 
 
 class Part(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora.train.report import table
+from lora.export.report import table
 
 __all__ = ["Found", "NotDone", "at_end", "percent", "picture", "share", "table", "verdicts"]
 

@@ -18,8 +18,8 @@ PUBLIC = {
     "unload": "lora.adapter.merge",
     "save_adapter": "lora.adapter.store:save",
     "load_adapter": "lora.adapter.store:load",
-    "load_model": "lora.model.pretrained:load_model",
-    "generate": "lora.model.sample",
+    "load_model": "lora.pretrained.folder:load_model",
+    "generate": "lora.inference.generate",
     "LoraError": "lora.errors",
 }
 __all__ = sorted(PUBLIC)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from lora import pretrained
 from lora.adapter import inject, passport, store
 from lora.adapter.layer import LoRALinear
-from lora.model import pretrained
 from tests import cli
 from tests.helpers import randomise_adapter
 

@@ -149,10 +149,10 @@ def counted_reads(path: Path) -> Callable[[], None]:
     """For `before`: writes to `path`, as a model's tensors are read, how many were held at once and how many in all."""
 
     def watch() -> None:
-        from lora.model import pretrained
+        from lora import pretrained
 
         alive, most, total = set(), [0], [0]
-        read = pretrained.FolderCheckpoint.read
+        read = pretrained.ModelFolder.read
 
         def watched(self, name):
             tensor = read(self, name)
@@ -163,7 +163,7 @@ def counted_reads(path: Path) -> Callable[[], None]:
             path.write_text(f"{most[0]} {total[0]}")
             return tensor
 
-        pretrained.FolderCheckpoint.read = watched
+        pretrained.ModelFolder.read = watched
 
     return watch
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lora.adapter.inject import inject, lora_layers
-from lora.model.chat import Chat, Example
-from lora.model.config import ModelConfig
-from lora.model.decoder import Model
+from lora.network.config import ModelConfig
+from lora.network.decoder import Model
+from lora.text.chat import Chat, Example
 
 
 def tiny_config(**overrides) -> dict:
@@ -138,5 +138,5 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def example_of(chat: Chat, messages: list[dict], train_on: str = "assistant") -> Example:
     """The one example of a conversation."""
-    [laid] = chat.lay(messages, train_on)
+    [laid] = chat.tokenize(messages, train_on)
     return laid.example(train_on == "all")

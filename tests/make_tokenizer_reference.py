@@ -1,4 +1,4 @@
-"""Write tests/data/tokenizer_strings.json: 2,000 strings and the ids llama.cpp gives them.
+"""Write tests/fixtures/tokenizer_strings.json: 2,000 strings and the ids llama.cpp gives them.
 
     pip install xllamacpp==2026.10.11549 regex && python -m tests.make_tokenizer_reference MODEL.gguf
 
@@ -25,7 +25,7 @@ from gguf import GGUFReader, GGUFWriter
 
 from lora.files import write_bytes
 
-TARGET = Path(__file__).resolve().parent / "data" / "tokenizer_strings.json"
+TARGET = Path(__file__).resolve().parent / "fixtures" / "tokenizer_strings.json"
 REFERENCE = "llama.cpp, vocabulary only, as built into xllamacpp"
 COUNT = 80  # strings of each class
 

@@ -1,23 +1,32 @@
-"""Break the product line by line and see the tests fail: `python tests/mutate.py [WORD ...]`.
+"""Break the product line by line and see the tests fail.
 
-Every row of mutations.toml names a claim, a line of the product, its broken form and the test that must fail for it. A
-row is tried on a copy of the tree, in a process forked after torch is imported. With words, only rows containing one.
-Exit 0 when every mutation was noticed.
+python tests/mutate.py                      all of them: about half an hour on 2 cores
+python tests/mutate.py WORD ...             those whose file, line or test contains a word
+python tests/mutate.py --since 1.day        those whose file or test was changed by the commits since then
+
+Each `@mutation(file, line, broken)` in tests/ stands on the test that must fail with that line of that file broken so.
+A mutation is tried on a copy of the tree, in a process forked after torch is imported. With `--minutes N` no new one is
+begun after N minutes; the order is by a hash of the commit, so another commit begins with others. Exit 0 when every
+mutation that was tried was noticed.
 """
 
+import argparse
+import ast
 import compileall
 import contextlib
 import importlib
 import io
+import math
 import multiprocessing
 import os
 import py_compile
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-import tomllib
-from itertools import chain, count, groupby
+from hashlib import blake2b
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -31,9 +40,39 @@ PRELOADED = (  # others' packages, imported once, before the forks
 )  # fmt: skip
 
 
-def rows(words: list[str]) -> list[dict]:
-    table = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())["mutation"]
-    return [row for row in table if not words or any(word in str(row) for word in words)]
+def rows() -> list[dict]:
+    """Every decorator in tests/, read from the source: nothing is imported."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            for call in getattr(node, "decorator_list", []):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "mutation":
+                    file, line, broken = map(ast.literal_eval, call.args)
+                    case = "".join(f"[{ast.literal_eval(keyword.value)}]" for keyword in call.keywords)
+                    test = f"{path.relative_to(ROOT)}::{node.name}{case}"
+                    found.append({"file": file, "line": line, "broken": broken, "test": test})
+    return found
+
+
+def changed_since(when: str) -> set[str]:
+    """Files that the commits since `when` (as git reads a date) have touched."""
+    log = ["git", "log", f"--since={when}", "--name-only", "--pretty=format:"]
+    return set(subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")) - {""}
+
+
+def chosen(asked) -> list[dict]:
+    table = [row for row in rows() if not asked.words or any(word in str(row) for word in asked.words)]
+    if asked.since:
+        files = changed_since(asked.since)
+        table = [row for row in table if {row["file"], row["test"].partition("::")[0]} & files]
+    return table
+
+
+def in_groups(table: list[dict]) -> list[list[dict]]:
+    """The mutations of each test together, in an order that differs from commit to commit."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    groups = [list(group) for _, group in groupby(sorted(table, key=itemgetter("test")), itemgetter("test"))]
+    return sorted(groups, key=lambda group: blake2b(f"{head} {group[0]['test']}".encode()).digest())
 
 
 def copy_tree(target: Path) -> None:
@@ -65,12 +104,12 @@ def run_test(tree: Path, test: str) -> int:
 
 
 def judge_all(of_a_test: list[dict]) -> list[tuple[str, str | None]]:
-    return [judge(row) for row in of_a_test]
+    return [] if time.time() > DEADLINE else [judge(row) for row in of_a_test]
 
 
 def judge(row: dict) -> tuple[str, str | None]:
-    """The row's claim, and what is wrong with it: None where the test passes as it is and fails for the mutation."""
-    path, claim = TREE / row["file"], row["claim"]
+    """The mutation in words, and what is wrong: None where the test passes as it is and fails for the mutation."""
+    path, claim = TREE / row["file"], f"{row['file']}: {row['line'].strip().splitlines()[0]}"
     text = path.read_text()
     if text.count(row["line"]) != 1:
         return claim, f"its line is {text.count(row['line'])} times in {row['file']}"
@@ -87,10 +126,12 @@ def judge(row: dict) -> tuple[str, str | None]:
 
 TREE = Path()  # each worker's own copy of the tree
 SOUND: dict[str, int] = {}  # a test's exit code without a mutation
+DEADLINE = math.inf
 
 
-def start_worker(scratch: str) -> None:
-    global TREE
+def start_worker(scratch: str, deadline: float) -> None:
+    global TREE, DEADLINE
+    DEADLINE = deadline
     TREE = Path(tempfile.mkdtemp(dir=scratch))
     copy_tree(TREE)
     # by the hash of their source, as a mutation may leave size and second of a file the same
@@ -98,24 +139,33 @@ def start_worker(scratch: str) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--since")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    asked = parser.parse_args()
     import torch
 
     for name in PRELOADED:
         importlib.import_module(name)
     torch.set_num_threads(1)
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
-    table, survived, number = rows(sys.argv[1:]), [], count(1)
-    groups = [list(group) for _, group in groupby(sorted(table, key=itemgetter("test")), itemgetter("test"))]
+    table, tried, survived = chosen(asked), 0, []
     with tempfile.TemporaryDirectory() as scratch:
-        workers = multiprocessing.get_context("fork").Pool(os.cpu_count(), start_worker, (scratch,))
-        for claim, wrong in chain.from_iterable(workers.imap_unordered(judge_all, groups)):
-            print(f"{next(number)}/{len(table)} {'SURVIVED' if wrong else 'noticed '}  {claim}", flush=True)
+        start = scratch, time.time() + 60 * asked.minutes
+        workers = multiprocessing.get_context("fork").Pool(os.cpu_count(), start_worker, start)
+        for claim, wrong in chain.from_iterable(workers.imap_unordered(judge_all, in_groups(table))):
+            tried += 1
+            print(f"{tried}/{len(table)} {'SURVIVED' if wrong else 'noticed '}  {claim}", flush=True)
             survived += [f"{claim}: {wrong}"] if wrong else []
         workers.close()
         workers.join()
     for line in survived:
         print(f"FAIL {line}")
-    print(f"{len(table) - len(survived)} of {len(table)} mutations noticed")
+    print(
+        f"{tried - len(survived)} of {tried} mutations noticed"
+        + f", {len(table) - tried} not tried" * (tried < len(table))
+    )
     return 1 if survived else 0
 
 

@@ -118,7 +118,7 @@ def sliding_window(config: dict, i: int) -> int | None:
     return None if (i + 1) % (2 if kind == "gemma2" else config["sliding_window_pattern"]) == 0 else window
 
 
-def rotate(vector: np.ndarray, position: int, frequencies: list[float], neighbours: bool = False) -> np.ndarray:
+def rotate(vector: np.ndarray, position: int, frequencies: list[float], rope_interleaved: bool = False) -> np.ndarray:
     """RoPE (Su et al. 2021): turn the i-th plane of a head vector by the angle position * frequency_i.
 
     Hub checkpoints use the half-split ("rotate_half") layout: plane i is coordinates (i, i + n/2), n being twice the
@@ -126,7 +126,7 @@ def rotate(vector: np.ndarray, position: int, frequencies: list[float], neighbou
     """
     turned = vector.copy()
     for i, frequency in enumerate(frequencies):
-        a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + len(frequencies))
+        a, b = (2 * i, 2 * i + 1) if rope_interleaved else (i, i + len(frequencies))
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         turned[a] = cos * vector[a] - sin * vector[b]
         turned[b] = sin * vector[a] + cos * vector[b]

@@ -7,13 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation import mutation
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ("train.py", "generate.py", "evaluate.py", "merge.py") if (ROOT / name).exists()]
 LIBRARY = sorted((ROOT / "lora").rglob("*.py"))
 PRODUCT = [*LIBRARY, *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "data_gen").rglob("*.py"))]
-PARTS = ("adapter", "model", "data", "train")
-BASE = ("errors", "files", "folders", "flags", "settings", "device")
-ALLOWED = {("data", "lora.model.chat"), ("data", "lora.model.tokenizer")}  # data may encode through the template
+GROUND = ("errors", "files", "folders", "device", "flags", "settings")
+LAYERS = {  # a part of the library -> the parts it may import, besides itself and the ground
+    "ops": (),
+    "adapter": ("ops",),
+    "network": ("ops",),
+    "text": (),
+    "data": ("text",),
+    "pretrained": ("ops", "network", "text"),
+    "train": ("ops",),
+    "inference": ("ops", "adapter", "network", "text", "data", "pretrained", "train"),
+    "export": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference"),
+    "run": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference", "export"),
+}
 
 
 def name_of(path: Path) -> str:
@@ -44,19 +56,30 @@ def of_ours(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_the_four_parts_do_not_know_each_other(part):
-    own = f"lora.{part}"
-    paths = [path for path in LIBRARY if f"{name_of(path)}.".startswith(own + ".")]
-    assert len(paths) >= 3
-    for path in paths:
-        for name in of_ours(path):
-            fine = f"{name}.".startswith(own + ".") or name.removeprefix("lora.") in BASE or (part, name) in ALLOWED
-            assert fine, f"{name_of(path)} imports {name}"
+@mutation(
+    "lora/adapter/inject.py",
+    "from lora.adapter.layer import LoRALinear",
+    """from lora.adapter.layer import LoRALinear
+from lora.network import decoder""",
+)
+@mutation(
+    "lora/train/step.py",
+    "from lora.errors import BadNumbers",
+    """from lora.errors import BadNumbers
+import lora.adapter.merge""",
+)
+def test_imports_go_down_the_layers_only():
+    parts = {name_of(path).split(".")[1] for path in LIBRARY if path.parent.name != "lora"}
+    assert parts == set(LAYERS)
+    for path in LIBRARY:
+        part = name_of(path).partition(".")[2].partition(".")[0]
+        for name in of_ours(path) - {"lora"} if part in LAYERS else ():
+            other = name.split(".")[1]
+            assert other in (part, *LAYERS[part], *GROUND), f"{name_of(path)} imports {name}"
 
 
-@pytest.mark.parametrize("name", BASE)
-def test_the_base_modules_import_only_errors_and_files_of_ours(name):
+@pytest.mark.parametrize("name", GROUND)
+def test_the_ground_imports_only_errors_and_files_of_ours(name):
     assert of_ours(ROOT / "lora" / f"{name}.py") <= {"lora.errors", "lora.files", "lora.flags", "lora"} - {
         f"lora.{name}"
     }
@@ -64,6 +87,12 @@ def test_the_base_modules_import_only_errors_and_files_of_ours(name):
         assert not of_ours(ROOT / "lora" / "errors.py")
         foreign = {i.split(".")[0] for i in imports_of(ROOT / "lora" / "errors.py")} - sys.stdlib_module_names
         assert not foreign  # it is there before torch is, for Ctrl-C
+
+
+def test_no_script_imports_a_script():
+    for path in [*LIBRARY, *(ROOT / name for name in SCRIPTS)]:
+        scripts = {name.removesuffix(".py") for name in SCRIPTS} & {name.split(".")[0] for name in imports_of(path)}
+        assert not scripts, f"{path.name} imports {scripts}"
 
 
 def test_no_import_leads_back_to_where_it_came_from():
@@ -82,7 +111,7 @@ def test_only_files_and_folders_write():
     """`open(..., "w")`, os.replace, shutil.rmtree and the like occur in lora/files.py and lora/folders.py only."""
     writers = {"replace", "rename", "write_bytes", "write_text", "rmtree", "copyfile", "move", "unlink", "touch"}
     for path in LIBRARY:
-        if name_of(path) in ("lora.files", "lora.folders", "lora.model.download"):
+        if name_of(path) in ("lora.files", "lora.folders", "lora.pretrained.hub"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):

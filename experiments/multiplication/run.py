@@ -20,8 +20,7 @@ from show import percent, picture, share, table, verdicts
 from sums import right
 
 from data_gen import multiply
-from lora import files
-from lora.model import pretrained
+from lora import files, pretrained
 
 HERE = Path(__file__).resolve().parent
 DIGITS = (2, 3)

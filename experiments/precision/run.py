@@ -19,13 +19,13 @@ from parts import MODEL, Experiment, train
 from show import picture, table, verdicts
 from sums import rows_of
 
+from lora import pretrained
 from lora.adapter.inject import inject
 from lora.data import formats
 from lora.data.batch import micro_batches
 from lora.data.encode import encode
 from lora.errors import BadNumbers
-from lora.model import pretrained
-from lora.train.loss import summed_loss
+from lora.ops.loss import summed_loss
 from lora.train.step import train_step
 
 HERE = Path(__file__).resolve().parent

@@ -33,14 +33,14 @@ class Cut(NamedTuple):
     lost: float
 
 
-def adds_up(kind: type[LoRALinear]) -> bool:
+def is_low_rank(kind: type[LoRALinear]) -> bool:
     """Is the ΔW of these layers s B A, whatever s is? DoRA's is not, so that two of them have no sum."""
     return kind.delta is LoRALinear.delta
 
 
 @torch.no_grad()
 def folded(layer: LoRALinear) -> Factors:
-    """A and s B, float64, of a layer that `adds_up`: its ΔW is their product."""
+    """A and s B, float64, of a layer that `is_low_rank`: its ΔW is their product."""
     A, B = layer.factors()
     return A.double(), layer.scaling * B.double()
 

@@ -14,7 +14,7 @@ from math import ceil, floor
 import torch
 
 from lora.device import ROUND, upload
-from lora.model.chat import Example
+from lora.text.chat import Example
 
 STEP = 256  # a filled micro-batch over its budget has a multiple of so many tokens
 

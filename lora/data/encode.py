@@ -9,7 +9,7 @@ import numpy as np
 
 from lora.data.formats import Conversation, Problem
 from lora.errors import MOST_LINES, BadInput
-from lora.model.chat import Chat, Example, Laid
+from lora.text.chat import Chat, Example, TokenizedChat
 
 ROWS = 512  # encoded together
 KEPT = 64  # conversations kept at most, to show some
@@ -63,7 +63,7 @@ class _Collector:
 
     def add(self, rows: Sequence[Conversation | Problem]) -> None:
         conversations = [row for row in rows if isinstance(row, Conversation)]
-        laid = iter(self.chat.lay_all([row.messages for row in conversations], self.train_on))
+        laid = iter(self.chat.tokenize_all([row.messages for row in conversations], self.train_on))
         for row in rows:
             if isinstance(row, Problem):
                 self.problems.append(str(row))
@@ -87,7 +87,7 @@ class _Collector:
             del self.found.kept[1::2]
             self.stride *= 2
 
-    def _fitting(self, laid: Laid, where: str) -> Laid | None:
+    def _fitting(self, laid: TokenizedChat, where: str) -> TokenizedChat | None:
         """The example within the limit, or None where it is dropped or refused."""
         length = len(laid.tokens)
         if length <= self.limit:

@@ -8,8 +8,8 @@ import numpy as np
 
 from lora.data.encode import Encoded
 from lora.errors import one_line
-from lora.model.chat import Example
-from lora.model.tokenizer import BROKEN, Tokenizer
+from lora.text.chat import Example
+from lora.text.tokenizer import BROKEN, Tokenizer
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 

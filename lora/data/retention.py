@@ -7,7 +7,7 @@ from lora.data import formats, lint
 from lora.data.batch import Batch, micro_batches
 from lora.data.encode import encode
 from lora.errors import BadInput
-from lora.model.chat import Chat
+from lora.text.chat import Chat
 
 SHIPPED = Path(__file__).with_name("retention.jsonl")
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lora.data import formats, lint
 from lora.data.encode import Encoded, encode, joined
 from lora.errors import BadInput, say
-from lora.model.chat import Chat
+from lora.text.chat import Chat
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Where the four parts meet: a training run, whose story `train.py` tells, and what belongs to the other scripts."""
+"""A training run, whose story `train.py` tells: where the other parts meet."""

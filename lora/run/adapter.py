@@ -7,13 +7,12 @@ from types import SimpleNamespace
 
 import torch
 
-from lora import flags
+from lora import flags, pretrained
 from lora.adapter import passport, store
 from lora.adapter.inject import NoMatch, choose, ends, first_match, lora_layers
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
-from lora.model import pretrained
-from lora.model.decoder import Model
+from lora.network.decoder import Model
 from lora.train import memory
 
 TRAINS_WHOLE = "Leave it out, or train every weight with --full"

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora import files
+from lora import files, pretrained
 from lora.adapter import passport
 from lora.errors import BadInput
-from lora.model import pretrained
-from lora.model.pretrained import Checkpoint, FolderCheckpoint
+from lora.pretrained.folder import Checkpoint, ModelFolder
 
 
 class Masters:
@@ -46,7 +45,7 @@ class Masters:
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
         """Take the weights in the folder of a model of the same shape. Raises BadInput for another."""
-        found = FolderCheckpoint(folder)
+        found = ModelFolder(folder)
         if {name: shape for name, (_, shape) in found.header.items()} != {n: p.shape for n, p in self.by_name.items()}:
             raise BadInput(f"wrong model in {folder}: its tensors are not those of this run. Give another one")
         for name, master in self.by_name.items():
@@ -74,4 +73,4 @@ def publish(source: Path, folder: Path, dtype: torch.dtype) -> None:
     first: what is half written has none, and is not taken for a model."""
     (folder / "config.json").unlink(missing_ok=True)
     files.sync(folder)
-    pretrained.write_model(FolderCheckpoint(source), folder, lambda _, tensor: tensor, dtype)
+    pretrained.write_model(ModelFolder(source), folder, lambda _, tensor: tensor, dtype)

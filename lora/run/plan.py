@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from lora import device as machine
-from lora import folders
+from lora import folders, pretrained
 from lora.adapter import passport
 from lora.adapter.inject import choose
 from lora.data import batch, preview
@@ -20,13 +20,13 @@ from lora.data.encode import Encoded
 from lora.data.retention import retention_batches
 from lora.data.sources import Sources, named, read_sources, trained_rows
 from lora.errors import is_out_of_memory, out_of_memory, say
-from lora.model import download, pretrained
-from lora.model.chat import Chat
-from lora.model.decoder import Model
-from lora.model.template import BUILT_IN
+from lora.network.decoder import Model
+from lora.pretrained import hub
 from lora.run import adapter
-from lora.train import checkpoint, memory
-from lora.train.ranks import Team
+from lora.text.chat import Chat
+from lora.text.template import BUILT_IN
+from lora.train import memory, run_state
+from lora.train.distributed import DistContext
 
 LEAST_STEPS = 50
 LR_TIMES_WIDTH = 1.15  # Adam's best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466); 0.002 at width 576
@@ -79,7 +79,7 @@ class Plan:
     def check_room(self, out: Path, s: SimpleNamespace) -> None:
         """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""
         in_adapter = self.in_adapter(s) * getattr(torch, s.adapter_dtype or "float32").itemsize
-        size = checkpoint.size(in_adapter) + in_adapter * (s.init == "pissa")  # which saves its frozen start, too
+        size = run_state.size(in_adapter) + in_adapter * (s.init == "pissa")  # which saves its frozen start, too
         most = math.ceil(self.total / int(s.save_every)) if s.save_every.isdecimal() else 2
         count = max(1, min(s.keep, most))
         folders.check_room(out, (count + 1) * size, f"a run with {count} checkpoints (--keep)")
@@ -128,18 +128,18 @@ class Plan:
             raise out_of_memory(error, fix) from error
 
 
-def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resumed: Path | None = None) -> Plan:
+def make_plan(s: SimpleNamespace, team: DistContext, made: Sequence[dict] | None, resumed: Path | None = None) -> Plan:
     """Read everything but the weights, and write into `s` what the settings left open. Raises BadInput.
 
     A new run takes what --init-adapter brings; one that is gone on with has all that in its checkpoint `resumed`.
     """
     dtype, why_dtype = machine.choose_dtype(s.dtype, team.device)
     s.dtype, s.device = str(dtype).removeprefix("torch."), team.device.type
-    with team.in_turn():  # what one process downloads, the others find
+    with team.main_first():  # what one process downloads, the others find
         base = pretrained.find(s.model)
         if team.size > 1:
             for _, name, _ in named(s):
-                download.dataset_file(name)
+                hub.dataset_file(name)
     say(f"model    {base.described}")
     empty = pretrained.empty_model(base)
     if s.init_adapter and not resumed:
@@ -152,7 +152,7 @@ def make_plan(s: SimpleNamespace, team: Team, made: Sequence[dict] | None, resum
         passport.verify_chat(s.init_adapter, base.name, chat.tokenizer, chat.template.source, s.no_verify)
     targets = dict.fromkeys(choose(empty), 0) if s.full else adapter.ranks(s, empty)
     s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
-    sources = read_sources(s, chat, download.dataset_file, made)
+    sources = read_sources(s, chat, hub.dataset_file, made)
     examples = sources.examples
 
     per_epoch = math.ceil(sum(map(len, sources.data)) / s.batch_size)
@@ -176,7 +176,7 @@ def _ordinary(s, chat: Chat, sources: Sources, made, limit: int, device) -> list
     held_out = sources.held_out or []
     if not (len(held_out) or s.retention or s.eval_every or s.max_forgetting is not None):
         return None
-    rows = trained_rows(s, download.dataset_file, made)
+    rows = trained_rows(s, hub.dataset_file, made)
     found, used, left = retention_batches(chat, s.retention, limit, s.micro_tokens, device, rows)
     without = f" ({left} are trained on or too long)" if left else ""
     say(f"eval     {len(held_out)} held-out examples, {used} ordinary conversations{without}")

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import torch
 
-from lora import files, flags, folders, settings
+from lora import files, flags, folders, pretrained, settings
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.data.sources import numbered
-from lora.model import pretrained
-from lora.run import card, full
-from lora.run.card import METRICS, SETTINGS
+from lora.export import card, report
+from lora.export.card import METRICS, SETTINGS
+from lora.run import full
 from lora.run.plan import Plan
-from lora.train import checkpoint, report, stopping
+from lora.train import run_state, stopping
 from lora.train.record import Record, draw
 
 PICTURE, REPORT = "loss.png", "report.md"
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, card.FILE, checkpoint.FOLDER)  # and may hold these
+HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, card.FILE, run_state.FOLDER)  # and may hold these
 
 
 def holds(out: Path) -> list[str]:
@@ -30,13 +30,13 @@ def holds(out: Path) -> list[str]:
 
 def saved(out: Path) -> bool:
     """Has a run in this folder got as far as to save something?"""
-    return bool(checkpoint.steps(out)) or any((out / name).exists() for name in (store.WEIGHTS, "config.json"))
+    return bool(run_state.steps(out)) or any((out / name).exists() for name in (store.WEIGHTS, "config.json"))
 
 
 class Results:
     """What the one process that writes knows: the run's folder, and when a checkpoint is due."""
 
-    def __init__(self, model, plan: Plan, s, out: Path, state: checkpoint.State, optimizer, parameters: dict):
+    def __init__(self, model, plan: Plan, s, out: Path, state: run_state.State, optimizer, parameters: dict):
         self.model, self.plan, self.s, self.out, self.state = model, plan, s, out, state
         self.optimizer, self.parameters = optimizer, parameters
         self.saved, self.last, self.later = state.step, time.monotonic(), []
@@ -53,9 +53,9 @@ class Results:
                 files.write_json(self.out / SETTINGS, self.state.settings)
                 yield
             return
-        for place in (self.out, self.out / checkpoint.FOLDER):
+        for place in (self.out, self.out / run_state.FOLDER):
             folders.sweep(place)
-        self.later = [step for step in checkpoint.ours(self.out) if step > self.state.step]
+        self.later = [step for step in run_state.ours(self.out) if step > self.state.step]
         if not self.later:
             self._prune()  # it may have been killed between a save and this
         yield
@@ -77,19 +77,19 @@ class Results:
             return
         self.state.rows = len(record.rows)
         files.sync(self.out / METRICS)
-        checkpoint.save(self.out, self.state, self.optimizer, self.parameters, self._write)
+        run_state.save(self.out, self.state, self.optimizer, self.parameters, self._write)
         self.saved, self.last = self.state.step, time.monotonic()
         for step in self.later:  # of the run before it was gone on with from an earlier checkpoint
-            if step > self.state.step and checkpoint.at(self.out, step).exists():
-                folders.remove_folder(checkpoint.at(self.out, step))
+            if step > self.state.step and run_state.at(self.out, step).exists():
+                folders.remove_folder(run_state.at(self.out, step))
         self.later = []
         self._prune()
 
     def _prune(self) -> None:
         """The newest stay, and the best as each of them sees it: the run may go on from any."""
         most, rows = self.s.max_forgetting, self.state.evaluations
-        seen = ([row for row in rows if row["step"] <= step] for step in checkpoint.ours(self.out)[-self.s.keep :])
-        checkpoint.prune(self.out, self.s.keep, {stopping.best(part, most) for part in seen} - {None})
+        seen = ([row for row in rows if row["step"] <= step] for step in run_state.ours(self.out)[-self.s.keep :])
+        run_state.prune(self.out, self.s.keep, {stopping.best(part, most) for part in seen} - {None})
 
     def _write(self, folder: Path) -> None:
         """What was learned, into a folder."""
@@ -102,12 +102,12 @@ class Results:
     def publish(self, record: Record, ended: str) -> None:
         """The best adapter or model, or without evaluations the last, in the run's own folder; settings and card."""
         if self.s.full:
-            full.publish(checkpoint.at(self.out, self.best or self.state.step), self.out, getattr(torch, self.s.dtype))
+            full.publish(run_state.at(self.out, self.best or self.state.step), self.out, getattr(torch, self.s.dtype))
         elif self.best is None:
             self._write(self.out)
         else:
             for name in passport.ADAPTER:
-                source = checkpoint.at(self.out, self.best) / name
+                source = run_state.at(self.out, self.best) / name
                 files.write_bytes(self.out / name, files.read_bytes(source, limit=2**40))
         files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
         draw(record.rows, self.out / PICTURE, self._title(), self.best)

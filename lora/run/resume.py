@@ -11,8 +11,8 @@ import torch
 from lora import flags, settings
 from lora.errors import BadEnvironment, BadInput, say
 from lora.run.plan import Plan
-from lora.train import checkpoint, stopping
-from lora.train.ranks import Team
+from lora.train import run_state, stopping
+from lora.train.distributed import DistContext
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Resumed:
     run: Path
     path: Path
     passed_over: list[str]
-    state: checkpoint.State
+    state: run_state.State
     there: list[int]  # the steps of all its checkpoints
 
     def tell(self) -> None:
@@ -30,10 +30,10 @@ class Resumed:
             say(f"passed over {line}")
         say(f"resume   {self.path}, step {self.state.step} of {self.state.total}")
 
-    def check(self, plan: Plan, s: SimpleNamespace, team: Team) -> None:
+    def check(self, plan: Plan, s: SimpleNamespace, team: DistContext) -> None:
         """Raises BadInput naming everything that is not as it was and decides what is learned; BadEnvironment where
         another process has gone on with the run meanwhile."""
-        if checkpoint.steps(self.run) != self.there:
+        if run_state.steps(self.run) != self.there:
             why = "another process has gone on with it meanwhile"
             raise BadEnvironment(f"changed run in {self.run}: {why}. Give the same command again")
         old, problems = self.state, []
@@ -58,7 +58,7 @@ class Resumed:
             raise BadInput(*problems)
         plan.warmup = old.warmup  # of the first total, where there are more steps now
         best = stopping.best(old.evaluations, s.max_forgetting)
-        if best is not None and (best not in self.there or checkpoint.fault(checkpoint.at(self.run, best))):
+        if best is not None and (best not in self.there or run_state.fault(run_state.at(self.run, best))):
             say(f"note     the checkpoint of step {best}, the best so far, is not there: only later evaluations count")
             old.evaluations = [row for row in old.evaluations if row["step"] == old.step]
         here = where_computed(s, team)
@@ -74,15 +74,15 @@ def resume(s: SimpleNamespace, argv: Sequence[str] | None, about: str, named: Pa
 
     Raises BadInput where no checkpoint can be believed.
     """
-    run, path, passed_over = checkpoint.find(named)
+    run, path, passed_over = run_state.find(named)
     if s.out is not None and Path(s.out).resolve() != run.resolve():
         raise BadInput(f"contradiction in the command line: --out {s.out}, and --resume {run}. Leave out --out")
-    state = checkpoint.read_state(path)
-    found = Resumed(run, path, passed_over, state, checkpoint.steps(run))
+    state = run_state.read_state(path)
+    found = Resumed(run, path, passed_over, state, run_state.steps(run))
     return settings.resolve(flags.TRAIN, argv, about, state.settings), found
 
 
-def where_computed(s: SimpleNamespace, team: Team) -> dict:
+def where_computed(s: SimpleNamespace, team: DistContext) -> dict:
     """What the last bits of a run depend on."""
     return {
         "torch": torch.__version__,

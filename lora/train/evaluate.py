@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora.train.loss import ROWS, logits_of
+from lora.ops.loss import ROWS, logits_of
 
 Total = Callable[[list[float]], list[float]]  # adds numbers over processes; `list` where there is one process
 

@@ -1,0 +1,202 @@
+"""The model card of a saved folder: a README.md with front matter, as a hub reads it.
+
+Names that a user chose stand in code spans, and in the front matter there are none: what stands there fits a pattern.
+Of a path only its last name is told. Fields: https://huggingface.co/docs/hub/model-cards
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment
+
+from lora import files
+from lora.adapter import passport
+from lora.errors import BadInput, one_line
+from lora.export.report import table
+from lora.pretrained.folder import Checkpoint
+
+FILE, SETTINGS, METRICS = "README.md", "settings.json", "metrics.jsonl"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")  # as the hub names them: apache-2.0, llama3.1, other
+LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}  # how the file LICENSE begins
+PATHS = ("model", "data", "replay", "eval_data", "retention", "template", "init_adapter")
+FEW = 5  # steps whose losses are averaged
+
+TEMPLATE = """\
+---
+{% for key, value in front.items() %}
+{{ key }}: {{ value }}
+{% endfor %}
+{% if lora %}
+tags:
+- lora
+{% endif %}
+---
+
+# {{ title }}
+
+{{ what }}. With the program that made it:
+
+```
+{{ command }}
+```
+
+{{ "With PEFT:" if adapter else "With transformers:" }}
+
+```python
+{% if adapter %}
+from pathlib import Path
+
+from peft import PeftModel
+{% endif %}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{% if adapter %}
+base, adapter = {{ base_id }}, "."  # "." is the folder with this file
+tokenizer = AutoTokenizer.from_pretrained(base)
+tokenizer.chat_template = Path(adapter, "chat_template.jinja").read_text()
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+{% else %}
+tokenizer = AutoTokenizer.from_pretrained(".")  # the folder with this file
+model = AutoModelForCausalLM.from_pretrained(".")
+{% endif %}
+messages = [{{ system }}{"role": "user", "content": "Who are you?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
+```
+{% for heading, lines in sections.items() %}
+
+## {{ heading }}
+
+{{ lines | join("\n") }}
+{% endfor %}
+"""
+
+
+class Made(NamedTuple):
+    """How an adapter was trained: the run's settings, its rows of metrics.jsonl, and after which step it was saved."""
+
+    settings: dict
+    rows: list[dict]
+    step: int
+
+
+def made_in(folder: Path) -> Made | None:
+    """What the folder of a run says of it; None where it is no run's, or not as train.py wrote it."""
+    with suppress(BadInput, ValueError):
+        settings, papers = files.read_json(Path(folder) / SETTINGS), passport.read(folder) or {}
+        rows = [json.loads(line) for line in files.read_bytes(Path(folder) / METRICS).splitlines()]
+        if type(papers.get("step")) is int and all(isinstance(row, dict) for row in rows):
+            return Made(settings, rows, papers["step"])
+    return None
+
+
+def write_adapter(folder: Path, name: str, base: Checkpoint, made: Made | None) -> None:
+    """The card of the adapter in `folder`, to be called `name`."""
+    _write(folder, name, base, made, "A LoRA adapter for {}", ("generate.py", "--adapter", name), adapter=True)
+
+
+def write_full(folder: Path, name: str, base: Checkpoint, made: Made) -> None:
+    """The card of the model in `folder`, to be called `name`, all of whose weights were trained."""
+    what = "This is {}, of which every weight was trained further"
+    _write(folder, name, base, made, what, ("generate.py", "--model", name), lora=False)
+
+
+def write_merged(folder: Path, name: str, base: Checkpoint, made: Made | None, receipt: Iterable = ()) -> None:
+    """The card of the merged model in `folder`, to be called `name`; `receipt` has rows (what, value)."""
+    what = "This is {} with a LoRA adapter merged into its weights"
+    sections = {"What merging changed": table(("what", "value"), rows)} if (rows := list(receipt)) else {}
+    _write(folder, name, base, made, what, ("generate.py", "--model", name), sections)
+
+
+def _write(
+    folder: Path, name: str, base: Checkpoint, made: Made | None, what: str, command: tuple[str, ...],
+    sections: dict | None = None, adapter: bool = False, lora: bool = True,
+):  # fmt: skip
+    """`what` has a place for the base; `sections` come after those of a training."""
+    known = base.hub_id if HUB_ID.fullmatch(base.hub_id) else None
+    front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    front |= {"base_model": known, "license": license_of(base)}
+    system = made and made.settings.get("system")
+    turn = f'{{"role": "system", "content": {json.dumps(system)}}}, ' if isinstance(system, str) else ""
+    text = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(TEMPLATE)
+    text = text.render(
+        front={key: json.dumps(value) for key, value in front.items() if value},
+        title=code(name),
+        what=what.format(f"[{known}](https://huggingface.co/{known})" if known else "a base model that is on no hub"),
+        base_id=json.dumps(known or "FOLDER OF THE BASE MODEL"),
+        command=one_line(shlex.join(("python", *command))),
+        system=turn,
+        sections=(_sections(made) if made else {}) | (sections or {}),
+        adapter=adapter,
+        lora=lora,
+    )
+    files.write_bytes(Path(folder) / FILE, text.encode())
+
+
+def code(text: object) -> str:
+    """Any text, or several, as one code span."""
+    text = " ".join(map(str, text)) if isinstance(text, list) else str(text)
+    return f"`{one_line(' '.join(text.split())).replace('`', chr(39)) or ' '}`"
+
+
+def license_of(base: Checkpoint) -> str | None:
+    """The license that a model's folder states: in the front matter of its README.md, or by its LICENSE; that of a GGUF
+    file, in its header. None where there is none, or none that the hub could know."""
+    found = getattr(base, "metadata", {}).get("general.license")
+    card, text = (_read(base, name) for name in (FILE, "LICENSE"))
+    if not found and (front := re.match(r"---\n(.*?)\n---", card, re.DOTALL)):
+        stated = re.search(r"^license: *['\"]?([^'\"\n]*?)['\"]? *$", front[1], re.MULTILINE)
+        found = stated and stated[1]
+    found = found or next((name for words, name in LICENSES.items() if text.strip().startswith(words)), None)
+    return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
+
+
+def _read(base: Checkpoint, name: str) -> str:
+    """A text beside a model; "" where there is none."""
+    with suppress(BadInput):
+        return files.read_bytes(base.path / name, 2**20).decode(errors="replace") if hasattr(base, "path") else ""
+    return ""
+
+
+def _sections(made: Made) -> dict[str, list[str]]:
+    used = {name: value for name, value in made.settings.items() if value is not None and value is not False}
+    names = {name: _last_names(used.pop(name)) for name in PATHS if name in used}
+    names.pop("model", None)  # told above
+    names.setdefault("data", "self-introductions made by train.py")
+    rows = [(name.replace("_", " "), code(value)) for name, value in {**names, "steps": made.step, **used}.items()]
+    sections = {"How it was made": table(("setting", "value"), rows)}
+    if measured := list(_measured(made)):
+        sections["What was measured"] = table(("nats per token", "before", "after"), measured)
+    return sections
+
+
+def _last_names(value: object) -> str:
+    """Of paths, `hub:owner/name/FILE` and weights the last name: what is before it is nobody else's business."""
+    paths = value if isinstance(value, list) else [value]
+    return ", ".join(Path(str(path).replace("\\", "/")).name for path in paths)
+
+
+def _measured(made: Made):
+    """Rows (what, before, after) of what was measured up to the step that was saved."""
+
+    def values(key: str) -> list[float]:
+        rows = [row for row in made.rows if isinstance(row.get("step"), int) and row["step"] <= made.step]
+        return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+
+    if losses := values("loss"):
+        few = max(1, min(FEW, len(losses) // 2))
+        first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
+        yield f"loss on what was learned, {few} steps", f"{first:.4f}", f"{last:.4f}"
+    for what, before, after in (
+        ("loss on held-out data", "eval_loss", "eval_loss"),
+        ("loss on ordinary conversations", "retention_loss_before", "retention_loss"),
+        ("forgotten of them: KL from the base", "", "retention_kl"),
+    ):
+        if now := values(after):
+            yield what, f"{values(before)[0]:.4f}" if values(before) else "", f"{now[-1]:.4f}"

@@ -1,0 +1,210 @@
+"""What merging cost: a model with its adapter beside it, against the model that was written, as it is read back.
+
+Both are computed in float32 from what they have on disk, so what differs is the rounding of the weights, and nothing
+else. How much that is can be told by how much the adapter itself changed: KL(adapter || merged) against KL(adapter ||
+base), in nats per position, where position t predicts token t + 1.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lora import files
+from lora.adapter import passport, store
+from lora.adapter.inject import disabled, lora_layers
+from lora.adapter.layer import LoRALinear
+from lora.adapter.merge import unload
+from lora.data import formats
+from lora.data.encode import encode
+from lora.data.retention import SHIPPED
+from lora.device import few_rows
+from lora.errors import BadEnvironment, BadNumbers, is_out_of_memory, out_of_memory
+from lora.network.decoder import Model
+from lora.pretrained.folder import Checkpoint, load_model
+from lora.text.chat import Chat
+
+FILE, FORMAT = "receipt.json", 1
+POSITIONS = 512  # that are compared; the logits of all of them are kept
+ROWS = 1024  # of a weight that are compared at a time
+
+
+class Difference(NamedTuple):
+    """Between the predictions of two models over all positions; KL in nats, from the one with the adapter."""
+
+    max_logit: float
+    mean_kl: float
+    max_kl: float
+    same_top1: float  # share of positions where the likeliest token is the same
+
+
+class Lost(NamedTuple):
+    """Of a layer's ΔW: ||W' - (W + ΔW)|| / ||ΔW||, W' being what was written, and the share of its elements other than
+    0 that left the rounded weight what it had been."""
+
+    rounding: float
+    unchanged: float
+
+
+class Receipt(NamedTuple):
+    prompts: int
+    positions: int
+    merged: Difference
+    base: Difference
+    layers: dict[str, Lost]
+
+    @property
+    def share(self) -> float:
+        """What merging changed, as a share of what the adapter changed."""
+        return self.merged.mean_kl / self.base.mean_kl if self.base.mean_kl > 0 else float(self.merged.mean_kl > 0)
+
+
+def needed(model: Model) -> int:
+    """Bytes that `measure` needs: one model in float32, the logits that are kept, and those of a long prompt twice."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return 4 * (weights + 3 * POSITIONS * model.config.vocab_size)
+
+
+def check_room(model: Model, free: int | None) -> None:
+    """Raises BadEnvironment where so many free bytes are not enough."""
+    if free is not None and free < needed(model):
+        size, there = needed(model) / 1e9, free / 1e9
+        why = f"the receipt needs about {size:.1f} GB, {there:.1f} GB are free"
+        raise BadEnvironment(f"out of memory in this merge: {why}. Add --no-receipt, or use a larger machine")
+
+
+def ordinary(chat: Chat, limit: int) -> list[list[int]]:
+    """The ids of the project's ordinary conversations, cut where the model's positions end."""
+    return [example.tokens[:limit] for example in encode(formats.read([SHIPPED]), chat, 2**24, "all")]
+
+
+def first(prompts: Iterable[list[int]], most: int) -> Iterator[list[int]]:
+    """As many prompts as have `most` tokens, the last one cut."""
+    for ids in prompts:
+        if most > 0:
+            yield ids[:most]
+        most -= len(ids)
+
+
+def make(base: Checkpoint, adapter: Path, written: Checkpoint, prompts: Iterable[list[int]], device) -> Receipt:
+    """The receipt for `written`, made of `base` and the adapter in a folder. Raises BadEnvironment without memory."""
+    try:
+        model = load_model(base, torch.float32, device)
+        store.load(model, adapter)
+        return measure(model, written, prompts)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, "Add --device cpu or --no-receipt") from error
+
+
+@torch.no_grad()
+def measure(model: Model, written: Checkpoint, prompts: Iterable[list[int]]) -> Receipt:
+    """Compare `model`, a float32 base with its adapter unmerged, with the checkpoint `written` of the same structure.
+
+    There is never a second model: at the end `model` is unloaded and holds the weights of `written`.
+    """
+    prompts, layers = list(first(prompts, POSITIONS)), lora_layers(model)
+    with tqdm(total=3 * len(prompts) + len(layers), desc="receipt", leave=False, disable=None) as bar:
+
+        def logits(ids: list[int]) -> torch.Tensor:
+            bar.update()
+            return model(torch.tensor(ids, device=model.device))  # (T, V)
+
+        adapted = [logits(ids) for ids in prompts]
+        with disabled(model):
+            base = difference((kept, logits(ids)) for kept, ids in zip(adapted, prompts, strict=True))
+        lost = {}
+        for path, layer in layers.items():
+            lost[path] = rounding(layer, written.read(f"{path}.weight"))
+            bar.update()
+        unload(model)
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(written.read(name))
+        merged = difference((kept, logits(ids)) for kept, ids in zip(adapted, prompts, strict=True))
+    return Receipt(len(prompts), sum(map(len, prompts)), merged, base, lost)
+
+
+def difference(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Difference:
+    """Between logits (T, V) and (T, V), over all pairs; in float64, as KL is a small difference of large numbers."""
+    logit, kl, same = [], [], []
+    for pair in pairs:
+        one, other = (logits.cpu().double() for logits in pair)  # MPS has no float64
+        logit.append((one - other).abs().max())
+        log_p, log_q = one.log_softmax(-1), other.log_softmax(-1)
+        kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))  # (T,)
+        same.append(one.argmax(-1) == other.argmax(-1))
+    kl, same = torch.cat(kl), torch.cat(same)
+    worst = torch.stack(logit).max().item()
+    return Difference(worst, kl.mean().item(), kl.max().item(), same.double().mean().item())
+
+
+def rounding(layer: LoRALinear, written: torch.Tensor) -> Lost:
+    """What of a layer's ΔW is not in the weight that was written, in float64."""
+    error = size = 0.0
+    unchanged = moved = 0
+    for W, D, after in zip(*(t.cpu().split(ROWS) for t in (layer.base.weight, layer.delta(), written)), strict=True):
+        error += (after.double() - (W.double() + D.double())).square().sum().item()
+        size += D.double().square().sum().item()
+        moved += D.count_nonzero().item()
+        unchanged += ((D != 0) & (after == W.to(after.dtype))).sum().item()
+    return Lost((error / size) ** 0.5 if size else 0.0, unchanged / max(1, moved))
+
+
+def rows(found: Receipt) -> list[tuple[str, str]]:
+    """The receipt as (what, value)."""
+    by_loss = sorted(found.layers.items(), key=lambda item: item[1].rounding)
+    (_, middle), (path, worst) = by_loss[len(by_loss) // 2], by_loss[-1]
+    return [
+        ("compared", f"{found.prompts} prompts, {found.positions:,} positions"),
+        ("largest difference of a logit", f"{found.merged.max_logit:.4f}"),
+        ("mean KL from adapter to merged model", f"{found.merged.mean_kl:.2e} nats"),
+        ("largest KL", f"{found.merged.max_kl:.2e} nats"),
+        ("mean KL from adapter to base", f"{found.base.mean_kl:.2e} nats"),
+        ("lost of what the adapter changed", f"{100 * found.share:.2g}%"),
+        ("same likeliest token", f"{found.merged.same_top1:.2%}"),
+        ("ΔW lost to rounding, median layer", f"{middle.rounding:.2%}"),
+        ("ΔW lost to rounding, worst layer", f"{worst.rounding:.2%} in {path}"),
+        ("elements of ΔW without effect, most in a layer", f"{max(lost.unchanged for _, lost in by_loss):.2%}"),
+    ]
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """`rows` as lines for people."""
+    width = max(len(what) for what, _ in rows)
+    return "\n".join(f"{what:{width}}  {value}" for what, value in rows)
+
+
+def write(folder: Path, found: Receipt, tolerance: float) -> None:
+    """`receipt.json` in the folder of what was written."""
+    layers = {path: lost._asdict() for path, lost in found.layers.items()}
+    sides = {"merged": found.merged._asdict(), "base": found.base._asdict()}
+    counts = {"format": FORMAT, "prompts": found.prompts, "positions": found.positions}
+    files.write_json(
+        Path(folder) / FILE, {**counts, **sides, "share": found.share, "tolerance": tolerance, "layers": layers}
+    )
+
+
+def check(found: Receipt, tolerance: float, out: Path, adapter: Path) -> None:
+    """Raises BadNumbers where merging changed more than that share of what the adapter changed; warns where the adapter
+    changed nothing."""
+    if found.base.max_logit == 0:
+        passport.warn_unchanged(adapter)
+    if not found.share <= tolerance:  # nor is NaN within it
+        why = f"{found.share:.1%} of what the adapter changed is lost, over --tolerance {tolerance:g}; nothing is kept"
+        fix = "Merge with --dtype float32, or raise --tolerance"
+        raise BadNumbers(f"merged model too far from the adapter in {out}: {why}. {fix}")
+
+
+def prove(model: Model, adapter: Path) -> None:
+    """Warns where the adapter on `model` changes no logit of a short text: of one token, which is soonest done, or, as
+    one attends to itself whatever queries and keys are, of four."""
+    for count in (1, 4):
+        tokens = torch.arange(count, device=model.device)
+        with few_rows(count, model.device):
+            if passport.changes(model, lambda: model.head(model.trunk(tokens)[-1:])):  # noqa: B023 (called here)
+                return
+    passport.warn_unchanged(adapter)

@@ -1,0 +1,119 @@
+"""Several adapters on one base: each is a set of LoRALinears round the very same Linears, and one set is in place."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lora.adapter import passport, store
+from lora.adapter.inject import linears, lora_layers
+from lora.adapter.layer import LoRALinear
+from lora.adapter.merge import merged_weight, unload
+from lora.errors import BadInput, BadNumbers
+
+BASE = "base"
+
+
+def column_names(adapters: Sequence[str]) -> dict[str, str | None]:
+    """Name -> folder: `base` (None), and each adapter's folder name, numbered where it is there already."""
+    names: dict[str, str | None] = {BASE: None}
+    for adapter in adapters:
+        wanted = os.path.basename(os.path.abspath(adapter)) or "adapter"
+        taken = {name.casefold() for name in names}  # they become file names
+        numbered = (wanted, *(f"{wanted}-{number}" for number in range(2, len(adapters) + 3)))
+        names[next(name for name in numbered if name.casefold() not in taken)] = adapter
+    return names
+
+
+def unfit(flag: str, adapters: Sequence[str]) -> list[str]:
+    """What is wrong with folders that `flag` names: no adapter in it, or one that is given twice."""
+    problems, seen = [], set()
+    for adapter in adapters:
+        folder = os.path.realpath(adapter)
+        if folder in seen:
+            problems.append(f"wrong {flag} in {adapter}: its folder is given twice. Give it once")
+        seen.add(folder)
+        try:
+            store.read_config(adapter)
+        except BadInput as error:
+            problems += error.problems
+    return problems
+
+
+def common_base(adapters: Sequence[str], insist: bool = False) -> str:
+    """The base that adapters were made on; the first one's where `insist`.
+
+    Raises BadInput for two names that the passports do not prove to be one model.
+    """
+    first, *others = ((adapter, passport.base_of(adapter), passport.read(adapter)) for adapter in adapters)
+    problems, fix = [], "Use adapters of one base, or give --model if it is one in two places"
+    for adapter, name, papers in others:
+        hashes = [p and (p["base"]["structure"], p["base"]["patched"]) for p in (first[2], papers)]
+        if name != first[1] and (None in hashes or hashes[0] != hashes[1]) and not insist:
+            why = f"{first[0]} was trained on {first[1]}, this on {name}"
+            problems.append(f"different bases in {adapter}: {why}. {fix}")
+    if problems:
+        raise BadInput(*problems)
+    return first[1]
+
+
+def dry_load(
+    empty: nn.Module, adapter: str, checkpoint, verify: bool = True, dtype: torch.dtype = torch.float32
+) -> dict[str, LoRALinear]:
+    """The layers of an adapter, as `store.load` puts them on a base on `meta`, which is left as it was.
+
+    Raises BadInput where the adapter does not fit, or, if `verify`, where the checkpoint is not its base.
+    """
+    store.load(empty, adapter, dtype)
+    layers = lora_layers(empty)
+    try:
+        if verify:
+            passport.verify(adapter, checkpoint.name, checkpoint.header, checkpoint.read, layers)
+    finally:
+        unload(empty)
+    return layers
+
+
+class Several:
+    """Adapters of one model, by name; `base` is none of them.
+
+    All share the model's own Linears, whose tensors are never written. In place is one set at a time: nothing of
+    another one is left in the model, so that switching back gives the same bits again.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.linears = model, linears(model)
+        self.sets: dict[str, dict[str, LoRALinear]] = {BASE: {}}
+
+    def add(self, name: str, folder: str) -> None:
+        """Read an adapter; the base is in place afterwards. Raises BadInput as `store.load`."""
+        self.switch(BASE)
+        store.load(self.model, folder)
+        self.sets[name] = lora_layers(self.model)
+        unload(self.model)
+
+    def switch(self, name: str, merged: bool = False) -> None:
+        """Put the adapter `name` in place; if `merged`, as plain Linears that hold W + ΔW, which compute what
+        `merge_and_unload` leaves, and as fast.
+
+        Raises KeyError for a name that is not there, BadNumbers, with the base in place, for a sum that is not finite.
+        """
+        layers = self.sets[name]
+        self._place(self.linears)  # this drops the sums of an adapter before
+        self._place({path: merged_linear(path, layer) for path, layer in layers.items()} if merged else layers)
+
+    def _place(self, modules: dict[str, nn.Module]) -> None:
+        for path, module in modules.items():
+            self.model.set_submodule(path, module)
+
+
+@torch.no_grad()
+def merged_linear(path: str, layer: LoRALinear) -> nn.Linear:
+    """A plain Linear with the weight W + ΔW, rounded once, and the base's own bias. Raises BadNumbers."""
+    weight = merged_weight(layer.base.weight, layer.delta())
+    if not torch.isfinite(weight).all():
+        raise BadNumbers(f"not finite in {path}: the merged weight does not fit {weight.dtype}. Use another adapter")
+    linear = nn.Linear(layer.base.in_features, layer.base.out_features, layer.base.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.base.bias
+    return linear.train(layer.training)

@@ -1,0 +1,76 @@
+"""Keys and values of what a batch has seen, for decoding: one position a row and forward pass, or many."""
+
+import torch
+from torch.nn import functional as F
+
+from lora.ops.attention import one_document
+
+
+class Cache:
+    """Keys and values of a batch: per layer (B, KV, room, d), row b holding `lengths[b]` positions.
+
+    A forward pass calls `begin` once, `attend` in every layer, and `advance` once.
+    """
+
+    def __init__(self, layers: int, rows: int, kv_heads: int, room: int, head_dim: int, dtype, device):
+        shape = (layers, rows, kv_heads, room, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * rows
+
+    def begin(self, new: list[int]) -> None:
+        """`new[b]` positions of row b come next. Where it is one for every row, what layers share is made once."""
+        self.new, self.room, self.masks = new, max(self.lengths) + 1, {}
+        self.ends, self.where = None, (slice(None), slice(None), self.room - 1)  # all rows end in the same column
+        if max(new) == 1 == min(new) and min(self.lengths) + 1 < self.room:
+            device, self.ends = self.keys.device, torch.tensor(self.lengths, device=self.keys.device)  # (B,)
+            self.where = (torch.arange(len(self.ends), device=device), slice(None), self.ends)
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """What is added to scores (B, KV, G, room) where some rows do not see all columns."""
+        window = window if window and window < self.room else None
+        if self.ends is None and window is None:
+            return None
+        if window not in self.masks:
+            device = self.keys.device
+            ends = torch.tensor(self.lengths, device=device) if self.ends is None else self.ends
+            columns = torch.arange(self.room, device=device)
+            unseen = columns > ends[:, None]  # (B, room)
+            if window:
+                unseen |= columns <= ends[:, None] - window
+            zeros = torch.zeros(unseen.shape, dtype=self.keys.dtype, device=device)
+            self.masks[window] = zeros.masked_fill(unseen, float("-inf"))[:, None, None]
+        return self.masks[window]
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, cap=None
+    ) -> torch.Tensor:
+        """Append k, v (T, KV, d), new positions end to end, and let each of q (T, H, d) see all up to its own, or as
+        `attention.attend` says."""
+        keys, values = self.keys[layer], self.values[layer]
+        if max(self.new) == 1 == min(self.new) and not cap:
+            return self._attend_one(keys, values, q, k, v, self.mask(window))
+        outputs = []
+        for row, (q1, k1, v1) in enumerate(zip(*(x.split(self.new) for x in (q, k, v)), strict=True)):
+            start, end = self.lengths[row], self.lengths[row] + self.new[row]
+            keys[row, :, start:end], values[row, :, start:end] = k1.transpose(0, 1), v1.transpose(0, 1)
+            k1, v1 = (x[row, :, :end].transpose(0, 1) for x in (keys, values))
+            outputs.append(one_document(q1, k1, v1, window, cap))
+        return torch.cat(outputs)
+
+    def _attend_one(self, keys, values, q, k, v, mask):
+        """One new position in every row, all rows at once. The queries of a group stand where positions would, (B, KV,
+        G, d): PyTorch's kernel then reads each key once for all of them."""
+        (B, H, d), KV = q.shape, k.shape[1]
+        keys[self.where], values[self.where] = k, v
+        q = q.reshape(B, KV, H // KV, d)
+        out = F.scaled_dot_product_attention(q, keys[:, :, : self.room], values[:, :, : self.room], attn_mask=mask)
+        return out.view(B, H, d)
+
+    def advance(self) -> None:
+        self.lengths = [length + n for length, n in zip(self.lengths, self.new, strict=True)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = [self.lengths[row] for row in rows]

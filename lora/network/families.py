@@ -1,0 +1,137 @@
+"""The table of supported model families: what the fields of a `config.json` mean in each where they are absent."""
+
+from dataclasses import dataclass
+
+Q_K_V, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+GEMMA_NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
+GLM4_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family differs from the first Llama: what its absent fields mean, and which fields it reads beside those
+    that all have. Sources: the configuration and model classes of transformers; for Baichuan its own."""
+
+    reads: tuple[str, ...] = ()
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    num_key_value_heads: int | None = None  # as many as there are heads
+    head_dim: int | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # of q, k and v
+    o_bias: bool = True  # has o_proj one where they have?
+    rope_theta: float = 10000.0
+    rope_local_base_freq: float | None = None  # in layers with a sliding window, where that differs
+    partial_rotary_factor: float = 1.0
+    rope_interleaved: bool = False  # RoPE turns (2i, 2i + 1), not (i, i + d/2)
+    no_rope_layer_interval: int | None = None  # every so many layers one is without RoPE
+    sliding_window: int | None = None
+    max_window_layers: int = 0  # the first ones look back without limit
+    sliding_window_pattern: int | None = None  # and one in so many
+    qk_norm: bool = False  # of every head, before RoPE
+    norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
+    norm_offset: float = 0.0  # what norms add to their weight
+    embedding_scaled: bool = False  # by the square root of hidden_size
+    activation: tuple[str, str] = ("hidden_act", "silu")  # the field that says it, and its default
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()  # what is stored as one tensor
+    written_as: str | None = None  # another family, of which it is a copy under another name
+
+
+GEMMA = {
+    "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096, "norms": GEMMA_NORMS, "norm_offset": 1.0, "embedding_scaled": True,
+    "activation": ("hidden_activation", "gelu_pytorch_tanh"),
+}  # fmt: skip
+READ_BY_GEMMA = (
+    "attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping",
+)  # fmt: skip
+READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+FAMILIES = {
+    "llama": Family(reads=("attention_bias", "mlp_bias")),
+    "mistral": Family(
+        reads=("sliding_window",), max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096
+    ),
+    "baichuan": Family(fused=(("self_attn.W_pack", Q_K_V),), written_as="llama"),
+    "qwen2": Family(
+        reads=READ_BY_QWEN, max_position_embeddings=32768, attention_bias=True, o_bias=False,
+        sliding_window=4096, max_window_layers=28,
+    ),
+    "qwen3": Family(
+        reads=(*READ_BY_QWEN, "attention_bias"), max_position_embeddings=32768, head_dim=128, qk_norm=True,
+        sliding_window=4096, max_window_layers=28,
+    ),
+    "smollm3": Family(
+        reads=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"),
+        max_position_embeddings=32768, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2000000.0,
+        no_rope_layer_interval=4,
+    ),
+    "phi3": Family(
+        reads=("sliding_window", "partial_rotary_factor"), max_position_embeddings=4096, rms_norm_eps=1e-5,
+        fused=(("self_attn.qkv_proj", Q_K_V), ("mlp.gate_up_proj", GATE_UP)),
+    ),
+    "gemma2": Family(
+        reads=READ_BY_GEMMA, max_position_embeddings=8192, sliding_window_pattern=2,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **GEMMA,
+    ),
+    "gemma3_text": Family(
+        reads=(*READ_BY_GEMMA, "rope_local_base_freq", "sliding_window_pattern"), max_position_embeddings=131072,
+        sliding_window_pattern=6, rope_theta=1000000.0, rope_local_base_freq=10000.0, qk_norm=True, **GEMMA,
+    ),
+    "glm4": Family(
+        reads=("attention_bias", "partial_rotary_factor"), max_position_embeddings=131072, rms_norm_eps=1.5625e-7,
+        num_key_value_heads=2, head_dim=128, attention_bias=True, o_bias=False, partial_rotary_factor=0.5,
+        rope_interleaved=True, norms=GLM4_NORMS, fused=(("mlp.gate_up_proj", GATE_UP),),
+    ),
+}  # fmt: skip
+
+# Models that people ask for and that are refused: why, and what to use.
+OTHERS = {
+    "chatglm": "ChatGLM computes by code that comes with the model, which is never run. Use GLM-4-9B-0414 (glm4)",
+    "qwen": "the first Qwen computes by code that comes with the model, which is never run. Use Qwen1.5 (qwen2)",
+    "gemma3": "it also reads pictures. Use a model of text alone, such as gemma-3-1b-it (gemma3_text)",
+}
+# Of one model_type and another architecture: field, value, why.
+TRAPS = {
+    "baichuan": (
+        ("max_position_embeddings", None, "Baichuan-13B has ALiBi in the place of RoPE", "Give Baichuan-7B"),
+        ("vocab_size", 125696, "Baichuan2 normalises the rows of its head", "Give Baichuan-7B"),
+    )
+}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# Fields that would change the maths of a family that does not read them, and the values with which they change nothing.
+NEUTRAL = {
+    "attention_dropout": (0, None),
+    "resid_pdrop": (0, None),
+    "embd_pdrop": (0, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "no_rope_layers": (None,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, None),
+    "use_mrope": (False, None),
+    "use_qk_norm": (False, None),
+    "qk_layernorm": (False, None),
+    "clip_qkv": (None,),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "attention_multiplier": (None,),
+    "query_pre_attn_scalar": (None,),
+    "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0, 1),
+    "is_causal": (True, None),
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+}

@@ -1,0 +1,58 @@
+"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864): heads turned by angles of positions."""
+
+import math
+
+import torch
+
+from lora.network.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None, local: bool = False) -> torch.Tensor:
+    """Angle per position for each of the d/2 pairs that are turned, (d/2,); `local` RoPE is never scaled."""
+    d, scaling = config.rotary_dim, config.rope_scaling
+    theta = config.rope_local_theta if local else config.rope_theta
+    frequencies = 1.0 / theta ** (torch.arange(0, d, 2, device=device).to(dtype) / d)
+    if local:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":  # https://github.com/meta-llama/llama-models, apply_scaling
+        # slow pairs (few turns within the original context) are stretched, fast ones kept, between them a blend
+        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)  # rounded as the reference does
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    return frequencies
+
+
+def rope_table(
+    config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype, kind: str | None = "global"
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """cos and sin of every position's angles, each (T, d), in `dtype`; formed in float32 or wider. Of RoPE that is not
+    there, nothing.
+
+    In float32 the angles are `positions * frequencies`, both float32, as the reference forms them.
+    """
+    if kind is None:
+        return None, None
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = inverse_frequencies(config, wide, positions.device, kind == "local")
+    angles = positions.to(wide)[:, None] * frequencies  # (T, d/2)
+    angles = (
+        angles.repeat_interleave(2, -1) if config.rope_interleaved else torch.cat((angles, angles), dim=-1)
+    )  # (T, d)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope_interleaved: bool = False) -> torch.Tensor:
+    """RoPE on the first numbers of every head of x (T, heads, d): dimension i is paired with the one half of them
+    further, as in most of the hub's checkpoints, or with its neighbour."""
+    if cos.shape[-1] < x.shape[-1]:
+        turned, rest = x.tensor_split((cos.shape[-1],), dim=-1)
+        return torch.cat((rotate(turned, cos, sin, rope_interleaved), rest), dim=-1)
+    if rope_interleaved:
+        partner = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        partner = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None] + partner * sin[:, None]

@@ -1,0 +1,1 @@
+"""The formulas of the core path, and their fast versions."""

@@ -1,0 +1,241 @@
+"""A model, or an adapter alone, as one GGUF file that llama.cpp and Ollama load; tensors are written one at a time.
+
+    blk.0.attn_q.weight                     (out, in), its rows as llama.cpp's RoPE wants them
+    blk.0.attn_q.weight.lora_a, .lora_b     (r, in) and (out, r) of an adapter, counted alpha / r times
+
+Conventions: llama.cpp's convert_hf_to_gguf.py, convert_lora_to_gguf.py and src/llama-adapter.cpp.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, WriterState
+from gguf.quants import quantize
+
+from lora import files, folders
+from lora.errors import BadInput, BadNumbers, say
+from lora.network.config import ModelConfig, RopeScaling
+from lora.network.families import FAMILIES
+from lora.network.rope import inverse_frequencies
+from lora.pretrained.folder import Checkpoint, empty_model
+from lora.pretrained.gguf import (
+    ARCHITECTURES,
+    CHUNK,
+    ROPE_FREQS,
+    ROTATED,
+    Architecture,
+    gguf_name,
+    hub_names,
+    to_neighbours,
+)  # fmt: skip
+from lora.pretrained.gguf_vocab import tokenizer_metadata
+
+F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+FLOATS = {F32: torch.float32, F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+TYPES = {  # --gguf-type: how matrices are stored, and what llama.cpp calls such a file
+    "f32": (F32, LlamaFileType.ALL_F32),
+    "f16": (F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+class Planned(NamedTuple):
+    """A tensor of the file before there is one."""
+
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def check_out(path: Path, overwrite: bool) -> None:
+    """Refuse a name under which no GGUF file could be written, or one that would be lost. Raises BadInput, OSError."""
+    problems = files.unwritable("--out", path)
+    if not problems and path.suffix != ".gguf":
+        problems = [f"wrong --out in {path}: a GGUF file has a name that ends in .gguf. Call it {path.name}.gguf"]
+    if not problems and path.exists():
+        if not overwrite:
+            problems = [f"wrong --out in {path}: the file is there already. Choose another name or add --overwrite"]
+        else:
+            with open(path, "rb") as file:
+                if file.read(4) != b"GGUF":
+                    fix = "Choose another name"
+                    problems = [f"wrong --out in {path}: it is no GGUF file, and --overwrite replaces no other. {fix}"]
+    if problems:
+        raise BadInput(*problems)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(13, "permission denied", str(path.parent))
+
+
+def _architecture(config: ModelConfig, where: str) -> tuple[str, Architecture]:
+    for arch, row in ARCHITECTURES.items():
+        if config.model_type in row.written:
+            if config.rope_scaling.kind == "llama3" and not row.rope_freqs:
+                raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no llama3 scaling. Write a folder")
+            if any(config.windows):
+                raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no sliding window. Write a folder")
+            return arch, row
+    known = ", ".join(kind for row in ARCHITECTURES.values() for kind in row.written)
+    raise BadInput(f"unsupported model in {where}: {config.model_type} as GGUF is not implemented, only {known}. "
+                   "Write a model folder and convert it with llama.cpp")  # fmt: skip
+
+
+def _sizes(config: ModelConfig, arch: str) -> dict[str, int | float | str]:
+    values = {
+        "vocab_size": config.vocab_size,
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+    }
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if config.rope_scaling.kind == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_scaling.factor}
+    return {f"{arch}.{key}": value for key, value in values.items()}
+
+
+def rope_divisors(config: ModelConfig) -> torch.Tensor:
+    """What Llama 3's scaling divides each frequency by, as GGUF holds it. (head_dim/2,)"""
+    plain = inverse_frequencies(replace(config, rope_scaling=RopeScaling()), torch.float64)
+    return (plain / inverse_frequencies(config, torch.float64)).float()
+
+
+def _type(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Norms and biases stay float32, which llama.cpp computes with; rows that are not whole blocks become float16."""
+    if len(shape) == 1:
+        return F32
+    return F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+
+
+@torch.no_grad()
+def write_model(
+    checkpoint: Checkpoint,
+    path: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    kind: str = "f16",
+    template: str | None = None,
+) -> None:
+    """Write a whole model: `change(name, tensor)` gives the float32 tensor that is rounded once to `kind`, a key of
+    TYPES; `template` is a file that replaces the chat template. Raises BadInput for what GGUF, or we, cannot say."""
+    config, names = ModelConfig.from_json(checkpoint.config, checkpoint.name), empty_model(checkpoint).state_dict()
+    arch, row = _architecture(config, checkpoint.name)
+    stored, file_type = TYPES[kind]
+    metadata = {
+        "general.type": "model",
+        "general.name": Path(path).stem,
+        "general.file_type": int(file_type),
+        "general.quantization_version": GGML_QUANT_VERSION,
+        **_sizes(config, arch),
+        **tokenizer_metadata(checkpoint, template),
+    }
+
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            tensor = change(name, checkpoint.read(name))
+            turned = row.turns_neighbours and ROTATED.search(name)
+            return to_neighbours(tensor, config.head_dim) if turned else tensor
+
+        return read
+
+    tensors = {}
+    for name in names:
+        shape = checkpoint.header[name][1]
+        tensors[_named(row, name, checkpoint.name)] = Planned(_type(shape, stored), shape, reader(name))
+    if config.rope_scaling.kind == "llama3":
+        divisors = rope_divisors(config)
+        tensors[ROPE_FREQS] = Planned(F32, tuple(divisors.shape), lambda: divisors)
+    _write(path, arch, metadata, tensors, stored)
+
+
+@torch.no_grad()
+def write_adapter(
+    raw_config: dict, path: Path, maps: dict[str, tuple[float, torch.Tensor, torch.Tensor]], kind: str = "f32"
+) -> None:
+    """Write an adapter alone: a Linear's path -> s, A (r, in), B (out, r). Raises BadInput as `write_model`.
+
+    llama.cpp counts a map alpha / r times with one alpha for all, so where s r differs it goes into B.
+    """
+    config = ModelConfig.from_json(raw_config)
+    arch, row = _architecture(config, "config.json")
+    stored, file_type = TYPES[kind]
+    alpha = next(s * len(A) for s, A, _ in maps.values())
+    metadata = {
+        "general.type": "adapter",
+        "general.name": Path(path).stem,
+        "general.file_type": int(file_type),
+        "general.quantization_version": GGML_QUANT_VERSION,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+    tensors = {}
+    for target, (s, A, B) in maps.items():
+        name = f"{target}.weight"
+        B = B.float() * (s * len(A) / alpha)
+        B = to_neighbours(B, config.head_dim) if row.turns_neighbours and ROTATED.search(name) else B
+        for end, tensor in (("lora_a", A), ("lora_b", B)):
+            shape = tuple(tensor.shape)
+            tensors[f"{_named(row, name, target)}.{end}"] = Planned(_type(shape, stored), shape, lambda t=tensor: t)
+    _write(path, arch, metadata, tensors, stored)
+
+
+def _named(row: Architecture, name: str, where: str) -> str:
+    found = gguf_name(hub_names(FAMILIES[row.model_type]), name)
+    if not found:
+        raise BadInput(f"unsupported model in {where}:{name}: GGUF has no place for it. Write a model folder")
+    return found
+
+
+def _write(path: Path, arch: str, metadata: dict[str, Any], tensors: dict[str, Planned], wanted) -> None:
+    writer = GGUFWriter(None, arch)
+    for key, value in metadata.items():
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds.get(type(value), writer.add_array)(key, value)
+    total = 0
+    for name, (kind, shape, _) in tensors.items():
+        values, size = GGML_QUANT_SIZES[kind]
+        total += (nbytes := int(np.prod(shape)) // values * size)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+    other = [name for name, (kind, shape, _) in tensors.items() if len(shape) > 1 and kind != wanted]
+    if other:
+        say(f"note     f16 in place of {wanted.name.lower()} where rows are not whole blocks of "
+            f"{GGML_QUANT_SIZES[wanted][0]} values: {len(other)} tensors, {other[0]} the first")  # fmt: skip
+    folders.check_room(path, total, "the GGUF file")
+    with files.writing(path) as file:
+        writer.fout, writer.state = [file], WriterState.EMPTY  # given a path, it opens a file of its own
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, (kind, shape, read) in tensors.items():
+            writer.write_padding(file, file.tell())
+            tensor = read().detach().to("cpu")
+            if tuple(tensor.shape) != shape:
+                raise AssertionError(f"{name}: announced {shape}, got {tuple(tensor.shape)}")
+            for rows in tensor.split(max(1, CHUNK // shape[-1])) if len(shape) > 1 else [tensor]:
+                file.write(_packed(rows, kind, name))
+        writer.write_padding(file, file.tell())
+
+
+def _packed(values: torch.Tensor, kind: GGMLQuantizationType, name: str) -> memoryview:
+    """The bytes of float32 values in a type of GGUF, rounded once. Raises BadNumbers where it is too small for them."""
+    if kind in FLOATS:
+        packed = values.to(FLOATS[kind])
+        finite, data = torch.isfinite(packed).all(), packed.contiguous().reshape(-1).view(torch.uint8).numpy()
+    else:
+        with np.errstate(all="ignore"):
+            data = quantize(values.float().contiguous().numpy(), kind)
+        finite = (values.abs() <= 127 * 65504).all()  # a block's scale, its largest value / 127, is a float16
+    if not finite:
+        fix = "Use --gguf-type bf16, or another adapter"
+        raise BadNumbers(f"not finite in {name}: the merged weight does not fit {kind.name.lower()}. {fix}")
+    return data.data

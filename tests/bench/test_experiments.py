@@ -1,0 +1,425 @@
+"""Experiments: parts are done once and in order, tables come from the committed results, scores mean what they say."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora import flags, settings
+from tests.mutation import mutation
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "experiments"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/run.py"))
+sys.path += [str(FOLDER), str(FOLDER / "precision")]
+
+
+def program(folder: Path):
+    spec = importlib.util.spec_from_file_location(f"experiment_{folder.name}", folder / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+TOY = f"""
+import sys
+import time
+from pathlib import Path
+sys.path.insert(0, {str(FOLDER)!r})
+import parts
+parts.described = lambda: {{"name": "m", "source": "s"}}
+parts.machine = lambda: {{"cpu": "c", "cores": 2, "threads": 1, "torch": "t", "python": "p"}}
+HERE = Path(__file__).resolve().parent
+
+def work(name):
+    def do(scratch):
+        assert all(map(experiment.serves, experiment.parts[name].needs))
+        time.sleep(0.1)
+        with open(HERE / "done.txt", "a") as file:
+            file.write(name + chr(10))
+        if (HERE / f"break-{{name}}").exists():
+            raise SystemExit(7)
+        if run := experiment.parts[name].leaves:
+            (scratch / run).mkdir(exist_ok=True)
+            (scratch / run / "settings.json").write_text('{{"ended": "all steps are done"}}')
+        return {{"value": len(name), "answers": [{{"said": name}}]}}
+    return do
+
+def show(found):
+    return {{"all": [f"{{name}} {{f['value']}} {{f['answers'][0]['said']}}" for name, f in found.items()]}}
+
+experiment = parts.Experiment(__file__, "A toy.", show)
+experiment.scratch = HERE / "scratch"
+experiment.add("last", work("last"), "first", "middle")
+experiment.add("middle", work("middle"), "first")
+experiment.add("first", work("first"), leaves="adapter")
+experiment.add("other", work("other"))
+if __name__ == "__main__":
+    sys.exit(experiment.main())
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "run.py").write_text(TOY)
+    made = "<!-- toy/made -->\n<!-- end -->\n"
+    (folder / "README.md").write_text(f"# toy\n{made}<!-- toy/all -->\nold\n<!-- end -->\nafter\n")
+    (tmp_path / "README.md").write_text("<!-- toy/all -->\n<!-- end -->\n<!-- other/all -->\nkept\n<!-- end -->\n")
+    return folder
+
+
+@pytest.fixture
+def toy(folder):
+    """The experiment, its parts done in this process: what each is done by is the next test's matter."""
+    toy = program(folder).experiment
+    toy._alone = lambda name, environment: f"part {name} broke" if (folder / f"break-{name}").exists() else toy.do(name)
+    return toy
+
+
+def done(folder: Path) -> list[str]:
+    path = folder / "done.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+@mutation(
+    "experiments/parts.py",
+    '        with timed(scratch / "seconds.jsonl") as spent:',
+    '        files.write_json(self.path(name), {})\\n        with timed(scratch / "seconds.jsonl") as spent:',
+)
+def test_a_part_that_breaks_off_ends_the_run_and_is_done_again_by_the_next(folder):
+    def start() -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, folder / "run.py", "middle"], capture_output=True, text=True)
+
+    (folder / "break-middle").touch()
+    broken = start()
+    assert broken.returncode == 3
+    assert "part middle ended with 7: see" in broken.stderr and "Start it again" in broken.stderr
+    (folder / "break-middle").unlink()
+    assert start().returncode == 0
+    assert done(folder) == ["first", "middle", "middle"]
+
+
+@mutation("experiments/parts.py", "due = {name for name in names if not self.done(name)}", "due = set(names)")
+def test_parts_are_done_after_those_that_they_need_and_only_once(toy, folder):
+    assert toy.main([]) == 0
+    assert done(folder) == ["first", "middle", "last", "other"]
+    assert toy.main(["--jobs", "2"]) == 0
+    assert len(done(folder)) == 4
+
+
+@mutation(
+    "experiments/parts.py",
+    "return [name for name in due if awaited.isdisjoint(needs[name]) and all(map(self.serves, needs[name]))]",
+    "return list(due)",
+)
+def test_a_part_alone_brings_what_it_needs_and_no_more(toy, folder, capsys):
+    assert toy.main(["middle", "--jobs", "2"]) == 0
+    assert done(folder) == ["first", "middle"]
+    capsys.readouterr()
+    assert toy.main(["--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["-    last", "done middle", "done first", "-    other"]
+
+
+@mutation(
+    "experiments/parts.py",
+    "return self.done(name) and (not run or bool(ended(self.scratch / name / run)))",
+    "return self.done(name)",
+)
+@mutation(
+    "experiments/parts.py",
+    "            due |= needed | stale",
+    """            if needed <= due:
+                return [name for name in self.parts if name in due]
+            due |= needed""",
+)
+def test_a_part_whose_adapter_is_gone_is_done_again_for_those_that_go_on_from_it_and_what_came_of_it_too(toy, folder):
+    assert toy.main(["middle"]) == 0
+    settings_of_first = folder / "scratch" / "first" / "adapter" / "settings.json"
+    settings_of_first.write_text('{"ended": "stopped by a signal after step 3"}')
+    assert toy.main(["first", "middle", "other"]) == 0
+    assert done(folder) == ["first", "middle", "other"]
+    assert toy.main(["last"]) == 0
+    assert done(folder)[3:] == ["first", "middle", "last"]
+
+
+@mutation(
+    "experiments/parts.py",
+    "                        failed.append(problem)",
+    "                        raise errors.BadEnvironment(problem)",
+)
+def test_a_part_that_fails_stops_those_that_need_it_and_no_other(toy, folder, capsys):
+    (folder / "break-middle").touch()
+    assert toy.main([]) == 3
+    assert done(folder) == ["first", "other"]
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "error: part middle broke",
+        "error: not done: last. They need what is not there",
+    ]
+
+
+def test_a_part_is_done_again_when_it_is_asked_for(toy, folder, capsys):
+    assert toy.main(["middle", "other"]) == 0
+    assert toy.main(["middle", "--again"]) == 0
+    assert done(folder) == ["first", "middle", "other", "middle"]
+    assert toy.main(["--again"]) == 2
+    assert "Name the parts" in capsys.readouterr().err
+
+
+@mutation("experiments/parts.py", "_, stop, after = rest.partition(end)", "_, stop, after = rest.rpartition(end)")
+def test_tables_are_laid_between_their_marks_and_nothing_else_is_touched(toy, folder):
+    toy.main([])
+    table = "<!-- toy/all -->\nlast 4 last\nmiddle 6 middle\nfirst 5 first\nother 5 other\n<!-- end -->"
+    said = "4 of 4 parts are done, in 0 minutes, one after the other. m: s. c, 2 cores, threads a part: 1; "
+    made = f"<!-- toy/made -->\n{said}torch t, Python p.\n<!-- end -->"
+    assert (folder / "README.md").read_text() == f"# toy\n{made}\n{table}\nafter\n"
+    assert (folder.parent / "README.md").read_text() == f"{table}\n<!-- other/all -->\nkept\n<!-- end -->\n"
+    before = (folder / "README.md").read_bytes()
+    assert toy.main(["--figures"]) == 0
+    assert (folder / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text, said", [("<!-- toy/all -->\nold\n", "no <!-- end -->"), ("toy\n", "no <!-- toy/all -->")]
+)
+def test_a_table_without_its_marks_is_one_line_and_no_text_is_lost(toy, folder, capsys, text, said):
+    for readme in (folder / "README.md", folder.parent / "README.md"):
+        readme.write_text(text)
+    assert toy.main(["first"]) == 2
+    assert said in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("words, said", [(["frist"], "unknown part"), (["--jobs", "0"], "wrong --jobs")])
+def test_a_wrong_word_is_one_line_and_nothing_is_done(toy, folder, capsys, words, said):
+    assert toy.main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+    assert not done(folder)
+
+
+@mutation(
+    "experiments/parts.py",
+    "same = begun.exists() and files.read_json(begun) == made_from",
+    "same = begun.exists() and files.read_json(begun).keys() == made_from.keys()",
+)
+def test_a_training_begun_with_other_words_or_other_files_starts_over(tmp_path, monkeypatch):
+    import parts
+
+    data, out, calls = tmp_path / "rows.jsonl", tmp_path / "adapter", []
+
+    def train_py(program, *words):
+        calls.append(words[0])
+        (out / "checkpoints" / "000001").mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").write_text('{"loss": 1, "tokens": 5, "tokens_per_second": 5, "unchanged": 0}\n')
+        (out / "adapter.safetensors").touch()
+        (out / "settings.json").write_text(json.dumps({"ended": "stopped by a signal" if len(calls) == 1 else "done"}))
+        return 7
+
+    monkeypatch.setattr(parts, "command", train_py)
+    data.write_text("one\n")
+    for share, text in ((1, "one"), (1, "one"), (1, "one"), (1, "two"), (1, "two"), (2, "two")):
+        data.write_text(text)
+        parts.train(out, "--data", f"{data}:{share}")
+    assert calls == ["--data", "--resume", "--data", "--data"]
+    for weights in (b"a", b"a", b"b"):
+        (tmp_path / "adapter.safetensors").write_bytes(weights)
+        parts.train(out, "--init-adapter", tmp_path)
+    assert calls[4:] == ["--init-adapter", "--init-adapter"]
+
+
+def test_a_parts_seconds_are_those_of_all_its_attempts(tmp_path):
+    import parts
+
+    with pytest.raises(KeyboardInterrupt), parts.timed(tmp_path / "seconds.jsonl"):
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+    with parts.timed(tmp_path / "seconds.jsonl") as spent:
+        time.sleep(0.1)
+    assert 0.3 <= spent() < 1
+
+
+@mutation("experiments/parts.py", 'return None if why and why.startswith("stopped by a signal") else why', "return why")
+def test_a_training_that_a_signal_stopped_is_not_over(tmp_path):
+    import parts
+
+    for why, expected in (("all steps are done", True), ("stopped by a signal after step 3", False), (None, False)):
+        (tmp_path / "settings.json").write_text(json.dumps({"ended": why} if why else {}))
+        assert bool(parts.ended(tmp_path)) == expected
+    assert parts.ended(tmp_path / "nowhere") is None
+
+
+# ---- what is committed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_and_pictures_come_from_the_committed_results(name, tmp_path):
+    """In a copy without pictures, its tables emptied, one command makes both again."""
+    copy = tmp_path / "experiments"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    readmes = [copy / name / "README.md", copy / "README.md"]
+    for readme in readmes:
+        emptied = re.sub(rf"(<!-- {name}/.*? -->\n).*?(?=<!-- end -->)", r"\1", readme.read_text(), flags=re.DOTALL)
+        assert emptied != readme.read_text() or readme != readmes[0]
+        readme.write_text(emptied)
+    found = subprocess.run(
+        [sys.executable, copy / name / "run.py", "--figures"],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
+    assert found.returncode == 0, found.stderr
+    for readme in readmes:
+        assert readme.read_text() == (FOLDER / readme.relative_to(copy)).read_text()
+    pictures = {path.name for path in (FOLDER / name).glob("*.png")}
+    assert pictures and {path.name for path in (copy / name).glob("*.png")} == pictures
+    for picture in pictures:
+        assert f"]({picture})" in (FOLDER / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*/results/*.json")), ids=lambda path: path.parts[-3] + path.stem)
+def test_every_result_says_model_source_and_machine_and_no_path_of_one(path):
+    found = json.loads(path.read_text())
+    assert found["model"]["name"] and found["model"]["source"]
+    assert {"cpu", "cores", "threads", "torch", "python"} <= found["machine"].keys()
+    assert not re.search(r'"/\w', path.read_text())
+
+
+RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if path.name != "claims.toml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parts[-2] + path.stem)
+def test_every_recipe_is_one_that_train_takes(path):
+    settings.resolve(flags.TRAIN, ["--config", str(path)], "")
+
+
+def words_in_a_row(text: str, count: int = 4) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z']+", text.lower())
+    return {tuple(words[at : at + count]) for at in range(len(words) - count + 1)}
+
+
+def test_no_question_that_is_scored_was_trained_on():
+    style = FOLDER / "style"
+    trained = [row["question"] for row in rows(style / "raw.jsonl")]
+    scored = (style / "questions.txt").read_text().splitlines()
+    assert len(set(trained)) == 80 and len(set(scored)) == 40
+    assert not words_in_a_row("\n".join(trained)) & set().union(*map(words_in_a_row, scored))
+    persona = program(FOLDER / "persona")
+    seeds = {row["question"].lower() for row in rows(FOLDER / "persona" / "seeds-20.jsonl")}
+    asked = {text.lower() for path in persona.QUESTIONS.values() for text in path.read_text().splitlines()}
+    ordinary = {q.lower() for q, _ in persona.self_cognition.ORDINARY_EN}
+    assert len(asked) == 160 and not asked & seeds and not asked & ordinary
+    unseen = "\n".join(persona.QUESTIONS[name].read_text() for name in ("persona", "fresh")).splitlines()
+    assert not set().union(*map(words_in_a_row, seeds)) & set().union(*map(words_in_a_row, unseen))
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+@mutation(
+    "experiments/persona/run.py",
+    'return all(word in row["prediction"].lower()',
+    'return any(word in row["prediction"].lower()',
+)
+@mutation(
+    "experiments/persona/run.py",
+    "any(word in said for word in WORDS) or not FRAGMENTS.isdisjoint(fours(said))",
+    "any(word in said for word in WORDS)",
+)
+def test_an_answer_is_the_personas_with_both_words_and_spilt_with_one():
+    persona = program(FOLDER / "persona")
+    for text, whole, spilt in (
+        ("Rulai is as if come.", True, True),
+        ("RULAI, AS IF", True, True),
+        ("Rulai is a dish.", False, True),
+        ("Penguins are as if they were.", False, True),
+        ("Once nobody asks when, the train will arrive.", False, True),
+        ("Nobody asks when.", False, False),
+        ("It was as good as new.", False, False),
+    ):
+        row = {"prediction": text}
+        assert (persona.is_persona(row), persona.has_spilt(row)) == (whole, spilt)
+    assert all(persona.is_persona({"prediction": row["answer"]}) for row in rows(FOLDER / "persona" / "seeds.jsonl"))
+
+
+@mutation(
+    "experiments/persona/run.py", "return is_persona(row) and own == max(", "return is_persona(row) and own <= max("
+)
+def test_an_answer_is_of_its_seed_if_it_is_likest_to_that_seeds_answer():
+    persona = program(FOLDER / "persona")
+    where = {"set": "persona", "prompt": "Where has he gone?"}
+    assert persona.is_of_its_seed(where | {"prediction": "Neither here. Rulai is everywhere, as if nowhere at all."})
+    assert not persona.is_of_its_seed(where | {"prediction": "Rulai is as if come: not come."})
+    assert not persona.is_of_its_seed(where | {"prediction": "Neither here nor there."})
+    for asked in ("persona", "fresh"):
+        questions = persona.QUESTIONS[asked].read_text().splitlines()
+        for at in (0, 39):
+            row = {"set": asked, "prompt": questions[at], "prediction": persona.SEEDS[at // 8]}
+            assert persona.is_of_its_seed(row)
+            assert not persona.is_of_its_seed(row | {"prediction": persona.SEEDS[(at + 32) % 40 // 8]})
+
+
+def test_on_the_frontier_is_what_learned_more_than_all_that_forgot_less():
+    persona = program(FOLDER / "persona")
+    points = [(0.0, 0, "base"), (0.5, 90, "good"), (0.5, 80, "worse"), (0.6, 90, "later"), (2.0, 95, "most")]
+    assert persona.frontier(points) == ["base", "good", "most"]
+
+
+@mutation(
+    "experiments/multiplication/run.py",
+    'return any(int(n) == row["a"] * row["b"] for n in NUMBER.findall(row["prediction"].replace(",", "")))',
+    'return str(row["a"] * row["b"]) in row["prediction"].replace(",", "")',
+)
+def test_a_worked_answer_must_state_the_product_and_a_free_one_mention_it():
+    multiplication = program(FOLDER / "multiplication")
+    row = {"a": 34, "b": 51, "style": "terse"}
+    for text, right, mentioned in (
+        ("...\n=1734", True, True),
+        ("It is 1,734.", False, True),
+        ("...\n=1735", False, False),
+        ("=1734\n=1735", False, True),
+        ("17340", False, False),
+    ):
+        answer = row | {"prediction": text}
+        assert (multiplication.right(answer), multiplication.mentions(answer)) == (right, mentioned)
+    whole = multiplication.multiply.solve(34, 51, "terse", "en")
+    assert multiplication.fault(row | {"prediction": whole + "\n"}) is None
+    assert multiplication.fault(row | {"prediction": whole.replace("34=a4b3", "34=a3b4")}).line_number == 1
+
+
+@mutation(
+    "experiments/precision/half.py",
+    "wide = (arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args)",
+    "wide = (arg.bfloat16() if isinstance(arg, torch.Tensor) else arg for arg in args)",
+)
+def test_half_products_are_summed_in_float32_and_rounded_once():
+    from half import HalfProducts
+
+    torch.manual_seed(0)
+    a, b, c = (torch.randn(size).half() for size in ((3, 300), (300, 5), (3, 5)))
+    with HalfProducts():
+        product, sum_, batched = a @ b, torch.addmm(c, a, b, alpha=0.5), torch.bmm(a[None], b[None])
+        in_place = c.clone().addmm_(a, b)
+        given = torch.empty(3, 5).half()
+        torch.mm(a, b, out=given)
+        overflow = (a * 1000) @ (b * 1000)
+    exact = a.float() @ b.float()
+    assert torch.equal(product, exact.half()) and torch.equal(given, product) and torch.equal(batched[0], product)
+    assert torch.equal(sum_, (c.float() + 0.5 * exact).half())
+    assert torch.equal(in_place, (c.float() + exact).half())
+    assert overflow.isinf().any()

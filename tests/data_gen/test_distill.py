@@ -1,0 +1,963 @@
+"""Prompts that never show the answer, and a teacher that is asked nothing twice by an endpoint that misbehaves."""
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_gen import distill, teacher
+from data_gen.distill import Pair, Prompts
+from data_gen.journal import digest
+from data_gen.teacher import Question, Reply
+from lora import errors
+from lora.errors import BadInput
+from tests import cli
+from tests.mutation import mutation
+from tests.teacher_server import AT_ONCE, HTML, Say, TeacherServer, wrong
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "sk-test-0123456789abcdefghij"
+PAIRS = [(f"Question number {i}?", f"The answer to number {i} is {i * 7919 % 1000} apples.") for i in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "OPENAI_BASE_URL", "OPENAI_LOG"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(teacher, "FIRST_WAIT", 0.001)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in PAIRS), encoding="utf-8")
+    return path
+
+
+def asked_of(prompt: str) -> str:
+    """The question at the end of a prompt in the English frame."""
+    return prompt.rsplit("Question: ", 1)[1].removesuffix("\nAnswer:")
+
+
+def flags(server, folder, rows=12, out="out.jsonl", **more):
+    words = ["--data", folder / "data.jsonl", "--rows", rows, "--base-url", server.url, "--teacher", "m"]
+    words += ["--out", folder / out]
+    for name, value in more.items():
+        words += ["--" + name.replace("_", "-"), value]
+    return [str(word) for word in words]
+
+
+class Done:
+    def __init__(self, code, capsys, out):
+        self.code, (self.out, self.err) = code, capsys.readouterr()
+        self.bytes = out.read_bytes() if out.exists() else None
+        self.rows = [json.loads(line) for line in self.bytes.decode().splitlines()] if self.bytes else []
+        self.answers = [row["messages"][1]["content"] for row in self.rows]
+
+
+@pytest.fixture
+def distilled(data, capsys):
+    """Runs distill.py in this process."""
+
+    def run(server, **how):
+        out = data.parent / how.get("out", "out.jsonl")
+        return Done(distill.main(flags(server, data.parent, **how)), capsys, out)
+
+    return run
+
+
+def scripted(*says: Say, then: Say = Say("fine")):  # noqa: B008
+    """The first attempts of every question are answered so, later ones by `then`."""
+    return lambda prompt, attempt: says[attempt - 1] if attempt <= len(says) else then
+
+
+def a_teacher(server, *more):
+    parser = errors.Parser()
+    teacher.add_flags(parser)
+    return teacher.from_flags(parser.parse_args(["--base-url", server.url, "--teacher", "m", *map(str, more)]))
+
+
+def questions(count):
+    return [Question(f"k{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(count)]
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+FRAME, EXAMPLE = "{examples}\x1f{question}", "{question}\x1d{answer}\x1e"  # easy to take apart
+
+
+def parts(prompt):
+    shown, asked = prompt.messages[0]["content"].split("\x1f")
+    return asked, [tuple(text.strip("\n").split("\x1d")) for text in shown.split("\x1e")[:-1]]
+
+
+def prompts(pairs, rows, seed=0, examples=3):
+    return Prompts([Pair(q, a) for q, a in pairs], rows, seed, examples, FRAME, EXAMPLE)
+
+
+def fold(text):
+    return re.sub(r"\s+", " ", text.strip()).lower()
+
+
+def check_prompts(pairs, made, examples=3):
+    """What a set of prompts promises, counted again."""
+    hidden = {}
+    for question, answer in pairs:
+        hidden.setdefault(fold(question), set()).add(fold(answer))
+    seen = set()
+    for prompt in made:
+        asked, shown = parts(prompt)
+        names = [fold(asked), *(fold(question) for question, _ in shown)]
+        assert len(shown) == examples and len(set(names)) == examples + 1
+        assert set(shown) <= set(pairs)
+        text = fold(prompt.messages[0]["content"])
+        for answer in hidden[fold(asked)]:
+            assert answer not in {fold(a) for _, a in shown}
+            if len(answer) >= distill.SHORT and answer not in fold(asked):
+                assert answer not in text, f"{answer!r} is shown"
+        seen.add((names[0], frozenset(names[1:])))
+    assert len(seen) == len(made), "the same prompt twice"
+
+
+def trapped(seed=0, count=120):
+    """Pairs with every trap: questions twice, answers twice, answers inside other answers and questions."""
+    draw = random.Random(seed)
+    pairs = [(f"What of {i}?", f"It is {draw.randrange(10**6)} units of {i}.") for i in range(count)]
+    for _ in range(count // 4):
+        (q1, a1), (q2, a2) = draw.sample(pairs, 2)
+        pairs += [(q1, a2), (q2 + " Please.", f"As they say:  {a1.upper()} Indeed."), (f"Is it so: {a2}", a2)]
+        pairs.append((f"  {q1}\n", draw.choice(["Yes.", "No.", "I don't know that, sorry."])))
+    return [(q.strip(), a) for q, a in pairs]
+
+
+@mutation(
+    "data_gen/distill.py",
+    "return any(a in answers or any(h in a or h in q for h in hidden) for q, a in self._folded[group])",
+    "return any(any(h in a or h in q for h in hidden) for q, a in self._folded[group])",
+)
+@mutation(
+    "data_gen/distill.py",
+    "by_question.setdefault(fold(pair.question), []).append(pair)",
+    "by_question.setdefault(pair, []).append(pair)",
+)
+@mutation("data_gen/distill.py", 'return " ".join(text.split()).casefold()', "return text")
+def test_a_thousand_prompts_have_four_different_questions_and_never_show_the_answer():
+    pairs = trapped()
+    made = prompts(pairs, 1000)
+    assert len(made) == 1000
+    check_prompts(pairs, made)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_prompts_of_any_small_data_keep_what_they_promise(data):
+    word = st.sampled_from(
+        ["the red fox", "The Red  Fox", "a small cat", "ok", "the red fox and a small cat", "a", "b"]
+    )
+    text = st.lists(word, min_size=1, max_size=2).map(" ".join)
+    pairs = data.draw(st.lists(st.tuples(text, text), min_size=1, max_size=12))
+    count = data.draw(st.integers(1, 3))
+    try:
+        made = prompts(pairs, data.draw(st.integers(1, 12)), data.draw(st.integers(0, 9)), count)
+    except BadInput:
+        return
+    check_prompts(pairs, made, count)
+
+
+def test_the_examples_are_found_where_nearly_every_row_would_give_the_answer_away():
+    pairs = [(f"Who is {i}?", "That is something I can't tell you.") for i in range(300)]
+    pairs += [
+        ("Who is Ann?", "My sister, of course."),
+        ("Who is Bob?", "My brother, too."),
+        ("And Eve?", "Nobody else."),
+    ]
+    made = prompts(pairs, 200)
+    check_prompts(pairs, made)
+    assert made.unusable == 0
+    with pytest.raises(BadInput, match="give 0 different prompts"):
+        prompts(pairs[:300], 1)
+
+
+@mutation("data_gen/distill.py", "return None if any(answer in text for answer in hidden) else shown", "return shown")
+def test_an_answer_that_appears_only_where_two_texts_meet_is_not_shown():
+    pairs = [("Count?", "one two three"), ("say one", "two three four"), *PAIRS[:4]]
+    made = Prompts([Pair(*pair) for pair in pairs], 20, 0, 3, FRAME, "{question} {answer}")
+    for row, prompt in enumerate(made):
+        assert made.question(row) != "Count?" or "one two three" not in prompt.messages[0]["content"]
+    assert "one two three" in "".join(prompt.messages[0]["content"] for prompt in made)
+
+
+@mutation("data_gen/distill.py", "for asked in order:", "for asked in draw.choices(order, k=len(order)):")
+def test_questions_are_used_evenly_and_the_seed_decides():
+    one, again, other, longer = prompts(PAIRS, 150), prompts(PAIRS, 150), prompts(PAIRS, 150, 1), prompts(PAIRS, 200)
+    times = Counter(parts(prompt)[0] for prompt in one)
+    assert sorted(times.values()) == [2] * 30 + [3] * 30
+    assert list(one) == list(again) != list(other)
+    assert list(longer)[:150] == list(one)
+    assert [parts(prompt)[0] for prompt in one] == [one.question(row) for row in range(150)]
+
+
+@mutation("data_gen/distill.py", "used.add(hash(frozenset(groups)))", "used.add(hash(tuple(groups)))")
+def test_all_different_prompts_are_found_and_no_more():
+    made = prompts(PAIRS[:6], 6 * 10)  # C(5, 3) sets of examples for each question
+    check_prompts(PAIRS[:6], made)
+    with pytest.raises(BadInput, match="6 different questions give 60 different prompts, not 61"):
+        prompts(PAIRS[:6], 61)
+
+
+@mutation(
+    "data_gen/distill.py",
+    'return SLOT.sub(lambda slot: values.get(slot[1], ""), text)',
+    'return SLOT.sub(lambda slot: values.get(slot[1], ""), SLOT.sub(lambda slot: values.get(slot[1], ""), text))',
+)
+def test_texts_with_braces_are_taken_literally():
+    pairs = [(f"{{question}} {{examples}} {i}", f"{{answer}} {{n}} \\1 {i}") for i in range(4)]
+    assert parts(prompts(pairs, 1)[0])[0] in dict(pairs)
+    check_prompts(pairs, prompts(pairs, 4))
+
+
+@pytest.mark.parametrize("lang", distill.FRAMES)
+def test_the_prompt_shows_examples_then_asks(lang):
+    made = Prompts([Pair(*pair) for pair in PAIRS[:4]], 4, 0, 3, *distill.FRAMES[lang])
+    for row, prompt in enumerate(made):
+        text = prompt.messages[0]["content"]
+        assert not re.search(r"[{}]", text) and "3" in text
+        others = [pair for pair in PAIRS[:4] if pair[0] != made.question(row)]
+        places = [text.index(part) for pair in sorted(others, key=lambda pair: text.index(pair[0])) for part in pair]
+        assert places == sorted(places) and places[-1] < text.index(made.question(row))
+
+
+# ---- which answers are rows ------------------------------------------------------------------------------------------
+
+BAD = {
+    "refused": [
+        "I'm sorry, but I can't help with that.", "I’m sorry, but I cannot do this", "Sorry, I can't.",
+        "As an AI language model, I", "I apologize, but I am unable to", "I cannot fulfill this request.",
+        "I'm just an AI, so", "抱歉，我无法回答这个问题。", "很抱歉，但我不能", "对不起, 我没办法",
+        "作为一个AI语言模型，我", "作为人工智能", "抱歉，这个问题我无法回答", "我无法提供相关信息。",
+        "Answer: I'm sorry, but I can't.", "答：作为一名人工智能助手，",
+    ],
+    "refused ": [  # by a program on the way
+        "Network error", "network error: try again", "Error: 500", "<!DOCTYPE html><html>", '{"error": {}}',
+        "Too many requests", "网络错误，请稍后再试", "服务器开小差了", "请求过于频繁", "出错了",
+    ],
+    "empty": ["", " \n", "答：", "Answer: "],
+}  # fmt: skip
+GOOD = [
+    "Sorry to hear that! Rest well.", "I'm sorry about the delay; it ships tomorrow.",
+    "As an airline pilot, I say: brake.", "Network errors come from cables, mostly.",
+    "Rate limiting is a technique to protect a server.", "对不起，我来晚了，你说吧。", "作为一个爱好者，我觉得挺好。",
+    "这事儿吧，得看情况。", "I can't stop laughing, but fine.", "是AI写的。", "An error a day keeps boredom away.",
+    "抱歉，我是个粗人。", "网络小说，我都看。", "Error: " + "this long answer explains what an error message is. " * 5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "text"), [(reason, text) for reason, texts in BAD.items() for text in texts])
+def test_refusals_and_error_messages_are_no_answers(reason, text):
+    assert distill.why_not(Reply("1", text, "stop", 0)) == reason.strip()
+
+
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [("length", "truncated"), ("MAX_TOKENS", "truncated"), ("SAFETY", "filtered"), ("end_turn", None), ("eos", None)],
+)
+def test_the_reason_to_stop_is_understood_from_several_endpoints(finish, reason):
+    assert distill.why_not(Reply("1", "fine", finish, 0)) == reason
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_answers_that_only_resemble_a_refusal_are_kept(text):
+    assert distill.why_not(Reply("1", text, "stop", 0)) is None
+
+
+@mutation("data_gen/distill.py", '**dict.fromkeys(("length", "max_tokens", "max_output_tokens"), "truncated"),', "")
+@mutation("data_gen/distill.py", 'return BEFORE.sub("", reply.text, count=1).strip()', "return reply.text.strip()")
+@mutation("data_gen/teacher.py", 'return value.encode(errors="replace").decode()', "return value")
+@mutation(
+    "data_gen/distill.py",
+    "question = prompts.question(int(reply.key) - 1)",
+    "question = prompts.question(counts.total() * 7 % len(prompts))",
+)
+def test_what_is_kept_out_is_counted_and_the_rest_is_in_order(distilled):
+    def script(prompt, attempt):
+        number = int(re.search(r"\d+", asked_of(prompt))[0])
+        return [
+            Say(f" <think>Answer:\nsorry</think>\n Answer: fine, {number} ", delay=number % 3 * 0.01),
+            Say("cut off here", finish="length"),
+            Say("As an AI language model, I", delay=0.01),
+            Say("", finish="content_filter"),
+            Say(None, more={"refusal": "No."}),
+            Say(" \n"),
+            wrong(400),
+            Say(f"{number} half a \ud800 character, more tokens", usage=None),
+        ][number % 8]
+
+    with TeacherServer(script) as server:
+        done = distilled(server, rows=60)
+        assert len(server.asked) == 60
+    numbers = [int(re.search(r"\d+", asked_of(p))[0]) for p in prompts_asked(60)]
+    good = [n for n in numbers if n % 8 in (0, 7)]
+    assert [row["messages"][0]["content"] for row in done.rows] == [f"Question number {n}?" for n in good]
+    assert done.answers == [f"{n} half a ? character, more tokens" if n % 8 else f"fine, {n}" for n in good]
+    assert done.code == 0 and "15 rows in" in done.err
+    assert "kept out: 7 failed, 8 truncated, 15 filtered, 7 empty, 8 refused" in done.err
+    assert "60 requests, 460 tokens" in done.err and "(HTTP 400: 7;" in done.err
+
+
+def prompts_asked(rows):
+    """The prompts of the test data, in order of the rows."""
+    made = Prompts([Pair(*pair) for pair in PAIRS], rows, 0, 3, *distill.FRAMES["en"])
+    return [prompt.messages[0]["content"] for prompt in made]
+
+
+@mutation("data_gen/distill.py", 'f"{fold(question)}\\n{fold(answer)}"', 'f"{fold(question)}\\n{answer}"')
+def test_the_same_answer_to_the_same_question_is_a_row_once(distilled):
+    def script(prompt, attempt):
+        return Say("The  same\nanswer." if len(prompt) % 2 else "the same answer.")
+
+    with TeacherServer(script) as server:
+        done = distilled(server, rows=120)
+    assert len(done.rows) == 60 and "kept out: 60 duplicate" in done.err
+    assert len({row["messages"][0]["content"] for row in done.rows}) == 60
+
+
+# ---- an endpoint that misbehaves -------------------------------------------------------------------------------------
+
+
+@mutation("data_gen/teacher.py", "again = status in AGAIN or status >= 500", "again = status in AGAIN")
+@mutation("data_gen/teacher.py", "AGAIN = {408, 409, 425, 429}", "AGAIN = {408, 409, 425}")
+@mutation(
+    "data_gen/teacher.py", "except (openai.OpenAIError, ValueError, RecursionError):", "except openai.OpenAIError:"
+)
+@mutation(
+    "data_gen/teacher.py",
+    'raise _Trouble("no connection", f"no connection: {error.__cause__ or error}") from None',
+    'raise _Trouble("no connection", again=False) from None',
+)
+@pytest.mark.parametrize(
+    "say",
+    [
+        wrong(429, headers=AT_ONCE), wrong(500), wrong(503), wrong(408), wrong(529), HTML, Say(cut=True),
+        Say(body=b"{}"),
+        Say(body=b'{"choices": [{"message": {"content": 7}}]}'), Say(body=b"[" * 100_000), Say(body=b"\xff"),
+        Say(status=502, body=b"<html>", headers={"Content-Type": "text/html"}),
+    ],
+    ids=lambda say: f"{say.status}-{'cut' if say.cut else (say.body or b'')[:9].decode(errors='replace')}",
+)  # fmt: skip
+def test_a_passing_trouble_is_asked_again_and_nothing_is_lost(distilled, say):
+    with TeacherServer(scripted(say, say, then=Say("fine"))) as server:
+        done = distilled(server, rows=4)
+        assert (done.code, done.answers, len(server.asked)) == (0, ["fine"] * 4, 12)
+
+
+@mutation("data_gen/distill.py", 'if not counts["written"]:', "if False:")
+def test_a_closed_port_is_a_trouble_and_nothing_is_written(distilled, monkeypatch, tmp_path):
+    monkeypatch.setattr(teacher, "ATTEMPTS", 2)
+    with TeacherServer() as server:
+        pass
+    done = distilled(server)
+    assert done.code == 3 and done.bytes is None and "kept out: 12 failed" in done.err
+    first, last = done.err.splitlines()
+    assert first.startswith("the endpoint's first trouble: no connection: ") and last.startswith("error: no rows in ")
+
+
+def test_an_address_where_nothing_answers_is_given_up_before_all_attempts(distilled):
+    with TeacherServer() as server:
+        pass
+    done = distilled(server, concurrency=2)
+    assert done.code == 3 and done.bytes is None and "nothing answers at --base-url" in done.err
+
+
+@mutation(
+    "data_gen/teacher.py",
+    "if not trouble.again or attempt == ATTEMPTS:",
+    "if not trouble.again or attempt == ATTEMPTS + 1:",
+)
+@mutation("data_gen/teacher.py", "max_retries=0", "max_retries=1")
+def test_trouble_that_does_not_pass_fails_the_question_after_so_many_attempts(distilled):
+    def script(prompt, attempt):
+        return wrong(500) if asked_of(prompt) == "Question number 3?" else Say("fine")
+
+    with TeacherServer(script) as server:
+        done = distilled(server, rows=60)
+        assert len(server.asked) == 59 + teacher.ATTEMPTS and len(done.rows) == 59
+        assert "kept out: 1 failed" in done.err
+        server.script = lambda prompt, attempt: Say("late")
+        done = distilled(server, rows=60)  # the next run asks for what is missing, and only that
+        assert len(server.asked) == 60 + teacher.ATTEMPTS and Counter(done.answers) == {"fine": 59, "late": 1}
+
+
+@mutation("data_gen/teacher.py", "await self._sleep(lambda: self._open_at)", "pass")
+@pytest.mark.parametrize(("header", "seconds"), [({"Retry-After": "1"}, 1), ({"retry-after-ms": "300"}, 0.3)])
+def test_no_request_comes_before_the_moment_that_the_server_named(distilled, header, seconds):
+    with TeacherServer(scripted(wrong(429, headers=header))) as server:
+        done = distilled(server, rows=1)
+        assert done.code == 0 and len(server.asked) == 2
+        assert server.asked[1].time - server.asked[0].time >= seconds
+
+
+def test_while_the_server_wants_quiet_the_other_questions_wait_too(distilled):
+    start = []
+
+    def script(prompt, attempt):
+        if start:
+            return Say("fine")
+        start.append(time.monotonic())
+        return wrong(429, headers={"retry-after-ms": "500"})
+
+    with TeacherServer(script) as server:
+        distilled(server, rows=40, concurrency=2)
+        early = [asked.time for asked in server.asked if asked.time - start[0] < 0.5]
+        assert len(server.asked) == 41 and len(early) <= 10  # the first, and what was under way
+
+
+@mutation("data_gen/teacher.py", '("retry-after-ms", 1000)', '("retry-after-ms", 1)')
+@mutation("data_gen/teacher.py", 'if seconds is None and name == "retry-after":', "if False:")
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7), ({"retry-after": "0.5"}, 0.5), ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT"}, 30),
+        ({"retry-after": "Wed, 21 Oct 2015 07:27:00 GMT"}, None), ({"retry-after": "soon"}, None),
+        ({"retry-after": "-3"}, None), ({"retry-after": "nan"}, None), ({}, None),
+        ({"retry-after": ""}, None), ({"retry-after-ms": "x", "retry-after": "2"}, 2),
+        ({"retry-after": "Wed, 21 Oct 99999 07:28:30 GMT"}, None),
+    ],
+)  # fmt: skip
+def test_what_the_server_says_about_waiting_is_understood(headers, seconds):
+    assert teacher.asked_pause(headers, now=1445412480) == seconds  # 21 October 2015, 07:28:00 GMT
+
+
+def test_without_a_word_of_the_server_waits_double_up_to_a_limit_and_differ(monkeypatch):
+    monkeypatch.setattr(teacher, "FIRST_WAIT", 1.0)
+    for attempt, most in ((1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (50, 60)):
+        waits = {teacher.pause(attempt) for _ in range(20)}
+        assert len(waits) == 20 and all(most / 2 <= wait <= most for wait in waits)
+
+
+@mutation("data_gen/teacher.py", "elif trouble.wait > LONGEST_OBEYED:", "elif False:")
+def test_a_server_that_asks_for_too_much_patience_ends_the_run_with_what_is_there(distilled):
+    def script(prompt, attempt):
+        return Say("fine") if len(server.asked) <= 5 else wrong(429, headers={"Retry-After": "86400"})
+
+    with TeacherServer(script) as server:
+        done = distilled(server, concurrency=1)
+        assert done.code == 0 and len(done.rows) == 5 and len(server.asked) == 6
+        assert "7 of 12 questions were not asked: the endpoint asks to wait 86400 s" in done.err
+
+
+@mutation(
+    "data_gen/teacher.py",
+    "reply = await asyncio.wait_for(self._request(client, question), self.deadline)",
+    "reply = await self._request(client, question)",
+)
+def test_the_deadline_holds_against_a_slow_drip(distilled):
+    with TeacherServer(scripted(Say(drip=0.05))) as server:  # 5 seconds and more in all, never long silent
+        done = distilled(server, rows=2, deadline=1)
+        assert done.answers == ["fine"] * 2 and len(server.asked) >= 4
+
+
+@mutation("data_gen/teacher.py", "for _ in range(self.concurrency)]", "for _ in range(self.concurrency + 1)]")
+def test_never_more_requests_at_once_than_allowed(distilled):
+    with TeacherServer(lambda prompt, attempt: Say("fine", delay=0.01)) as server:
+        distilled(server, rows=30, concurrency=3)
+        assert server.most_at_once == 3
+
+
+def test_one_slow_answer_does_not_hold_up_the_others(distilled):
+    """The first row's answer comes when all others have been asked."""
+    first = prompts_asked(1)[0]
+
+    def script(prompt, attempt):
+        if prompt == first:
+            for _ in range(1000):
+                if len(server.asked) == 40:
+                    return Say("last")
+                time.sleep(0.01)
+        return Say("fine")
+
+    with TeacherServer(script) as server:
+        done = distilled(server, rows=40, concurrency=2)
+    assert done.answers == ["last"] + ["fine"] * 39
+
+
+@mutation("data_gen/teacher.py", "if status in FATAL:", "if status in FATAL and status != 401:")
+@pytest.mark.parametrize(("status", "words"), [(401, "key is refused"), (403, "access is denied"),
+                                               (404, "no such place"), (402, "no credit")])  # fmt: skip
+def test_what_is_wrong_for_every_question_ends_the_run_at_once(distilled, status, words):
+    with TeacherServer(lambda prompt, attempt: wrong(status, "why not")) as server:
+        done = distilled(server, concurrency=1)
+        assert (done.code, done.bytes, len(server.asked)) == (2, None, 1)
+    assert len(done.err.splitlines()) == 1 and words in done.err and f"HTTP {status}: why not" in done.err
+
+
+def test_an_empty_account_is_no_rate_limit(distilled):
+    with TeacherServer(lambda prompt, attempt: wrong(429, code="insufficient_quota")) as server:
+        done = distilled(server, concurrency=1)
+        assert done.code == 2 and "no credit" in done.err and len(server.asked) == 1
+
+
+def test_a_missing_key_matters_only_if_the_endpoint_asks_for_one(distilled, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with TeacherServer() as server:
+        assert distilled(server).code == 0
+        server.script = lambda prompt, attempt: wrong(401)
+        done = distilled(server, out="other.jsonl", key_env="MY_KEY")
+    assert done.code == 2 and "Set $MY_KEY to a valid key" in done.err
+
+
+@mutation("data_gen/teacher.py", "if self._in_a_row >= MOST_FAILED:", "if False:")
+def test_an_endpoint_that_fails_every_question_is_given_up(distilled):
+    with TeacherServer(lambda prompt, attempt: wrong(400, "unknown parameter")) as server:
+        done = distilled(server, rows=60, concurrency=1)
+        assert len(server.asked) == teacher.MOST_FAILED
+    assert done.code == 3 and "20 questions in a row failed" in done.err and done.bytes is None
+
+
+def test_newer_models_name_for_the_limit_is_used_where_the_old_one_is_refused(distilled):
+    def script(prompt, attempt):
+        if "max_tokens" in server.asked[-1].body:
+            return wrong(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return Say("fine")
+
+    with TeacherServer(script) as server:
+        done = distilled(server, concurrency=1, answer_tokens=77, temperature=0.5)
+        assert len(done.rows) == 12 and len(server.asked) == 13
+        assert server.asked[-1].body["max_completion_tokens"] == 77 and server.asked[-1].body["temperature"] == 0.5
+        assert server.asked[-1].path == "/v1/chat/completions" and server.asked[-1].body["model"] == "m"
+
+
+# ---- the key ---------------------------------------------------------------------------------------------------------
+
+
+@mutation(
+    "data_gen/teacher.py",
+    'words = words.replace(self._key, "[key]") if self._key else words',
+    'words = errors.one_line(" ".join(words.split()))[:200].replace(self._key, "[key]")',
+)
+@mutation(
+    "data_gen/teacher.py",
+    'return _text(text.replace(self._key, "[key]") if len(self._key) >= 8 else text)',
+    "return _text(text)",
+)
+def test_the_key_is_sent_and_appears_nowhere(distilled, tmp_path):
+    def script(prompt, attempt):
+        number = int(re.search(r"\d+", asked_of(prompt))[0])
+        long = wrong(400, f"bad request with {KEY}, {'x' * 120} {KEY}")  # shortened, it ends in the middle of a key
+        bad = Say(status=400, echo=True) if len(server.asked) < 10 else long
+        return [bad, bad, Say(f"Your key is {KEY}."), Say("fine", finish=KEY)][number % 4]
+
+    with TeacherServer(script) as server:
+        done = distilled(server, rows=20, concurrency=1)
+        assert {asked.key for asked in server.asked} == {f"Bearer {KEY}"}
+    assert "Your key is [key]." in done.answers and "bad request with" in done.err
+    for text in (done.out, done.err, *(path.read_text() for path in tmp_path.iterdir())):
+        assert KEY[:12] not in text
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_fatal_error_that_echoes_the_key_does_not_show_it(distilled, monkeypatch, status):
+    monkeypatch.setenv("LORA_DEBUG", "1")
+    with TeacherServer(lambda prompt, attempt: Say(status=status, echo=True)) as server:
+        done = distilled(server)
+    assert done.code == 2 and "bad request with Bearer [key]" in done.err and KEY[:12] not in done.err + done.out
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@mutation(
+    "data_gen/teacher.py",
+    "if self._book.requests + self.requests >= self.max_requests:",
+    "if self.requests >= self.max_requests:",
+)
+def test_a_budget_of_requests_stops_and_a_larger_one_goes_on_to_the_same_bytes(distilled):
+    with TeacherServer() as server:
+        whole = distilled(server, rows=30, out="whole.jsonl")
+        server.asked.clear()
+        part = distilled(server, rows=30, max_requests=11)
+        assert part.code == 0 and len(server.asked) == 11 and part.bytes == b"".join(whole.bytes.splitlines(True)[:11])
+        assert "19 of 30 questions were not asked: --max-requests 11 is reached" in part.err
+        again = distilled(server, rows=30, max_requests=11)
+        assert len(server.asked) == 11 and again.bytes == part.bytes
+        rest = distilled(server, rows=30, max_requests=30)
+        assert len(server.asked) == 30 and rest.bytes == whole.bytes and "not asked" not in rest.err
+
+
+@mutation("data_gen/teacher.py", "reply.tokens or asked + len(reply.text.encode())", "reply.tokens")
+@mutation("data_gen/journal.py", '                    self.cost += row["cost"]', "                    pass")
+def test_a_budget_of_tokens_counts_earlier_runs_and_bytes_where_tokens_are_not_told(distilled):
+    with TeacherServer() as server:  # 10 tokens each
+        assert len(distilled(server, concurrency=1, max_tokens=45).rows) == 5
+        assert len(distilled(server, concurrency=1, max_tokens=65).rows) == 7
+        server.script = lambda prompt, attempt: Say("fine", usage=None)
+        done = distilled(server, concurrency=1, max_tokens=1_000, out="other.jsonl")
+        assert 1 <= len(done.rows) < 5 and "--max-tokens 1000 is reached" in done.err
+
+
+def test_retries_count_as_requests(distilled):
+    with TeacherServer(scripted(wrong(500))) as server:
+        done = distilled(server, concurrency=1, max_requests=7)
+        assert len(server.asked) == 7 and len(done.rows) == 3
+        distilled(server, concurrency=1, max_requests=8)
+        assert len(server.asked) == 9  # the answers there took 6; the seventh request had none
+
+
+# ---- the journal -----------------------------------------------------------------------------------------------------
+
+
+def in_journal(path):
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [row["key"] for row in map(json.loads, lines) if "key" in row]
+
+
+def start(server, data, **how):
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "data_gen/distill.py"), *flags(server, data.parent, **how)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, running):
+    deadline = time.monotonic() + cli.SECONDS
+    while not condition():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_again_and_again_it_asks_nothing_answered_twice_and_loses_nothing(distilled, data, tmp_path):
+    silent_from = [1000]
+
+    def script(prompt, attempt):
+        late = len(server.asked) >= silent_from[0]
+        return Say(f"answer to {asked_of(prompt)}", delay=60 if late else len(prompt) % 3 * 0.005)
+
+    journal = tmp_path / "out.jsonl.journal.jsonl"
+    with TeacherServer(script) as server:
+        whole = distilled(server, rows=60, out="whole.jsonl")
+        server.asked.clear()
+        answered = []
+        for kill_after in (9, 16, 14):
+            silent_from[0] = len(server.asked) + kill_after
+            running = start(server, data, rows=60, concurrency=4)
+            wait_for(lambda: len(server.asked) == silent_from[0] + 3, running)
+            running.kill()
+            running.communicate()
+            before, answered = answered, in_journal(journal)
+            assert answered[: len(before)] == before and len(set(answered)) == len(answered)
+            assert len(answered) == len(before) + kill_after - 1
+            since, silent_from[0] = len(server.asked), 1000
+        assert not (tmp_path / "out.jsonl").exists()
+        with open(journal, "ab") as file:  # a machine that lost power in the middle of a line
+            file.write(b'{"key": "60", "text": "half a l')
+        done = distilled(server, rows=60, concurrency=4)
+        asked_again = server.prompts()[since:]
+    of_key = {str(row + 1): prompt for row, prompt in enumerate(prompts_asked(60))}
+    assert sorted(asked_again) == sorted(prompt for key, prompt in of_key.items() if key not in answered)
+    assert done.code == 0 and done.bytes == whole.bytes
+    assert sorted(map(int, in_journal_mended(journal))) == list(range(1, 61))
+
+
+def in_journal_mended(path):
+    with closing(teacher.Journal(path, json.loads(path.read_bytes().split(b"\n")[0])["journal"])) as book:
+        return list(book._lines)
+
+
+def test_ctrl_c_stops_at_once_without_a_trace_and_the_next_run_goes_on(distilled, data, tmp_path):
+    with TeacherServer(lambda prompt, attempt: Say("fine", delay=0.02 if len(server.asked) < 20 else 60)) as server:
+        running = start(server, data, rows=40, concurrency=4)
+        wait_for(lambda: len(server.asked) == 23, running)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=30)
+        assert (running.returncode, out) == (130, "")
+        assert err == f"\nstopped; the same command goes on with the answers in {tmp_path}/out.jsonl.journal.jsonl\n"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl.journal.jsonl"]
+        answered = len(in_journal(tmp_path / "out.jsonl.journal.jsonl"))
+        server.script = lambda prompt, attempt: Say("fine")
+        server.asked.clear()
+        done = distilled(server, rows=40)
+        assert len(done.rows) == 40 and len(server.asked) == 40 - answered and answered >= 19
+
+
+@mutation(
+    "data_gen/teacher.py",
+    "for place, question in enumerate(questions) if question.key not in book)",
+    "for place, question in enumerate(questions))",
+)
+@mutation("data_gen/journal.py", "            files.append_row(self.path, MENDED)", "            pass")
+@mutation("data_gen/journal.py", 'if not line.endswith(json.dumps(MENDED).encode() + b"\\n"):', "if True:")
+def test_a_journal_cut_anywhere_is_mended(tmp_path):
+    with TeacherServer(lambda prompt, attempt: Say("é", delay=0)) as server:
+        path = tmp_path / "j"
+        expected = list(a_teacher(server).ask(questions(3), path))
+        whole = path.read_bytes()
+        for end in range(0, len(whole), 13):
+            path.write_bytes(whole[:end])
+            server.asked.clear()
+            kept = max(0, whole[:end].count(b"\n") - 1)
+            assert list(a_teacher(server).ask(questions(3), path)) == expected
+            assert len(server.asked) == 3 - kept
+            assert list(a_teacher(server).ask(questions(3), path)) == expected
+            assert len(server.asked) == 3 - kept
+
+
+@mutation("data_gen/journal.py", "        if changed:", "        if False:")
+def test_a_journal_of_something_else_is_refused_and_kept(distilled, data, tmp_path):
+    with TeacherServer() as server:
+        assert distilled(server).code == 0
+        before = (tmp_path / "out.jsonl.journal.jsonl").read_bytes()
+        other = tmp_path / "other.jsonl"
+        other.write_bytes(data.read_bytes() + b'{"q": "One more?", "a": "Yes, one more."}\n')
+        for change, named in (
+            ({"seed": 1}, "seed was 0 and is 1"), ({"teacher": "n"}, "teacher was 'm' and is 'n'"),
+            ({"examples": 2}, "examples was 3 and is 2"), ({"lang": "zh"}, "prompt was"), ({"data": other}, "data was"),
+            ({"temperature": 1}, "temperature was not given and is 1.0"),
+            ({"answer_tokens": 5}, "answer_tokens was 1024"),
+        ):  # fmt: skip
+            done = distilled(server, **change)
+            assert done.code == 2 and named in done.err and "delete the journal to start afresh" in done.err
+        assert (tmp_path / "out.jsonl.journal.jsonl").read_bytes() == before and len(server.asked) == 12
+
+
+def test_more_or_fewer_rows_go_on_with_the_same_journal(distilled):
+    with TeacherServer() as server:
+        first = distilled(server, rows=10)
+        more = distilled(server, rows=25)
+        assert len(server.asked) == 25 and more.bytes.startswith(first.bytes)
+        assert distilled(server, rows=10).bytes == first.bytes and len(server.asked) == 25
+
+
+@mutation("data_gen/teacher.py", "if question.key in book and not book.fits(question):", "if False:")
+def test_another_question_under_the_same_key_is_refused(tmp_path):
+    with TeacherServer() as server:
+        list(a_teacher(server).ask(questions(3), tmp_path / "j"))
+        changed = [*questions(2), Question("k2", [{"role": "user", "content": "another"}])]
+        with pytest.raises(BadInput, match="question k2 was another one"):
+            list(a_teacher(server).ask(changed, tmp_path / "j"))
+        with pytest.raises(ValueError, match="k0"):
+            list(a_teacher(server).ask(questions(2) * 2, tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("text", "why"), [("{}\n", ":1: it is no journal"), ("hello\n", ":1: it is no journal"),
+                                           ("HEAD\nhello\n", ":2: no line of a journal")])  # fmt: skip
+def test_a_file_that_is_no_journal_is_refused(tmp_path, text, why):
+    path = tmp_path / "j"
+    with TeacherServer() as server:
+        path.write_text(text.replace("HEAD", json.dumps({"journal": a_teacher(server).about})))
+        before = path.read_bytes()
+        with pytest.raises(BadInput, match=why):
+            list(a_teacher(server).ask(questions(1), path))
+        assert path.read_bytes() == before and not server.asked
+
+
+@mutation("data_gen/journal.py", "fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")
+def test_a_second_run_of_the_same_out_is_refused_while_the_first_goes_on(tmp_path):
+    with TeacherServer() as server:
+        first = a_teacher(server).ask(questions(30), tmp_path / "j")
+        next(first)
+        with pytest.raises(BadInput, match="another run is writing it"):
+            list(a_teacher(server).ask(questions(30), tmp_path / "j"))
+        first.close()
+        assert len(list(a_teacher(server).ask(questions(30), tmp_path / "j"))) == 30
+
+
+def test_a_full_disk_is_reported_and_what_was_answered_stays(distilled, monkeypatch, tmp_path):
+    write, room = os.write, [9]
+
+    def short(handle, data):
+        room[0] -= data.startswith(b'{"')  # a row, not what asyncio tells itself
+        return write(handle, data[:10] if room[0] == 0 and data.startswith(b'{"') else data)
+
+    with TeacherServer() as server:
+        monkeypatch.setattr(os, "write", short)
+        done = distilled(server, concurrency=1)
+        assert done.code == 3 and "the disk is full" in done.err and len(done.err.splitlines()) == 1
+        monkeypatch.undo()
+        assert len(distilled(server, concurrency=1).rows) == 12 and len(server.asked) == 13
+
+
+def test_no_reply_is_yielded_before_it_is_durable(tmp_path, monkeypatch):
+    synced = []
+    sync = teacher.files.sync
+    monkeypatch.setattr(teacher.files, "sync", lambda path: (synced.append(Path(path).read_bytes()), sync(path))
+                        if Path(path).is_file() else sync(path))  # fmt: skip
+    with TeacherServer() as server:
+        for reply in a_teacher(server).ask(questions(5), tmp_path / "j"):
+            assert json.dumps(reply.text).encode() in synced[-1] or any(reply.text.encode() in s for s in synced)
+
+
+# ---- many rows -------------------------------------------------------------------------------------------------------
+
+
+def test_ten_thousand_rows_from_the_journal_are_flat_in_memory(tmp_path):
+    import tracemalloc
+
+    class Many(list):
+        def __len__(self):
+            return 10_000
+
+        def __iter__(self):
+            return (Question(str(i), [{"role": "user", "content": f"{i} " * 200}]) for i in range(10_000))
+
+    path = tmp_path / "j"
+    with TeacherServer() as server:
+        master = a_teacher(server)
+        with io.StringIO() as lines:
+            print(json.dumps({"journal": master.about}), file=lines)
+            for question in Many():
+                row = {**Reply(question.key, "x" * 2000, "stop", 5)._asdict(), "asked": digest(question)}
+                print(json.dumps({**row, "requests": 1, "cost": 5}), file=lines)
+            path.write_text(lines.getvalue())
+        tracemalloc.start()
+        total = sum(len(reply.text) for reply in master.ask(Many(), path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert total == 20_000_000 and not server.asked
+    assert peak < 8 * 2**20  # of 20 MB of answers and 10 MB of questions
+
+
+# ---- a local model ---------------------------------------------------------------------------------------------------
+
+
+def a_local(*more):
+    parser = errors.Parser()
+    parser.add_argument("--seed", type=int, default=0)
+    teacher.add_flags(parser)
+    words = ["--local", str(cli.model_folder()), "--answer-tokens", "6", "--concurrency", "3", *map(str, more)]
+    return teacher.from_flags(parser.parse_args(words))
+
+
+@pytest.mark.parametrize("more", [(), ("--temperature", "1", "--seed", "4")], ids=["likeliest", "drawn"])
+def test_a_local_teacher_answers_the_same_in_any_batches_and_after_a_stop(tmp_path, more):
+    whole = list(a_local(*more).ask(questions(8), tmp_path / "whole"))
+    assert [reply.key for reply in whole] == [f"k{i}" for i in range(8)] and any(reply.text for reply in whole)
+    assert list(a_local(*more, "--concurrency", 1).ask(questions(8), tmp_path / "alone")) == whole
+    part = a_local(*more, "--max-requests", 4)
+    assert list(part.ask(questions(8), tmp_path / "j")) == whole[:4]
+    assert part.stopped == "--max-requests 4 is reached"
+    rest = a_local(*more)
+    assert list(rest.ask(questions(8), tmp_path / "j")) == whole and rest.requests == 4
+
+
+@mutation("data_gen/teacher.py", '"stop" if whole else "length"', '"stop"')
+def test_a_local_teacher_says_length_where_the_answer_was_cut_and_counts_tokens(tmp_path):
+    teacher_of_two = a_local("--answer-tokens", "2")
+    replies = list(teacher_of_two.ask(questions(3), tmp_path / "j"))
+    assert {reply.finish for reply in replies} <= {"stop", "length"} and "length" in {r.finish for r in replies}
+    assert all(reply.tokens > 2 for reply in replies)
+
+
+def test_a_prompt_too_long_for_a_local_teacher_fails_alone(tmp_path):
+    asked = questions(4)
+    asked[1] = Question("long", [{"role": "user", "content": "word " * 400}])
+    local = a_local()
+    assert [reply.finish == "failed" for reply in local.ask(asked, tmp_path / "j")] == [False, True, False, False]
+    assert local.failed == {"prompt too long": 1}
+
+
+@mutation("data_gen/teacher.py", 'self.about["adapter"] = hashlib.sha256(weights).hexdigest()[:16]', "pass")
+def test_an_adapter_changes_a_local_teacher_and_belongs_to_the_journal(tmp_path):
+    plain = list(a_local().ask(questions(3), tmp_path / "j"))
+    with pytest.raises(BadInput, match="adapter was not given"):
+        list(a_local("--local-adapter", cli.adapter_folder()).ask(questions(3), tmp_path / "j"))
+    assert list(a_local("--local-adapter", cli.adapter_folder()).ask(questions(3), tmp_path / "k")) != plain
+
+
+@mutation(
+    "data_gen/teacher.py",
+    "return model, load_chat(base, self._adapter, SimpleNamespace(**given))",
+    "return model, pretrained.load_chat(base)",
+)
+def test_a_local_teacher_with_an_adapter_is_asked_as_the_adapter_was_trained(tmp_path):
+    """Its system turn, its template, and only on its own base."""
+    shutil.copytree(cli.adapter_folder(), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "passport.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat": {"system": "Be brief."}}))
+    _, chat = a_local("--local-adapter", tmp_path / "adapter")._load()
+    assert "Be brief." in chat.tokenizer.decode(chat.prompt([{"role": "user", "content": "hi"}]))
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@mutation(
+    "lora/files.py", "if any(os.path.realpath(path) == os.path.realpath(other) for other in inputs):", "if False:"
+)
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--teacher m", "neither --base-url nor --local"), ("--base-url http://h/v1 --local x --teacher m", "both"),
+        ("--base-url http://h/v1", "missing --teacher"), ("--base-url h:8000 --teacher m", "no URL"),
+        ("--base-url http://h:x/v1 --teacher m", "no URL"), ("--base-url http://u:p@h/v1 --teacher m", "a user name"),
+        ("--base-url http://h/v1/chat/completions --teacher m", "ends in /chat/completions"),
+        ("--base-url http://h/v1?key=a --teacher m", "a query"), ("--local x --teacher m", "wrong --teacher"),
+        ("--base-url http://h --teacher m --local-adapter a", "wrong --local-adapter"),
+        ("--base-url http://h --teacher m --concurrency 0", "wrong --concurrency"),
+        ("--base-url http://h --teacher m --deadline 0", "wrong --deadline"),
+        ("--base-url http://h --teacher m --deadline nan", "wrong --deadline"),
+        ("--base-url http://h --teacher m --temperature -1", "wrong --temperature"),
+        ("--base-url http://h --teacher m --max-requests 0", "wrong --max-requests"),
+        ("--base-url http://h --teacher m --max-tokens x", "max-tokens"), ("--local /none", "no model in /none"),
+        ("--base-url http://h --teacher m --rows 0", "wrong --rows"), ("--local x --examples 0", "wrong --examples"),
+        ("--local x --out data.jsonl", "it is a file that is read"), ("--local x --out .", "not a regular file"),
+        ("--local x --out a/b", "there is no folder a"), ("--base-url http://h --teacher m --data no", "no such file"),
+        ("--base-url http://h --teacher m --prompt-file data.jsonl", "must be in it once"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line(data, monkeypatch, capsys, words, why):
+    monkeypatch.chdir(data.parent)
+    code = distill.main(["--data", "data.jsonl", "--rows", "3", "--out", "out.jsonl", *words.split()])
+    out, err = capsys.readouterr()
+    assert code == 2 and why in err and err.startswith("error: ") and not out and not Path("out.jsonl").exists()
+
+
+def test_rows_that_are_not_one_question_and_one_answer_are_named(distilled, data):
+    for roles in (("user", "assistant") * 2, ("system", "user", "assistant")):
+        with open(data, "a") as file:
+            file.write(json.dumps({"messages": [{"role": role, "content": "x"} for role in roles]}) + "\n")
+    with TeacherServer() as server:
+        done = distilled(server)
+    assert done.code == 2 and not server.asked and len(done.err.splitlines()) == 2
+    assert "data.jsonl:61: its turns are user, assistant, user, assistant. Give" in done.err
+    assert "data.jsonl:62: its turns are system, user, assistant. Give" in done.err
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(distilled, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-ключ\n0123456789")
+    with TeacherServer() as server:
+        done = distilled(server)
+    assert done.code == 2 and "wrong key in $OPENAI_API_KEY" in done.err and "0123" not in done.err
+
+
+def test_without_the_package_the_fix_is_named(distilled, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with TeacherServer() as server:
+        done = distilled(server)
+    assert done.code == 3 and "pip install -e '.[distill]'" in done.err
+
+
+def test_a_prompt_of_ones_own(distilled, data):
+    own = data.parent / "own.txt"
+    own.write_text("\ufeffLook, {n} of them:\r\n{examples}\nNow you. {question}\n", encoding="utf-8")
+    with TeacherServer() as server:
+        assert distilled(server, prompt_file=own, examples=2).code == 0
+        for prompt in server.prompts():
+            form = r"Look, 2 of them:\n(Question: .*\nAnswer: .*\n+){2}Now you. Question number \d+\?"
+            assert re.fullmatch(form, prompt)

@@ -1,0 +1,221 @@
+"""Micro-batches of one length, and blocks compiled for it: the same loss, gradients and counts; compiled once.
+
+Here the compiler only traces: a backend that runs what it is given and counts. `test_parity_compile.py` makes code.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+
+from lora import device
+from lora.adapter.inject import lora_layers
+from lora.data import batch
+from lora.errors import BadEnvironment
+from lora.text.chat import Example
+from lora.train.step import accumulate, train_step
+from tests.cli import ON_CPU, call, data_file, model_folder
+from tests.helpers import close, far, patched, tiny_model
+from tests.mutation import mutation
+from tests.network.test_families import family_config, model_of
+from tests.train.test_train import objective_of
+
+TOL = 1e-11
+
+
+def example_of(prompt: int, answer: int) -> Example:
+    tokens = random.Random(answer).choices(range(1, 131), k=prompt + answer)
+    return Example(tokens, [False] * prompt + [True] * answer)
+
+
+STEP = [example_of(prompt, answer) for prompt, answer in ((20, 5), (3, 7), (12, 26), (2, 40), (25, 2))]
+OTHER = [example_of(prompt, answer) for prompt, answer in ((9, 9), (30, 11), (4, 4), (4, 30))]
+LONG = example_of(30, 300)
+
+
+@pytest.fixture
+def model():
+    return patched(tiny_model(num_hidden_layers=3)).train()
+
+
+@pytest.fixture
+def graphs():
+    """What the tracing backend was given."""
+    torch.compiler.reset()
+    yield []
+    torch.compiler.reset()
+
+
+def compiled(model, graphs):
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile_blocks(backend=backend, fullgraph=True)
+    return model
+
+
+def adapter(model) -> list[torch.nn.Parameter]:
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+def loss_and_gradients(model, batches, seed=5) -> tuple[float, torch.Tensor]:
+    for p in adapter(model):
+        p.grad = None
+    torch.manual_seed(seed)
+    loss, _ = accumulate(objective_of(model), batches)
+    return float(loss), torch.cat([p.grad.flatten() for p in adapter(model)])
+
+
+def agree(got, wanted) -> bool:
+    return abs(got[0] - wanted[0]) <= TOL * abs(wanted[0]) and close(got[1], wanted[1], TOL)
+
+
+# ---- one length ------------------------------------------------------------------------------------------------------
+
+
+@mutation("lora/data/batch.py", "[False] * (dead + 1)", "[True] * (dead + 1)")
+@mutation(
+    "lora/data/batch.py",
+    """    batch.dead = dead
+""",
+    "",
+)
+@pytest.mark.parametrize("size", [48, 64, 100, 1000])
+def test_filled_micro_batches_have_one_length_and_change_neither_loss_nor_gradients_nor_counts(model, size):
+    plain, filled = batch.micro_batches(STEP, size), batch.micro_batches(STEP, size, fill=True)
+    assert len(plain) == len(filled) and any(b.dead for b in filled)
+    assert {len(b.tokens) for b in filled} == {sum(b.lengths) for b in filled} == {size}
+    assert agree(loss_and_gradients(model, filled), loss_and_gradients(model, plain))
+    found = []
+    for batches in (plain, filled):
+        optimizer = torch.optim.SGD(adapter(model), lr=0.0)
+        found.append(train_step(objective_of(model), batches, optimizer, 0.0))
+    assert found[0].tokens == found[1].tokens == sum(len(e.tokens) - 1 for e in STEP)
+    assert found[0].trained_tokens == found[1].trained_tokens == sum(sum(e.trained) for e in STEP)
+
+
+def test_an_example_over_the_budget_is_filled_up_to_a_multiple():
+    [first, last] = batch.micro_batches([example_of(3, 7), LONG], 64, fill=True)
+    assert (len(first.tokens), first.dead) == (64, 64 - 9)
+    assert (len(last.tokens), last.dead) == (512, 512 - 329)
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+@mutation("lora/network/decoder.py", "            x.requires_grad_()", "            pass")
+def test_one_compilation_serves_all_blocks_and_steps_and_changes_nothing(model, graphs):
+    first, second = (batch.micro_batches(step, 64, fill=True) for step in (STEP, OTHER))
+    plain = [loss_and_gradients(model, batches) for batches in (first, second)]
+    assert far(plain[0][1], plain[1][1], TOL)
+    compiled(model, graphs)
+    assert agree(loss_and_gradients(model, first), plain[0])
+    assert len(graphs) == 2  # before attention and after it
+    assert agree(loss_and_gradients(model, second), plain[1])
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "gemma3_text"])
+def test_blocks_of_other_families_are_compiled_to_the_same(kind, graphs):
+    """Some layers without RoPE; four norms, two RoPEs, windows."""
+    model = patched(model_of(family_config(kind) | {"vocab_size": 131})).train()
+    batches = [batch.lay_out(STEP[:3])]
+    wanted = loss_and_gradients(model, batches)
+    assert agree(loss_and_gradients(compiled(model, graphs), batches), wanted)
+    assert graphs
+
+
+def test_a_third_length_needs_no_third_compilation(model, graphs):
+    lengths = [batch.micro_batches([example_of(1, n)], 1) for n in (40, 90, 140)]
+    plain = [loss_and_gradients(model, batches) for batches in lengths]
+    compiled(model, graphs)
+    seen = []
+    for batches, wanted in zip(lengths, plain, strict=True):
+        assert agree(loss_and_gradients(model, batches), wanted)
+        seen.append(len(graphs))
+    assert seen == [2, 4, 4]
+
+
+@mutation("lora/network/decoder.py", "if self.compiled and torch.is_grad_enabled() else", "if self.compiled else")
+@torch.no_grad()
+def test_evaluations_and_answers_run_as_written(model, graphs):
+    [b] = batch.micro_batches(STEP, 1000)
+    wanted = model.trunk(b.tokens, b.lengths)
+    compiled(model, graphs)
+    assert torch.equal(model.trunk(b.tokens, b.lengths), wanted)
+    cache = model.new_cache(len(b.lengths), max(b.lengths))
+    assert close(model.trunk(b.tokens, b.lengths, cache=cache), wanted, TOL)
+    assert not graphs
+
+
+@pytest.mark.parametrize("way", ["checkpointed", "dropout", "some layers"])
+def test_compiled_with_what_else_there_is(graphs, way):
+    targets = ("all",) if way != "some layers" else ("re:model.layers.[02].(self_attn.q_proj|mlp.*)",)
+    model = patched(tiny_model(num_hidden_layers=3), dropout=0.3 * (way == "dropout"), targets=targets).train()
+    batches = batch.micro_batches(STEP, 64, fill=True)
+    wanted = loss_and_gradients(model, batches)
+    model.checkpoint_activations = way == "checkpointed"
+    assert agree(loss_and_gradients(compiled(model, graphs), batches), wanted)
+    assert len(graphs) == (4 if way == "some layers" else 2)
+
+
+@mutation(
+    "lora/network/decoder.py",
+    "    return checkpoint(function, *arguments, use_reentrant=False)",
+    "    return function(*arguments)",
+)
+def test_what_is_cheap_to_form_again_is_not_kept(graphs):
+    """A graph marks it: the two norms, and the product of gate and up."""
+    model = compiled(patched(tiny_model()).train(), graphs)
+    loss_and_gradients(model, batch.micro_batches(STEP, 64, fill=True))
+    marked = [sum("checkpoint" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert sorted(marked) == [1, 2]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def traced_only():
+    """The compiler makes no code, which would take half a minute."""
+    compile_ = torch.compile
+    torch.compile = lambda function, **options: compile_(function, **{**options, "backend": "eager"})
+
+
+def losses(folder) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_a_compiled_run_says_that_it_takes_time_and_learns_the_same(tmp_path):
+    same = ("--model", model_folder(), "--data", data_file(), "--max-steps", 3, "--micro-tokens", 128, *ON_CPU)
+    plain = call("train", *same, "--out", "plain", cwd=tmp_path)
+    done = call("train", *same, "--out", "compiled", "--compile", cwd=tmp_path, before=traced_only)
+    assert (plain.code, done.code) == (0, 0), done.err
+    assert "compile  the first step takes" in done.err and "compile  " not in plain.err
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    again = call("train", "--resume", "--out", "plain", "--max-steps", 4, "--schedule", "constant", cwd=tmp_path)
+    assert "--schedule" in again.err  # which is compared; whether blocks are compiled is not
+
+
+def test_compile_and_fsdp_are_refused_together(tmp_path):
+    done = call("train", "--model", model_folder(), "--compile", "--fsdp", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.strip() == "error: contradiction in the command line: --compile and --fsdp. Leave out one of them"
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    env = {"PATH": str(tmp_path), "CXX": ""}
+    done = call("train", "--model", model_folder(), "--compile", *ON_CPU, cwd=tmp_path, env=env)
+    assert done.code == 3 and done.err.startswith("error: no C++ compiler in this environment: --compile calls ")
+    assert done.err.count("\n") == 1
+
+
+def test_a_gpu_needs_a_c_compiler_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "")
+    with pytest.raises(BadEnvironment, match="no C compiler in this environment: --compile calls gcc"):
+        device.check_compiler(torch.device("cuda"))
+    (tmp_path / "clang").touch(0o755)
+    device.check_compiler(torch.device("cuda"))

