@@ -53,7 +53,7 @@ def attend(
     window = window if window and window < max(lengths) else None
     if starts is not None and not cap:
         return causal_varlen(window)(q, k, v, starts, starts, max(lengths), max(lengths))
-    if q.device.type == "cpu" and not window and not cap:
+    if q.device.type in ("cpu", "meta") and not window and not cap:
         return _Causal.apply(q, k, v, lengths)
     parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     return torch.cat([one_document(*part, window, cap) for part in parts])
@@ -199,7 +199,7 @@ class _Causal(torch.autograd.Function):
                 result[:, start:stop] = _unstack(P @ values[:, :stop], group.B, stop - start)
                 if keep:
                     kept.append(P)
-            out.index_copy_(0, group.index, result.flatten(0, 1))
+            out.index_copy_(0, group.index.to(out.device), result.flatten(0, 1))
         ctx.lengths = lengths
         ctx.save_for_backward(q, k, v, out[:T], *kept)
         return out[:T]

@@ -1,5 +1,6 @@
 """The adapter that a run makes: what its flags or --init-adapter say of it, checked against the base on `meta`."""
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import torch
 
 from lora import flags, pretrained
 from lora.adapter import passport, store
-from lora.adapter.inject import NoMatch, choose, ends, first_match, lora_layers
+from lora.adapter.inject import NoMatch, choose, ends, first_match, inject, lora_layers
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
 from lora.network.decoder import Model
@@ -75,6 +76,15 @@ def ranks(s: SimpleNamespace, empty: Model) -> dict[str, int]:
     if problems:
         raise BadInput(*problems)
     return found
+
+
+def on_meta(empty: Model, s: SimpleNamespace) -> Model:
+    """A copy of a model on `meta` as the run trains it: in its dtype, and patched. `lora.train.memory` counts by it."""
+    model = copy.deepcopy(empty).to(getattr(torch, s.dtype)).train()
+    if s.full:
+        return model.requires_grad_()
+    inject(model, **arguments(s, given=True))
+    return model
 
 
 def table(s: SimpleNamespace, empty: Model, targets: dict[str, int]) -> Iterator[str]:

@@ -40,6 +40,7 @@ class Plan:
     base: pretrained.Checkpoint
     chat: Chat
     empty: Model
+    on_meta: Model  # patched
     targets: dict[str, int]  # path -> rank
     made: Sequence[dict] | None
     sources: Sources
@@ -54,7 +55,7 @@ class Plan:
 
     def needs(self, s: SimpleNamespace) -> tuple:
         """What `memory` counts with."""
-        return self.empty, self.targets, s, self.examples.lengths, self.per_step
+        return self.on_meta, s, self.examples.lengths, self.per_step
 
     def fingerprint(self) -> str:
         """Of the base's weights."""
@@ -166,7 +167,8 @@ def make_plan(s: SimpleNamespace, team: DistContext, made: Sequence[dict] | None
     per_step = s.batch_size + math.ceil(sum(share for _, share in sources.replays) * s.batch_size)
     per_step = math.ceil(per_step / team.size)
     return Plan(
-        base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, per_step,
+        base, chat, empty, adapter.on_meta(empty, s), targets, made, sources, examples, why_dtype, per_epoch, total,
+        warmup, step_tokens, per_step,
         _ordinary(s, chat, sources, made, empty.config.max_position_embeddings, team.device),
     )  # fmt: skip
 
