@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from lora import flags, pretrained
-from lora.adapter import passport, store
+from lora.adapter import passport, peft_config, store
 from lora.adapter.inject import NoMatch, choose, ends, first_match, inject, lora_layers
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
@@ -141,7 +141,7 @@ def take_over(s: SimpleNamespace, base: pretrained.Checkpoint) -> None:
         raise BadInput(*problems)
     if not s.no_verify:
         passport.verify(s.init_adapter, base.name, base.header, base.read, layers)
-    names = store.target_modules(trial)
+    names = peft_config.target_modules(trial)
     vars(s).update(its, target=names if isinstance(names, list) else [f"re:{names}"])
     if problems := contradictions(s):
         raise BadInput(*problems)
