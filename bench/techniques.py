@@ -2,8 +2,8 @@
 
 On the default model, with the short chats of bench/train_speed.py. All variants take the same steps in one process by
 turns: who is first rotates from round to round, and each has met a step's shapes before it is timed. Two techniques
-that belong to a whole process have processes of their own. Above 1 a technique makes steps faster. Beside it: the bytes that
-autograd keeps for the backward pass. Writes JSON, which keeps what it has of techniques that were not asked for.
+that belong to a whole process have processes of their own. Above 1 a technique makes steps faster. Beside it: the bytes
+that autograd keeps for the backward pass. Writes JSON, which keeps what it has of techniques that were not asked for.
 """
 
 import argparse
@@ -73,7 +73,7 @@ STEPS = 2  # different ones, each met by all variants before the first is timed
 
 def some_steps(count: int) -> list[list[Example]]:
     tokenizer = pretrained.load_chat(pretrained.find(str(hub.default_model()))).tokenizer
-    text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
+    text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
     steps = train_speed.make_steps(train_speed.WORKLOADS["short"], text, count, seed="techniques")
     return [[Example(*example) for example in step] for step in steps]
 
