@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import ends, linears, lora_layers
+from lora.adapter.inject import linears, lora_layers, path_endswith
 from lora.adapter.layer import LoRALinear
 from lora.adapter.variants import KINDS, kind_of
 from lora.errors import BadInput
@@ -120,7 +120,7 @@ def target_modules(model: nn.Module) -> list[str] | str:
     patched = set(lora_layers(model))
     unpatched = [path for path in linears(model) if path.removesuffix(".base") not in patched]
     for names in ({path.rsplit(".", 1)[-1] for path in patched}, patched):
-        if not any(ends(path, *names) for path in unpatched):
+        if not any(path_endswith(path, *names) for path in unpatched):
             return sorted(names)
     return "|".join(re.escape(path) for path in sorted(patched))  # where one whole path ends another
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import ends, linears, lora_layers, patch
+from lora.adapter.inject import linears, lora_layers, patch, path_endswith
 from lora.adapter.layer import LoRALinear
 from lora.adapter.peft_config import CONFIG, MERGE, LoRAConfig, config_of, read_config
 from lora.errors import BadInput, Refused
@@ -35,7 +35,7 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
 
     Raises ValueError where the model has no LoRA layers, or not all of one kind and dropout.
     """
-    exported = {path: layer.saved() for path, layer in lora_layers(model).items()}
+    exported = {path: layer.export_tensors() for path, layer in lora_layers(model).items()}
     sizes = {path: (rank, alpha) for path, (rank, alpha, _) in exported.items()}
     tensors = {f"{PREFIX}{path}.{name}": tensor for path, (*_, its) in exported.items() for name, tensor in its.items()}
     config, folder = config_of(model, sizes, base, task), Path(folder)
@@ -57,7 +57,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
     names = config.kind.shapes(1, 1, 1)
     tensors = read_tensors(folder, names)
     meant = {name.removesuffix(f".{end}") for name in tensors for end in names if name.endswith(f".{end}")}
-    paths = {p for p in linears(model) if (ends(p, *config.targets) if config.targets else p in meant)}
+    paths = {p for p in linears(model) if (path_endswith(p, *config.targets) if config.targets else p in meant)}
     if not paths:
         there = ", ".join(sorted({p.rsplit(".", 1)[-1] for p in linears(model)}))
         raise BadInput(f"wrong adapter in {folder}: its targets match nothing in this model, which has {there}. "
@@ -96,13 +96,13 @@ def _differences(expected: dict[str, tuple], tensors: dict[str, torch.Tensor], f
 @torch.no_grad()
 def restore(model: nn.Module, folder: Path) -> None:
     """Write the adapter in `folder` into the layers of a model that is patched alike. Raises BadInput."""
-    exported = {path: layer.saved()[-1] for path, layer in lora_layers(model).items()}
+    exported = {path: layer.export_tensors()[-1] for path, layer in lora_layers(model).items()}
     tensors = read_tensors(folder, {name for its in exported.values() for name in its})
     wanted = {f"{path}.{name}": tensor.shape for path, its in exported.items() for name, tensor in its.items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise BadInput(f"wrong adapter in {folder}: its tensors are not those of this run. Give another one")
     for path, layer in lora_layers(model).items():
-        layer.take({name: tensors[f"{path}.{name}"] for name in exported[path]})
+        layer.load_tensors({name: tensors[f"{path}.{name}"] for name in exported[path]})
 
 
 def read_tensors(folder: Path, known: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lora import ops
 from lora.device import ROUND
-from lora.ops.loss import ROWS, summed_loss
+from lora.ops.fast_cross_entropy import ROWS
 
 RUNTIME = {"cpu": 380e6}  # Python, torch, its compiler (`meta` needs it), a tokenizer; a GPU counts its tensors only
 GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
@@ -46,7 +47,7 @@ def saved(model: nn.Module, documents: Sequence[int], blocks: Sequence[nn.Module
         tokens = torch.zeros(sum(documents), dtype=torch.long, device="meta")
         with saved_tensors_hooks(save, lambda _: None):
             hidden = model.trunk(tokens, list(documents))  # (T, D)
-            summed_loss(hidden, model.head_weight, tokens, cap=model.config.final_logit_softcapping)
+            ops.cross_entropy(hidden, model.head_weight, tokens, cap=model.config.final_logit_softcapping)
     finally:
         model.model.layers = all_blocks
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)

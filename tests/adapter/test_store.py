@@ -164,7 +164,7 @@ class Nested(nn.Module):
 
 @mutation(
     "lora/adapter/peft_config.py",
-    """        if not any(ends(path, *names) for path in unpatched):
+    """        if not any(path_endswith(path, *names) for path in unpatched):
             return sorted(names)""",
     """        if not names & set(unpatched):
             return sorted(names)""",
@@ -304,8 +304,8 @@ def test_one_error_lists_every_missing_extra_and_misshapen_tensor(tmp_path):
 
 @mutation(
     "lora/adapter/store.py",
-    "(ends(p, *config.targets) if config.targets else p in meant)",
-    "(ends(p, *config.targets) or p in meant)",
+    "(path_endswith(p, *config.targets) if config.targets else p in meant)",
+    "(path_endswith(p, *config.targets) or p in meant)",
 )
 def test_tensors_of_a_linear_that_no_target_names_are_extra(tmp_path):
     """PEFT would drop them; then the adapter would compute something else than it says."""

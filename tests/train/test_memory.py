@@ -19,8 +19,7 @@ from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
 from lora.network import decoder
 from lora.network.config import ModelConfig
-from lora.ops import attention
-from lora.ops.loss import summed_loss
+from lora.ops import cross_entropy, fast_attention
 from lora.run.adapter import on_meta
 from lora.text.chat import Example
 from lora.train import memory
@@ -76,8 +75,8 @@ def gradients(model, again: bool, micro_batches: list[list[int]], seed: int = 5)
 
 @mutation(
     "lora/network/decoder.py",
-    "None, wanted, use_reentrant=False)",
-    "None, wanted, use_reentrant=False, preserve_rng_state=False)",
+    "use_reentrant=False) if recompute",
+    "use_reentrant=False, preserve_rng_state=False) if recompute",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -126,15 +125,15 @@ def saved_bytes(model, lengths: list[int]) -> int:
         return tensor
 
     with saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = summed_loss(model.trunk(tokens, lengths), model.head_weight, tokens, cap=cap)
+        loss = cross_entropy(model.trunk(tokens, lengths), model.head_weight, tokens, cap=cap)
         assert loss.requires_grad
         return sum(storage.nbytes() for place, storage in saved.items() if place not in own)
 
 
 @mutation(
     "lora/network/decoder.py",
-    "again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None",
-    "again = False",
+    "recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None",
+    "recompute = False",
 )
 def test_fewer_bytes_are_kept_where_activations_are_recomputed():
     model = patched(tiny_model(torch.float32, num_hidden_layers=6)).train()
@@ -202,7 +201,7 @@ def test_blocks_before_the_first_target_keep_nothing():
 def test_long_documents_keep_no_square(monkeypatch):
     model = patched(tiny_model(torch.bfloat16, **SHAPES["llama"])).train()
     few = counted_bytes(model, [150, 100])
-    monkeypatch.setattr(attention._Causal, "KEPT", 1000)
+    monkeypatch.setattr(fast_attention._Causal, "KEPT_BYTES", 1000)
     memory.saved_by_blocks.cache_clear()
     assert counted_bytes(model, [150, 100]) == saved_bytes(model, [150, 100]) < few
 
