@@ -240,7 +240,7 @@ def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], 
     ordinary = []
     if adapter and not s.no_retention:
         ordinary, count, _ = retention_batches(chat, s.retention, most, s.micro_tokens, device)
-        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.dead for b in ordinary):,} tokens")
+        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.padding for b in ordinary):,} tokens")
     return Column(name, adapter, chat, examples, prompts, ordinary)
 
 
@@ -252,7 +252,7 @@ def losses(model, column: Column, device, s) -> dict[str, float]:
     cap = model.config.final_logit_softcapping
 
     def trunk(b) -> torch.Tensor:
-        return model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
+        return model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
 
     batches = micro_batches(column.examples, s.micro_tokens, device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)

@@ -18,11 +18,12 @@ import torch
 
 from data_gen import self_cognition
 from lora import device as machine
-from lora import methods, pretrained
+from lora import methods, ops, pretrained
 from lora.adapter.inject import disabled
 from lora.data.sources import lint_report
 from lora.errors import StopFlag, Stopped, say
 from lora.methods import sft
+from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.run.evaluator import Answers, Evaluator, Interrupted
@@ -51,6 +52,7 @@ def check_settings(argv) -> int:
     if args.resume is not None:
         args, resumed = resume(args, argv, __doc__)
     args.refuse_contradictions()
+    ops.use_plain(args.plain)
     device = machine.choose_device(args.device)
     if args.compile:
         machine.check_compiler(device)
@@ -91,7 +93,7 @@ def load(plan: Plan, args: TrainSettings, processes: DistContext, given: bool) -
     torch.manual_seed(args.seed)
     trainable = make_trainable(model, plan, args, given, processes.main)
     if args.compile:
-        model.compile_blocks()
+        compile_blocks(model)
         say("compile  the first step takes a minute or two longer")
     return model, trainable
 

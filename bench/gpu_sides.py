@@ -18,6 +18,7 @@ from lora import files  # noqa: E402
 from lora.adapter.inject import GROUPS, inject  # noqa: E402
 from lora.data.batch import micro_batches  # noqa: E402
 from lora.methods import sft  # noqa: E402
+from lora.network.compiled import compile_blocks  # noqa: E402
 from lora.network.config import ModelConfig  # noqa: E402
 from lora.network.decoder import Model  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
@@ -65,7 +66,7 @@ class Ours:
         fill(dict(self.model.named_parameters()))
         inject(self.model, RANK, ALPHA)
         if job.side == "compiled":
-            self.model.compile_blocks(**job.compiler)
+            compile_blocks(self.model, **job.compiler)
         self.model.train()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         fill(self.parameters)

@@ -8,7 +8,7 @@ import torch
 from lora.data.batch import Batch
 from lora.data.sources import Sources, read_sources
 from lora.network.decoder import Model
-from lora.ops.loss import summed_loss
+from lora.ops import cross_entropy
 from lora.pretrained import hub
 from lora.text.chat import Chat
 from lora.train.evaluate import Total, mean_loss
@@ -21,8 +21,8 @@ def examples(args, chat: Chat, generated_rows: Sequence[dict] | None = None) -> 
 
 def loss(model: Model, batch: Batch) -> tuple[torch.Tensor, int]:
     """-Σ log p(target) over the N trained tokens, and N."""
-    hidden = model.trunk(batch.tokens, batch.lengths, rows=batch.rows)  # (N, D)
-    total = summed_loss(hidden, model.head_weight, batch.targets, cap=model.config.final_logit_softcapping)
+    hidden = model.trunk(batch.tokens, batch.lengths)[batch.trained]  # (N, D)
+    total = cross_entropy(hidden, model.head_weight, batch.targets, cap=model.config.final_logit_softcapping)
     return total, len(batch.targets)
 
 

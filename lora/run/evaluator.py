@@ -128,7 +128,7 @@ class Evaluator:
         """This process's part of the batches."""
         cuts = [batches[rank :: self.processes.size] for rank in range(self.processes.size)]
         if self.sharded:
-            return self.processes.padded(cuts, batch.nothing(self.processes.device))
+            return self.processes.padded(cuts, batch.dummy_batch(self.processes.device))
         return cuts[self.processes.rank]
 
     def _raise_if_stopped(self) -> None:
@@ -144,14 +144,14 @@ class Evaluator:
 
     def _trunk(self, b: batch.Batch) -> torch.Tensor:
         self._raise_if_stopped()
-        return self.model.trunk(b.tokens, b.lengths, rows=b.rows)
+        return self.model.trunk(b.tokens, b.lengths)[b.trained]
 
 
 def fingerprint(batches: Iterable[batch.Batch]) -> str:
     """sha256 over what is measured."""
     digest = hashlib.sha256()
     for b in batches:
-        digest.update(f"{b.lengths} {b.tokens.tolist()} {b.rows.tolist()} {b.targets.tolist()}".encode())
+        digest.update(f"{b.lengths} {b.tokens.tolist()} {b.trained.tolist()} {b.targets.tolist()}".encode())
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ import torch
 from lora import device as machine
 from lora import folders, pretrained
 from lora.adapter import passport
-from lora.adapter.inject import choose
+from lora.adapter.inject import find_targets
 from lora.data import batch, preview, retention
 from lora.data.encode import Encoded
 from lora.data.sources import Sources, named, trained_rows
@@ -81,7 +81,7 @@ class Plan:
         if not args.fsdp:
             return cut(processes.share(indices, lengths))
         cuts = [cut(part) for part in distributed.shares(indices, lengths, processes.size)]
-        return processes.padded(cuts, batch.nothing(processes.device))
+        return processes.padded(cuts, batch.dummy_batch(processes.device))
 
     def trained_parameters(self, args: TrainSettings) -> int:
         if args.full:
@@ -178,7 +178,7 @@ def make_plan(
     chat = pretrained.load_chat(base, system, template, date.fromisoformat(args.date))
     if begins_with_adapter:
         passport.verify_chat(args.init_adapter, base.name, chat.tokenizer, chat.template.source, args.no_verify)
-    targets = dict.fromkeys(choose(empty), 0) if args.full else adapter.ranks(args, empty)
+    targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
     limit = empty.config.max_position_embeddings
     args.max_len = min(args.max_len or limit, limit)
     sources = sft.examples(args, chat, generated_rows)

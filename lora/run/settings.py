@@ -194,6 +194,8 @@ class TrainHardware(Settings, group="hardware"):
         False, "compute each layer again in the backward pass: slower, less memory", free=True)
     compile: bool = flag(
         False, "compile decoder blocks in the first step: faster on a GPU after a minute or two", saved=False)
+    plain: bool = flag(
+        False, "train with every formula as its paper writes it: slower, for reading and checking", saved=False)
     fsdp: bool = flag(False, "shard the base over the processes of torchrun", saved=False)
 
 
