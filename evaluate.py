@@ -11,6 +11,7 @@ quiet_imports(__name__)
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from data_gen import multiply
 from generate import collecting, holds_answers, load_chat
 from generate import encode as encode_prompt
 from lora import device as machine
-from lora import files, flags, pretrained, settings
+from lora import files, pretrained
 from lora.adapter import passport, store
 from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.merge import merge, merged_weight, unload, unmerge
@@ -34,9 +35,10 @@ from lora.errors import BadInput, say
 from lora.export import receipt
 from lora.inference import several
 from lora.inference.generate import generate
-from lora.ops import cross_entropy
+from lora.methods import sft
 from lora.pretrained import hub
 from lora.run import answers
+from lora.run.settings import EvaluateSettings
 from lora.text.chat import Chat
 from lora.train.evaluate import Retention, mean_loss
 
@@ -79,7 +81,7 @@ class Column(NamedTuple):
 
 
 def story(argv) -> int:
-    s = settings.resolve(flags.EVALUATE, argv, __doc__)
+    s = EvaluateSettings.resolve(argv, __doc__)
     names = several.column_names(s.adapter or [])
     rows = check(s, names)
 
@@ -138,7 +140,7 @@ def story(argv) -> int:
             "rows": len(rows),
             "model": {"name": checkpoint.name, "source": checkpoint.described},
             "adapters": {name: adapter for name, adapter in names.items() if adapter},
-            "settings": settings.to_save(flags.EVALUATE, s),
+            "settings": s.to_save(),
             "machine": dict(torch=torch.__version__, threads=torch.get_num_threads(), device=name, dtype=s.dtype),
         }
         files.write_json(Path(s.out), report | ({"faults": faults} if s.task and faults else {}))
@@ -252,13 +254,10 @@ def losses(model, column: Column, device, s) -> dict[str, float]:
     def trunk(b) -> torch.Tensor:
         return model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
 
-    def objective(b) -> torch.Tensor:
-        return cross_entropy(trunk(b), model.head_weight, b.targets, cap=cap)
-
     batches = micro_batches(column.examples, s.micro_tokens, device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
     with merged_head(model):
-        figures = {"loss": mean_loss(objective, bar)}
+        figures = {"loss": mean_loss(partial(sft.loss, model), bar)}
         if column.ordinary:
             retained = Retention(trunk, lambda: model.head_weight, column.ordinary, lambda: disabled(model), cap)()
             figures |= {f"retention_{key}": value for key, value in retained._asdict().items()}

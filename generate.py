@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora import device as machine
-from lora import files, flags, pretrained, settings
+from lora import files, pretrained
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merge_and_unload
@@ -34,12 +34,13 @@ from lora.inference import several
 from lora.inference.columns import table
 from lora.inference.generate import Sampling, generate
 from lora.pretrained import hub
+from lora.run.settings import GenerateSettings
 from lora.text.template import FROZEN_DATE
 from lora.text.tokenizer import Stream
 
 
 def story(argv) -> int:
-    s = settings.resolve(flags.GENERATE, argv, __doc__)
+    s = GenerateSettings.resolve(argv, __doc__)
     check(s)
     prompts = read_prompts(s)
 

@@ -20,20 +20,21 @@ from tqdm import tqdm
 
 from generate import collecting, encode, load_chat, prompts_in
 from lora import device as machine
-from lora import files, flags, folders, pretrained, settings
+from lora import files, folders, pretrained
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, derive, push, receipt
+from lora.run.settings import MergeSettings
 from lora.text.template import ChatTemplate
 
 WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
 
 
 def story(argv) -> int:
-    s = settings.resolve(flags.MERGE, argv, __doc__)
+    s = MergeSettings.resolve(argv, __doc__)
     way = derive.way(s)
     if way == "combine":
         return derive.combine(s)

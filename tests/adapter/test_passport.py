@@ -73,9 +73,9 @@ def test_a_run_writes_the_fingerprints_of_its_tokenizer_template_data_and_settin
 
 
 @mutation(
-    "lora/run/results.py",
-    'learned = {**settings.decisive(flags.TRAIN, s), "steps": plan.total}',
-    "learned = settings.decisive(flags.TRAIN, s)",
+    "lora/run/trainable.py",
+    'learned = {**args.decisive(), "steps": plan.total}',
+    "learned = args.decisive()",
 )
 def test_what_decides_what_is_learned_changes_the_fingerprints_and_nothing_else_does(tmp_path):
     first = papers(cli.adapter_folder())

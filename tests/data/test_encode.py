@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lora import errors, flags, settings
+from lora import errors
 from lora.data import preview
 from lora.data.encode import KEPT, ROWS, encode, joined
 from lora.data.formats import Conversation, Problem, scan
 from lora.data.sources import read_sources
 from lora.errors import BadInput, Refused
 from lora.pretrained.folder import ModelFolder, load_chat
+from lora.run.settings import TrainSettings
 from lora.text import template
 from lora.text.chat import Chat
 from lora.text.template import ChatTemplate
@@ -452,7 +453,7 @@ def test_what_is_held_out_has_no_question_in_common_with_what_is_trained_or_repl
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     a, b, r = (str(tmp_path / f"{name}.jsonl") for name in "abr")
     argv = ["--data", a, b, "--replay", f"{r}:0.5", "--eval-fraction", str(fraction), "--max-len", "500"]
-    chat, s = chat_of("smollm2"), settings.resolve(flags.TRAIN, argv, "")
+    chat, s = chat_of("smollm2"), TrainSettings.resolve(argv, "")
     found = read_sources(s, chat, Path)
     trained = set().union(*(questions_of(part, chat) for part in [*found.data, found.replays[0][0]]))
     held_out = questions_of(found.held_out, chat)
@@ -462,5 +463,5 @@ def test_what_is_held_out_has_no_question_in_common_with_what_is_trained_or_repl
     again = read_sources(s, chat, Path)
     assert again.fingerprint() == found.fingerprint() and questions_of(again.held_out, chat) == held_out
     argv[2], argv[1] = argv[1], argv[2]  # in another order the same questions are held out
-    other = read_sources(settings.resolve(flags.TRAIN, argv, ""), chat, Path)
+    other = read_sources(TrainSettings.resolve(argv, ""), chat, Path)
     assert questions_of(other.held_out, chat) == held_out and other.fingerprint() != found.fingerprint()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora import flags
+from lora.run.settings import GenerateSettings, MergeSettings, TrainSettings
 from tests import cli
 from tests.mutation import mutation
 
@@ -355,9 +355,9 @@ def test_a_reader_that_closes_early_is_met_with_silence(tmp_path):
 
 
 def test_help_names_every_flag_and_ends_well(tmp_path):
-    for script, table in (("train", flags.TRAIN), ("generate", flags.GENERATE), ("merge", flags.MERGE)):
+    for script, settings in (("train", TrainSettings), ("generate", GenerateSettings), ("merge", MergeSettings)):
         text = ok(cli.call(script, "--help", cwd=tmp_path))
-        assert all(setting.flag in text for setting in table)
+        assert all(one.flag in text for one in settings.flags().values())
     assert "--author" in ok(cli.call("self_cognition", "--help", cwd=tmp_path))
 
 

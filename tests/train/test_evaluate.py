@@ -143,8 +143,8 @@ def test_evaluating_changes_no_mode_no_random_state_no_gradient_and_no_weight():
     modes, state, before = [m.training for m in model.modules()], torch.get_rng_state(), snapshot(model)
     with evaluating(model):
         measure = retention(model, batches)
-        once = (measure(), mean_loss(lambda b: model(b.tokens, b.lengths).sum(), batches))
-        assert once == (measure(), mean_loss(lambda b: model(b.tokens, b.lengths).sum(), batches))  # no dropout
+        once = (measure(), mean_loss(lambda b: (model(b.tokens, b.lengths).sum(), 1), batches))
+        assert once == (measure(), mean_loss(lambda b: (model(b.tokens, b.lengths).sum(), 1), batches))  # no dropout
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
     assert all((p.grad == 0.25).all() for p in trained) and same(before, snapshot(model))
     with pytest.raises(KeyError), evaluating(model):
@@ -162,11 +162,10 @@ def test_processes_with_unequal_shares_agree_with_one():
     batches = micro_batches(examples(), 20)
 
     def loss(share, total):
-        return [
-            mean_loss(
-                lambda b: plain.cross_entropy(model(b.tokens, b.lengths)[b.trained], IDENTITY, b.targets), share, total
-            )
-        ]
+        def loss(b):
+            return plain.cross_entropy(model(b.tokens, b.lengths)[b.trained], IDENTITY, b.targets), len(b.targets)
+
+        return [mean_loss(loss, share, total)]
 
     def kept(share, total):
         return retention(model, share)(total)

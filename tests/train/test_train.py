@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import Batch, collate, dummy_batch, micro_batches, steps
 from lora.errors import BadNumbers
+from lora.methods import sft
 from lora.ops import cross_entropy, plain
 from lora.text.chat import Example
 from lora.train.evaluate import mean_loss
@@ -32,13 +34,7 @@ UNEQUAL = [example_of(prompt, answer, answer) for prompt, answer in ((40, 1), (3
 
 
 def objective_of(model):
-    """As train.py has it."""
-
-    def objective(b: Batch) -> torch.Tensor:
-        hidden = model.trunk(b.tokens, b.lengths)
-        return cross_entropy(hidden[b.trained], model.head_weight, b.targets)
-
-    return objective
+    return lambda b: sft.loss(model, b)[0]
 
 
 def plain_objective_of(model):
@@ -335,11 +331,11 @@ def test_eight_examples_are_learned_by_heart():
     assert found[0] > 3 and sum(sums) / 64 < 0.05
 
 
-@mutation("lora/train/evaluate.py", "return loss / count", "return loss / (count + 1)")
+@mutation("lora/train/evaluate.py", "return whole / count", "return whole / (count + 1)")
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
     model = patched(tiny_model())
-    found = mean_loss(objective_of(model), micro_batches(UNEQUAL, budget))
+    found = mean_loss(partial(sft.loss, model), micro_batches(UNEQUAL, budget))
     each = [objective_of(model)(collate([example])).item() for example in UNEQUAL]
     expected = sum(each) / sum(sum(example.trained[1:]) for example in UNEQUAL)
     assert abs(found - expected) < 1e-12 * expected
