@@ -16,6 +16,7 @@ except ImportError:  # Windows
     resource = None
 
 SECONDS, MEMORY = 2.0, 512 * 2**20  # limits of one rendering; bytes beyond what the process has
+AGAIN = 0.2  # seconds to the next alarm, if one was dropped (in a __del__, say)
 
 
 class Forbidden(Exception):
@@ -90,7 +91,7 @@ def _time_limit() -> Iterator[None]:
         return
     before = signal.signal(signal.SIGALRM, _on_alarm)
     try:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.2)  # again, if it was dropped (in a __del__, say)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, AGAIN)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
