@@ -16,7 +16,7 @@ from torch import nn
 from lora import files, pretrained
 from lora.adapter import passport
 from lora.errors import BadInput
-from lora.pretrained.folder import Checkpoint, ModelFolder
+from lora.pretrained import ModelFiles, ModelFolder
 
 
 class Masters:
@@ -62,7 +62,7 @@ def _taken_by(master: nn.Parameter):
     return take
 
 
-def write(base: Checkpoint, folder: Path, masters: dict[str, torch.Tensor], template: str) -> None:
+def write(base: ModelFiles, folder: Path, masters: dict[str, torch.Tensor], template: str) -> None:
     """The masters as a plain model folder in float32, with the chat template that they were trained with."""
     pretrained.write_model(base, folder, lambda name, _: masters[name], torch.float32)
     files.write_bytes(folder / passport.TEMPLATE, template.encode())

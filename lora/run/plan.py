@@ -37,7 +37,7 @@ FULL_LR = 0.1  # of an adapter's: measured, the same losses; and https://thinkin
 class Plan:
     """Everything but the weights. `empty` is the model on meta, `made` are rows where no data was given."""
 
-    base: pretrained.Checkpoint
+    base: pretrained.ModelFiles
     chat: Chat
     empty: Model
     targets: dict[str, int]  # path -> rank

@@ -19,7 +19,7 @@ from lora.data.encode import KEPT, ROWS, encode, joined
 from lora.data.formats import Conversation, Problem, scan
 from lora.data.sources import read_sources
 from lora.errors import BadInput, Refused
-from lora.pretrained.folder import ModelFolder, load_chat
+from lora.pretrained import ModelFolder, load_chat
 from lora.text import sandbox
 from lora.text.chat import Chat
 from lora.text.template import ChatTemplate
@@ -314,7 +314,7 @@ def test_a_base_model_without_a_template_trains_with_a_named_one_and_is_refused_
 
 
 @mutation(
-    "lora/pretrained/folder.py",
+    "lora/pretrained/chat.py",
     """    if bos is None:
         return header
 """,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lora.data.batch import micro_batches
 from lora.network.decoder import RMSNorm
 from lora.ops.loss import plain_loss, summed_loss
-from lora.pretrained.folder import ModelFolder, load_model
+from lora.pretrained import ModelFolder, load_model
 from lora.run.full import Masters
 from lora.text.chat import Example
 from lora.train import memory, run_state
