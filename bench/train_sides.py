@@ -130,8 +130,9 @@ def matmul_seconds(side: Ours, examples: list[Example]) -> float:
     """Of a step's frozen products alone: x Wᵀ and G W for every adapted Linear at the micro-batches' row counts, after
     the last attention those of trained rows, and the head's two in the loss's chunks. No gradient goes beyond the
     first layer's q, k and v."""
-    from lora.adapter.inject import lora_layers
     from lora.ops.loss import ROWS
+
+    from lora.adapter.inject import lora_layers
 
     head = side.model.head_weight
     weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0

@@ -18,7 +18,7 @@ PUBLIC = {
     "unload": "lora.adapter.merge",
     "save_adapter": "lora.adapter.store:save",
     "load_adapter": "lora.adapter.store:load",
-    "load_model": "lora.pretrained.folder:load_model",
+    "load_model": "lora.pretrained:load_model",
     "generate": "lora.inference.generate",
     "LoraError": "lora.errors",
 }

@@ -18,7 +18,7 @@ from lora import files
 from lora.adapter import passport
 from lora.errors import BadInput, one_line
 from lora.export.report import table
-from lora.pretrained.folder import Checkpoint
+from lora.pretrained import ModelFiles
 
 FILE, SETTINGS, METRICS = "README.md", "settings.json", "metrics.jsonl"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -96,18 +96,18 @@ def made_in(folder: Path) -> Made | None:
     return None
 
 
-def write_adapter(folder: Path, name: str, base: Checkpoint, made: Made | None) -> None:
+def write_adapter(folder: Path, name: str, base: ModelFiles, made: Made | None) -> None:
     """The card of the adapter in `folder`, to be called `name`."""
     _write(folder, name, base, made, "A LoRA adapter for {}", ("generate.py", "--adapter", name), adapter=True)
 
 
-def write_full(folder: Path, name: str, base: Checkpoint, made: Made) -> None:
+def write_full(folder: Path, name: str, base: ModelFiles, made: Made) -> None:
     """The card of the model in `folder`, to be called `name`, all of whose weights were trained."""
     what = "This is {}, of which every weight was trained further"
     _write(folder, name, base, made, what, ("generate.py", "--model", name), lora=False)
 
 
-def write_merged(folder: Path, name: str, base: Checkpoint, made: Made | None, receipt: Iterable = ()) -> None:
+def write_merged(folder: Path, name: str, base: ModelFiles, made: Made | None, receipt: Iterable = ()) -> None:
     """The card of the merged model in `folder`, to be called `name`; `receipt` has rows (what, value)."""
     what = "This is {} with a LoRA adapter merged into its weights"
     sections = {"What merging changed": table(("what", "value"), rows)} if (rows := list(receipt)) else {}
@@ -115,7 +115,7 @@ def write_merged(folder: Path, name: str, base: Checkpoint, made: Made | None, r
 
 
 def _write(
-    folder: Path, name: str, base: Checkpoint, made: Made | None, what: str, command: tuple[str, ...],
+    folder: Path, name: str, base: ModelFiles, made: Made | None, what: str, command: tuple[str, ...],
     sections: dict | None = None, adapter: bool = False, lora: bool = True,
 ):  # fmt: skip
     """`what` has a place for the base; `sections` come after those of a training."""
@@ -145,7 +145,7 @@ def code(text: object) -> str:
     return f"`{one_line(' '.join(text.split())).replace('`', chr(39)) or ' '}`"
 
 
-def license_of(base: Checkpoint) -> str | None:
+def license_of(base: ModelFiles) -> str | None:
     """The license that a model's folder states: in the front matter of its README.md, or by its LICENSE; that of a GGUF
     file, in its header. None where there is none, or none that the hub could know."""
     found = getattr(base, "metadata", {}).get("general.license")
@@ -157,7 +157,7 @@ def license_of(base: Checkpoint) -> str | None:
     return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
 
 
-def _read(base: Checkpoint, name: str) -> str:
+def _read(base: ModelFiles, name: str) -> str:
     """A text beside a model; "" where there is none."""
     with suppress(BadInput):
         return files.read_bytes(base.path / name, 2**20).decode(errors="replace") if hasattr(base, "path") else ""

@@ -24,7 +24,7 @@ from lora.data.retention import SHIPPED
 from lora.device import few_rows
 from lora.errors import BadEnvironment, BadNumbers, is_out_of_memory, out_of_memory
 from lora.network.decoder import Model
-from lora.pretrained.folder import Checkpoint, load_model
+from lora.pretrained import ModelFiles, load_model
 from lora.text.chat import Chat
 
 FILE, FORMAT = "receipt.json", 1
@@ -89,7 +89,7 @@ def first(prompts: Iterable[list[int]], most: int) -> Iterator[list[int]]:
         most -= len(ids)
 
 
-def make(base: Checkpoint, adapter: Path, written: Checkpoint, prompts: Iterable[list[int]], device) -> Receipt:
+def make(base: ModelFiles, adapter: Path, written: ModelFiles, prompts: Iterable[list[int]], device) -> Receipt:
     """The receipt for `written`, made of `base` and the adapter in a folder. Raises BadEnvironment without memory."""
     try:
         model = load_model(base, torch.float32, device)
@@ -102,7 +102,7 @@ def make(base: Checkpoint, adapter: Path, written: Checkpoint, prompts: Iterable
 
 
 @torch.no_grad()
-def measure(model: Model, written: Checkpoint, prompts: Iterable[list[int]]) -> Receipt:
+def measure(model: Model, written: ModelFiles, prompts: Iterable[list[int]]) -> Receipt:
     """Compare `model`, a float32 base with its adapter unmerged, with the checkpoint `written` of the same structure.
 
     There is never a second model: at the end `model` is unloaded and holds the weights of `written`.

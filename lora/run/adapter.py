@@ -82,7 +82,7 @@ def _span(values: set) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
-def take_over(args: TrainSettings, base: pretrained.Checkpoint) -> None:
+def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
     """Variant, ranks, alphas and targets of --init-adapter; where no flag says otherwise, its template, system turn and
     date too.
 

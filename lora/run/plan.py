@@ -38,7 +38,7 @@ FULL_LR = 0.1  # of an adapter's: measured, the same losses; and https://thinkin
 class Plan:
     """Everything but the weights."""
 
-    base: pretrained.Checkpoint
+    base: pretrained.ModelFiles
     chat: Chat
     empty: Model  # on `meta`
     targets: dict[str, int]  # path -> rank

@@ -14,7 +14,7 @@ from lora.adapter.inject import inject, lora_layers
 from lora.errors import BadInput
 from lora.export import card
 from lora.network.decoder import Model
-from lora.pretrained.folder import Checkpoint, ModelFolder
+from lora.pretrained import ModelFiles, ModelFolder
 from lora.run import adapter
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
@@ -26,7 +26,7 @@ class Trainable(Protocol):
     kind: str  # "adapter" or "model", which is also the flag that opens the result
     described: str
     parameters: dict[str, nn.Parameter]  # what the optimizer steps, by name
-    write_card: Callable[[Path, str, Checkpoint, card.Made], None]
+    write_card: Callable[[Path, str, ModelFiles, card.Made], None]
 
     def sync_model(self) -> None:
         """What follows a step: the model computes with the new parameters."""
@@ -70,7 +70,7 @@ class Adapter:
     """The adapter of a patched model, which computes with the parameters themselves."""
 
     model: nn.Module
-    base: Checkpoint
+    base: ModelFiles
     template: str
     papers: dict = field(default_factory=dict)
     described: str = ""
@@ -108,7 +108,7 @@ class AllWeights:
     kind, described = "model", "every weight"
     write_card = staticmethod(card.write_full)
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, base: Checkpoint | None = None, template: str = ""):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, base: ModelFiles | None = None, template: str = ""):
         self.base, self.template, self.dtype = base, template, dtype
         weights = dict(model.requires_grad_().named_parameters())
         self.parameters, self.rounded = weights, []

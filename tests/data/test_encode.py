@@ -19,9 +19,9 @@ from lora.data.encode import KEPT, ROWS, encode, joined
 from lora.data.formats import Conversation, Problem, scan
 from lora.data.sources import read_sources
 from lora.errors import BadInput, Refused
-from lora.pretrained.folder import ModelFolder, load_chat
+from lora.pretrained import ModelFolder, load_chat
 from lora.run.settings import TrainSettings
-from lora.text import template
+from lora.text import sandbox
 from lora.text.chat import Chat
 from lora.text.template import ChatTemplate
 from tests import cli
@@ -238,7 +238,7 @@ def test_loss_on_data_held_out_is_told_before_and_after_and_changes_nothing(tmp_
 
 @mutation("generate.py", 'trained.get("system") if s.system is None', "None if s.system is None", case="qa")
 @mutation("merge.py", "if template:  # the one", "if False:  # the one", case="qa")
-@mutation("lora/text/template.py", "today.strftime", "FROZEN_DATE.strftime", case="file")
+@mutation("lora/text/sandbox.py", "today.strftime", "FROZEN_DATE.strftime", case="file")
 @mutation("generate.py", "s.template or (passport.template_of(adapter) if adapter else None)", "s.template", case="qa")
 @pytest.mark.parametrize("name", ["alpaca", "qa", "plain", "chatml", "file"])
 def test_generation_uses_the_template_system_and_date_of_training(tmp_path, name):
@@ -315,7 +315,7 @@ def test_a_base_model_without_a_template_trains_with_a_named_one_and_is_refused_
 
 
 @mutation(
-    "lora/pretrained/folder.py",
+    "lora/pretrained/chat.py",
     """    if bos is None:
         return header
 """,
@@ -341,7 +341,7 @@ def test_a_built_in_template_begins_as_the_tokenizer_begins_texts(tmp_path):
 
 
 @mutation(
-    "lora/text/chat.py",
+    "lora/text/answers.py",
     "return inserted if rest.startswith(bos) else inserted.removeprefix(bos)",
     "return inserted.removeprefix(bos)",
 )
@@ -414,7 +414,7 @@ def test_a_file_of_mutated_rows_ends_in_at_most_twenty_one_lines(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_two_hundred_mutated_templates_work_or_are_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(template, "SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.5)
     draw, worked = random.Random(2), 0
     sources = [source for source, *_ in TEMPLATES.values()] + [QWEN3]
     for i in range(200):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora.data.batch import micro_batches
-from lora.pretrained.folder import load_model
+from lora.pretrained import load_model
 from lora.run.trainable import AllWeights
 from lora.train.step import train_step
 from tests.helpers import close, far, snapshot, some_tokens, tiny_config

@@ -14,7 +14,7 @@ from lora.data.batch import micro_batches
 from lora.methods import sft
 from lora.ops import fast_cross_entropy
 from lora.ops import plain as formulas
-from lora.pretrained.folder import ModelFolder, load_model
+from lora.pretrained import ModelFolder, load_model
 from lora.run.trainable import AllWeights
 from lora.text.chat import Example
 from lora.train import memory, run_state

@@ -902,7 +902,7 @@ def work():
 
 
 @mutation(
-    "lora/text/chat.py",
+    "lora/text/answers.py",
     "answer.turn in text.trained and answer.begin == answer.end",
     "False",
     case="data: a template without turns",
