@@ -21,7 +21,6 @@ from lora.adapter.merge import unload
 from lora.data import formats
 from lora.data.encode import encode
 from lora.data.retention import SHIPPED
-from lora.device import few_rows
 from lora.errors import BadEnvironment, BadNumbers, is_out_of_memory, out_of_memory
 from lora.network.decoder import Model
 from lora.pretrained.folder import Checkpoint, load_model
@@ -76,8 +75,8 @@ def check_room(model: Model, free: int | None) -> None:
         raise BadEnvironment(f"out of memory in this merge: {why}. Add --no-receipt, or use a larger machine")
 
 
-def ordinary(chat: Chat, limit: int) -> list[list[int]]:
-    """The ids of the project's ordinary conversations, cut where the model's positions end."""
+def retention_prompts(chat: Chat, limit: int) -> list[list[int]]:
+    """Ids of the ordinary conversations that ship with the project, cut where the model's positions end."""
     return [example.tokens[:limit] for example in encode(formats.read([SHIPPED]), chat, 2**24, "all")]
 
 
@@ -197,14 +196,3 @@ def check(found: Receipt, tolerance: float, out: Path, adapter: Path) -> None:
         why = f"{found.share:.1%} of what the adapter changed is lost, over --tolerance {tolerance:g}; nothing is kept"
         fix = "Merge with --dtype float32, or raise --tolerance"
         raise BadNumbers(f"merged model too far from the adapter in {out}: {why}. {fix}")
-
-
-def prove(model: Model, adapter: Path) -> None:
-    """Warns where the adapter on `model` changes no logit of a short text: of one token, which is soonest done, or, as
-    one attends to itself whatever queries and keys are, of four."""
-    for count in (1, 4):
-        tokens = torch.arange(count, device=model.device)
-        with few_rows(count, model.device):
-            if passport.changes(model, lambda: model.head(model.trunk(tokens)[-1:])):  # noqa: B023 (called here)
-                return
-    passport.warn_unchanged(adapter)

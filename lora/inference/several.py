@@ -85,6 +85,7 @@ class Several:
     def __init__(self, model: nn.Module):
         self.model, self.linears = model, linears(model)
         self.sets: dict[str, dict[str, LoRALinear]] = {BASE: {}}
+        self.placed = BASE, False
 
     def add(self, name: str, folder: str) -> None:
         """Read an adapter; the base is in place afterwards. Raises BadInput as `store.load`."""
@@ -100,8 +101,12 @@ class Several:
         Raises KeyError for a name that is not there, BadNumbers, with the base in place, for a sum that is not finite.
         """
         layers = self.sets[name]
+        if self.placed == (name, merged):
+            return
+        self.placed = BASE, False  # where a sum is not finite
         self._place(self.linears)  # this drops the sums of an adapter before
         self._place({path: merged_linear(path, layer) for path, layer in layers.items()} if merged else layers)
+        self.placed = name, merged
 
     def _place(self, modules: dict[str, nn.Module]) -> None:
         for path, module in modules.items():
