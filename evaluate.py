@@ -196,7 +196,7 @@ def make_column(name: str, adapter: str | None, checkpoint, empty, rows: list[Ro
     retention = []
     if adapter and not args.no_retention:
         retention, count, _ = retention_batches(chat, args.retention, limit, args.micro_tokens, device)
-        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.dead for b in retention):,} tokens")
+        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.padding for b in retention):,} tokens")
     return Column(name, adapter, chat, examples, asked, retention)
 
 

@@ -7,8 +7,9 @@ import torch
 
 from lora.device import few_rows
 from lora.network.cache import Cache
-from lora.network.decoder import Model, wide
-from lora.ops.linear import prepared
+from lora.network.decoder import Model
+from lora.ops import wide
+from lora.ops.fast_decoding import for_decoding
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def stream_tokens(
     active = list(range(len(prompts)))
     cache = model.new_cache(len(active), max(ends, default=0))
     new = prompts
-    with prepared(model.groups()):
+    with for_decoding(model.groups()):
         while active:
             logits = next_logits(model, cache, new)  # (B, V)
             if sampling.greedy and sampling.repetition_penalty == 1:

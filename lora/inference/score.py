@@ -14,7 +14,7 @@ from lora.data.batch import Batch, micro_batches
 from lora.data.encode import Encoded
 from lora.inference import answers
 from lora.inference.generate import GREEDY, generate_all
-from lora.ops.loss import summed_loss
+from lora.ops import cross_entropy
 from lora.text.chat import Chat
 from lora.train.evaluate import Retention, mean_loss
 
@@ -66,10 +66,10 @@ def losses(model, column: Column, micro_tokens: int) -> dict[str, float]:
     cap = model.config.final_logit_softcapping
 
     def trunk(b: Batch) -> torch.Tensor:
-        return model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
+        return model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
 
     def objective(b: Batch) -> torch.Tensor:
-        return summed_loss(trunk(b), model.head_weight, b.targets, cap=cap)
+        return cross_entropy(trunk(b), model.head_weight, b.targets, cap=cap)
 
     batches = micro_batches(column.examples, micro_tokens, model.device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)

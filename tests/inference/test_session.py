@@ -135,7 +135,7 @@ def test_an_answer_that_is_broken_off_is_not_part_of_the_conversation(chat):
     next(stream)
     stream.close()
     assert chat.messages == [] and not torch.is_inference_mode_enabled()
-    assert not any("prepared" in vars(module) for module in chat.model.modules())
+    assert not any("joined" in vars(module) for module in chat.model.modules())
 
 
 def test_a_conversation_that_grows_too_long_is_bad_input_and_is_kept(chat):
