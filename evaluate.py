@@ -21,11 +21,11 @@ from lora import files, flags, pretrained, settings
 from lora.adapter import passport, store
 from lora.adapter.merge import merge, unload, unmerge
 from lora.data import formats
-from lora.data.encode import encode
 from lora.data.retention import retention_batches
 from lora.errors import BadInput, collecting, say
-from lora.inference import prompts, score, several
-from lora.inference.score import Column, Row
+from lora.inference import score, several
+from lora.inference.prompts import holds_answers
+from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
 from lora.pretrained import hub
 
@@ -43,7 +43,7 @@ def main(argv=None) -> int:
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(args.device)
     dtype, _ = machine.choose_dtype(args.dtype, device)
-    args.device, args.dtype = device.type, str(dtype).removeprefix("torch.")
+    args.device, args.dtype = device.type, str(dtype).removeprefix("torch.")  # as the report has them
     empty = pretrained.empty_model(checkpoint)
     columns, problems = [], []
     for name, adapter in names.items():
@@ -75,14 +75,8 @@ def main(argv=None) -> int:
                 unmerge(model)
         unload(model)
 
-    # ---- what is left of it
     if folder := predictions_folder(args):
-        folder.mkdir(exist_ok=True)
-        for name, texts in predictions.items():
-            pairs = zip(rows, texts, strict=True)
-            answered = ({"prompt": r.asked[-1]["content"], "target": r.target, "prediction": t} for r, t in pairs)
-            files.write_rows(folder / f"{name}.jsonl", answered)
-        say(f"answers  {folder}")
+        write_predictions(folder, rows, predictions)
     if args.out:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         report = {
@@ -97,6 +91,15 @@ def main(argv=None) -> int:
         say(f"figures  {args.out}")
     print(score.table(figures, len(rows)))
     return 0
+
+
+def write_predictions(folder: Path, rows: list[Row], predictions: dict[str, list[str]]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, texts in predictions.items():
+        pairs = zip(rows, texts, strict=True)
+        answered = ({"prompt": r.asked[-1]["content"], "target": r.target, "prediction": t} for r, t in pairs)
+        files.write_rows(folder / f"{name}.jsonl", answered)
+    say(f"answers  {folder}")
 
 
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def unwritable(args, names: dict[str, str | None]) -> list[str]:
         problems += found
         if not found and flag == "--out" and path.is_file() and not is_report(path):
             problems.append(f"wrong --out in {path}: it is there and no report of this program. Choose another name")
-        if not found and flag == "--predictions" and path.is_file() and not prompts.holds_answers(path):
+        if not found and flag == "--predictions" and path.is_file() and not holds_answers(path):
             problems.append(f"wrong --predictions in {path}: it holds no predictions. Choose another folder")
         if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):
             problems.append(f"wrong {flag} in {path}: its folder cannot be written to. Choose another one")
@@ -183,21 +186,16 @@ def predictions_folder(args) -> Path | None:
     return Path(args.out).with_name(Path(args.out).name.removesuffix(".json") + ".predictions")
 
 
-def make_column(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, args) -> Column:
+def make_column(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, args) -> score.Column:
     """What is scored in a column. Raises BadInput for an adapter or a row that does not fit."""
     told = {"system": False if args.no_system else args.system, "template": args.template, "date": args.date}
     chat = try_adapter(empty, name, adapter, checkpoint, not args.no_verify, **told)
-    limit = empty.config.max_position_embeddings
-    examples = encode((row.conversation for row in rows), chat, limit)
-    if examples.overlong:
-        where, length = examples.overlong
-        raise BadInput(f"too long in {where}: {length} tokens, the model has room for {limit}. Remove the row")
-    asked = [] if args.no_generate else [prompts.encode(chat, limit, r.asked, r.conversation.where) for r in rows]
-    retention = []
+    limit, retention = empty.config.max_position_embeddings, []
+    examples, prompts = score.encode_rows(rows, chat, limit, with_prompts=not args.no_generate)
     if adapter and not args.no_retention:
         retention, count, _ = retention_batches(chat, args.retention, limit, args.micro_tokens, device)
         say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.padding for b in retention):,} tokens")
-    return Column(name, adapter, chat, examples, asked, retention)
+    return score.Column(name, adapter, chat, examples, prompts, retention)
 
 
 def grade(rows: list[Row], texts: list[str], args) -> tuple[dict[str, float], list[dict]]:

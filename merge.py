@@ -34,10 +34,10 @@ WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.F
 
 def main(argv=None) -> int:
     args = settings.resolve(flags.MERGE, argv, __doc__)
-    way = derive.way(args)
-    if way == "combine":
+    mode = derive.find_mode(args)
+    if mode == "combine":
         return derive.combine(args)
-    if way == "extract":
+    if mode == "extract":
         return derive.extract(args)
     check(args)
     if args.push is not None and args.out is None:
@@ -75,40 +75,55 @@ def main(argv=None) -> int:
         say(f"saved    {out}, the adapter of {len(layers)} tensors")
         return 0
 
-    bar = tqdm(total=len(checkpoint.header), desc="merging", unit="tensor", leave=False, disable=None)
+    # ---- the base, tensor by tensor, each with what the adapter adds to it
     if args.format == "gguf":
-        change = changer(layers, torch.float32, bar)  # rounded once, from the sum in float32
-        gguf_write.write_model(checkpoint, out, change, args.gguf_type or "f16", template)
-        bar.close()
+        with progress(checkpoint) as bar:
+            change = changer(layers, torch.float32, bar)  # rounded once, from the sum in float32
+            gguf_write.write_model(checkpoint, out, change, args.gguf_type or "f16", template)
     else:
-        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        device, compared = machine.choose_device(args.device), receipt_prompts(checkpoint, model, args)
+        write_folder(out, checkpoint, model, source, args)
+    tell_system(args.adapter)
+    say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
+    if args.push is not None:
+        print(push.push(out, args.push))
+    return 0
+
+
+def write_folder(out: Path, checkpoint, model, template: bytes, args) -> None:
+    """The merged model as a folder, with a card and the receipt of what merging changed. Raises BadNumbers, and leaves
+    no folder, where that is beyond --tolerance."""
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    device, compared = machine.choose_device(args.device), receipt_prompts(checkpoint, model, args)
+    if compared:
+        receipt.check_room(model, machine.free_memory(device))
+    with folders.new_folder(out, args.overwrite) as folder:
+        with progress(checkpoint) as bar:
+            pretrained.write_model(checkpoint, folder, changer(lora_layers(model), dtype, bar), dtype)
+        if template:  # the one it was trained with
+            files.write_bytes(folder / passport.TEMPLATE, template)
+        lines = []
         if compared:
-            receipt.check_room(model, machine.free_memory(device))
-        with folders.new_folder(out, args.overwrite) as folder:
-            pretrained.write_model(checkpoint, folder, changer(layers, dtype, bar), dtype)
-            if template:  # the one it was trained with
-                files.write_bytes(folder / passport.TEMPLATE, source)
-            bar.close()
-            lines = []
-            if compared:
-                written = pretrained.ModelFolder(folder, str(out))
-                found = receipt.make(checkpoint, args.adapter, written, compared, device)
-                lines = receipt.rows(found)
-                print(receipt.table(lines))
-                receipt.check(found, args.tolerance, out, args.adapter)
-                receipt.write(folder, found, args.tolerance)
-            card.write_merged(folder, out.name, checkpoint, card.made_in(args.adapter), lines)
-    system = ((passport.read(args.adapter) or {}).get("chat") or {}).get("system")
+            written = pretrained.ModelFolder(folder, str(out))
+            found = receipt.make(checkpoint, args.adapter, written, compared, device)
+            lines = receipt.rows(found)
+            print(receipt.table(lines))
+            receipt.check(found, args.tolerance, out, args.adapter)
+            receipt.write(folder, found, args.tolerance)
+        card.write_merged(folder, out.name, checkpoint, card.made_in(args.adapter), lines)
+
+
+def progress(checkpoint) -> tqdm:
+    return tqdm(total=len(checkpoint.header), desc="merging", unit="tensor", leave=False, disable=None)
+
+
+def tell_system(adapter: str) -> None:
+    """Say with which system turn the adapter was trained: no file of a merged model has a place for it."""
+    system = ((passport.read(adapter) or {}).get("chat") or {}).get("system")
     if isinstance(system, str):
         text = " ".join(system.split())[:100]
         say(f"note     it was trained with this system turn, which a merged model does not remember: {text}")
     elif system is False:
         say("note     it was trained without a system turn; the template may add its own: give --no-system")
-    say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
-    if args.push is not None:
-        print(push.push(out, args.push))
-    return 0
 
 
 def check(args) -> None:

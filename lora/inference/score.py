@@ -11,8 +11,9 @@ from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.merge import merged_weight
 from lora.data import formats
 from lora.data.batch import Batch, micro_batches
-from lora.data.encode import Encoded
-from lora.inference import answers
+from lora.data.encode import Encoded, encode
+from lora.errors import BadInput
+from lora.inference import answers, prompts
 from lora.inference.generate import GREEDY, generate_all
 from lora.ops import cross_entropy
 from lora.text.chat import Chat
@@ -61,6 +62,16 @@ def cut(conversation: formats.Conversation) -> Row | None:
     return Row(conversation, messages[: places[-1]], messages[places[-1]]["content"]) if places else None
 
 
+def encode_rows(rows: list[Row], chat: Chat, limit: int, with_prompts: bool) -> tuple[Encoded, list[list[int]]]:
+    """The rows as examples and, if `with_prompts`, as prompts. Raises BadInput for one over `limit` tokens."""
+    examples = encode((row.conversation for row in rows), chat, limit)
+    if examples.overlong:
+        where, length = examples.overlong
+        raise BadInput(f"too long in {where}: {length} tokens, the model has room for {limit}. Remove the row")
+    asked = rows if with_prompts else []
+    return examples, [prompts.encode(chat, limit, row.asked, row.conversation.where) for row in asked]
+
+
 def losses(model, column: Column, micro_tokens: int) -> dict[str, float]:
     """Loss on the rows and, for an adapter, what it changed elsewhere."""
     cap = model.config.final_logit_softcapping
@@ -96,9 +107,9 @@ def merged_head(model):
 
 def likeliest_answers(model, column: Column, batch_size: int, max_new_tokens: int) -> list[list[int]]:
     """The likeliest answer to every prompt, as ids."""
-    prompts, how = column.prompts, (column.chat.stops, max_new_tokens, GREEDY, batch_size)
-    with tqdm(total=len(prompts), desc=f"{column.name}: answers", unit="row", leave=False, disable=None) as bar:
-        return list(generate_all(model, prompts, *how, bar))
+    how = (column.chat.stops, max_new_tokens, GREEDY, batch_size)
+    with tqdm(total=len(column.prompts), desc=f"{column.name}: answers", unit="row", leave=False, disable=None) as bar:
+        return list(generate_all(model, column.prompts, *how, bar))
 
 
 def exact_matches(rows: Iterable[Row], texts: Iterable[str]) -> float:

@@ -602,7 +602,7 @@ def test_a_report_replaces_nothing_but_a_report(tmp_path, name):
 
 @mutation(
     "evaluate.py",
-    'if not found and flag == "--predictions" and path.is_file() and not prompts.holds_answers(path):',
+    'if not found and flag == "--predictions" and path.is_file() and not holds_answers(path):',
     "if False:",
 )
 def test_predictions_replace_nothing_but_predictions(tmp_path):
