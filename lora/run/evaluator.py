@@ -12,8 +12,8 @@ import torch
 from lora.adapter.inject import disabled
 from lora.data import batch
 from lora.errors import BadNumbers, StopFlag, say
+from lora.inference import answers as measures
 from lora.inference.generate import generate
-from lora.run import answers as measures
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping

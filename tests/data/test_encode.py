@@ -236,10 +236,15 @@ def test_loss_on_data_held_out_is_told_before_and_after_and_changes_nothing(tmp_
     assert (tmp_path / "out" / weights).read_bytes() == (cli.adapter_folder() / weights).read_bytes()
 
 
-@mutation("generate.py", 'trained.get("system") if s.system is None', "None if s.system is None", case="qa")
-@mutation("merge.py", "if template:  # the one", "if False:  # the one", case="qa")
+@mutation("lora/inference/session.py", 'system = trained.get("system")', "system = None", case="qa")
+@mutation("merge.py", "        if template:  # the one", "        if False:  # the one", case="qa")
 @mutation("lora/text/sandbox.py", "today.strftime", "FROZEN_DATE.strftime", case="file")
-@mutation("generate.py", "s.template or (passport.template_of(adapter) if adapter else None)", "s.template", case="qa")
+@mutation(
+    "lora/inference/session.py",
+    "template or (passport.template_of(adapter) if adapter else None)",
+    "template",
+    case="qa",
+)
 @pytest.mark.parametrize("name", ["alpaca", "qa", "plain", "chatml", "file"])
 def test_generation_uses_the_template_system_and_date_of_training(tmp_path, name):
     source = "{{ strftime_now('%Y') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -914,13 +914,13 @@ def work():
     case="out: a folder with other work in it",
 )
 @mutation(
-    "generate.py",
+    "lora/inference/prompts.py",
     "found = files.unwritable(flag, path, *inputs)",
     "found = files.unwritable(flag, path)",
     case="out: answers over the prompts",
 )
 @mutation(
-    "generate.py",
+    "lora/inference/prompts.py",
     "    if not found and path.is_file() and not holds_answers(path):",
     "    if False:",
     case="out: answers over something else",
