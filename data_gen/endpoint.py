@@ -69,8 +69,8 @@ class Endpoint(Teacher):
                     with errors.signals(on_signal):
                         done = runner.run(first({stop, *asking}))
                     asking -= done
-                    for task in done:
-                        task.result()  # raises what ends the run
+                    for error in filter(None, [task.exception() for task in done]):
+                        raise error
                     if self.stopped:
                         asking -= {task for task in self._quiet if task.cancel()}  # they only wait
                     yield
@@ -156,15 +156,17 @@ class Endpoint(Teacher):
 
     def _trouble_in(self, response) -> str:
         """What is wrong with a response, in the server's words; nothing where it is a completion."""
+        if response.is_success:
+            try:
+                return self._reply("", response.content) and ""
+            except ValueError as error:
+                return str(error)
         try:
-            if response.is_success:
-                self._reply("", response.content)
-                return ""
             body = response.json()
             body = body.get("error", body)
             return f"HTTP {response.status_code}: {body['message'] if isinstance(body, dict) else body}"
-        except (ValueError, KeyError, AttributeError, RecursionError) as error:
-            return str(error) if response.is_success else f"HTTP {response.status_code}: {response.text}"
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            return f"HTTP {response.status_code}: {response.text}"
 
     def _reply(self, key: str, content: bytes) -> Reply:
         """Raises ValueError where the content is no chat completion."""

@@ -344,12 +344,18 @@ def test_the_same_answer_to_the_same_question_is_a_row_once(distilled):
 @mutation("data_gen/endpoint.py", "max_retries=ATTEMPTS - 1", "max_retries=0")
 @mutation("data_gen/endpoint.py", "        except (ValueError, RecursionError):", "        except ValueError:")
 @mutation("data_gen/endpoint.py", "raise self._http.ReadError(trouble, request=request)", "raise _Ended")
+@mutation(
+    "data_gen/endpoint.py",
+    "except (ValueError, KeyError, AttributeError, RecursionError):",
+    "except (ValueError, KeyError, AttributeError):",
+)
 @pytest.mark.parametrize(
     "say",
     [
         wrong(429, headers=AT_ONCE), wrong(500), wrong(503), wrong(408), wrong(529), HTML, Say(cut=True),
         Say(body=b"{}"),
         Say(body=b'{"choices": [{"message": {"content": 7}}]}'), Say(body=b"[" * 100_000), Say(body=b"\xff"),
+        Say(status=500, body=b"[" * 100_000),
         Say(status=502, body=b"<html>", headers={"Content-Type": "text/html"}),
     ],
     ids=lambda say: f"{say.status}-{'cut' if say.cut else (say.body or b'')[:9].decode(errors='replace')}",
@@ -426,7 +432,7 @@ def test_while_the_server_wants_quiet_the_other_questions_wait_too(distilled):
     with TeacherServer(script) as server:
         distilled(server, rows=40, concurrency=2)
         early = [asked.time for asked in server.asked if asked.time - start[0] < 0.5]
-        assert len(server.asked) == 41 and len(early) <= 10  # the first, and what was under way
+        assert len(server.asked) == 41 and len(early) <= 4  # the first, and what was under way
 
 
 @mutation(
@@ -724,19 +730,19 @@ def in_journal_open(book):
 @mutation("data_gen/journal.py", 'if problem != "ok" or', "if")
 def test_a_damaged_journal_is_refused_in_one_line_and_kept(tmp_path):
     path = tmp_path / "j"
-    with TeacherServer() as server:
-        expected = list(a_teacher(server).ask(questions(3), path))
-        whole = path.read_bytes()
-        index = whole.rindex(b"k1")  # in the table's index: no reply is under this key any more
+    with TeacherServer(lambda prompt, attempt: Say("x" * 7000)) as server:
+        expected = list(a_teacher(server).ask(questions(1), path))
+        whole = path.read_bytes()  # its last byte is the last of the reply
+        index = whole.rindex(b"k0")  # in the table's index: no reply is under this key any more
         damaged = [whole[:end] for end in (*range(2, len(whole), 797), len(whole) - 1)]
         damaged += [whole[:4096] + bytes(4096) + whole[8192:], whole[:index] + b"kX" + whole[index + 2 :]]
         for data in damaged:
             path.write_bytes(data)
             with pytest.raises(BadInput, match=r"^(damaged journal|wrong file) in .*") as error:
-                list(a_teacher(server).ask(questions(3), path))
+                list(a_teacher(server).ask(questions(1), path))
             assert len(error.value.problems) == 1 and path.read_bytes() == data
         path.write_bytes(b"")  # a run that was killed at once
-        assert list(a_teacher(server).ask(questions(3), path)) == expected and len(server.asked) == 6
+        assert list(a_teacher(server).ask(questions(1), path)) == expected and len(server.asked) == 2
 
 
 @mutation("data_gen/journal.py", "if earlier.exists() and not self.path.exists():", "if False:")
