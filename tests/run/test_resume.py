@@ -1,6 +1,7 @@
 """A run that was killed, stopped or failed goes on bit for bit; what decides the result must be as it was; one run a
 folder."""
 
+import errno
 import json
 import os
 import re
@@ -433,7 +434,7 @@ def test_another_machine_is_said_because_the_last_bits_may_differ(tmp_path, whol
 # ---- one run a folder ------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/folders.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")
+@mutation("lora/folders.py", "        lock.acquire()", "        pass")
 @pytest.mark.parametrize("argv", [(), ("--overwrite",), ("--resume",)])
 def test_a_second_run_in_a_folder_is_refused_with_the_pid_of_the_first(tmp_path, whole, argv):
     shutil.copytree(whole, tmp_path / "out")
@@ -456,6 +457,43 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     assert (tmp_path / ".out.lock").exists()
     with folders.locked(tmp_path / "out"), pytest.raises(BadEnvironment, match=str(os.getpid())):
         folders.locked(tmp_path / "out").__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@mutation("lora/folders.py", "errno.ENOLCK, errno.ENOTSUP", "errno.ENOTSUP")
+def test_a_file_system_without_locks_gets_a_note(tmp_path, monkeypatch, capsys):
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with folders.locked(tmp_path / "out"):
+        pass
+    assert capsys.readouterr().err.startswith(f"note     {tmp_path}: its file system has no locks")
+    assert list(tmp_path.iterdir()) == []
+
+
+@mutation(
+    "lora/folders.py",
+    "            name.unlink()",
+    "            (lock.release(), [os.sched_yield() for _ in range(50)], name.unlink())",
+)
+def test_of_many_that_come_and_go_one_at_a_time_has_the_lock(tmp_path):
+    """Four processes take and release it, 200 times each; while one has it, it makes a file that must not exist yet."""
+    children = []
+    for _ in range(4):
+        if (child := os.fork()) == 0:
+            for _ in range(200):
+                try:
+                    with folders.locked(tmp_path / "out"):
+                        os.close(os.open(tmp_path / "mine", os.O_CREAT | os.O_EXCL))
+                        os.unlink(tmp_path / "mine")
+                except BadEnvironment:
+                    pass
+                except BaseException:
+                    os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert list(tmp_path.iterdir()) == []
 
 
