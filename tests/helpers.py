@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from lora.adapter.inject import inject, lora_layers
+from lora.data.batch import Batch
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
+from lora.ops.loss import summed_loss
 from lora.text.chat import Chat, Example
 
 
@@ -114,10 +116,10 @@ def as_true_as(
 ) -> bool:
     """`assert as_true_as(ours, theirs, truth)`: our error is at most `factor` times theirs and `floor`.
 
-    This is how results of float32 or bfloat16 are compared where both sides round: how far rounding goes depends on the
-    weights drawn and on the processor's order of summation, and `theirs` meets the same. `truth` is formed in float64 by
-    something that shares no code with ours. Two orders of summation of one formula differ by less than a factor of 4:
-    the largest in 1,280 random models was 3.3. The floor is 16 roundings in float32.
+    This compares float32 or bfloat16 where both sides round: how far rounding goes depends on the weights drawn and on
+    the processor's order of summation, and `theirs` meets both. `truth` is formed in float64, by something that shares
+    no code with ours. Two orders of summation of one formula stay within a factor of 4 (the largest in 1,280 random
+    models was 3.3); the floor is 16 roundings in float32.
     """
     mine, other = error(ours, truth), error(theirs, truth)
     print(f"error {mine:.3g}, theirs {other:.3g}, at most {factor * other + floor:.3g} is allowed")
@@ -149,6 +151,21 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> boo
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, so that NaNs and signed zeros compare as what they are."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def random_example(prompt: int, answer: int, seed: int) -> Example:
+    """Random tokens: `prompt` untrained ones, then `answer` trained ones."""
+    return Example(some_tokens(prompt + answer, seed=seed).tolist(), [False] * prompt + [True] * answer)
+
+
+def objective_of(model: Model):
+    """The objective of `train.py`: a batch's loss, summed over its trained tokens."""
+
+    def objective(b: Batch) -> torch.Tensor:
+        hidden = model.trunk(b.tokens, b.lengths)[b.rows]  # (N, D)
+        return summed_loss(hidden, model.head_weight, b.targets, cap=model.config.final_logit_softcapping)
+
+    return objective
 
 
 def example_of(chat: Chat, messages: list[dict], train_on: str = "assistant") -> Example:

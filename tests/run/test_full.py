@@ -15,29 +15,19 @@ from lora.network.decoder import RMSNorm
 from lora.ops.loss import plain_loss, summed_loss
 from lora.pretrained.folder import ModelFolder, load_model
 from lora.run.full import Masters
-from lora.text.chat import Example
 from lora.train import memory, run_state
 from lora.train.evaluate import Retention
 from lora.train.step import train_step
 from tests import cli, oracle
-from tests.helpers import close, far, same, snapshot, some_tokens, tiny_config, tiny_model
+from tests.helpers import close, far, objective_of, random_example, same, snapshot, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
 from tests.train.test_memory import arguments, kept_bytes, name_of, settings
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-def example_of(prompt: int, answer: int, seed: int) -> Example:
-    return Example(some_tokens(prompt + answer, seed=seed).tolist(), [False] * prompt + [True] * answer)
-
-
-EXAMPLES = [example_of(3, 8, 1), example_of(1, 5, 2), example_of(6, 1, 3)]
+EXAMPLES = [random_example(3, 8, 1), random_example(1, 5, 2), random_example(6, 1, 3)]
 BATCHES = micro_batches(EXAMPLES, 12)  # two of them
-
-
-def objective_of(model):
-    """As train.py has it."""
-    return lambda b: summed_loss(model.trunk(b.tokens, b.lengths, rows=b.rows), model.head_weight, b.targets)
 
 
 def gradients(model, objective) -> dict[str, torch.Tensor]:
