@@ -4,14 +4,17 @@ Default initialisation makes logits so small that an absolute tolerance accepts 
 norms and biases are not 1 and 0, and an adapter's ΔW has 5 to 50 % of its W's norm.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
+from lora import ops
 from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import Batch
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
-from lora.ops.loss import summed_loss
+from lora.ops import cross_entropy
 from lora.text.chat import Chat, Example
 
 
@@ -162,8 +165,8 @@ def objective_of(model: Model):
     """The objective of `train.py`: a batch's loss, summed over its trained tokens."""
 
     def objective(b: Batch) -> torch.Tensor:
-        hidden = model.trunk(b.tokens, b.lengths)[b.rows]  # (N, D)
-        return summed_loss(hidden, model.head_weight, b.targets, cap=model.config.final_logit_softcapping)
+        hidden = model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
+        return cross_entropy(hidden, model.head_weight, b.targets, cap=model.config.final_logit_softcapping)
 
     return objective
 
@@ -172,3 +175,13 @@ def example_of(chat: Chat, messages: list[dict], train_on: str = "assistant") ->
     """The one example of a conversation."""
     [laid] = chat.tokenize(messages, train_on)
     return laid.example(train_on == "all")
+
+
+@contextmanager
+def as_written():
+    """Inside the block every formula runs as `lora.ops.plain` has it."""
+    ops.use_plain()
+    try:
+        yield
+    finally:
+        ops.use_plain(False)

@@ -48,7 +48,7 @@ def test_1_the_forward_pass_is_the_formula():
     assert close(layer(x), y, 1e-13) and far(x @ W.T + b, y, 1e-13)
 
 
-@mutation("lora/adapter/layer.py", "d_Bs.append((part.T @ G).mul_(s).T)", "d_Bs.append((part.T @ G).T)")
+@mutation("lora/ops/fast_lora.py", "d_Bs.append((part.T @ G).mul_(s).T)", "d_Bs.append((part.T @ G).T)")
 def test_2_the_gradients_are_those_that_autograd_finds_for_the_dense_formula():
     layer, W, b, A, B, x = layer_and_parts()
     g, inputs = torch.randn(7, 23).double(), (A, B, x.requires_grad_())

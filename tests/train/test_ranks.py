@@ -128,7 +128,7 @@ def step(model, team: distributed.DistContext, indices, sharded: bool = False, m
         part = objective_of(model)(batch) / trained
         part.backward()
         loss += part.item()
-    tokens = sum(len(batch.tokens) - batch.dead for batch in cuts[team.rank])
+    tokens = sum(len(batch.tokens) - batch.padding for batch in cuts[team.rank])
     return team.reduce(trainable(model), [loss, tokens, 1.0])
 
 
