@@ -7,9 +7,9 @@ from lora.data.batch import micro_batches
 from lora.pretrained import load_model
 from lora.run.trainable import AllWeights
 from lora.train.step import train_step
-from tests.helpers import close, far, snapshot, some_tokens, tiny_config
+from tests.helpers import close, far, objective_of, snapshot, some_tokens, tiny_config
 from tests.parity.test_parity_model import pair, transformers
-from tests.run.test_full import EXAMPLES, objective_of, train
+from tests.run.test_full import EXAMPLES, train
 
 
 @pytest.mark.parametrize("shape", [{"tie_word_embeddings": True}, {}, {"model_type": "qwen2"}])

@@ -11,33 +11,34 @@ import torch
 from torch.nn import functional as F
 
 from lora.data.batch import micro_batches
-from lora.methods import sft
 from lora.ops import fast_cross_entropy
 from lora.ops import plain as formulas
 from lora.pretrained import ModelFolder, load_model
 from lora.run.trainable import AllWeights
-from lora.text.chat import Example
 from lora.train import memory, run_state
 from lora.train.evaluate import Retention
 from lora.train.step import train_step
 from tests import cli, oracle
-from tests.helpers import as_written, close, far, same, snapshot, some_tokens, tiny_config, tiny_model
+from tests.helpers import (
+    as_written,
+    close,
+    far,
+    objective_of,
+    random_example,
+    same,
+    snapshot,
+    some_tokens,
+    tiny_config,
+    tiny_model,
+)
 from tests.mutation import mutation
 from tests.train.test_memory import arguments, kept_bytes, name_of, settings
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-def example_of(prompt: int, answer: int, seed: int) -> Example:
-    return Example(some_tokens(prompt + answer, seed=seed).tolist(), [False] * prompt + [True] * answer)
-
-
-EXAMPLES = [example_of(3, 8, 1), example_of(1, 5, 2), example_of(6, 1, 3)]
+EXAMPLES = [random_example(3, 8, 1), random_example(1, 5, 2), random_example(6, 1, 3)]
 BATCHES = micro_batches(EXAMPLES, 12)  # two of them
-
-
-def objective_of(model):
-    return lambda b: sft.loss(model, b)[0]
 
 
 def gradients(model, objective) -> dict[str, torch.Tensor]:

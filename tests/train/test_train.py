@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-import random
 from functools import partial
 
 import pytest
@@ -18,23 +17,13 @@ from lora.text.chat import Example
 from lora.train.evaluate import mean_loss
 from lora.train.step import SCHEDULES, accumulate, clip, learning_rate, train_step
 from tests import oracle
-from tests.helpers import bits, close, error, far, patched, same, snapshot, tiny_model
+from tests.helpers import bits, close, error, far, objective_of, patched, random_example, same, snapshot, tiny_model
 from tests.mutation import mutation
 
 VOCAB = 131
 
 
-def example_of(prompt: int, answer: int, seed: int) -> Example:
-    """Random tokens: `prompt` untrained ones, then `answer` trained ones."""
-    tokens = random.Random(seed).choices(range(VOCAB), k=prompt + answer)
-    return Example(tokens, [False] * prompt + [True] * answer)
-
-
-UNEQUAL = [example_of(prompt, answer, answer) for prompt, answer in ((40, 1), (3, 7), (12, 60), (2, 200), (25, 2))]
-
-
-def objective_of(model):
-    return lambda b: sft.loss(model, b)[0]
+UNEQUAL = [random_example(prompt, answer, answer) for prompt, answer in ((40, 1), (3, 7), (12, 60), (2, 200), (25, 2))]
 
 
 def plain_objective_of(model):
@@ -315,7 +304,7 @@ def digest(model) -> str:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
-    examples = [example_of(4, 6 + i, i) for i in range(10)]
+    examples = [random_example(4, 6 + i, i) for i in range(10)]
     (first, a), (again, b), (other, c) = (train(seed, 7, examples) for seed in (3, 3, 4))
     assert digest(first) == digest(again) != digest(other)
     assert [x.hex() for x in a] == [x.hex() for x in b] != [x.hex() for x in c]
@@ -324,7 +313,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
 
 
 def test_eight_examples_are_learned_by_heart():
-    examples = [example_of(5, 8, i) for i in range(8)]
+    examples = [random_example(5, 8, i) for i in range(8)]
     model, found = train(0, 160, examples, dropout=0.0, hidden_size=96)  # in 24 dimensions the frozen head gives 0.3
     with torch.inference_mode():
         sums = [objective_of(model)(collate([example])).item() for example in examples]
