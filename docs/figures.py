@@ -8,6 +8,7 @@ one file serves both. The same results and the same matplotlib give the same byt
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import sys
@@ -17,9 +18,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import FancyArrowPatch, Rectangle  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -40,8 +41,22 @@ STYLE = {
 }
 
 
+READ: dict[str, bytes] = {}  # what the picture in hand was drawn from
+
+
+def text_of(path: str) -> str:
+    READ[path] = (ROOT / path).read_bytes()
+    return READ[path].decode()
+
+
 def result(path: str) -> dict:
-    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+    return json.loads(text_of(path))
+
+
+def source() -> str:
+    """A hash of this program and of what the picture in hand was drawn from: a stale picture is found by it."""
+    parts = [Path(__file__).read_bytes(), *(READ[path] for path in sorted(READ))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def canvas(width: float, height: float) -> tuple[pyplot.Figure, Axes]:
@@ -70,7 +85,7 @@ def lora() -> pyplot.Figure:
     """W beside B A, with their shapes in q_proj of the default model."""
     figure, axes = canvas(100, 45)
     size, rank = 576, 16
-    trained = f"{rank} × {size} + {size} × {rank}\n= {2 * rank * size:,} trained numbers\nbeside {size * size:,} frozen ones"
+    count = f"{2 * rank * size:,} trained numbers\nbeside {size * size:,} frozen ones"
     box(axes, 7, 11, 26, 26, BLUE, "W\n\nfrozen", fontsize=19)
     box(axes, 48, 11, 4.5, 26, ORANGE, "B", fontsize=19)
     box(axes, 60, 32.5, 26, 4.5, ORANGE, "A", fontsize=19)
@@ -79,7 +94,7 @@ def lora() -> pyplot.Figure:
     for x, y, text in ((6, 24, f"{size} out"), (47, 24, f"{size} out"), (59, 34.7, f"{rank}")):
         axes.text(x, y, text, ha="right", va="center", rotation=90 if "out" in text else 0)
     axes.text(38, 24, "+  s ·", ha="center", va="center", fontsize=23)
-    axes.text(60, 24.5, trained, va="center", linespacing=1.6, color=ORANGE)
+    axes.text(60, 24.5, f"{rank} × {size} + {size} × {rank}\n= {count}", va="center", linespacing=1.6, color=ORANGE)
     axes.text(60, 13.5, "B starts at zero, so at the\nstart nothing is changed", va="center", linespacing=1.6)
     formulas = "y  =  W x  +  s B A x          ΔW = s B A          merged:  W' = W + ΔW"
     axes.text(50, 4, formulas, ha="center", va="center", fontsize=17)
@@ -168,8 +183,11 @@ def packing() -> pyplot.Figure:
     for row, length in enumerate(lengths):
         y, width = 34 - 3 * row, length * scale
         axes.add_patch(Rectangle((left, y), width, 2.5, facecolor=BLUE if row % 2 else GREEN))
-        axes.add_patch(Rectangle((left + width, y), padded - width, 2.5, fill=False, edgecolor=GREY, hatch="////", lw=0.6))
-    text = f"padded on the right:\n\n{computed:,} positions for {tokens:,} tokens,\n{1 - tokens / computed:.0%} of the work is for nothing"
+        axes.add_patch(
+            Rectangle((left + width, y), padded - width, 2.5, fill=False, edgecolor=GREY, hatch="////", lw=0.6)
+        )
+    lost = f"{1 - tokens / computed:.0%} of the work is for nothing"
+    text = f"padded on the right:\n\n{computed:,} positions for {tokens:,} tokens,\n{lost}"
     axes.text(left + padded + 5, 25, text, va="center", linespacing=1.5, fontsize=15)
     x = left
     for row, length in enumerate(lengths):
@@ -185,7 +203,8 @@ def packing() -> pyplot.Figure:
 
 def preview() -> pyplot.Figure:
     """The preview that docs/data.md prints, as a terminal shows it, in colour."""
-    shown = (HERE / "data.md").read_text(encoding="utf-8").split("\nexample 1 of 3", 1)[1].split("\n\n", 1)[0]
+    shown = text_of("docs/data.md").split("\nexample 1 of 3", 1)[1].split("\n\n", 1)[0]
+    READ["docs/data.md"] = shown.encode()  # the rest of the chapter may change
     lines = shown.split("\n")[1:]
     figure, axes = canvas(100, 5.2 * len(lines) + 5)
     character = 0.96
@@ -223,10 +242,15 @@ def loss() -> pyplot.Figure:
 def frontier() -> pyplot.Figure:
     """What each run of experiments/persona learned against what it forgot."""
     persona = _module("experiments/persona/run.py")
-    found = {path.stem: result(str(path)) for path in sorted((ROOT / "experiments/persona/results").glob("*.json"))}
+    found = {
+        path.stem: result(str(path.relative_to(ROOT)))
+        for path in sorted((ROOT / "experiments/persona/results").glob("*.json"))
+    }
     runs = [name for name, what in found.items() if "training" in what]
     for name in runs:
-        found[name]["answers"] = persona.read_rows(ROOT / f"experiments/persona/results/{name}.jsonl")
+        found[name]["answers"] = [
+            json.loads(line) for line in text_of(f"experiments/persona/results/{name}.jsonl").splitlines()
+        ]
     forgotten = {name: persona.forgotten(found[name]) for name in runs}
     learned = {name: persona.percent(persona.of(found[name], "persona"), persona.is_persona) for name in runs}
     spilt = {name: persona.percent(persona.of(found[name], "unrelated"), persona.has_spilt) for name in runs}
@@ -261,7 +285,9 @@ def speed() -> pyplot.Figure:
             x = [at + 0.28 * (place - 1) for at in range(len(shown))]
             values = [measured[workload]["sides"][side][key] for workload in shown]
             bars = axes.bar(x, values, 0.26, color=colour, label=name)
-            axes.bar_label(bars, [f"{v:.0f}" if v > 20 else f"{v:.1f}" for v in values], color=TEXT, fontsize=12, padding=2)
+            axes.bar_label(
+                bars, [f"{v:.0f}" if v > 20 else f"{v:.1f}" for v in values], color=TEXT, fontsize=12, padding=2
+            )
         axes.set_xticks(range(len(shown)), shown.values(), fontsize=12)
         axes.set_title(label, color=TEXT, fontsize=15)
         axes.margins(y=0.12)
@@ -291,8 +317,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         for name, draw in PICTURES.items():
+            READ.clear()
             figure = draw()
-            figure.savefig(out / name, transparent=True, metadata={"Date": None, "Creator": None})
+            metadata = {"Date": None, "Creator": None, "Source": source()}
+            figure.savefig(out / name, transparent=True, metadata=metadata)
             pyplot.close(figure)
             print(out / name)
 
