@@ -83,7 +83,7 @@ ALONE = {"freed memory kept": "malloc", "fused AdamW": "optimizer"}  # belong to
 
 def some_steps(count: int) -> list[list[Example]]:
     tokenizer = pretrained.load_chat(pretrained.find(str(hub.default_model()))).tokenizer
-    text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
+    text = tokenizer.encode(machine.prose())
     steps = train_speed.make_steps(train_speed.WORKLOADS["short"], text, count, seed="techniques")
     return [[Example(*example) for example in step] for step in steps]
 
