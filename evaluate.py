@@ -34,7 +34,7 @@ from lora.errors import BadInput, say
 from lora.export import receipt
 from lora.inference import several
 from lora.inference.generate import generate
-from lora.ops.loss import summed_loss
+from lora.ops import cross_entropy
 from lora.pretrained import hub
 from lora.run import answers
 from lora.text.chat import Chat
@@ -238,7 +238,7 @@ def lay_out(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], 
     ordinary = []
     if adapter and not s.no_retention:
         ordinary, count, _ = retention_batches(chat, s.retention, most, s.micro_tokens, device)
-        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.dead for b in ordinary):,} tokens")
+        say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.padding for b in ordinary):,} tokens")
     return Column(name, adapter, chat, examples, prompts, ordinary)
 
 
@@ -250,10 +250,10 @@ def losses(model, column: Column, device, s) -> dict[str, float]:
     cap = model.config.final_logit_softcapping
 
     def trunk(b) -> torch.Tensor:
-        return model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
+        return model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
 
     def objective(b) -> torch.Tensor:
-        return summed_loss(trunk(b), model.head_weight, b.targets, cap=cap)
+        return cross_entropy(trunk(b), model.head_weight, b.targets, cap=cap)
 
     batches = micro_batches(column.examples, s.micro_tokens, device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)

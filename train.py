@@ -29,7 +29,8 @@ from lora.adapter.inject import disabled, inject
 from lora.data import batch, preview
 from lora.data.sources import lint_report, numbered
 from lora.errors import BadInput, BadNumbers, StopFlag, Stopped, say
-from lora.ops.loss import summed_loss
+from lora.network.compiled import compile_blocks
+from lora.ops import cross_entropy
 from lora.pretrained import hub
 from lora.run import adapter, full
 from lora.run.evaluator import Evaluator, Interrupted, question_text
@@ -98,7 +99,7 @@ def story_of(team: DistContext, s, resumed: Resumed | None) -> int:
                 if start:
                     store.restore(model, start)
             if s.compile:
-                model.compile_blocks()
+                compile_blocks(model)
                 say("compile  the first step takes a minute or two longer")
             return train(model, plan, s, out, team, resumed, tidy)
 
@@ -135,7 +136,7 @@ def train(model, plan: Plan, s, out: Path, team: DistContext, resumed: Resumed |
         if not s.fsdp:
             return cut(team.share(indices, lengths))
         return team.padded(
-            [cut(part) for part in distributed.shares(indices, lengths, team.size)], batch.nothing(team.device)
+            [cut(part) for part in distributed.shares(indices, lengths, team.size)], batch.dummy_batch(team.device)
         )
 
     objective, lengths = objective_of(model, s), plan.examples.lengths
@@ -242,8 +243,8 @@ def objective_of(model, s) -> Callable[[batch.Batch], torch.Tensor]:
 
     def objective(b: batch.Batch) -> torch.Tensor:
         model.checkpoint_activations = s.checkpoint_activations or len(b.tokens) > LONG * s.micro_tokens
-        hidden = model.trunk(b.tokens, b.lengths, rows=b.rows)  # (N, D)
-        return summed_loss(hidden, model.head_weight, b.targets, cap=model.config.final_logit_softcapping)
+        hidden = model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
+        return cross_entropy(hidden, model.head_weight, b.targets, cap=model.config.final_logit_softcapping)
 
     return objective
 

@@ -25,19 +25,16 @@ from torch.autograd.graph import saved_tensors_hooks
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lora.ops.loss import plain_loss  # noqa: E402
+
 import train  # noqa: E402
 from bench import machine, train_speed  # noqa: E402
-from lora import (  # noqa: E402
-    device,
-    files,
-    pretrained,
-)
+from lora import device, files, ops, pretrained  # noqa: E402
 from lora.adapter.inject import inject  # noqa: E402
 from lora.adapter.layer import LoRALinear  # noqa: E402
 from lora.data import batch  # noqa: E402
 from lora.network import decoder  # noqa: E402
 from lora.ops import attention  # noqa: E402
-from lora.ops.loss import plain_loss, summed_loss  # noqa: E402
 from lora.pretrained import hub  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
@@ -54,12 +51,12 @@ def one_by_one(q, k, v, documents, *_):
 
 def all_rows(model):
     """The last block, norm and head's input at every position."""
-    return lambda b: summed_loss(model.trunk(b.tokens, b.lengths)[b.rows], model.head_weight, b.targets)
+    return lambda b: ops.cross_entropy(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
 
 
 def all_logits(model):
     """Logits of all trained positions at once, and autograd's gradient."""
-    return lambda b: plain_loss(model.trunk(b.tokens, b.lengths, rows=b.rows), model.head_weight, b.targets)
+    return lambda b: plain_loss(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
 
 
 def separately(x, layers):

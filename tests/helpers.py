@@ -4,9 +4,12 @@ Default initialisation makes logits so small that an absolute tolerance accepts 
 norms and biases are not 1 and 0, and an adapter's ΔW has 5 to 50 % of its W's norm.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
+from lora import ops
 from lora.adapter.inject import inject, lora_layers
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
@@ -140,3 +143,13 @@ def example_of(chat: Chat, messages: list[dict], train_on: str = "assistant") ->
     """The one example of a conversation."""
     [laid] = chat.tokenize(messages, train_on)
     return laid.example(train_on == "all")
+
+
+@contextmanager
+def as_written():
+    """Inside the block every formula runs as `lora.ops.plain` has it."""
+    ops.use_plain()
+    try:
+        yield
+    finally:
+        ops.use_plain(False)

@@ -35,10 +35,10 @@ def matches(path: str, target: str) -> bool:
     begins on a dot: `o_proj` matches `layers.0.o_proj`, never `layers.0.foo_proj`."""
     if target.startswith("re:"):
         return re.fullmatch(target[3:], path) is not None
-    return ends(path, *GROUPS.get(target, (target,)))
+    return path_endswith(path, *GROUPS.get(target, (target,)))
 
 
-def ends(path: str, *suffixes: str) -> bool:
+def path_endswith(path: str, *suffixes: str) -> bool:
     """Does the path end in one of these, whole names only?"""
     return any(path == suffix or path.endswith("." + suffix) for suffix in suffixes)
 
@@ -51,7 +51,7 @@ class NoMatch(ValueError):
         super().__init__("; ".join(text for *_, text in problems))
 
 
-def choose(
+def find_targets(
     model: nn.Module,
     targets: Sequence[str] = ("all",),
     layers: str | None = None,
@@ -82,12 +82,12 @@ def choose(
 
     chosen = named("target", targets, everywhere)
     if layers is not None and chosen:
-        numbers = {path: n for path in chosen if (n := number(path)) is not None}
+        numbers = {path: n for path in chosen if (n := layer_number(path)) is not None}
         there = ", ".join(str(n) for n in sorted(set(numbers.values()))) or "none"
-        for span, text in zip(spans(layers), layers.split(","), strict=True):
+        for span, text in zip(parse_layers(layers), layers.split(","), strict=True):
             if not any(n in span for n in numbers.values()):
                 problems.append(("layers", text, f"layers {text!r} match no target; there are: {there}"))
-        chosen = {path for path, n in numbers.items() if any(n in span for span in spans(layers))}
+        chosen = {path for path, n in numbers.items() if any(n in span for span in parse_layers(layers))}
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         if chosen:
             named(name, pattern or (), chosen)
@@ -96,12 +96,12 @@ def choose(
     return [path for path in everywhere if path in chosen]
 
 
-def number(path: str) -> int | None:
+def layer_number(path: str) -> int | None:
     """That of the layer: the first in a path."""
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
-def spans(layers: str) -> list[range]:
+def parse_layers(layers: str) -> list[range]:
     """`0-7,20-` -> 0 to 7, and 20 to the end."""
     pairs = (part.partition("-") for part in layers.split(","))
     return [range(int(low), int(high or (sys.maxsize if dash else low)) + 1) for low, dash, high in pairs]
@@ -135,7 +135,7 @@ def inject(
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; unload them first")
-    paths = choose(model, targets, layers, rank_pattern, alpha_pattern)
+    paths = find_targets(model, targets, layers, rank_pattern, alpha_pattern)
     made, trained = {}, {p: p.requires_grad for p in model.parameters()}
     for path in tqdm(paths, desc="adapter", unit="layer", leave=False, disable=None, delay=2):  # the SVDs of PiSSA
         here = first_match(path, rank_pattern, rank), first_match(path, alpha_pattern, alpha)

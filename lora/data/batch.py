@@ -21,56 +21,58 @@ STEP = 256  # a filled micro-batch over its budget has a multiple of so many tok
 
 @dataclass
 class Batch:
-    """Documents end to end: `tokens` (T,), `lengths` of the documents (they sum to T), the positions that are trained,
-    `rows` (N,), and what each of them should predict, `targets` (N,). The last `dead` tokens are of no example."""
+    """Documents end to end, T tokens, N of them trained; the last `padding` tokens belong to no example."""
 
-    tokens: torch.Tensor
-    lengths: list[int]
-    rows: torch.Tensor
-    targets: torch.Tensor
-    dead: int = 0
+    tokens: torch.Tensor  # (T,)
+    lengths: list[int]  # of the documents; they sum to T
+    trained: torch.Tensor  # (N,), the positions whose prediction is trained
+    targets: torch.Tensor  # (N,), what each of them should predict
+    padding: int = 0
 
 
-def lay_out(examples: Sequence[Example], device="cpu", dead: int = 0) -> Batch:
-    """The shift happens here and only here: position t predicts token t + 1. A last token predicts nothing: it is left
-    out. `dead` tokens more follow the last example, as if of it: what lies behind it changes nothing in it."""
-    tokens, rows, targets = [], [], []
+def collate(examples: Sequence[Example], device="cpu", padding: int = 0) -> Batch:
+    """Lay examples end to end. The shift happens here and only here: position t predicts token t + 1.
+
+    A last token predicts nothing, so it is left out. `padding` tokens follow the last example as if they were of it:
+    what lies behind it changes nothing in it.
+    """
+    tokens, trained, targets = [], [], []
     for example in examples:
-        trained = [t for t in range(len(example.tokens) - 1) if example.trained[t + 1]]
-        rows += [len(tokens) + t for t in trained]
-        targets += [example.tokens[t + 1] for t in trained]
+        predicting = [t for t in range(len(example.tokens) - 1) if example.trained[t + 1]]
+        trained += [len(tokens) + t for t in predicting]
+        targets += [example.tokens[t + 1] for t in predicting]
         tokens += example.tokens[:-1]
     lengths = [len(example.tokens) - 1 for example in examples]
-    lengths[-1] += dead
-    tokens += [0] * dead
-    return Batch(upload(tokens, device), lengths, upload(rows, device), upload(targets, device), dead)
+    lengths[-1] += padding
+    tokens += [0] * padding
+    return Batch(upload(tokens, device), lengths, upload(trained, device), upload(targets, device), padding)
 
 
 def size_of(examples: Sequence[Example]) -> int:
-    """Tokens of a batch of them."""
+    """The tokens of a batch of them."""
     return sum(len(example.tokens) - 1 for example in examples)
 
 
 def filled(examples: Sequence[Example], size: int, device="cpu") -> Batch:
-    """Laid out with one dead document at the end, nothing of it trained, so that there are `size` tokens, or where the
-    examples have more, a multiple of STEP."""
+    """A batch of `size` tokens, for compiled code; where the examples have more, of a multiple of STEP. What is missing
+    is a document of its own at the end, nothing of it trained."""
     used = size_of(examples)
-    dead = size - used if used <= size else -used % STEP
-    if not dead:
-        return lay_out(examples, device)
-    batch = lay_out([*examples, Example([0] * (dead + 1), [False] * (dead + 1))], device)
-    batch.dead = dead
+    padding = size - used if used <= size else -used % STEP
+    if not padding:
+        return collate(examples, device)
+    batch = collate([*examples, Example([0] * (padding + 1), [False] * (padding + 1))], device)
+    batch.padding = padding
     return batch
 
 
-def nothing(device="cpu") -> Batch:
-    """One dead token: for a process that has no examples but must take part."""
+def dummy_batch(device="cpu") -> Batch:
+    """One token of padding: for a process that has no examples but must take part."""
     return filled([], 1, device)
 
 
 def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu", fill: bool = False) -> list[Batch]:
     """Cut a step into batches of at most `micro_tokens` tokens; a longer example has a batch of its own. To `fill` is
-    to make all of them that long; else they are rounded up."""
+    to make all of them that long; else they are rounded up to a multiple of ROUND."""
     batches, room = [], 0
     for example in sorted(examples, key=lambda e: len(e.tokens)):  # alike lengths together
         if len(example.tokens) - 1 > room or not batches:
@@ -80,7 +82,7 @@ def micro_batches(examples: Sequence[Example], micro_tokens: int, device="cpu", 
         room -= len(example.tokens) - 1
     if fill:
         return [filled(batch, micro_tokens, device) for batch in batches]
-    return [lay_out(batch, device, -size_of(batch) % ROUND) for batch in batches]
+    return [collate(batch, device, -size_of(batch) % ROUND) for batch in batches]
 
 
 def order(count: int, seed: int | str, epoch: int) -> list[int]:

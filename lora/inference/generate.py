@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from lora.device import few_rows
-from lora.network.decoder import Model, wide
-from lora.ops.linear import prepared
+from lora.network.decoder import Model
+from lora.ops import wide
+from lora.ops.fast_decoding import for_decoding
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def generate(
     `on_token(row, token)` is called for every token as it is chosen. An answer ends at a stop token, after `max_new`
     tokens, or where the model's positions end.
     """
-    with prepared(model.groups()), torch.inference_mode():
+    with for_decoding(model.groups()), torch.inference_mode():
         return _generate(model, prompts, stops, max_new, how, on_token)
 
 

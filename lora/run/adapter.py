@@ -9,7 +9,7 @@ import torch
 
 from lora import flags, pretrained
 from lora.adapter import passport, store
-from lora.adapter.inject import NoMatch, choose, ends, first_match, lora_layers
+from lora.adapter.inject import NoMatch, find_targets, first_match, lora_layers, path_endswith
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
 from lora.network.decoder import Model
@@ -53,12 +53,12 @@ def ranks(s: SimpleNamespace, empty: Model) -> dict[str, int]:
     """The paths of the Linears to patch, with their ranks. Raises BadInput naming all that does not fit the base."""
     how, problems = arguments(s), []
     try:
-        paths = choose(empty, *(how[name] for name in ("targets", "layers", "rank_pattern", "alpha_pattern")))
+        paths = find_targets(empty, *(how[name] for name in ("targets", "layers", "rank_pattern", "alpha_pattern")))
     except NoMatch as error:
         for name, value, text in error.problems:
-            if ends(value, "embed_tokens"):
+            if path_endswith(value, "embed_tokens"):
                 text = f"{value}: embeddings get no adapters here. {TRAINS_WHOLE}"
-            elif ends(value, "lm_head") and empty.config.tie_word_embeddings:
+            elif path_endswith(value, "lm_head") and empty.config.tie_word_embeddings:
                 text = f"{value}: this model's head is its embedding, which gets no adapter here. {TRAINS_WHOLE}"
             else:
                 text += ". Give one of these" + ", or all" * (name == "target")

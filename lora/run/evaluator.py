@@ -107,7 +107,7 @@ class Evaluator:
     def _mine(self, batches: list[batch.Batch]) -> list[batch.Batch]:
         """This process's part of the batches."""
         cuts = [batches[rank :: self.team.size] for rank in range(self.team.size)]
-        return self.team.padded(cuts, batch.nothing(self.team.device)) if self.sharded else cuts[self.team.rank]
+        return self.team.padded(cuts, batch.dummy_batch(self.team.device)) if self.sharded else cuts[self.team.rank]
 
     def _raise_if_stopped(self) -> None:
         """A signal ends an evaluation at once; it is made when the run goes on. Not among several processes, where one
@@ -117,7 +117,7 @@ class Evaluator:
 
     def _trunk(self, b: batch.Batch) -> torch.Tensor:
         self._raise_if_stopped()
-        return self.model.trunk(b.tokens, b.lengths, rows=b.rows)
+        return self.model.trunk(b.tokens, b.lengths)[b.trained]
 
     def _loss(self, b: batch.Batch) -> torch.Tensor:
         self._raise_if_stopped()
@@ -128,7 +128,7 @@ def fingerprint(batches: Iterable[batch.Batch]) -> str:
     """sha256 over what is measured."""
     digest = hashlib.sha256()
     for b in batches:
-        digest.update(f"{b.lengths} {b.tokens.tolist()} {b.rows.tolist()} {b.targets.tolist()}".encode())
+        digest.update(f"{b.lengths} {b.tokens.tolist()} {b.trained.tolist()} {b.targets.tolist()}".encode())
     return digest.hexdigest()
 
 

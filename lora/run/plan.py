@@ -14,7 +14,7 @@ import torch
 from lora import device as machine
 from lora import folders, pretrained
 from lora.adapter import passport
-from lora.adapter.inject import choose
+from lora.adapter.inject import find_targets
 from lora.data import batch, preview
 from lora.data.encode import Encoded
 from lora.data.retention import retention_batches
@@ -150,7 +150,7 @@ def make_plan(s: SimpleNamespace, team: DistContext, made: Sequence[dict] | None
     chat = pretrained.load_chat(base, False if s.no_system else s.system, template, date.fromisoformat(s.date))
     if s.init_adapter and not resumed:
         passport.verify_chat(s.init_adapter, base.name, chat.tokenizer, chat.template.source, s.no_verify)
-    targets = dict.fromkeys(choose(empty), 0) if s.full else adapter.ranks(s, empty)
+    targets = dict.fromkeys(find_targets(empty), 0) if s.full else adapter.ranks(s, empty)
     s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
     sources = read_sources(s, chat, hub.dataset_file, made)
     examples = sources.examples

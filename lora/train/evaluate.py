@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora.ops.loss import ROWS, logits_of
+from lora import ops
+from lora.ops.fast_cross_entropy import ROWS
 
 Total = Callable[[list[float]], list[float]]  # adds numbers over processes; `list` where there is one process
 
@@ -90,7 +91,7 @@ def plain_divergence(of_base, hidden, head, targets, head_of_base: torch.Tensor 
     model's loss."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     pairs = (of_base, head if head_of_base is None else head_of_base), (hidden, head)
-    base, now = (F.log_softmax(logits_of(states, weight, cap), -1, dtype=wide) for states, weight in pairs)  # (N, V)
+    base, now = (F.log_softmax(ops.logits(states, weight, cap), -1, dtype=wide) for states, weight in pairs)  # (N, V)
     losses = (-scores.gather(1, targets[:, None]).sum() for scores in (base, now))
     return ((base.exp() * (base - now)).sum().item(), *(loss.item() for loss in losses))
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lora.device import ROUND
-from lora.ops.loss import ROWS
+from lora.ops.fast_cross_entropy import ROWS
 
 RUNTIME = {"cpu": 300e6}  # Python, torch, a tokenizer; a GPU counts its tensors only
 AGAIN = {"cpu": 80e6}  # torch's compiler, which torch.utils.checkpoint imports
 GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
-# on a CPU attention goes by so many queries at a time, and keeps weights up to so many bytes: `lora.ops.attention`
+# on a CPU attention goes by so many queries at a time, and keeps weights up to so many bytes: `lora.ops.fast_attention`
 QUERIES, WEIGHTS = 128, {"cpu": 8 * 2**20}
 LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 NORMS = 3  # times a weight in float32: ΔW, W + ΔW, its squares

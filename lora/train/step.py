@@ -59,12 +59,12 @@ def accumulate(objective: Callable, batches: Sequence, trained: int | None = Non
     return loss, trained
 
 
-def clip(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
-    """Scale all gradients by min(1, limit / norm) and return the norm before that; a limit of 0 is none."""
+def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients by min(1, max_norm / norm) and return the norm before that; a max_norm of 0 is no limit."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if limit:
-        torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], limit, norm)
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)
     return norm.item()
 
 
@@ -73,8 +73,8 @@ def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def alone(parameters: Sequence, numbers: list[float]) -> list[float]:
-    """The sum over all processes of the gradients, in place, and of some numbers, where there is but one."""
+def no_reduce(parameters: Sequence, numbers: list[float]) -> list[float]:
+    """`reduce` of a single process, which has nothing to add up."""
     return numbers
 
 
@@ -83,18 +83,18 @@ def train_step(
     batches: Sequence,
     optimizer: torch.optim.Optimizer,
     lr: float,
-    limit: float = 0.0,
+    max_norm: float = 0.0,
     trained: int | None = None,
-    reduce: Callable[[Sequence, list[float]], list[float]] = alone,
+    reduce: Callable[[Sequence, list[float]], list[float]] = no_reduce,
 ) -> StepResult:
     """Accumulate, reduce, clip, update; a parameter group may have an `lr_ratio`. With several processes `batches` are
     this one's, `trained` counts the trained tokens of all, and `reduce(parameters, numbers)` sums over them. Raises
     NotFinite, the weights not stepped, and whatever `reduce` raises."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, trained = accumulate(objective, batches, trained)
-    tokens = sum(len(batch.tokens) - batch.dead for batch in batches)
+    tokens = sum(len(batch.tokens) - batch.padding for batch in batches)
     loss, tokens = reduce(parameters, [loss, tokens])
-    norm = clip(parameters, limit)
+    norm = clip(parameters, max_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise NotFinite(loss, norm)

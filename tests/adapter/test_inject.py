@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lora.adapter.inject import GROUPS, choose, inject, linears, lora_layers, matches
+from lora.adapter.inject import GROUPS, find_targets, inject, linears, lora_layers, matches
 from lora.adapter.layer import LoRALinear
 from tests.helpers import close, far, patched, randomise, same, snapshot, some_tokens, tiny_model
 from tests.mutation import mutation
@@ -192,7 +192,7 @@ def test_a_pattern_matches_the_whole_path(path):
 def test_only_A_and_B_train_and_their_count_is_r_times_in_plus_out(targets, rank):
     model = tiny_model(torch.float32, num_key_value_heads=2).requires_grad_(True)
     sizes = {path: tuple(linear.weight.shape) for path, linear in linears(model).items()}
-    chosen = choose(model, targets)
+    chosen = find_targets(model, targets)
     inject(model, rank, 4, targets=targets)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable.keys() == {f"{path}.lora_{m}" for path in chosen for m in "AB"}
@@ -240,9 +240,9 @@ def test_frozen_tensors_keep_their_bits_over_20_steps(dtype):
 )
 @mutation(
     "lora/adapter/inject.py",
-    """    paths = choose(model, targets, layers, rank_pattern, alpha_pattern)
+    """    paths = find_targets(model, targets, layers, rank_pattern, alpha_pattern)
 """,
-    """    model.requires_grad_(False); paths = choose(model, targets, layers, rank_pattern, alpha_pattern)
+    """    model.requires_grad_(False); paths = find_targets(model, targets, layers, rank_pattern, alpha_pattern)
 """,
 )
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 
@@ -12,17 +13,28 @@ import torch
 from torch import nn
 
 import train
-from lora import flags, settings
+from lora import flags, ops, settings
 from lora.adapter import store
-from lora.adapter.inject import choose, disabled, inject, lora_layers
+from lora.adapter.inject import disabled, find_targets, inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merge, merge_and_unload, unmerge
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
-from lora.ops.linear import prepared, together
+from lora.ops.fast_decoding import for_decoding
 from lora.run import adapter
 from lora.train.step import train_step
 from tests import cli
-from tests.helpers import bits, close, error, far, randomise_adapter, same, snapshot, some_tokens, tiny_model
+from tests.helpers import (
+    as_written,
+    bits,
+    close,
+    error,
+    far,
+    randomise_adapter,
+    same,
+    snapshot,
+    some_tokens,
+    tiny_model,
+)
 from tests.mutation import mutation
 
 KINDS = [RsLoRALinear, DoRALinear, RsDoRALinear, PiSSALinear]
@@ -97,7 +109,8 @@ def test_values_and_gradients_are_the_papers(kind, bias, way):
     assert len(trained) == (3 if issubclass(kind, DoRALinear) else 2)
     W, b = layer.base.weight, layer.base.bias
     theirs, x2 = [p.detach().clone().requires_grad_() for p in trained], x.detach().clone().requires_grad_()
-    y = layer(x) if way == "fast" else layer.plain(x)
+    with as_written() if way == "plain" else nullcontext():
+        y = layer(x)
     expected = x2 @ paper(kind, W, theirs, principal_part(W, RANK)).T + (0 if b is None else b)
     assert close(y, expected, 1e-12) and far(y, layer.base(x), 1e-12)
     G = torch.randn_like(y)
@@ -112,14 +125,15 @@ def test_several_together_equal_each_alone(kind, dropout):
     layers = [layer_of(kind, n > 1, (37, 13 + n), torch.float64, n, dropout=dropout).train() for n in range(3)]
     x = torch.randn(11, 37, dtype=torch.float64)
     torch.manual_seed(3)
-    found = together(x, layers)
+    found = ops.linears(x, layers)
     torch.manual_seed(3)
-    assert all(close(y, layer.plain(x), 1e-13) for y, layer in zip(found, layers, strict=True))
+    with as_written():
+        assert all(close(y, layer(x), 1e-13) for y, layer in zip(found, layers, strict=True))
     for layer in layers:
         layer.eval()
-    with prepared([layers]), torch.no_grad():
-        assert "prepared" in vars(layers[0])
-        assert all(close(y, layer.plain(x), 1e-13) for y, layer in zip(together(x, layers), layers, strict=True))
+    with for_decoding([layers]), torch.no_grad():
+        assert "joined" in vars(layers[0])
+        assert all(close(y, layer(x), 1e-13) for y, layer in zip(ops.linears(x, layers), layers, strict=True))
 
 
 def test_doras_dropout_is_on_all_that_the_adapter_adds():
@@ -204,8 +218,6 @@ def test_a_new_layer_computes_its_base_bit_for_bit(kind, bias, dtype, dropout):
     base = linear(bias, dtype=dtype)
     layer, x = kind(base, RANK, ALPHA, dropout), torch.randn(3, 11, 37).to(dtype)
     assert torch.equal(layer.train()(x), base(x)) and torch.equal(layer.eval()(x), base(x))
-    with prepared([[layer]]), torch.no_grad():
-        assert torch.equal(layer(x), base(x))
     assert not layer.delta().any()
 
 
@@ -298,7 +310,7 @@ def test_patterns_give_ranks_and_alphas_and_the_first_that_matches_counts():
     [("0", {0}), ("0-1", {0, 1}), ("2-", {2, 3}), ("0,3", {0, 3}), ("1-2,3-", {1, 2, 3}), ("0-99", {0, 1, 2, 3})],
 )
 def test_layers_are_numbers_and_spans(layers, numbers):
-    paths = choose(tiny_model(num_hidden_layers=4), ["all"], layers)
+    paths = find_targets(tiny_model(num_hidden_layers=4), ["all"], layers)
     assert {int(path.split(".")[2]) for path in paths} == numbers and len(paths) == 7 * len(numbers)
 
 
@@ -386,7 +398,7 @@ def test_B_learns_so_many_times_as_fast_along_the_whole_schedule():
     model = patched(LoRALinear, torch.float32)
     s = SimpleNamespace(lr=0.1, lr_ratio_b=16.0, weight_decay=0.0)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    batch = SimpleNamespace(tokens=some_tokens(), targets=some_tokens(), dead=0)
+    batch = SimpleNamespace(tokens=some_tokens(), targets=some_tokens(), padding=0)
     for lr in (1e-3, 1e-4):
         optimizer = train.optimizer_of(train.groups(parameters, s), s, torch.device("cpu"))
         before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lora import errors
 from lora.data import formats
-from lora.data.batch import lay_out, micro_batches, order, steps, tokens_per_step
+from lora.data.batch import collate, micro_batches, order, steps, tokens_per_step
 from lora.data.formats import read
 from lora.data.sources import numbered
 from lora.errors import BadInput
@@ -481,23 +481,23 @@ def test_any_file_gives_conversations_or_bad_input(tmp_path_factory, rows):
 
 @mutation(
     "lora/data/batch.py",
-    "targets += [example.tokens[t + 1] for t in trained]",
-    "targets += [example.tokens[t] for t in trained]",
+    "targets += [example.tokens[t + 1] for t in predicting]",
+    "targets += [example.tokens[t] for t in predicting]",
 )
 @mutation(
     "lora/data/batch.py",
-    "targets += [example.tokens[t + 1] for t in trained]",
-    "targets += [[*example.tokens, 0][t + 2] for t in trained]",
+    "targets += [example.tokens[t + 1] for t in predicting]",
+    "targets += [[*example.tokens, 0][t + 2] for t in predicting]",
 )
 def test_targets_are_the_tokens_shifted_by_one_where_they_are_trained():
     a = Example([10, 11, 12, 13, 14], [False, False, True, False, True])
     b = Example([20, 21, 22], [True, True, False])
-    batch = lay_out([a, b])
+    batch = collate([a, b])
     assert batch.tokens.tolist() == [10, 11, 12, 13, 20, 21]
     assert batch.lengths == [4, 2]
-    assert batch.rows.tolist() == [1, 3, 4]
+    assert batch.trained.tolist() == [1, 3, 4]
     assert batch.targets.tolist() == [12, 14, 21]
-    assert batch.tokens.dtype == batch.rows.dtype == batch.targets.dtype == torch.int64
+    assert batch.tokens.dtype == batch.trained.dtype == batch.targets.dtype == torch.int64
 
 
 EXAMPLES = st.lists(
@@ -515,8 +515,8 @@ EXAMPLES = st.lists(
 
 def documents_of(batch) -> list[tuple]:
     """(tokens, targets) of every document of a batch, a target -1 where nothing is trained."""
-    targets = torch.full_like(batch.tokens, -1).index_copy(0, batch.rows, batch.targets)
-    lengths = [*batch.lengths[:-1], batch.lengths[-1] - batch.dead, batch.dead]
+    targets = torch.full_like(batch.tokens, -1).index_copy(0, batch.trained, batch.targets)
+    lengths = [*batch.lengths[:-1], batch.lengths[-1] - batch.padding, batch.padding]
     *parts, dead = zip(batch.tokens.split(lengths), targets.split(lengths), strict=True)
     assert (dead[1] == -1).all()
     return [(tuple(tokens.tolist()), tuple(targets.tolist())) for tokens, targets in parts]
@@ -534,9 +534,9 @@ def test_micro_batches_keep_every_example_once_and_the_budget(examples, budget):
     )
     assert Counter(document for batch in batches for document in documents_of(batch)) == expected
     for batch in batches:
-        assert sum(batch.lengths) == len(batch.tokens) and len(batch.rows) == len(batch.targets)
-        assert len(batch.tokens) % 32 == 0 and batch.dead < 32
-        assert len(batch.tokens) - batch.dead <= budget or len(batch.lengths) == 1  # a longer example is alone
+        assert sum(batch.lengths) == len(batch.tokens) and len(batch.trained) == len(batch.targets)
+        assert len(batch.tokens) % 32 == 0 and batch.padding < 32
+        assert len(batch.tokens) - batch.padding <= budget or len(batch.lengths) == 1  # a longer example is alone
     for first, second in pairwise(batches):
         assert len(first.tokens) + second.lengths[0] > budget  # and no batch is opened without need
 

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from lora.data.batch import micro_batches
-from lora.network.decoder import RMSNorm
-from lora.ops.loss import plain_loss, summed_loss
+from lora.ops import cross_entropy, fast_cross_entropy
+from lora.ops import plain as formulas
 from lora.pretrained.folder import ModelFolder, load_model
 from lora.run.full import Masters
 from lora.text.chat import Example
@@ -20,7 +20,7 @@ from lora.train import memory, run_state
 from lora.train.evaluate import Retention
 from lora.train.step import train_step
 from tests import cli, oracle
-from tests.helpers import close, far, same, snapshot, some_tokens, tiny_config, tiny_model
+from tests.helpers import as_written, close, far, same, snapshot, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
 from tests.train.test_memory import arguments, kept_bytes, name_of, settings
 
@@ -37,7 +37,7 @@ BATCHES = micro_batches(EXAMPLES, 12)  # two of them
 
 def objective_of(model):
     """As train.py has it."""
-    return lambda b: summed_loss(model.trunk(b.tokens, b.lengths, rows=b.rows), model.head_weight, b.targets)
+    return lambda b: cross_entropy(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
 
 
 def gradients(model, objective) -> dict[str, torch.Tensor]:
@@ -53,14 +53,16 @@ def gradients(model, objective) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "shape", [{"tie_word_embeddings": True}, {}, {"model_type": "qwen2"}], ids=["tied", "untied", "biases"]
 )
-def test_every_gradient_is_that_of_the_plain_formula(shape, monkeypatch):
+def test_every_gradient_is_that_of_the_plain_formula(shape):
     """Autograd's of the formula as written, entry by entry; and along a random direction of every weight, what the
     float64 oracle's loss differs by."""
     model, raw = tiny_model(F64, **shape), tiny_config(**shape)
     found = gradients(model, objective_of(model))
-    with monkeypatch.context() as patched:
-        patched.setattr(RMSNorm, "forward", RMSNorm.plain)
-        plain = lambda b: plain_loss(model(b.tokens, b.lengths)[b.rows], torch.eye(131, dtype=F64), b.targets)  # noqa: E731
+
+    def plain(b):
+        return formulas.cross_entropy(model(b.tokens, b.lengths)[b.trained], torch.eye(131, dtype=F64), b.targets)
+
+    with as_written():
         expected = gradients(model, plain)
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, gradient in found.items():
@@ -81,15 +83,15 @@ def test_every_gradient_is_that_of_the_plain_formula(shape, monkeypatch):
         assert abs(slope - (gradient * way).sum()) < 1e-6 * 1e-5 * max(1, gradient.norm()), name
 
 
-@mutation("lora/ops/loss.py", "of_head += errors.T @ part", "of_head.copy_(errors.T @ part)")
+@mutation("lora/ops/fast_cross_entropy.py", "d_head += e.T @ h", "d_head.copy_(e.T @ h)")
 def test_the_gradient_of_a_bf16_head_adds_up_in_float32():
     """The same tokens in every chunk of rows: sums of equal bf16 numbers would stop growing."""
     draw = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(2, 16, generator=draw).bfloat16(), torch.randn(31, 16, generator=draw).bfloat16()
     hidden, head, targets = hidden.repeat(600, 1), head.requires_grad_(), torch.tensor([3, 7] * 600)
-    summed_loss(hidden, head, targets, 2).backward()
+    fast_cross_entropy.cross_entropy(hidden, head, targets, rows=2).backward()
     found, wide = head.grad, head.detach().double().requires_grad_()
-    plain_loss(hidden.double(), wide, targets).backward()
+    formulas.cross_entropy(hidden.double(), wide, targets).backward()
     assert found.dtype == BF16 and (found - wide.grad).norm() < 0.01 * wide.grad.norm()
 
 
@@ -173,12 +175,12 @@ def test_forgetting_is_measured_against_the_heads_of_both(tied):
     model = tiny_model(F64, tie_word_embeddings=tied)
     base = copy.deepcopy(model)
     masters = Masters(model, F64)
-    trunk = lambda b: model.trunk(b.tokens, b.lengths, rows=b.rows)  # noqa: E731
+    trunk = lambda b: model.trunk(b.tokens, b.lengths)[b.trained]  # noqa: E731
     meter = Retention(trunk, lambda: model.head_weight, BATCHES, lambda: torch.no_grad())
     assert meter().kl == 0
     optimizer = torch.optim.AdamW(masters.by_name.values())
     train_step(objective_of(model), BATCHES, optimizer, 0.05)
-    rows = [(base(b.tokens, b.lengths)[b.rows], model(b.tokens, b.lengths)[b.rows], b.targets) for b in BATCHES]
+    rows = [(base(b.tokens, b.lengths)[b.trained], model(b.tokens, b.lengths)[b.trained], b.targets) for b in BATCHES]
     before, now, targets = (torch.cat(part).detach() for part in zip(*rows, strict=True))
     kl = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean")
     expected = torch.stack([kl, F.cross_entropy(before, targets), F.cross_entropy(now, targets)])

@@ -25,7 +25,7 @@ from lora.data.batch import micro_batches
 from lora.data.formats import Conversation
 from lora.data.retention import SHIPPED, retention_batches
 from lora.errors import BadInput
-from lora.ops.loss import plain_loss
+from lora.ops import plain
 from lora.run import answers
 from lora.text.chat import Example
 from lora.train import evaluate as meter
@@ -45,7 +45,7 @@ def examples(lengths=LENGTHS) -> list[Example]:
 
 def retention(model, batches) -> Retention:
     return Retention(
-        lambda b: model.trunk(b.tokens, b.lengths, rows=b.rows),
+        lambda b: model.trunk(b.tokens, b.lengths)[b.trained],
         lambda: model.head_weight,
         batches,
         lambda: disabled(model),
@@ -108,16 +108,16 @@ def test_an_adapter_whose_b_is_zero_forgot_exactly_nothing(dtype):
 def test_the_meter_computes_in_float32_where_the_model_is_narrower():
     model = patched(tiny_model(torch.bfloat16))
     [batch] = micro_batches(examples(), 10**6)
-    now = model(batch.tokens, batch.lengths)[batch.rows].float().log_softmax(-1)
+    now = model(batch.tokens, batch.lengths)[batch.trained].float().log_softmax(-1)
     with disabled(model):
-        base = model(batch.tokens, batch.lengths)[batch.rows].float().log_softmax(-1)
+        base = model(batch.tokens, batch.lengths)[batch.trained].float().log_softmax(-1)
     expected = F.kl_div(now, base, log_target=True, reduction="batchmean")
     assert close(torch.tensor(retention(model, [batch])().kl), expected, 1e-5)
 
 
 def test_the_base_is_computed_once_and_every_call_is_one_pass():
     model, passes = patched(tiny_model()), []
-    trunk = lambda b: passes.append(b) or model.trunk(b.tokens, b.lengths, rows=b.rows)  # noqa: E731
+    trunk = lambda b: passes.append(b) or model.trunk(b.tokens, b.lengths)[b.trained]  # noqa: E731
     batches = micro_batches(examples(), 40)
     measure = Retention(trunk, lambda: model.head_weight, batches, lambda: disabled(model))
     assert len(passes) == len(batches) and all(len(x) == len(b.targets) for x, b in zip(measure.of_base, batches))  # noqa: B905
@@ -162,7 +162,11 @@ def test_processes_with_unequal_shares_agree_with_one():
     batches = micro_batches(examples(), 20)
 
     def loss(share, total):
-        return [mean_loss(lambda b: plain_loss(model(b.tokens, b.lengths)[b.rows], IDENTITY, b.targets), share, total)]
+        return [
+            mean_loss(
+                lambda b: plain.cross_entropy(model(b.tokens, b.lengths)[b.trained], IDENTITY, b.targets), share, total
+            )
+        ]
 
     def kept(share, total):
         return retention(model, share)(total)
@@ -234,12 +238,12 @@ def tiny_chat():
 def test_every_next_token_of_the_shipped_conversations_counts():
     batches, used, left_out = retention_batches(tiny_chat(), None, 4096, 2048)
     assert (used, left_out) == (len(formats.read([SHIPPED])), 0)
-    assert all(batch.rows.tolist() == list(range(len(batch.tokens) - batch.dead)) for batch in batches)
+    assert all(batch.trained.tolist() == list(range(len(batch.tokens) - batch.padding)) for batch in batches)
     chat, tokens = tiny_chat(), 0
     for row in formats.read([SHIPPED]):
         [laid] = chat.tokenize(row.messages)
         tokens += len(laid.tokens) - 1
-    assert sum(len(batch.tokens) - batch.dead for batch in batches) == tokens
+    assert sum(len(batch.tokens) - batch.padding for batch in batches) == tokens
 
 
 @mutation("lora/data/retention.py", "if not known.intersection(lint.asked(row))", "if row not in without")
@@ -421,9 +425,9 @@ def test_an_adapter_on_the_head_counts_in_losses_and_in_what_was_forgotten(tmp_p
     batches = retention_batches(chat, ordinary, 10**4, 10**4)[0]
     expected, count = 0.0, 0
     for batch in batches:
-        now, before = (model(batch.tokens, batch.lengths)[batch.rows].log_softmax(-1) for model in net)
+        now, before = (model(batch.tokens, batch.lengths)[batch.trained].log_softmax(-1) for model in net)
         expected += kl_divergence(Categorical(logits=before), Categorical(logits=now)).sum().item()
-        count += len(batch.rows)
+        count += len(batch.trained)
     assert abs(adapter["retention_kl"] - expected / count) < 1e-5 < adapter["retention_kl"]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
-from lora.adapter.inject import choose, inject, lora_layers
+from lora.adapter.inject import find_targets, inject, lora_layers
 from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
 from lora.network import decoder
@@ -71,8 +71,8 @@ def gradients(model, again: bool, micro_batches: list[list[int]], seed: int = 5)
 
 @mutation(
     "lora/network/decoder.py",
-    "None, wanted, use_reentrant=False)",
-    "None, wanted, use_reentrant=False, preserve_rng_state=False)",
+    "use_reentrant=False) if recompute",
+    "use_reentrant=False, preserve_rng_state=False) if recompute",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -134,8 +134,8 @@ def kept_bytes(model, lengths: list[int]) -> int:
 
 @mutation(
     "lora/network/decoder.py",
-    "again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None",
-    "again = False",
+    "recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None",
+    "recompute = False",
 )
 def test_fewer_bytes_are_kept_where_activations_are_recomputed():
     model = patched(tiny_model(torch.float32, num_hidden_layers=6)).train()
@@ -185,7 +185,9 @@ def test_what_blocks_keep_is_what_autograd_saves(shape, target, dtype):
 def test_blocks_before_the_first_target_keep_nothing():
     model = patched(tiny_model(torch.float32, num_hidden_layers=4), targets=(r"re:.*\.2\.mlp.*",)).train()
     found = memory.kept(model.config, ranks_of(model), settings(), LENGTHS)
-    whole = memory.kept(model.config, dict.fromkeys(choose(tiny_model(num_hidden_layers=4)), 5), settings(), LENGTHS)
+    whole = memory.kept(
+        model.config, dict.fromkeys(find_targets(tiny_model(num_hidden_layers=4)), 5), settings(), LENGTHS
+    )
     assert found[:2] == [0, 0] and 0 < found[2] < whole[2] and 0 < found[3] < whole[3]
     assert abs(sum(found) / kept_bytes(model, LENGTHS) - 1) < 0.1
 
@@ -241,7 +243,7 @@ def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, target=("all",), sh
     with torch.device("meta"):
         empty = decoder.Model(ModelConfig.from_json(tiny_config(**shape or {})))
     s = settings(**changes)
-    return empty, dict.fromkeys(choose(empty, target), s.rank), s, lengths, batch_size
+    return empty, dict.fromkeys(find_targets(empty, target), s.rank), s, lengths, batch_size
 
 
 def expected(**changes) -> float:

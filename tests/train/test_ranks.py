@@ -33,7 +33,7 @@ from lora.errors import BadEnvironment, BadInput, StopFlag, Stopped, say
 from lora.inference.generate import generate
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
-from lora.ops.loss import summed_loss
+from lora.ops import cross_entropy
 from lora.pretrained import shard
 from lora.text.chat import Example
 from lora.train import distributed
@@ -122,7 +122,7 @@ LENGTHS = [len(example.tokens) for example in EXAMPLES]
 
 def objective(model, b: Batch) -> torch.Tensor:
     hidden = model.trunk(b.tokens, b.lengths)
-    return summed_loss(hidden[b.rows], model.head_weight, b.targets)
+    return cross_entropy(hidden[b.trained], model.head_weight, b.targets)
 
 
 def step(model, team: distributed.DistContext, indices, sharded: bool = False, micro_tokens: int = 40) -> list[float]:
@@ -139,7 +139,7 @@ def step(model, team: distributed.DistContext, indices, sharded: bool = False, m
         part = objective(model, batch) / trained
         part.backward()
         loss += part.item()
-    tokens = sum(len(batch.tokens) - batch.dead for batch in cuts[team.rank])
+    tokens = sum(len(batch.tokens) - batch.padding for batch in cuts[team.rank])
     return team.reduce(trainable(model), [loss, tokens, 1.0])
 
 
