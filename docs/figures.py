@@ -106,7 +106,7 @@ def lora() -> pyplot.Figure:
 WAY = (  # the file that does it, what is there then
     ("", "a line of train.jsonl, in any accepted shape"),
     ("lora/data/formats.py", "messages: one form from here on"),
-    ("lora/text/chat.py", "token ids and, built together with them, which are trained"),
+    ("lora/text/chat.py", "token ids, and which of them are trained: built together"),
     ("lora/data/batch.py", "documents end to end, (T,): no padding"),
     ("lora/network/decoder.py", "hidden states (T, D); only trained rows go on to the head"),
     ("lora/train/step.py", "sum of the losses / trained tokens of the whole step"),
