@@ -35,12 +35,6 @@ def described() -> dict:
     }
 
 
-def prose() -> str:
-    """The README and its chapters: the text that benchmarks take their tokens from."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
-
-
 def _installed(name: str) -> bool:
     try:
         return bool(metadata.version(name))

@@ -103,7 +103,7 @@ class Bench:
             self.base.mkdir()
             memory.write_model(memory.run(2, 64, 96, 4, 2), self.base)
         tokenizer = pretrained.load_chat(pretrained.find(str(self.base))).tokenizer
-        self.text = tokenizer.encode(machine.prose())
+        self.text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
         start_adapter(self.base, folder / "adapter")
 
     def probe(self) -> float:
