@@ -21,7 +21,7 @@ CHAPTERS = [path for path in TEXTS if path.parent in (ROOT, ROOT / "docs")]
 TOP = {"lora", "docs", "tests", "bench", "experiments", "data_gen"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # what other changes bring, each to be taken out when it is there
-COMING = {"lora/essence.py", "lora/methods", "lora.open"}
+COMING = {"lora/methods", "lora.open"}
 
 
 def read(path: Path) -> str:
