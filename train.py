@@ -35,7 +35,8 @@ from lora.run.trainable import Trainable, base_dtype, make_optimizer, make_train
 from lora.train import distributed, run_state, stopping
 from lora.train.distributed import Agreement, DistContext
 from lora.train.record import Record
-from lora.train.step import NotFinite, learning_rate, train_step
+from lora.train.schedule import learning_rate
+from lora.train.step import NotFinite, train_step
 
 NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gives data
 

@@ -13,7 +13,7 @@ from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
 from lora.adapter.merge import merge, merge_and_unload, unmerge
 from lora.data.batch import micro_batches
-from lora.pretrained.folder import ModelFolder, load_chat
+from lora.pretrained import ModelFolder, load_chat
 from lora.train.step import accumulate, train_step
 from tests import cli
 from tests.helpers import (
