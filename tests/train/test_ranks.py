@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lora import errors, files, pretrained
 from lora.adapter.inject import disabled, inject, lora_layers
 from lora.data import batch as batches
-from lora.data.batch import micro_batches, dummy_batch
+from lora.data.batch import dummy_batch, micro_batches
 from lora.errors import BadEnvironment, BadInput, StopFlag, Stopped, say
 from lora.inference.generate import generate
 from lora.network.config import ModelConfig
