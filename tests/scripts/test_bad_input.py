@@ -946,7 +946,7 @@ def work():
 )
 @mutation(
     "lora/data/sources.py",
-    "            if not part.rows:",
+    "    if not part.rows:",
     "            if False:",
     case="model: questions that are all held out",
 )
