@@ -175,7 +175,7 @@ def low_rank_maps(layers: dict[str, LoRALinear], folder: str) -> dict[str, tuple
     return {path: (layer.scaling, *layer.factors()) for path, layer in layers.items()}
 
 
-def own_template(checkpoint: pretrained.Checkpoint) -> str | None:
+def own_template(checkpoint: pretrained.ModelFiles) -> str | None:
     try:
         return pretrained.load_chat(checkpoint).template.source
     except BadInput:  # it has none

@@ -13,7 +13,7 @@ from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
 from lora.adapter.merge import merge, merge_and_unload, unmerge
 from lora.data.batch import micro_batches
-from lora.pretrained.folder import ModelFolder, load_chat
+from lora.pretrained import ModelFolder, load_chat
 from lora.train.step import accumulate, train_step
 from tests import cli
 from tests.helpers import (
@@ -96,7 +96,7 @@ def test_6_an_adapter_that_was_saved_comes_back_bit_for_bit(tmp_path):
     assert same(snapshot(model), snapshot(again)) and torch.equal(model(some_tokens()), again(some_tokens()))
 
 
-@mutation("lora/text/chat.py", "spans[a.turn] = (first, last + 1)", "spans[a.turn] = (first, last)")
+@mutation("lora/text/chat.py", "spans[answer.turn] = (first, last + 1)", "spans[answer.turn] = (first, last)")
 def test_7_trained_is_what_the_assistant_says_with_its_end_of_turn_and_nothing_else():
     chat = load_chat(ModelFolder(cli.model_folder()))
     turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Bye!"))
