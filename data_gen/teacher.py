@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -225,12 +224,12 @@ class _Local(Teacher):
             self.about["adapter"] = hashlib.sha256(weights).hexdigest()[:16]
 
     def _load(self):
-        from generate import load_chat
         from lora import device as machine
         from lora import pretrained
         from lora.adapter import passport, store
         from lora.adapter.inject import lora_layers
         from lora.adapter.merge import merge_and_unload
+        from lora.inference.session import load_chat
 
         device = machine.choose_device("auto")
         model = pretrained.load_model(self._checkpoint, machine.choose_dtype("auto", device)[0], device)
@@ -240,8 +239,7 @@ class _Local(Teacher):
         base = self._checkpoint
         passport.verify(self._adapter, base.name, base.header, base.read, lora_layers(model))
         merge_and_unload(model)
-        given = dict.fromkeys(("system", "template", "date")) | {"no_system": False, "no_verify": False}
-        return model, load_chat(base, self._adapter, SimpleNamespace(**given))  # as it was trained
+        return model, load_chat(base, self._adapter)  # as it was trained
 
     def _changes(self, waiting: Iterator[tuple[int, Question]]) -> Iterator[None]:
         model, batch = None, []

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import ends, linears, lora_layers, patch
+from lora.adapter.inject import lora_layers, patch
 from lora.adapter.layer import LoRALinear
+from lora.adapter.targets import linears, path_endswith
 from lora.adapter.variants import KINDS, kind_of
 from lora.errors import BadInput, Refused
 
@@ -92,7 +93,7 @@ def target_modules(model: nn.Module) -> list[str] | str:
     patched = set(lora_layers(model))
     unpatched = [path for path in linears(model) if path.removesuffix(".base") not in patched]
     for names in ({path.rsplit(".", 1)[-1] for path in patched}, patched):
-        if not any(ends(path, *names) for path in unpatched):
+        if not any(path_endswith(path, *names) for path in unpatched):
             return sorted(names)
     return "|".join(re.escape(path) for path in sorted(patched))  # where one whole path ends another
 
@@ -108,7 +109,7 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     if len(kinds) != 1:
         raise ValueError("the model has no LoRA layers" if not kinds else f"layers differ in kind or dropout: {kinds}")
     [(kind, dropout)] = kinds
-    saved = {path: layer.saved() for path, layer in layers.items()}
+    saved = {path: layer.export_tensors() for path, layer in layers.items()}
     [((rank, alpha), _)] = Counter((rank, alpha) for rank, alpha, _ in saved.values()).most_common(1)
     config = {
         "peft_type": "LORA",
@@ -256,7 +257,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
     names = config.kind.shapes(1, 1, 1)
     tensors, path = read_tensors(folder, names), Path(folder) / WEIGHTS
     meant = {name.removesuffix(f".{end}") for name in tensors for end in names if name.endswith(f".{end}")}
-    paths = {p for p in linears(model) if (ends(p, *config.targets) if config.targets else p in meant)}
+    paths = {p for p in linears(model) if (path_endswith(p, *config.targets) if config.targets else p in meant)}
     if not paths:
         there = ", ".join(sorted({p.rsplit(".", 1)[-1] for p in linears(model)}))
         raise BadInput(f"wrong adapter in {folder}: its targets match nothing in this model, which has {there}. "
@@ -293,10 +294,10 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> 
 @torch.no_grad()
 def restore(model: nn.Module, folder: Path) -> None:
     """Write the adapter in `folder` into the layers of a model that is patched alike. Raises BadInput."""
-    saved = {path: layer.saved()[-1] for path, layer in lora_layers(model).items()}
+    saved = {path: layer.export_tensors()[-1] for path, layer in lora_layers(model).items()}
     tensors = read_tensors(folder, {name for its in saved.values() for name in its})
     wanted = {f"{path}.{name}": tensor.shape for path, its in saved.items() for name, tensor in its.items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise BadInput(f"wrong adapter in {folder}: its tensors are not those of this run. Give another one")
     for path, layer in lora_layers(model).items():
-        layer.take({name: tensors[f"{path}.{name}"] for name in saved[path]})
+        layer.load_tensors({name: tensors[f"{path}.{name}"] for name in saved[path]})

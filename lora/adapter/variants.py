@@ -60,31 +60,21 @@ class DoRALinear(LoRALinear):
         weight = self.base.weight if weight is None else weight
         return self.gain(weight)[:, None] * (weight + super().delta()) - weight
 
-    def scaled(self, y: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        """y = W x + s B A x + b -> the output. Rounded once: a gain is near 1, which bfloat16 would make 1."""
-        y_ = gain * y if self.base.bias is None else gain * y + (1 - gain) * self.base.bias
-        return y_.to(y.dtype)
-
-    @classmethod
-    def products(cls, x: torch.Tensor, layers: list[LoRALinear]) -> tuple[torch.Tensor, ...]:
-        outputs = super().products(x, layers)
-        return tuple(layer.scaled(y, layer.gain()) for layer, y in zip(layers, outputs, strict=True))
-
-    @classmethod
-    def prepared_way(cls, layers: list[LoRALinear], joined) -> Callable | None:
-        way = super().prepared_way(layers, joined)
-        if way is None or not layers[0].adapting:
-            return way
-        gains = [layer.gain() for layer in layers]
-        return lambda x: tuple(layer.scaled(y, g) for layer, y, g in zip(layers, way(x), gains, strict=True))
-
-    def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """Dropout is on all that the adapter adds to W x + b, as in PEFT: (g - 1) W x + g s B A x."""
-        y = F.linear(x, self.weight, self.base.bias)
+    def finish(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """y = W x + s B A x + b -> g (y - b) + b, rounded once: g is near 1, which bfloat16 would make 1."""
         if not self.adapting:
-            return y
-        x, gain = F.dropout(x, self.dropout, self.training), self.gain()
-        return (y + (gain - 1) * F.linear(x, self.base.weight) + gain * self.branch(x)).to(y.dtype)
+            return super().finish()
+        gain, bias = self.gain(), self.bias
+        return lambda y: (gain * y if bias is None else gain * y + (1 - gain) * bias).to(y.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.adapting and self.drops):
+            return self.finish()(super().forward(x))
+        # dropout is on all that the adapter adds to W x + b, as in PEFT: (g - 1) W x' + g s B A x'
+        y, x, gain = F.linear(x, self.weight, self.bias), F.dropout(x, self.dropout), self.gain()
+        A, B = (factor.to(x.dtype) for factor in self.factors())
+        branch = (self.scaling * (x @ A.T)) @ B.T
+        return (y + (gain - 1) * F.linear(x, self.weight) + gain * branch).to(y.dtype)
 
 
 class RsDoRALinear(RsLoRALinear, DoRALinear):
@@ -122,12 +112,12 @@ class PiSSALinear(LoRALinear):
         A = torch.cat([self.lora_A, self.lora_A - self.start_A])  # (2r, in)
         return A, torch.cat([self.lora_B - self.start_B, self.start_B], 1)  # (out, 2r)
 
-    def saved(self) -> tuple[int, float, dict[str, torch.Tensor]]:
+    def export_tensors(self) -> tuple[int, float, dict[str, torch.Tensor]]:
         A, B = torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
         return 2 * self.rank, 2 * self.alpha, {"lora_A.weight": A, "lora_B.weight": B}
 
     @torch.no_grad()
-    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         A, B = tensors["lora_A.weight"].chunk(2), tensors["lora_B.weight"].chunk(2, 1)
         for place, value in ((self.lora_A, A[0]), (self.start_A, A[1]), (self.lora_B, B[0]), (self.start_B, -B[1])):
             place.copy_(value)

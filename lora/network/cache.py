@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from lora.ops.attention import one_document
+from lora import ops
 
 
 class Cache:
@@ -46,7 +46,7 @@ class Cache:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, cap=None
     ) -> torch.Tensor:
         """Append k, v (T, KV, d), new positions end to end, and let each of q (T, H, d) see all up to its own, or as
-        `attention.attend` says."""
+        `ops.attend` says."""
         keys, values = self.keys[layer], self.values[layer]
         if max(self.new) == 1 == min(self.new) and not cap:
             return self._attend_one(keys, values, q, k, v, self.mask(window))
@@ -55,7 +55,7 @@ class Cache:
             start, end = self.lengths[row], self.lengths[row] + self.new[row]
             keys[row, :, start:end], values[row, :, start:end] = k1.transpose(0, 1), v1.transpose(0, 1)
             k1, v1 = (x[row, :, :end].transpose(0, 1) for x in (keys, values))
-            outputs.append(one_document(q1, k1, v1, window, cap))
+            outputs.append(ops.attend(q1, k1, v1, window, cap))
         return torch.cat(outputs)
 
     def _attend_one(self, keys, values, q, k, v, mask):

@@ -1,31 +1,19 @@
 """One decoder for all families, with the hub's module names; what differs between families are values of the config.
 
-Tokens are documents laid end to end: no batch axis and no padding. A tied model owns no `lm_head`.
-RMSNorm: https://arxiv.org/abs/1910.07467. SwiGLU: https://arxiv.org/abs/2002.05202.
+Tokens are documents laid end to end: no batch axis and no padding. A tied model owns no `lm_head`. The formulas are
+`lora.ops`.
 """
-
-from collections.abc import Callable
-from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora.device import ROUND, upload
+from lora import ops
+from lora.device import upload
 from lora.network.cache import Cache
 from lora.network.config import ModelConfig
-from lora.network.rope import rope_table, rotate
-from lora.ops.attention import Documents, attend
-from lora.ops.linear import together
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: what norms, softmax, angles and losses are computed in."""
-    return torch.promote_types(dtype, torch.float32)
+from lora.network.rope import Rope, rope_table
+from lora.ops import wide
 
 
 class RMSNorm(nn.Module):
@@ -40,62 +28,11 @@ class RMSNorm(nn.Module):
         return self.offset + self.weight.to(wide(self.weight.dtype)) if self.offset else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., D) -> (..., D)"""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.plain(x)
-        return _Normed.apply(x, self.gain, self.eps)
-
-    def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """The formula as written; `forward` keeps less of it for the backward pass."""
-        y = x.to(wide(x.dtype))
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.offset:
-            return (self.gain * y).to(x.dtype)
-        return self.weight * y.to(x.dtype)  # rounded before the weight, as the reference does
-
-
-class _Normed(torch.autograd.Function):
-    """n = x / RMS(x) and n w, with the gradient in closed form: ∂x = (g - n mean(g n)) / RMS(x) where g = w ∂L/∂(n w).
-
-    Kept is n in the dtype of x, where autograd would keep x and n in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        y = x.to(wide(x.dtype))
-        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        n = (y * scale).to(weight.dtype)
-        ctx.save_for_backward(n.to(x.dtype), scale, weight)
-        return (weight * n).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        n, scale, weight = ctx.saved_tensors
-        d_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        g, n = (gradient * weight).to(scale.dtype), n.to(scale.dtype)
-        g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(scale)
-        return g.to(gradient.dtype), d_weight, None
-
-
-@contextmanager
-def formed_again(product: torch.Tensor, form: Callable[[], torch.Tensor]):
-    """Inside the block autograd does not keep `product` for the backward pass: it calls `form` there."""
-    place, shape = product.data_ptr(), product.shape  # the place alone: all empty tensors have the same
-
-    def pack(kept: torch.Tensor):
-        return form if kept.data_ptr() == place and kept.shape == shape else kept
-
-    def unpack(kept):
-        return kept() if kept is form else kept
-
-    with saved_tensors_hooks(pack, unpack):
-        yield
+        """x / RMS(x) · gain, x (..., D) -> (..., D)"""
+        return ops.rms_norm(x, self.gain, self.eps)
 
 
 class Attention(nn.Module):
-    """What lies before and after attention itself, which knows of documents and caches."""
-
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
@@ -104,27 +41,34 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm, self.k_norm = (
                 RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset) for _ in range(2)
             )
-        self.qk_norm, self.rope_interleaved = config.qk_norm, config.rope_interleaved
-        self.rope, self.bounds = config.ropes[index], (config.windows[index], config.attn_logit_softcapping)
-        self.stretch = (config.head_dim / config.query_pre_attn_scalar) ** 0.5  # attention itself divides by √d
+        self.rope_kind, self.rope_interleaved = config.ropes[index], config.rope_interleaved
+        self.window, self.softcap = config.windows[index], config.attn_logit_softcapping
+        self.q_scale = (config.head_dim / config.query_pre_attn_scalar) ** 0.5  # attention itself divides by √d
 
-    def heads(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (T, D) -> queries (T, H, d), keys and values (T, KV, d)."""
-        T, d = x.shape[0], self.head_dim
-        q, k, v = (y.view(T, -1, d) for y in together(x, [self.q_proj, self.k_proj, self.v_proj]))
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in ops.linears(x, [self.q_proj, self.k_proj, self.v_proj])
+        )
         if self.qk_norm:
-            q, k = rather_again(self.q_norm, q), rather_again(self.k_norm, k)
-        if self.rope:
-            q, k = rotate(torch.cat((q, k), 1), cos, sin, self.rope_interleaved).split((q.shape[1], k.shape[1]), 1)
-        return (q if self.stretch == 1 else q * self.stretch), k, v
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope_kind:
+            q, k = (ops.rotate(y, *rope, self.rope_interleaved) for y in (q, k))
+        return (q if self.q_scale == 1 else q * self.q_scale), k, v
 
-
-# Of bf16 too they are computed in float32, and rounded.
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+    def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
+        """softmax(q kᵀ / √d) v within each document, or over what a cache has seen of it; x (T, D) -> (T, D)."""
+        q, k, v = self.heads(x, rope)
+        if cache is None:
+            y = ops.attention(q, k, v, lengths, self.window, self.softcap)  # (T, H, d)
+        else:
+            y = cache.attend(self.index, q, k, v, self.window, self.softcap)
+        return self.o_proj(y.flatten(1))
 
 
 class MLP(nn.Module):
@@ -133,64 +77,32 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = together(x, [self.gate_proj, self.up_proj])
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.down_proj(rather_again(self.gated, gate, up))
-        gate = self.activation(gate)
-        product = gate * up
-        with formed_again(product, lambda: gate * up):
-            return self.down_proj(product)
-
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.activation(gate) * up
-
-
-def rather_again(function: Callable, *arguments) -> torch.Tensor:
-    """In compiled code the result is not kept for the backward pass, but formed again: it is cheap, and wide."""
-    if not torch.compiler.is_compiling():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False)
+        gate, up = ops.linears(x, [self.gate_proj, self.up_proj])
+        return self.down_proj(ops.swiglu(gate, up, self.activation))
 
 
 class Block(nn.Module):
-    """Attention stands between two halves that know nothing of documents: those can be compiled, for one T."""
-
-    compiled: tuple[Callable, Callable] | None = None
+    """Attention and MLP, each added to its input. Families have norms before them, after them, or both."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.norms = config.norms
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-        self.self_attn = Attention(config, index)
-        for name in filter(None, config.norms[1:]):
+        self.norms = config.norms  # their names: before and after attention, before and after the MLP
+        for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset))
+        self.self_attn = Attention(config, index)
         self.mlp = MLP(config)
 
-    def normed(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """x by the norm before attention, after it, before the MLP or after it; where there is none, x."""
+    def norm(self, place: int, x: torch.Tensor) -> torch.Tensor:
         name = self.norms[place]
-        return rather_again(getattr(self, name), x) if name else x
+        return getattr(self, name)(x) if name else x
 
-    def before(self, x, cos, sin):
-        """x (T, D) -> q, k, v of `Attention.heads`."""
-        return self.self_attn.heads(self.normed(0, x), cos, sin)
-
-    def after(self, x, y):
-        """x (T, D) and what attention found (T, H·d) -> (T, D)."""
-        x = x + self.normed(1, self.self_attn.o_proj(y))
-        return x + self.normed(3, self.mlp(self.normed(2, x)))
-
-    def forward(self, x, cos, sin, documents: Documents, cache: Cache | None = None, rows=None) -> torch.Tensor:
-        """x (T, D) -> (T, D), or of `rows` (N,) alone, (N, D): after attention no position needs another."""
-        before, after = self.compiled if self.compiled and torch.is_grad_enabled() else (self.before, self.after)
-        q, k, v = before(x, cos, sin)
-        index, bounds = self.self_attn.index, self.self_attn.bounds
-        y = attend(q, k, v, documents, *bounds) if cache is None else cache.attend(index, q, k, v, *bounds)  # (T, H, d)
-        x, y = (x, y) if rows is None else (x[rows], y[rows])
-        return after(x, y.flatten(1))
+    def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
+        """x (T, D) -> (T, D)"""
+        x = x + self.norm(1, self.self_attn(self.norm(0, x), rope, lengths, cache))
+        return x + self.norm(3, self.mlp(self.norm(2, x)))
 
 
 class Trunk(nn.Module):
@@ -204,6 +116,17 @@ class Trunk(nn.Module):
         )
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.scale = config.embedding_scale
+
+    def forward(self, tokens, ropes: dict, lengths: list[int], cache: Cache | None = None, recompute: bool = False):
+        """tokens (T,) -> (T, D). To `recompute` is to save only the input of each block for the backward pass."""
+        x = self.embed_tokens(tokens)  # (T, D)
+        if self.scale != 1:
+            x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded to the dtype, as the reference does
+        for block in self.layers:
+            inputs = x, ropes[block.self_attn.rope_kind], lengths, cache
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+        return self.norm(x)
 
 
 class Model(nn.Module):
@@ -215,7 +138,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.checkpoint_activations, self.compiled = config, False, False
+        self.config, self.checkpoint_activations = config, False
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -233,67 +156,40 @@ class Model(nn.Module):
         """The vocabulary projection, (V, D): the embedding itself where it is tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None, rows=None):
+    def trunk(self, tokens, lengths: list[int] | None = None, positions=None, cache: Cache | None = None):
         """tokens (T,): documents of `lengths` end to end, or the next tokens of a cache's rows -> hidden states (T, D).
 
-        `positions` (T,) default to 0, 1, ... in each document, and go on where the cache stands. Where only some
-        positions are wanted, `rows` (N,), the result is (N, D), and the last block leaves the others out.
+        `positions` (T,) default to 0, 1, ... in each document, and go on where the cache stands.
         """
         lengths = lengths or [len(tokens)]
         if positions is None:
             starts = cache.lengths if cache else [0] * len(lengths)
             positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
             positions = upload(positions, tokens.device)
-        c, positions = self.config, positions.to(tokens.device)
-        tables = {kind: rope_table(c, positions, self.dtype, kind) for kind in set(c.ropes)}
+        positions = positions.to(tokens.device)
+        ropes = {kind: rope_table(self.config, positions, self.dtype, kind) for kind in set(self.config.ropes)}
         if cache:
             cache.begin(lengths)
-        x = self.model.embed_tokens(tokens)  # (T, D)
-        if c.embedding_scale != 1:
-            x = x * torch.tensor(c.embedding_scale, dtype=x.dtype)  # rounded to the dtype, as the reference does
-        documents = Documents(lengths) if cache else Documents.of(lengths, x.device, x.dtype, c.head_dim)
-        if self.compiled and not cache and torch.is_grad_enabled():
-            x.requires_grad_()  # as the input of every other block: else the first one would be compiled by itself
-        again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
-        count = len(tokens) if rows is None else len(rows)
-        rows = rows if rows is None else F.pad(rows, (0, -count % ROUND))
-        early = not (self.compiled and torch.is_grad_enabled())  # what is compiled always sees as many positions
-        for block in self.model.layers:
-            wanted = rows if early and block is self.model.layers[-1] else None
-            cos, sin = tables[block.self_attn.rope]
-            if again:
-                x = checkpoint(block, x, cos, sin, documents, None, wanted, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, documents, cache, wanted)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        hidden = self.model(tokens, ropes, lengths, cache, recompute)
         if cache:
             cache.advance()
-        return self.model.norm((x if early or rows is None else x[rows])[:count])
-
-    def compile_blocks(self, **options) -> None:
-        """From now on training runs compiled blocks, by `torch.compile` with `options`: once for all blocks that are
-        patched alike, in the first step with `T` tokens a micro-batch, and once more in the first with another number.
-        """
-        self.compiled = True
-        for block in self.model.layers:
-            block.compiled = tuple(torch.compile(half, **options) for half in (block.before, block.after))
+        return hidden
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, D) -> logits (T, V)."""
-        cap = self.config.final_logit_softcapping
-        logits = F.linear(hidden, self.head_weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if self.config.tie_word_embeddings:
+            return ops.logits(hidden, self.head_weight, self.config.final_logit_softcapping)
+        return ops.soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping)  # it may have an adapter
 
     def forward(self, tokens, lengths=None, positions=None, cache=None) -> torch.Tensor:
         return self.head(self.trunk(tokens, lengths, positions, cache))
 
     def groups(self):
-        """Lists of Linears of one input, for `linear.prepared`."""
+        """Lists of Linears of one input, for `ops.fast_decoding`."""
         for block in self.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            yield [attention.q_proj, attention.k_proj, attention.v_proj]
-            yield [attention.o_proj]
-            yield [mlp.gate_proj, mlp.up_proj]
-            yield [mlp.down_proj]
+            yield [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+            yield [block.mlp.gate_proj, block.mlp.up_proj]
 
     def new_cache(self, rows: int, room: int) -> Cache:
         c = self.config

@@ -25,9 +25,10 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None, lo
     return frequencies
 
 
-def rope_table(
-    config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype, kind: str | None = "global"
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+Rope = tuple[torch.Tensor | None, torch.Tensor | None]  # cos and sin, each (T, d)
+
+
+def rope_table(config: ModelConfig, positions: torch.Tensor, dtype: torch.dtype, kind: str | None = "global") -> Rope:
     """cos and sin of every position's angles, each (T, d), in `dtype`; formed in float32 or wider. Of RoPE that is not
     there, nothing.
 
@@ -42,17 +43,3 @@ def rope_table(
         angles.repeat_interleave(2, -1) if config.rope_interleaved else torch.cat((angles, angles), dim=-1)
     )  # (T, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope_interleaved: bool = False) -> torch.Tensor:
-    """RoPE on the first numbers of every head of x (T, heads, d): dimension i is paired with the one half of them
-    further, as in most of the hub's checkpoints, or with its neighbour."""
-    if cos.shape[-1] < x.shape[-1]:
-        turned, rest = x.tensor_split((cos.shape[-1],), dim=-1)
-        return torch.cat((rotate(turned, cos, sin, rope_interleaved), rest), dim=-1)
-    if rope_interleaved:
-        partner = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    else:
-        first, second = x.chunk(2, dim=-1)
-        partner = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None] + partner * sin[:, None]

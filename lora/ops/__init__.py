@@ -1,1 +1,96 @@
-"""The formulas of the core path, and their fast versions."""
+"""The formulas of the core path: `plain` has each as its paper writes it, `fast_*` one fast version each, chosen here.
+
+All have the signatures of `plain`, whose docstrings say shapes and dtypes. `use_plain()` turns every fast version off.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora.ops import (
+    fast_attention,
+    fast_cross_entropy,
+    fast_decoding,
+    fast_lora,
+    fast_rms_norm,
+    fast_swiglu,
+    flash_attention,
+    plain,
+    windowed_attention,
+)
+from lora.ops.plain import logits, rotate, soft_cap, wide
+
+__all__ = [
+    "attend", "attention", "cross_entropy", "linears", "logits", "lora_linear", "rms_norm", "rotate", "soft_cap",
+    "swiglu", "use_plain", "wide",
+]  # fmt: skip
+
+SHORT = 512  # up to so many keys the plain form is faster on a CPU than PyTorch's kernel; beyond, its T² memory hurts
+_plain = False
+
+
+def use_plain(on: bool = True) -> None:
+    """From now on every formula runs as written: slower, and the same numbers up to rounding."""
+    global _plain
+    _plain = on
+
+
+def _as_written() -> bool:
+    """A compiler makes its own fast version of the formula."""
+    return _plain or torch.compiler.is_compiling()
+
+
+def _unless_saved(formula, *inputs) -> Tensor:
+    """A cheap formula as written; in compiled code its result is formed again in the backward pass, not saved."""
+    if torch.compiler.is_compiling():
+        return checkpoint(formula, *inputs, use_reentrant=False)
+    return formula(*inputs)
+
+
+def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+    return (plain if _as_written() else fast_lora).lora_linear(x, W, b, A, B, s, dropout)
+
+
+def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    if joined := fast_decoding.joined(modules):
+        return joined(x)
+    return (plain if _as_written() else fast_lora).linears(x, modules)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if _as_written() or not torch.is_grad_enabled():
+        return _unless_saved(plain.rms_norm, x, weight, eps)
+    return fast_rms_norm.rms_norm(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    if _as_written() or not torch.is_grad_enabled():
+        return _unless_saved(plain.swiglu, gate, up, activation)
+    return fast_swiglu.swiglu(gate, up, activation)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None, cap=None) -> Tensor:
+    window = window if window and window < max(lengths) else None
+    if _plain:
+        return plain.attention(q, k, v, lengths, window, cap)
+    if flash_attention.takes_documents(q.device, q.dtype, q.shape[-1]) and not cap:
+        return flash_attention.attention(q, k, v, lengths, window)
+    if q.device.type in ("cpu", "meta") and not window and not cap:
+        return fast_attention.attention(q, k, v, lengths)
+    documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*document, window, cap) for document in documents])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: float | None = None) -> Tensor:
+    if _plain:
+        return plain.attend(q, k, v, window, cap)
+    if cap or (window and window < len(k)):
+        return windowed_attention.attend(q, k, v, window, cap)
+    short = q.device.type == "cpu" and len(k) <= SHORT
+    return plain.attend(q, k, v) if short else flash_attention.attend(q, k, v)
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    return (plain if _plain else fast_cross_entropy).cross_entropy(hidden, head, targets, cap)

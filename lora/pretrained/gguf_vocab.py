@@ -1,7 +1,6 @@
-"""A tokenizer.json as the metadata of a GGUF file, by the conventions of llama.cpp's convert_hf_to_gguf.py.
+"""A tokenizer.json as the metadata of a GGUF file; `gguf_tokenizer` is the other way.
 
-Of a byte-level BPE it holds tokens, merges and the *name* of a way to cut text; of SentencePiece's, tokens and scores.
-A tokenizer that cuts text in another way is refused.
+Conventions: llama.cpp's convert_hf_to_gguf.py. A tokenizer that cuts text in a way without a name in GGUF is refused.
 """
 
 from pathlib import Path
@@ -10,28 +9,39 @@ from typing import Any
 from lora import files
 from lora.errors import BadInput, say
 from lora.pretrained import sentencepiece
-from lora.pretrained.folder import Checkpoint, load_chat
-from lora.pretrained.gguf import BYTE, CONTROL, ENDS, NORMAL, PRE_TOKENIZERS, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
+from lora.pretrained.chat import load_chat
+from lora.pretrained.folder import ModelFiles
 from lora.pretrained.gguf_header import show
+from lora.pretrained.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    ENDS,
+    NORMAL,
+    PRE_TOKENIZERS,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 from lora.text.chat import Chat
 
 FIX = "Write a model folder, or the adapter alone (--adapter-only)"
 
 
-def tokenizer_metadata(checkpoint: Checkpoint, template: str | None = None) -> dict[str, Any]:
-    """The `tokenizer.*` keys of a checkpoint, with the chat template in the file `template` or its own.
+def tokenizer_metadata(base: ModelFiles, template: str | None = None) -> dict[str, Any]:
+    """The `tokenizer.*` keys of a model, with the chat template in the file `template` or its own.
 
     Raises BadInput naming what GGUF, or we, cannot say.
     """
     try:
-        chat = load_chat(checkpoint, template=template)
+        chat = load_chat(base, template=template)
         source = chat.template.source
     except BadInput as missing:
-        chat, source = load_chat(checkpoint, template="plain"), ""  # raises what is wrong apart from the template
+        chat, source = load_chat(base, template="plain"), ""  # raises what is wrong apart from the template
         say(f"note     the file has no chat template: {missing.problems[0]}")
-    where = f"{checkpoint.name}/tokenizer.json"
-    raw = files.read_json(Path(where), checkpoint.files()["tokenizer.json"])
-    tokens, types = _tokens(raw, checkpoint, where)
+    where = f"{base.name}/tokenizer.json"
+    raw = files.read_json(Path(where), base.files()["tokenizer.json"])
+    tokens, types = _tokens(raw, base, where)
     bos = _added_bos(chat, where)
     of_kind = _sentencepiece if raw["model"].get("byte_fallback") else _byte_level
     metadata = of_kind(raw, tokens, types, where) | {
@@ -40,7 +50,7 @@ def tokenizer_metadata(checkpoint: Checkpoint, template: str | None = None) -> d
         "tokenizer.ggml.add_bos_token": bos is not None,
         "tokenizer.chat_template": source,
     }
-    return metadata | {f"tokenizer.ggml.{name}_token_id": i for name, i in _special(chat, checkpoint, bos).items()}
+    return metadata | {f"tokenizer.ggml.{name}_token_id": i for name, i in _special(chat, base, bos).items()}
 
 
 def _refuse(where: str, why: str) -> None:
@@ -112,7 +122,7 @@ def _sentencepiece(raw: dict, tokens: list[str], types: list[int], where: str) -
     }
 
 
-def _tokens(raw: dict, checkpoint: Checkpoint, where: str) -> tuple[list[str], list[int]]:
+def _tokens(raw: dict, base: ModelFiles, where: str) -> tuple[list[str], list[int]]:
     """Token and type of every row of the embedding; rows without a token get a name that no text contains."""
     added = raw.get("added_tokens") or []
     for token in added:
@@ -124,7 +134,7 @@ def _tokens(raw: dict, checkpoint: Checkpoint, where: str) -> tuple[list[str], l
     by_id = {i: token for token, i in known.items()}
     if len(by_id) < len(known):
         _refuse(where, "two tokens have one id")
-    size = checkpoint.config["vocab_size"]
+    size = base.config["vocab_size"]
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
     if len(set(tokens)) < size:
         _refuse(where, "a token is called as one that is missing, [PAD...]")
@@ -141,11 +151,11 @@ def _added_bos(chat: Chat, where: str) -> int | None:
     return whole[0]
 
 
-def _special(chat: Chat, checkpoint: Checkpoint, bos: int | None) -> dict[str, int]:
+def _special(chat: Chat, base: ModelFiles, bos: int | None) -> dict[str, int]:
     """GGUF's name -> id. Of several ends of an answer the tokenizer's own comes first."""
-    names, size = chat.template.tokens, checkpoint.config["vocab_size"]
+    names, size = chat.template.tokens, base.config["vocab_size"]
     ids = {theirs: chat.tokenizer.id(names.get(f"{ours}_token", "")) for ours, theirs in SPECIAL.items()}
-    candidates = [bos, ids["bos"], checkpoint.config.get("bos_token_id")]  # Qwen's tokenizer has none, its config has
+    candidates = [bos, ids["bos"], base.config.get("bos_token_id")]  # Qwen's tokenizer has none, its config has
     ids["bos"] = next((i for i in candidates if type(i) is int and 0 <= i < size), None)
     ends = chat.stops & {chat.end_of_document, *chat.tokenizer.control.values()}
     first = chat.end_of_document if ids["eos"] is None else ids["eos"]

@@ -22,18 +22,19 @@ from lora.errors import BadInput, BadNumbers, say
 from lora.network.config import ModelConfig, RopeScaling
 from lora.network.families import FAMILIES
 from lora.network.rope import inverse_frequencies
-from lora.pretrained.folder import Checkpoint, empty_model
-from lora.pretrained.gguf import (
+from lora.pretrained.folder import ModelFiles
+from lora.pretrained.gguf import CHUNK
+from lora.pretrained.gguf_names import (
     ARCHITECTURES,
-    CHUNK,
     ROPE_FREQS,
     ROTATED,
     Architecture,
     gguf_name,
     hub_names,
-    to_neighbours,
-)  # fmt: skip
+    to_interleaved,
+)
 from lora.pretrained.gguf_vocab import tokenizer_metadata
+from lora.pretrained.load import empty_model
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 FLOATS = {F32: torch.float32, F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
@@ -120,7 +121,7 @@ def _type(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizatio
 
 @torch.no_grad()
 def write_model(
-    checkpoint: Checkpoint,
+    base: ModelFiles,
     path: Path,
     change: Callable[[str, torch.Tensor], torch.Tensor],
     kind: str = "f16",
@@ -128,8 +129,8 @@ def write_model(
 ) -> None:
     """Write a whole model: `change(name, tensor)` gives the float32 tensor that is rounded once to `kind`, a key of
     TYPES; `template` is a file that replaces the chat template. Raises BadInput for what GGUF, or we, cannot say."""
-    config, names = ModelConfig.from_json(checkpoint.config, checkpoint.name), empty_model(checkpoint).state_dict()
-    arch, row = _architecture(config, checkpoint.name)
+    config, names = ModelConfig.from_json(base.config, base.name), empty_model(base).state_dict()
+    arch, row = _architecture(config, base.name)
     stored, file_type = TYPES[kind]
     metadata = {
         "general.type": "model",
@@ -137,21 +138,21 @@ def write_model(
         "general.file_type": int(file_type),
         "general.quantization_version": GGML_QUANT_VERSION,
         **_sizes(config, arch),
-        **tokenizer_metadata(checkpoint, template),
+        **tokenizer_metadata(base, template),
     }
 
     def reader(name: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
-            tensor = change(name, checkpoint.read(name))
-            turned = row.turns_neighbours and ROTATED.search(name)
-            return to_neighbours(tensor, config.head_dim) if turned else tensor
+            tensor = change(name, base.read(name))
+            turned = row.reordered and ROTATED.search(name)
+            return to_interleaved(tensor, config.head_dim) if turned else tensor
 
         return read
 
     tensors = {}
     for name in names:
-        shape = checkpoint.header[name][1]
-        tensors[_named(row, name, checkpoint.name)] = Planned(_type(shape, stored), shape, reader(name))
+        shape = base.header[name][1]
+        tensors[_named(row, name, base.name)] = Planned(_type(shape, stored), shape, reader(name))
     if config.rope_scaling.kind == "llama3":
         divisors = rope_divisors(config)
         tensors[ROPE_FREQS] = Planned(F32, tuple(divisors.shape), lambda: divisors)
@@ -182,7 +183,7 @@ def write_adapter(
     for target, (s, A, B) in maps.items():
         name = f"{target}.weight"
         B = B.float() * (s * len(A) / alpha)
-        B = to_neighbours(B, config.head_dim) if row.turns_neighbours and ROTATED.search(name) else B
+        B = to_interleaved(B, config.head_dim) if row.reordered and ROTATED.search(name) else B
         for end, tensor in (("lora_a", A), ("lora_b", B)):
             shape = tuple(tensor.shape)
             tensors[f"{_named(row, name, target)}.{end}"] = Planned(_type(shape, stored), shape, lambda t=tensor: t)

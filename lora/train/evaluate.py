@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora.ops.loss import ROWS, logits_of
+from lora import ops
+from lora.ops.fast_cross_entropy import ROWS
 
 Total = Callable[[list[float]], list[float]]  # adds numbers over processes; `list` where there is one process
 
@@ -29,14 +30,14 @@ def evaluating(model: nn.Module):
 
 
 @torch.no_grad()
-def mean_loss(objective: Callable[..., torch.Tensor], batches: Iterable, total: Total = list) -> float:
-    """Summed loss over count of all trained tokens, however they are batched; `objective` as for `train_step`."""
-    loss, count = 0.0, 0
+def mean_loss(loss: Callable[..., tuple[torch.Tensor, int]], batches: Iterable, total: Total = list) -> float:
+    """The mean over all batches, however they are cut; `loss(batch)` is a sum and a count."""
+    sums = [0.0, 0.0]
     for batch in batches:
-        loss += objective(batch).item()
-        count += len(batch.targets)
-    loss, count = total([loss, count])
-    return loss / count
+        part, count = loss(batch)
+        sums = [sums[0] + part.item(), sums[1] + count]
+    whole, count = total(sums)
+    return whole / count
 
 
 class Retained(NamedTuple):
@@ -90,7 +91,7 @@ def plain_divergence(of_base, hidden, head, targets, head_of_base: torch.Tensor 
     model's loss."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     pairs = (of_base, head if head_of_base is None else head_of_base), (hidden, head)
-    base, now = (F.log_softmax(logits_of(states, weight, cap), -1, dtype=wide) for states, weight in pairs)  # (N, V)
+    base, now = (F.log_softmax(ops.logits(states, weight, cap), -1, dtype=wide) for states, weight in pairs)  # (N, V)
     losses = (-scores.gather(1, targets[:, None]).sum() for scores in (base, now))
     return ((base.exp() * (base - now)).sum().item(), *(loss.item() for loss in losses))
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lora.device import ROUND
-from lora.ops.loss import ROWS
+from lora.ops.fast_cross_entropy import ROWS
 
 RUNTIME = {"cpu": 300e6}  # Python, torch, a tokenizer; a GPU counts its tensors only
 AGAIN = {"cpu": 80e6}  # torch's compiler, which torch.utils.checkpoint imports
 GROWTH = {"cpu": 1.2}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
-# on a CPU attention goes by so many queries at a time, and keeps weights up to so many bytes: `lora.ops.attention`
+# on a CPU attention goes by so many queries at a time, and keeps weights up to so many bytes: `lora.ops.fast_attention`
 QUERIES, WEIGHTS = 128, {"cpu": 8 * 2**20}
 LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 NORMS = 3  # times a weight in float32: ΔW, W + ΔW, its squares
@@ -31,6 +31,11 @@ COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.58e6, 24, 7
 def expected(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int], batch_size: int) -> float:
     """Bytes at the peak of a run: the sum of `parts`, which see for the arguments."""
     return sum(parts(model, targets, s, lengths, batch_size).values())
+
+
+def recomputes(tokens: int, s) -> bool:
+    """Are the activations of a micro-batch of so many tokens computed again in the backward pass?"""
+    return s.checkpoint_activations or tokens > LONG * s.micro_tokens
 
 
 def in_adapter(model: nn.Module, targets: Mapping[str, int], dora: bool = False) -> int:
@@ -57,7 +62,7 @@ def parts(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int
         logits = min(ROWS, tokens) * c.vocab_size * ((10 if size == 2 else 8) + 4 * (tokens > ROWS))
         loss = 3 * row + logits  # hidden states, the trained ones, their gradient
         loss += s.full * c.vocab_size * c.hidden_size * (4 + 4 + size)  # gradient of the head: sum, scaled, rounded
-        if s.checkpoint_activations or tokens > LONG * s.micro_tokens:  # a whole block is there only after the loss
+        if recomputes(tokens, s):  # a whole block is there only after the loss
             return {"blocks": row * len(blocks), "backward or the loss": max(max(blocks) + backward, loss)}
         return {"blocks": sum(blocks), "backward or the loss": max(backward, loss)}
 

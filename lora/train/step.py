@@ -1,4 +1,4 @@
-"""One optimisation step over micro-batches, and the learning-rate schedules."""
+"""One optimisation step over micro-batches: accumulate, reduce, clip, update."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,19 +7,6 @@ from typing import NamedTuple
 import torch
 
 from lora.errors import BadNumbers
-
-SCHEDULES = {  # progress after the warm-up, in [0, 1) -> share of the learning rate
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
-    """The rate of step `step` (from 0) of `total`: up in equal stairs over `warmup` steps, then by `schedule`."""
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return peak * SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
 
 
 class StepResult(NamedTuple):
@@ -59,12 +46,12 @@ def accumulate(objective: Callable, batches: Sequence, trained: int | None = Non
     return loss, trained
 
 
-def clip(parameters: Iterable[torch.nn.Parameter], limit: float) -> float:
-    """Scale all gradients by min(1, limit / norm) and return the norm before that; a limit of 0 is none."""
+def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients by min(1, max_norm / norm) and return the norm before that; a max_norm of 0 is no limit."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if limit:
-        torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], limit, norm)
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)
     return norm.item()
 
 
@@ -73,8 +60,8 @@ def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def alone(parameters: Sequence, numbers: list[float]) -> list[float]:
-    """The sum over all processes of the gradients, in place, and of some numbers, where there is but one."""
+def no_reduce(parameters: Sequence, numbers: list[float]) -> list[float]:
+    """`reduce` of a single process, which has nothing to add up."""
     return numbers
 
 
@@ -83,18 +70,18 @@ def train_step(
     batches: Sequence,
     optimizer: torch.optim.Optimizer,
     lr: float,
-    limit: float = 0.0,
+    max_norm: float = 0.0,
     trained: int | None = None,
-    reduce: Callable[[Sequence, list[float]], list[float]] = alone,
+    reduce: Callable[[Sequence, list[float]], list[float]] = no_reduce,
 ) -> StepResult:
     """Accumulate, reduce, clip, update; a parameter group may have an `lr_ratio`. With several processes `batches` are
     this one's, `trained` counts the trained tokens of all, and `reduce(parameters, numbers)` sums over them. Raises
     NotFinite, the weights not stepped, and whatever `reduce` raises."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, trained = accumulate(objective, batches, trained)
-    tokens = sum(len(batch.tokens) - batch.dead for batch in batches)
+    tokens = sum(len(batch.tokens) - batch.padding for batch in batches)
     loss, tokens = reduce(parameters, [loss, tokens])
-    norm = clip(parameters, limit)
+    norm = clip(parameters, max_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise NotFinite(loss, norm)

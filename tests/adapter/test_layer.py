@@ -2,14 +2,16 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora import ops
 from lora.adapter.layer import LoRALinear
-from tests.helpers import bits, close, error, far
+from tests.helpers import as_written, bits, close, error, far
 from tests.mutation import mutation
 
 SHAPES = pytest.mark.parametrize("shape", [(37,), (11, 37), (3, 5, 37)], ids=str)
@@ -50,7 +52,7 @@ def parts(layer):
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/adapter/layer.py", "[(s * B).to(x.dtype)", "[B.to(x.dtype)")
+@mutation("lora/ops/fast_lora.py", "[(s * B).to(x.dtype)", "[B.to(x.dtype)")
 @SHAPES
 @BIAS
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=["f64", "f32"])
@@ -79,7 +81,7 @@ def test_scaling_is_alpha_over_rank(rank, alpha):
 
 
 @mutation(
-    "lora/adapter/layer.py",
+    "lora/ops/fast_lora.py",
     "A = torch.cat(As).to(x.dtype)",
     "A = torch.cat([B if A.shape == B.shape else A for A, B in zip(As, Bs)]).to(x.dtype)",
 )
@@ -104,11 +106,7 @@ def test_delta_is_formed_in_float32_from_half_precision_parameters(dtype):
     assert layer.delta().dtype == torch.float32 and close(layer.delta(), expected, 1e-6)
 
 
-@mutation(
-    "lora/adapter/layer.py",
-    "self.branch(F.dropout(x, self.dropout, self.training)) if",
-    "self.branch(F.dropout(x.detach(), self.dropout, self.training)) if",
-)
+@mutation("lora/ops/plain.py", "F.dropout(x, dropout) @ A", "F.dropout(x.detach(), dropout) @ A")
 @SHAPES
 @BIAS
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -117,9 +115,10 @@ def test_fast_path_equals_plain(shape, bias, training, dropout):
     layer, x = random_layer(bias, dropout=dropout).train(training), random_input(shape).requires_grad_()
     leaves, seed = (x, layer.lora_A, layer.lora_B), random_input((*shape[:-1], 29), seed=3)
     results = []
-    for function in (layer.forward, layer.plain):
+    for way in (nullcontext(), as_written()):
         torch.manual_seed(4)
-        y = function(x)
+        with way:
+            y = layer(x)
         results.append((y, *torch.autograd.grad(y, leaves, seed)))
     assert all(close(ours, plain, 1e-13) for ours, plain in zip(*results, strict=True))
 
@@ -193,9 +192,9 @@ def closed_form(x, G, W, A, B, s):
     return d_A, d_B, d_x.reshape(x.shape)
 
 
-@mutation("lora/adapter/layer.py", "d_Bs.append((part.T @ G).mul_(s).T)", "d_Bs.append((part.T @ G).mul_(s * s).T)")
-@mutation("lora/adapter/layer.py", "d_As = (up.T @ rows)", "d_As = (up.T @ rows).mul(ctx.scalings[0])")
-@mutation("lora/adapter/layer.py", "d_rows = d_rows.addmm_(up, A).view(ctx.shape)", "d_rows = d_rows.view(ctx.shape)")
+@mutation("lora/ops/fast_lora.py", "d_Bs.append((part.T @ G).mul_(s).T)", "d_Bs.append((part.T @ G).mul_(s * s).T)")
+@mutation("lora/ops/fast_lora.py", "d_As = (up.T @ rows)", "d_As = (up.T @ rows).mul(ctx.scalings[0])")
+@mutation("lora/ops/fast_lora.py", "d_rows = d_rows.addmm_(up, A).view(ctx.shape)", "d_rows = d_rows.view(ctx.shape)")
 @SHAPES
 @BIAS
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"])
@@ -212,7 +211,7 @@ def test_gradients_equal_closed_form(shape, bias, dtype, tol):
 
 
 @mutation(
-    "lora/adapter/layer.py",
+    "lora/ops/fast_lora.py",
     "d_rows = d_rows.addmm_(up, A).view(ctx.shape)",
     "d_rows = d_rows.addmm_(up, A, alpha=2).view(ctx.shape)",
 )
@@ -224,7 +223,7 @@ def test_gradients_pass_gradcheck():
     def function(x, A1, B1, A2, B2):
         for layer, (A, B) in zip(layers, ((A1, B1), (A2, B2)), strict=True):
             layer._parameters["lora_A"], layer._parameters["lora_B"] = A, B
-        return LoRALinear.together(x, layers)
+        return ops.linears(x, layers)
 
     inputs = (x, *(p.detach().clone().requires_grad_() for p in adapters))
     assert torch.autograd.gradcheck(function, inputs)
@@ -241,7 +240,7 @@ def test_gradients_accumulate_over_calls():
     assert close(A.grad, each[0][0] + each[1][0], 1e-12) and close(B.grad, each[0][1] + each[1][1], 1e-12)
 
 
-@mutation("lora/adapter/layer.py", "    @once_differentiable", "    #")
+@mutation("lora/ops/fast_lora.py", "    @once_differentiable", "    #")
 def test_second_derivatives_are_refused_or_right():
     """As a gradient penalty would take them: of |dA| + |dB| of a loss that is not linear in y."""
     layer, x = random_layer(sizes=(5, 4), rank=2, alpha=3.0), random_input((3, 5)).requires_grad_()
@@ -285,15 +284,15 @@ def test_input_that_needs_no_gradient_gets_none():
 KINDS = [(True, 3, 8.0, 29), (False, 5, 2.0, 13), (True, 1, 5.0, 41)]  # bias, rank, alpha, out
 
 
-@mutation("lora/adapter/layer.py", "d_rows = G @ W if d_rows is None else d_rows.addmm_(G, W)", "d_rows = G @ W")
-@mutation("lora/adapter/layer.py", "[layer.scaling for layer in layers]", "[layers[0].scaling for layer in layers]")
+@mutation("lora/ops/fast_lora.py", "d_rows = G @ W if d_rows is None else d_rows.addmm_(G, W)", "d_rows = G @ W")
+@mutation("lora/ops/fast_lora.py", "[s for *_, s in maps]", "[maps[0][-1] for _ in maps]")
 @pytest.mark.parametrize("shape", [(37,), (11, 37), (3, 5, 37)], ids=str)
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[::2])
 def test_together_equals_each_alone(shape, order):
     layers = [random_layer(b, r, alpha, sizes=(37, out), seed=r) for b, r, alpha, out in (KINDS[i] for i in order)]
     x = random_input(shape).requires_grad_()
     seeds = [random_input((*shape[:-1], layer.base.out_features), seed=5 + i) for i, layer in enumerate(layers)]
-    outputs = LoRALinear.together(x, layers)
+    outputs = ops.linears(x, layers)
     torch.autograd.backward(outputs, seeds)
     d_x = torch.zeros_like(x)
     for layer, y, G in zip(layers, outputs, seeds, strict=True):
@@ -308,14 +307,18 @@ def test_together_equals_each_alone(shape, order):
 def test_together_with_one_output_unused_gives_gradients_of_the_others():
     layers, x = [random_layer(seed=i) for i in range(2)], random_input((11, 37)).requires_grad_()
     G = random_input((11, 29), seed=3)
-    LoRALinear.together(x, layers)[1].backward(G)
+    ops.linears(x, layers)[1].backward(G)
     W, _, A, B = parts(layers[1])
     for ours, expected in zip((A.grad, B.grad, x.grad), closed_form(x, G, W, A, B, 8 / 5), strict=True):
         assert close(ours, expected, 1e-12)
     assert layers[0].lora_A.grad is None or not layers[0].lora_A.grad.any()
 
 
-@mutation("lora/adapter/layer.py", "if all(layer.adapting and not", "if any(layer.adapting and not")
+@mutation(
+    "lora/ops/fast_lora.py",
+    "    if not all(maps):\n        return plain.linears(x, modules)\n",
+    "    maps = [m or maps[0] for m in maps]\n",
+)
 @pytest.mark.parametrize("state", ["disabled", "merged", "dropout"])
 def test_together_with_layers_in_different_states_equals_each_alone(state):
     layers, x = [random_layer(seed=i) for i in range(3)], random_input((11, 37))
@@ -326,20 +329,18 @@ def test_together_with_layers_in_different_states_equals_each_alone(state):
     else:
         layers[1].dropout = 0.5
     torch.manual_seed(7)
-    outputs = LoRALinear.together(x, layers)
+    outputs = ops.linears(x, layers)
     assert close(outputs[0], layers[0](x), 1e-13) and close(outputs[2], layers[2](x), 1e-13)
     torch.manual_seed(7)
     assert close(outputs[1], layers[1](x), 1e-13)
-    assert far(outputs[1], LoRALinear.together(x, [random_layer(seed=5)])[0], 1e-13)
+    assert far(outputs[1], ops.linears(x, [random_layer(seed=5)])[0], 1e-13)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
 @mutation(
-    "lora/adapter/layer.py",
-    "y = F.linear(x, self.weight, self.base.bias)",
-    "x = F.dropout(x, self.dropout, self.training); y = F.linear(x, self.weight, self.base.bias)",
+    "lora/ops/plain.py", "    down = F.dropout(x, dropout) @ A", "    x = F.dropout(x, dropout)\n    down = x @ A"
 )
 def test_dropout_leaves_the_base_part_alone():
     layer, x = random_layer(dropout=0.5).train(), random_input((11, 37))
@@ -348,9 +349,9 @@ def test_dropout_leaves_the_base_part_alone():
 
 
 @mutation(
-    "lora/adapter/layer.py",
-    "self.branch(F.dropout(x, self.dropout, self.training)) if",
-    "F.dropout(self.branch(x), self.dropout, self.training) if",
+    "lora/ops/plain.py",
+    "(s * down) @ B.to(x.dtype).T",
+    "F.dropout((s * (x @ A.to(x.dtype).T)) @ B.to(x.dtype).T, dropout)",
 )
 def test_dropout_drops_inputs_of_the_branch():
     """With W = 0 and A the identity, B⁻¹ y / s is what the branch has read: each input is 0 or x / (1 - p)."""
@@ -367,11 +368,7 @@ def test_dropout_drops_inputs_of_the_branch():
     assert alone.double().mean() > 0.5  # inputs are dropped one by one, not whole rows
 
 
-@mutation(
-    "lora/adapter/layer.py",
-    "self.branch(F.dropout(x, self.dropout, self.training)) if",
-    "(1 - self.dropout) * self.branch(F.dropout(x, self.dropout, self.training)) if",
-)
+@mutation("lora/ops/plain.py", "F.dropout(x, dropout) @ A", "(1 - dropout) * F.dropout(x, dropout) @ A")
 def test_dropout_mean_over_masks_is_the_eval_output():
     p, n = 0.3, 100_000
     layer, x = random_layer(sizes=(7, 5), rank=3, alpha=5.0, dropout=p).train(), random_input((7,))
@@ -385,11 +382,7 @@ def test_dropout_mean_over_masks_is_the_eval_output():
     assert ((mean - expected).abs() < 4 * sigma).all() and (sigma > 1e-5).all()
 
 
-@mutation(
-    "lora/adapter/layer.py",
-    "if all(layer.adapting and not (layer.training and layer.dropout) for layer in layers):",
-    "if all(layer.adapting and not layer.train().dropout for layer in layers):",
-)
+@mutation("lora/adapter/layer.py", "return self.dropout if self.training else 0.0", "return self.dropout")
 def test_dropout_acts_in_training_only():
     layer, x = random_layer(dropout=0.5), random_input((11, 37))
     evaluated = layer.eval()(x)
@@ -407,18 +400,14 @@ def bfloat16_case():
     return layer, x, random_input((64, 129), torch.bfloat16, seed=3)
 
 
-@mutation(
-    "lora/adapter/layer.py",
-    "return (self.scaling * (x @ A.to(x.dtype).T)) @ B.to(x.dtype).T",
-    "return self.scaling * ((x @ A.to(x.dtype).T).to(B.dtype) @ B.T)",
-)
+@mutation("lora/ops/plain.py", "(s * down) @ B.to(x.dtype).T", "(s * down).to(B.dtype) @ B.T")
 def test_output_has_the_dtype_of_the_input_and_gradients_that_of_the_parameters():
     layer, x, G = bfloat16_case()
     y = layer(x)
     y.backward(G)
     assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.bfloat16)
     assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
-    assert layer.delta().dtype == torch.float32 and layer.plain(x).dtype == torch.bfloat16
+    assert layer.delta().dtype == torch.float32 and layer(x).dtype == torch.bfloat16
 
 
 def test_bfloat16_is_as_near_to_float64_as_the_formula_in_bfloat16():

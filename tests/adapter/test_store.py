@@ -16,8 +16,9 @@ from torch import nn
 
 from lora import files
 from lora.adapter import passport, store
-from lora.adapter.inject import inject, linears, lora_layers
+from lora.adapter.inject import inject, lora_layers
 from lora.adapter.merge import merge
+from lora.adapter.targets import linears
 from lora.errors import BadInput, LoraError, Refused
 from tests.helpers import far, patched, randomise, same, snapshot, some_tokens, tiny_model
 from tests.mutation import mutation
@@ -164,10 +165,8 @@ class Nested(nn.Module):
 
 @mutation(
     "lora/adapter/store.py",
-    """        if not any(ends(path, *names) for path in unpatched):
-            return sorted(names)""",
-    """        if not names & set(unpatched):
-            return sorted(names)""",
+    "        if not any(path_endswith(path, *names) for path in unpatched):\n            return sorted(names)",
+    "        if not names & set(unpatched):\n            return sorted(names)",
 )
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=st.sets(st.sampled_from(sorted(linears(Nested()))), min_size=1))
@@ -304,8 +303,8 @@ def test_one_error_lists_every_missing_extra_and_misshapen_tensor(tmp_path):
 
 @mutation(
     "lora/adapter/store.py",
-    "(ends(p, *config.targets) if config.targets else p in meant)",
-    "(ends(p, *config.targets) or p in meant)",
+    "(path_endswith(p, *config.targets) if config.targets else p in meant)",
+    "(path_endswith(p, *config.targets) or p in meant)",
 )
 def test_tensors_of_a_linear_that_no_target_names_are_extra(tmp_path):
     """PEFT would drop them; then the adapter would compute something else than it says."""

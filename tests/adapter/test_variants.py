@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 
@@ -11,18 +12,31 @@ import pytest
 import torch
 from torch import nn
 
-import train
-from lora import flags, settings
+from lora import ops
 from lora.adapter import store
-from lora.adapter.inject import choose, disabled, inject, lora_layers
+from lora.adapter.inject import disabled, inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merge, merge_and_unload, unmerge
+from lora.adapter.targets import find_targets
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
-from lora.ops.linear import prepared, together
+from lora.ops.fast_decoding import for_decoding
 from lora.run import adapter
+from lora.run.settings import TrainSettings
+from lora.run.trainable import make_optimizer
 from lora.train.step import train_step
 from tests import cli
-from tests.helpers import bits, close, error, far, randomise_adapter, same, snapshot, some_tokens, tiny_model
+from tests.helpers import (
+    as_written,
+    bits,
+    close,
+    error,
+    far,
+    randomise_adapter,
+    same,
+    snapshot,
+    some_tokens,
+    tiny_model,
+)
 from tests.mutation import mutation
 
 KINDS = [RsLoRALinear, DoRALinear, RsDoRALinear, PiSSALinear]
@@ -97,7 +111,8 @@ def test_values_and_gradients_are_the_papers(kind, bias, way):
     assert len(trained) == (3 if issubclass(kind, DoRALinear) else 2)
     W, b = layer.base.weight, layer.base.bias
     theirs, x2 = [p.detach().clone().requires_grad_() for p in trained], x.detach().clone().requires_grad_()
-    y = layer(x) if way == "fast" else layer.plain(x)
+    with as_written() if way == "plain" else nullcontext():
+        y = layer(x)
     expected = x2 @ paper(kind, W, theirs, principal_part(W, RANK)).T + (0 if b is None else b)
     assert close(y, expected, 1e-12) and far(y, layer.base(x), 1e-12)
     G = torch.randn_like(y)
@@ -112,14 +127,15 @@ def test_several_together_equal_each_alone(kind, dropout):
     layers = [layer_of(kind, n > 1, (37, 13 + n), torch.float64, n, dropout=dropout).train() for n in range(3)]
     x = torch.randn(11, 37, dtype=torch.float64)
     torch.manual_seed(3)
-    found = together(x, layers)
+    found = ops.linears(x, layers)
     torch.manual_seed(3)
-    assert all(close(y, layer.plain(x), 1e-13) for y, layer in zip(found, layers, strict=True))
+    with as_written():
+        assert all(close(y, layer(x), 1e-13) for y, layer in zip(found, layers, strict=True))
     for layer in layers:
         layer.eval()
-    with prepared([layers]), torch.no_grad():
-        assert "prepared" in vars(layers[0])
-        assert all(close(y, layer.plain(x), 1e-13) for y, layer in zip(together(x, layers), layers, strict=True))
+    with for_decoding([layers]), torch.no_grad():
+        assert "joined" in vars(layers[0])
+        assert all(close(y, layer(x), 1e-13) for y, layer in zip(ops.linears(x, layers), layers, strict=True))
 
 
 def test_doras_dropout_is_on_all_that_the_adapter_adds():
@@ -204,8 +220,6 @@ def test_a_new_layer_computes_its_base_bit_for_bit(kind, bias, dtype, dropout):
     base = linear(bias, dtype=dtype)
     layer, x = kind(base, RANK, ALPHA, dropout), torch.randn(3, 11, 37).to(dtype)
     assert torch.equal(layer.train()(x), base(x)) and torch.equal(layer.eval()(x), base(x))
-    with prepared([[layer]]), torch.no_grad():
-        assert torch.equal(layer(x), base(x))
     assert not layer.delta().any()
 
 
@@ -298,7 +312,7 @@ def test_patterns_give_ranks_and_alphas_and_the_first_that_matches_counts():
     [("0", {0}), ("0-1", {0, 1}), ("2-", {2, 3}), ("0,3", {0, 3}), ("1-2,3-", {1, 2, 3}), ("0-99", {0, 1, 2, 3})],
 )
 def test_layers_are_numbers_and_spans(layers, numbers):
-    paths = choose(tiny_model(num_hidden_layers=4), ["all"], layers)
+    paths = find_targets(tiny_model(num_hidden_layers=4), ["all"], layers)
     assert {int(path.split(".")[2]) for path in paths} == numbers and len(paths) == 7 * len(numbers)
 
 
@@ -386,15 +400,16 @@ def test_B_learns_so_many_times_as_fast_along_the_whole_schedule():
     model = patched(LoRALinear, torch.float32)
     s = SimpleNamespace(lr=0.1, lr_ratio_b=16.0, weight_decay=0.0)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    batch = SimpleNamespace(tokens=some_tokens(), targets=some_tokens(), dead=0)
+    batch = SimpleNamespace(tokens=some_tokens(), targets=some_tokens(), padding=0)
     for lr in (1e-3, 1e-4):
-        optimizer = train.optimizer_of(train.groups(parameters, s), s, torch.device("cpu"))
+        optimizer = make_optimizer(parameters, s, torch.device("cpu"))
         before = {name: p.detach().clone() for name, p in parameters.items()}
         train_step(lambda b: model(b.tokens).logsumexp(-1).square().sum(), [batch], optimizer, lr)
         for name, p in parameters.items():
             rate = 16 * lr if name.endswith("lora_B") else lr
             assert abs((p - before[name]).abs().median().item() / rate - 1) < 0.01, name
-    assert len(train.groups(parameters, SimpleNamespace(lr_ratio_b=1.0))) == 1
+    s.lr_ratio_b = 1.0
+    assert len(make_optimizer(parameters, s, torch.device("cpu")).param_groups) == 1
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
@@ -435,7 +450,7 @@ def test_a_run_with_each_flag_resumes_to_the_same_bits_and_its_folder_needs_no_f
 
 
 def test_a_run_says_what_it_adapts():
-    s = settings.resolve(flags.TRAIN, ["--rank", "4", "--dora", *map(str, PATTERNS)], "")
+    s = TrainSettings.resolve(["--rank", "4", "--dora", *map(str, PATTERNS)], "")
     empty = tiny_model(**cli.SIZES).to("meta")
     assert [" ".join(line.split()) for line in adapter.table(s, empty, adapter.ranks(s, empty))] == [
         "q_proj 1 of 32 x 32 rank 2 alpha 32 160 parameters",
@@ -447,7 +462,7 @@ def test_a_run_says_what_it_adapts():
         "down_proj 1 of 32 x 48 rank 3 alpha 32 272 parameters",
     ]
     some = ["--target", "k_proj", "--rank-pattern", "0.self_attn.k_proj=9"]
-    s = settings.resolve(flags.TRAIN, some, "")
+    s = TrainSettings.resolve(some, "")
     [line] = adapter.table(s, empty, adapter.ranks(s, empty))
     assert " ".join(line.split()) == "k_proj 2 of 16 x 32 rank 9-16 alpha 32 1,200 parameters"
 

@@ -939,7 +939,7 @@ def test_an_adapter_changes_a_local_teacher_and_belongs_to_the_journal(tmp_path)
 
 @mutation(
     "data_gen/teacher.py",
-    "return model, load_chat(base, self._adapter, SimpleNamespace(**given))",
+    "return model, load_chat(base, self._adapter)",
     "return model, pretrained.load_chat(base)",
 )
 def test_a_local_teacher_with_an_adapter_is_asked_as_the_adapter_was_trained(tmp_path):

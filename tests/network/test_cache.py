@@ -8,13 +8,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from lora import ops
 from lora.adapter import merge
 from lora.adapter.inject import disabled, inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.device import few_rows
 from lora.inference.generate import generate
-from lora.ops.linear import prepare, prepared, together
-from tests.helpers import close, far, patched, randomise_adapter, same, snapshot, some_tokens, tiny_model
+from lora.ops.fast_decoding import for_decoding, join
+from tests.helpers import as_written, close, far, patched, randomise_adapter, same, snapshot, some_tokens, tiny_model
 from tests.mutation import mutation
 
 PROMPT = some_tokens(7).tolist()
@@ -45,11 +46,11 @@ def with_branches(linears, ranks=(3, 4, 2), alphas=(8, 2, 5)) -> list[LoRALinear
 
 
 @mutation(
-    "lora/ops/linear.py",
-    "return self.whole(x).split(self.sizes, -1)",
-    "return self.whole(x).split(self.sizes[::-1], -1)",
+    "lora/ops/fast_decoding.py",
+    "F.linear(x, weight, bias).split(sizes, -1)",
+    "F.linear(x, weight, bias).split(sizes[::-1], -1)",
 )
-@mutation("lora/adapter/layer.py", "scaled = [layer.scaling * B for", "scaled = [layers[0].scaling * B for")
+@mutation("lora/ops/fast_decoding.py", "(s * B for _, B, s in maps)", "(maps[0][2] * B for _, B, s in maps)")
 @pytest.mark.parametrize("biases", [(True, False, True), (False, False, False), (True, True, True)], ids=str)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 def test_prepared_linears_compute_what_each_computes_alone(adapted, biases):
@@ -57,12 +58,13 @@ def test_prepared_linears_compute_what_each_computes_alone(adapted, biases):
     linears = with_branches(linears) if adapted else linears
     for count in (1, 3):
         x = torch.randn(4, 17, dtype=torch.float64)
-        alone = [linear.plain(x) if adapted else linear(x) for linear in linears[:count]]
-        with prepared([linears[:count]]), torch.no_grad():
-            ways = [linear for linear in linears if "prepared" in vars(linear)]
-            found = together(x, linears[:count])
+        with as_written():
+            alone = [linear(x) for linear in linears[:count]]
+        with for_decoding([linears[:count]]), torch.no_grad():
+            ways = [linear for linear in linears if "joined" in vars(linear)]
+            found = ops.linears(x, linears[:count])
             first = linears[0](x)
-        assert ways == (linears[:1] if adapted or count > 1 else [])  # a plain Linear alone is as fast as it can be
+        assert ways == (linears[:1] if count > 1 else [])  # one alone is as fast as it can be
         assert close(first, alone[0], 1e-13)
         assert all(close(a, b, 1e-13) for a, b in zip(found, alone, strict=True))
 
@@ -116,7 +118,7 @@ def test_rows_of_equal_length_in_one_batch_equal_each_alone():
 # ---- what is left of it ----------------------------------------------------------------------------------------------
 
 
-@mutation("lora/ops/linear.py", "        part.data = rows", "        pass")
+@mutation("lora/ops/fast_decoding.py", "        part.data = rows", "        pass")
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 def test_generating_lays_weights_together_once_and_changes_no_bit(adapted, tmp_path):
     model = tiny_model(model_type="qwen2")
@@ -134,7 +136,7 @@ def test_generating_lays_weights_together_once_and_changes_no_bit(adapted, tmp_p
     assert same(before, load_file(tmp_path / "model.safetensors"))
 
 
-@mutation("lora/ops/linear.py", "part.untyped_storage().data_ptr() == home", "True")
+@mutation("lora/ops/fast_decoding.py", "part.untyped_storage().data_ptr() == home", "True")
 def test_weights_that_were_moved_or_replaced_are_used_as_they_are():
     model, another = tiny_model(), tiny_model(seed=1)
     for each in (model, another):
@@ -149,12 +151,12 @@ def test_weights_that_were_moved_or_replaced_are_used_as_they_are():
 
 
 @mutation(
-    "lora/ops/linear.py",
+    "lora/ops/fast_decoding.py",
     """@torch.inference_mode(False)  # weights made in it could not be trained with
 """,
     "",
 )
-@mutation("lora/ops/linear.py", 'vars(linear).pop("prepared", None)', "pass")
+@mutation("lora/ops/fast_decoding.py", 'vars(module).pop("joined", None)', "pass")
 def test_a_model_that_has_generated_trains_as_before():
     tokens, gradients = some_tokens(9), []
     for generates in (False, True):
@@ -174,8 +176,8 @@ def test_weights_in_shards_are_left_alone():
 
     linears = some_linears()
     linears[1].weight = nn.Parameter(linears[1].weight.as_subclass(Shard), requires_grad=False)
-    assert prepare(linears) is None and prepare([nn.Identity(), linears[0]]) is None
-    assert prepare(with_branches(linears)) is None and prepare(with_branches(some_linears())) is not None
+    assert join(linears) is None and join([nn.Identity(), linears[0]]) is None
+    assert join(with_branches(linears)) is None and join(with_branches(some_linears())) is not None
 
 
 @mutation(
@@ -201,7 +203,7 @@ def test_bfloat16_answers_are_near_those_of_float32():
     inject(model, targets=("mlp",))
     wide, logits = copy.deepcopy(model).to(torch.float32), []
     cache, tokens = model.new_cache(1, 12), some_tokens(12)
-    with prepared(model.groups()), torch.inference_mode():
+    with for_decoding(model.groups()), torch.inference_mode():
         for token in tokens:
             with few_rows(1, model.device):
                 logits.append(model(token[None], cache=cache))

@@ -4,7 +4,6 @@ Here the compiler only traces: a backend that runs what it is given and counts. 
 """
 
 import json
-import random
 
 import pytest
 import torch
@@ -13,25 +12,19 @@ from lora import device
 from lora.adapter.inject import lora_layers
 from lora.data import batch
 from lora.errors import BadEnvironment
-from lora.text.chat import Example
+from lora.network.compiled import compile_blocks
 from lora.train.step import accumulate, train_step
 from tests.cli import ON_CPU, call, data_file, model_folder
-from tests.helpers import close, far, patched, tiny_model
+from tests.helpers import close, far, objective_of, patched, random_example, tiny_model
 from tests.mutation import mutation
 from tests.network.test_families import family_config, model_of
-from tests.train.test_train import objective_of
 
 TOL = 1e-11
 
 
-def example_of(prompt: int, answer: int) -> Example:
-    tokens = random.Random(answer).choices(range(1, 131), k=prompt + answer)
-    return Example(tokens, [False] * prompt + [True] * answer)
-
-
-STEP = [example_of(prompt, answer) for prompt, answer in ((20, 5), (3, 7), (12, 26), (2, 40), (25, 2))]
-OTHER = [example_of(prompt, answer) for prompt, answer in ((9, 9), (30, 11), (4, 4), (4, 30))]
-LONG = example_of(30, 300)
+STEP = [random_example(prompt, answer, answer) for prompt, answer in ((20, 5), (3, 7), (12, 26), (2, 40), (25, 2))]
+OTHER = [random_example(prompt, answer, answer) for prompt, answer in ((9, 9), (30, 11), (4, 4), (4, 30))]
+LONG = random_example(30, 300, 300)
 
 
 @pytest.fixture
@@ -52,7 +45,7 @@ def compiled(model, graphs):
         graphs.append(graph)
         return graph.forward
 
-    model.compile_blocks(backend=backend, fullgraph=True)
+    compile_blocks(model, backend=backend, fullgraph=True)
     return model
 
 
@@ -75,17 +68,12 @@ def agree(got, wanted) -> bool:
 # ---- one length ------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/data/batch.py", "[False] * (dead + 1)", "[True] * (dead + 1)")
-@mutation(
-    "lora/data/batch.py",
-    """    batch.dead = dead
-""",
-    "",
-)
+@mutation("lora/data/batch.py", "[False] * (padding + 1)", "[True] * (padding + 1)")
+@mutation("lora/data/batch.py", "    batch.padding = padding\n", "")
 @pytest.mark.parametrize("size", [48, 64, 100, 1000])
 def test_filled_micro_batches_have_one_length_and_change_neither_loss_nor_gradients_nor_counts(model, size):
     plain, filled = batch.micro_batches(STEP, size), batch.micro_batches(STEP, size, fill=True)
-    assert len(plain) == len(filled) and any(b.dead for b in filled)
+    assert len(plain) == len(filled) and any(b.padding for b in filled)
     assert {len(b.tokens) for b in filled} == {sum(b.lengths) for b in filled} == {size}
     assert agree(loss_and_gradients(model, filled), loss_and_gradients(model, plain))
     found = []
@@ -97,15 +85,15 @@ def test_filled_micro_batches_have_one_length_and_change_neither_loss_nor_gradie
 
 
 def test_an_example_over_the_budget_is_filled_up_to_a_multiple():
-    [first, last] = batch.micro_batches([example_of(3, 7), LONG], 64, fill=True)
-    assert (len(first.tokens), first.dead) == (64, 64 - 9)
-    assert (len(last.tokens), last.dead) == (512, 512 - 329)
+    [first, last] = batch.micro_batches([random_example(3, 7, 7), LONG], 64, fill=True)
+    assert (len(first.tokens), first.padding) == (64, 64 - 9)
+    assert (len(last.tokens), last.padding) == (512, 512 - 329)
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/network/decoder.py", "            x.requires_grad_()", "            pass")
+@mutation("lora/network/compiled.py", "            x.requires_grad_()", "            pass")
 def test_one_compilation_serves_all_blocks_and_steps_and_changes_nothing(model, graphs):
     first, second = (batch.micro_batches(step, 64, fill=True) for step in (STEP, OTHER))
     plain = [loss_and_gradients(model, batches) for batches in (first, second)]
@@ -121,14 +109,14 @@ def test_one_compilation_serves_all_blocks_and_steps_and_changes_nothing(model, 
 def test_blocks_of_other_families_are_compiled_to_the_same(kind, graphs):
     """Some layers without RoPE; four norms, two RoPEs, windows."""
     model = patched(model_of(family_config(kind) | {"vocab_size": 131})).train()
-    batches = [batch.lay_out(STEP[:3])]
+    batches = [batch.collate(STEP[:3])]
     wanted = loss_and_gradients(model, batches)
     assert agree(loss_and_gradients(compiled(model, graphs), batches), wanted)
     assert graphs
 
 
 def test_a_third_length_needs_no_third_compilation(model, graphs):
-    lengths = [batch.micro_batches([example_of(1, n)], 1) for n in (40, 90, 140)]
+    lengths = [batch.micro_batches([random_example(1, n, n)], 1) for n in (40, 90, 140)]
     plain = [loss_and_gradients(model, batches) for batches in lengths]
     compiled(model, graphs)
     seen = []
@@ -138,7 +126,7 @@ def test_a_third_length_needs_no_third_compilation(model, graphs):
     assert seen == [2, 4, 4]
 
 
-@mutation("lora/network/decoder.py", "if self.compiled and torch.is_grad_enabled() else", "if self.compiled else")
+@mutation("lora/network/compiled.py", "if cache is not None or not torch.is_grad_enabled():", "if cache is not None:")
 @torch.no_grad()
 def test_evaluations_and_answers_run_as_written(model, graphs):
     [b] = batch.micro_batches(STEP, 1000)
@@ -162,9 +150,9 @@ def test_compiled_with_what_else_there_is(graphs, way):
 
 
 @mutation(
-    "lora/network/decoder.py",
-    "    return checkpoint(function, *arguments, use_reentrant=False)",
-    "    return function(*arguments)",
+    "lora/ops/__init__.py",
+    "        return checkpoint(formula, *inputs, use_reentrant=False)",
+    "        return formula(*inputs)",
 )
 def test_what_is_cheap_to_form_again_is_not_kept(graphs):
     """A graph marks it: the two norms, and the product of gate and up."""

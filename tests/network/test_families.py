@@ -8,26 +8,23 @@ import numpy as np
 import pytest
 import torch
 
+from lora import ops
 from lora.adapter import merge, store
 from lora.adapter.inject import lora_layers
-from lora.adapter.layer import LoRALinear
 from lora.errors import BadInput
-from lora.files import write_tensors
-from lora.network import decoder
+from lora.files import Safetensors, write_tensors
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
 from lora.network.families import FAMILIES
-from lora.ops import attention
-from lora.ops.attention import Documents, attend, by_rows, explicit, one_document
-from lora.ops.linear import prepared
-from lora.ops.loss import plain_loss, summed_loss
-from lora.pretrained.folder import ModelFolder, find, load_model, write_model
+from lora.ops import fast_cross_entropy, plain, windowed_attention
+from lora.ops.fast_decoding import for_decoding
+from lora.pretrained import ModelFolder, find, load_model, write_model
 from lora.pretrained.gguf import GGUFFile
 from lora.train.evaluate import divergence
 from tests import oracle
 from tests.cli import SIZES, ask, call, train
 from tests.cli import write_model as write_base
-from tests.helpers import close, far, patched, randomise, same, snapshot, some_tokens, tiny_config
+from tests.helpers import as_written, close, far, patched, randomise, same, snapshot, some_tokens, tiny_config
 from tests.mutation import mutation
 from tests.pretrained.test_gguf import converters_permutation, write
 
@@ -177,18 +174,19 @@ def textbook(q, k, v, window, cap):
     return torch.stack(out).view(T, H, d)
 
 
-@mutation("lora/ops/attention.py", "tril(S - T - window)", "tril(S - T - window - 1)")
+@mutation("lora/ops/plain.py", "tril(S - T - window)", "tril(S - T - window - 1)")
 @pytest.mark.parametrize("short", [512, 6])
 @pytest.mark.parametrize(("window", "cap"), [(1, None), (4, None), (9, 1.5), (None, 1.5), (40, None)])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (17, 17), (5, 23), (1, 23)])
 def test_windows_and_caps_equal_the_textbook_with_gradients(T, S, window, cap, short, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(ops, "SHORT", short)
+    monkeypatch.setattr(windowed_attention, "QUERIES", short)
     random = torch.Generator().manual_seed(T + S)
     tensors = [torch.randn(n, 6 if i == 0 else 3, 8, generator=random, dtype=torch.float64).requires_grad_()
                for i, n in enumerate((T, S, S))]  # fmt: skip
     g = torch.randn(T, 6, 8, generator=random, dtype=torch.float64)
     found = []
-    for form in (textbook, one_document, by_rows if window else one_document, explicit):
+    for form in (textbook, ops.attend, windowed_attention.attend if window else ops.attend, plain.attend):
         out = form(*tensors, window, cap)
         found.append([out, *torch.autograd.grad(out, tensors, g)])
     for other in found[1:]:
@@ -197,8 +195,8 @@ def test_windows_and_caps_equal_the_textbook_with_gradients(T, S, window, cap, s
 
 def test_documents_no_longer_than_the_window_go_the_fast_way():
     q = torch.randn(12, 4, 8, requires_grad=True)
-    assert "Causal" in type(attend(q, q, q, Documents([7, 5]), 7).grad_fn).__name__
-    assert "Causal" not in type(attend(q, q, q, Documents([7, 5]), 6).grad_fn).__name__
+    assert "Causal" in type(ops.attention(q, q, q, [7, 5], 7).grad_fn).__name__
+    assert "Causal" not in type(ops.attention(q, q, q, [7, 5], 6).grad_fn).__name__
 
 
 # ---- adapters, packing, cache ----------------------------------------------------------------------------------------
@@ -213,9 +211,9 @@ def gradients(model, tokens, lengths, g) -> list[torch.Tensor]:
 
 
 @mutation(
-    "lora/ops/attention.py",
-    "return torch.cat([one_document(*part, window, cap) for part in parts])",
-    "return one_document(q, k, v, window, cap)",
+    "lora/ops/__init__.py",
+    "return torch.cat([attend(*document, window, cap) for document in documents])",
+    "return attend(q, k, v, window, cap)",
 )
 @each
 def test_documents_end_to_end_equal_one_by_one_and_fast_paths_equal_plain_ones(kind, monkeypatch):
@@ -230,22 +228,11 @@ def test_documents_end_to_end_equal_one_by_one_and_fast_paths_equal_plain_ones(k
     model.checkpoint_activations = True
     again = gradients(model, tokens, LENGTHS, g)
     model.checkpoint_activations = False
-    monkeypatch.setattr(decoder.RMSNorm, "forward", decoder.RMSNorm.plain)
-    monkeypatch.setattr(
-        decoder,
-        "attend",
-        lambda q, k, v, documents, *bounds: torch.cat(
-            [explicit(*part, *bounds) for part in zip(*(x.split(documents.lengths) for x in (q, k, v)), strict=True)]
-        ),
-    )
-    monkeypatch.setattr(
-        decoder.MLP, "forward", lambda self, x: self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
-    )
-    monkeypatch.setattr(LoRALinear, "together", staticmethod(lambda x, layers: tuple(y.plain(x) for y in layers)))
-    plain = gradients(model, tokens, LENGTHS, g)
-    assert len(plain) == 1 + 14 * model.config.num_hidden_layers
+    with as_written():
+        expected = gradients(model, tokens, LENGTHS, g)
+    assert len(expected) == 1 + 14 * model.config.num_hidden_layers
     for found in (together, alone, again):
-        assert all(close(a, b, 1e-11) and b.abs().max() > 1e-3 for a, b in zip(found, plain, strict=True))
+        assert all(close(a, b, 1e-11) and b.abs().max() > 1e-3 for a, b in zip(found, expected, strict=True))
 
 
 @mutation("lora/network/cache.py", "columns <= ends[:, None] - window", "columns < ends[:, None] - window")
@@ -254,7 +241,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_and_rows_of_unequal_lengt
     model, lengths, more = family_model(kind), [17, 2, 26, 9], 5
     rows = [some_tokens(n + more, model.config.vocab_size, seed=n) for n in lengths]
     alone = [model(row) for row in rows]
-    with prepared(model.groups()), torch.inference_mode():
+    with for_decoding(model.groups()), torch.inference_mode():
         cache = model.new_cache(len(rows), max(lengths) + more)
         model(torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)]), lengths, cache=cache)
         for step in range(more):
@@ -266,7 +253,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_and_rows_of_unequal_lengt
     assert close(torch.cat(steps), alone[2], TOL)
 
 
-@mutation("lora/ops/loss.py", "scores *= 1 - (logits / cap).square()", "pass")
+@mutation("lora/ops/fast_cross_entropy.py", "scores *= 1 - (z / cap).square()", "pass")
 @pytest.mark.parametrize("rows", [3, 256])
 def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
     model = patched(family_model("gemma2"))
@@ -274,11 +261,11 @@ def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
     hidden, targets = model.trunk(tokens[:-1]).detach().requires_grad_(), tokens[1:]
     expected = torch.nn.functional.cross_entropy(model.head(hidden), targets, reduction="sum")
     cap, found = c.final_logit_softcapping, []
-    for loss in (expected, plain_loss(hidden, model.head_weight, targets, cap),
-                 summed_loss(hidden, model.head_weight, targets, rows, cap)):  # fmt: skip
+    for loss in (expected, plain.cross_entropy(hidden, model.head_weight, targets, cap),
+                 fast_cross_entropy.cross_entropy(hidden, model.head_weight, targets, cap, rows)):  # fmt: skip
         found.append([loss, *torch.autograd.grad(loss, hidden)])
     assert all(close(a, b, TOL) for other in found[1:] for a, b in zip(other, found[0], strict=True))
-    assert far(plain_loss(hidden, model.head_weight, targets), expected, TOL)
+    assert far(plain.cross_entropy(hidden, model.head_weight, targets), expected, TOL)
     with torch.no_grad():
         base = hidden + 0.1
         now, before = (model.head(states).log_softmax(-1) for states in (hidden, base))
@@ -321,7 +308,7 @@ def test_a_folder_is_read_and_a_merged_one_written_as_the_family_stores_it(kind,
     written = {name: tensor.shape for name, tensor in on_disk(model).items()}
     as_llama = FAMILIES[kind].written_as
     assert merged.config["model_type"] == (as_llama or kind)
-    stored = merged._shards[0].header
+    stored = Safetensors(tmp_path / "merged" / "model.safetensors").header
     assert (
         (stored.keys() == model.state_dict().keys())
         if as_llama

@@ -1,20 +1,17 @@
 """The decoder equals a numpy oracle, and every way to lay out or cache its input equals every other."""
 
 import random
-import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from lora import ops
 from lora.adapter.inject import inject, lora_layers
-from lora.data.batch import lay_out
+from lora.data.batch import collate
 from lora.network import decoder
 from lora.network.config import ModelConfig
-from lora.ops import attention
-from lora.ops.attention import blocked, explicit
-from lora.ops.loss import summed_loss
+from lora.ops import cross_entropy, flash_attention, plain
 from lora.text.chat import Example
 from tests import oracle
 from tests.helpers import close, far, patched, some_tokens, tiny_config, tiny_model
@@ -67,33 +64,29 @@ def relative(positions: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     q, k = torch.randn(2, 1, 1, config.head_dim, generator=generator, dtype=torch.float64)
     cos, sin = decoder.rope_table(config, positions, torch.float64)
     count = len(positions)
-    q, k = (decoder.rotate(x.expand(count, 1, -1), cos, sin)[:, 0] for x in (q, k))
+    q, k = (ops.rotate(x.expand(count, 1, -1), cos, sin)[:, 0] for x in (q, k))
     return q @ k.T
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/network/rope.py", "first, second = x.chunk(2, dim=-1)", "first, second = x[..., ::2], x[..., 1::2]")
+@mutation("lora/ops/plain.py", "first, second = x.chunk(2, dim=-1)", "first, second = x[..., ::2], x[..., 1::2]")
 @mutation("lora/network/rope.py", "frequencies = 1.0 / theta **", "frequencies = 1.0 / 10000.0 **")
 @mutation(
-    "lora/network/decoder.py",
+    "lora/ops/fast_rms_norm.py",
     "y.square().mean(-1, keepdim=True) + eps)",
     "y.square().mean(-1, keepdim=True) + 10 * eps)",
 )
+@mutation("lora/network/decoder.py", "        return self.norm(x)\n", "        return x\n")
 @mutation(
-    "lora/network/decoder.py",
-    "return self.model.norm((x if early or rows is None else x[rows])[:count])",
-    "return (x if early or rows is None else x[rows])[:count]",
+    "lora/ops/plain.py",
+    "return tuple(module(x) for module in modules)",
+    "return tuple(x @ module.weight.T for module in modules)",
 )
-@mutation(
-    "lora/ops/linear.py",
-    "return tuple(linear(x) for linear in linears)",
-    "return tuple(x @ linear.weight.T for linear in linears)",
-)
-@mutation("lora/network/decoder.py", "gate = self.activation(gate)", "gate, up = self.activation(up), gate")
-@mutation("lora/network/decoder.py", "        gate = self.activation(gate)", "        gate = F.gelu(gate)")
-@mutation("lora/ops/attention.py", "for x in (q * d**-0.5, k, v))", "for x in (q / d, k, v))")
+@mutation("lora/ops/plain.py", "return ACTIVATIONS[activation](gate) * up", "return ACTIVATIONS[activation](up) * gate")
+@mutation("lora/ops/plain.py", "return ACTIVATIONS[activation](gate) * up", "return F.gelu(gate) * up")
+@mutation("lora/ops/fast_attention.py", "for x in (q * d**-0.5, k, v))", "for x in (q / d, k, v))")
 @mutation("lora/network/rope.py", "        return frequencies / scaling.factor", "        return frequencies")
 @mutation("lora/network/rope.py", 'if scaling.kind == "llama3":', 'if scaling.kind == "never":')
 @mutation("lora/network/rope.py", "blend = blend.clamp(0, 1)", "blend = blend.clamp(min=0)")
@@ -201,7 +194,7 @@ def test_angles_are_formed_in_float32_for_a_bfloat16_model():
     assert close(in_fp32[0], exact[0], 0.02)  # 131,071 · 2⁻²⁴ is 0.008 rad
 
 
-@mutation("lora/network/decoder.py", "scale = torch.rsqrt(y.square()", "y = x; scale = torch.rsqrt(y.square()")
+@mutation("lora/ops/fast_rms_norm.py", "scale = torch.rsqrt(y.square()", "y = x; scale = torch.rsqrt(y.square()")
 def test_norms_of_a_bfloat16_model_are_formed_in_float32():
     norm = decoder.RMSNorm(300, 1e-5).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -231,7 +224,9 @@ def test_positions_begin_anew_in_every_document():
 
 
 @mutation(
-    "lora/ops/attention.py", "torch.ones(n, n, dtype=torch.bool).triu(1)", "torch.ones(n, n, dtype=torch.bool).triu(2)"
+    "lora/ops/fast_attention.py",
+    "torch.ones(n, n, dtype=torch.bool).triu(1)",
+    "torch.ones(n, n, dtype=torch.bool).triu(2)",
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_future_tokens_cannot_change_past_logits(dtype):
@@ -260,9 +255,9 @@ def loss_and_gradients(model, loss: torch.Tensor) -> list[torch.Tensor]:
 
 def of_batch(model, examples: list[Example]) -> torch.Tensor:
     """The summed loss of examples laid end to end, as train.py forms it."""
-    batch = lay_out(examples)
-    hidden = model.trunk(batch.tokens, batch.lengths, rows=batch.rows)
-    return summed_loss(hidden, model.head_weight, batch.targets)
+    batch = collate(examples)
+    hidden = model.trunk(batch.tokens, batch.lengths)[batch.trained]
+    return cross_entropy(hidden, model.head_weight, batch.targets)
 
 
 def padded_loss(model, examples: list[Example], pad: int) -> torch.Tensor:
@@ -308,7 +303,7 @@ def padded_loss(model, examples: list[Example], pad: int) -> torch.Tensor:
 @mutation("lora/data/batch.py", "if example.trained[t + 1]]", "if example.trained[t]]")
 @pytest.mark.parametrize("config", [{}, {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 10}])
 def test_documents_end_to_end_equal_one_at_a_time_equal_a_padded_batch(config, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT", 12)
+    monkeypatch.setattr(ops, "SHORT", 12)
     model = patched(tiny_model(**config))
     examples = documents([9, 2, 31, 13, 14, 40, 12])
     end_to_end = loss_and_gradients(model, of_batch(model, examples))
@@ -324,8 +319,8 @@ def test_documents_end_to_end_equal_one_at_a_time_equal_a_padded_batch(config, m
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/ops/attention.py", ".tril(S - T)", ".tril(S - T - 1)")
-@mutation("lora/ops/attention.py", "is_causal=mask is None", "is_causal=False")
+@mutation("lora/ops/flash_attention.py", ".tril(S - T)", ".tril(S - T - 1)")
+@mutation("lora/ops/flash_attention.py", "is_causal=mask is None", "is_causal=False")
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (9, 9), (37, 37), (1, 20), (5, 23), (36, 37)])
 @pytest.mark.parametrize(("H", "KV"), [(3, 3), (4, 2), (6, 2), (3, 1)])
 def test_explicit_attention_equals_blocked_attention(H, KV, T, S):
@@ -335,7 +330,7 @@ def test_explicit_attention_equals_blocked_attention(H, KV, T, S):
     inputs = [x.requires_grad_() for x in inputs]
     upstream = torch.randn((T, H, 10), dtype=torch.float64, generator=generator)
     results = []
-    for form in (explicit, blocked):
+    for form in (plain.attend, flash_attention.attend):
         out = form(*inputs)
         results.append([out, *torch.autograd.grad(out, inputs, upstream)])
     for a, b in zip(*results, strict=True):
@@ -343,12 +338,12 @@ def test_explicit_attention_equals_blocked_attention(H, KV, T, S):
 
 
 @mutation(
-    "lora/ops/attention.py",
+    "lora/ops/plain.py",
     "q.view(T, KV, H // KV, d).permute(1, 2, 0, 3)",
     "q.view(T, H // KV, KV, d).permute(2, 1, 0, 3)",
 )
-@mutation("lora/ops/attention.py", ".triu(S - T + 1)", ".triu(S - T + 2)")
-@pytest.mark.parametrize("form", [explicit, blocked])
+@mutation("lora/ops/plain.py", ".triu(S - T + 1)", ".triu(S - T + 2)")
+@pytest.mark.parametrize("form", [plain.attend, flash_attention.attend])
 @pytest.mark.parametrize(("H", "KV"), [(3, 3), (4, 2), (6, 2), (3, 1)])
 def test_query_head_h_reads_key_value_head_h_over_group_up_to_its_own_position(H, KV, form):
     generator = torch.Generator().manual_seed(H)
@@ -383,7 +378,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_at_every_position(config)
 @pytest.mark.parametrize("short", [512, 8])
 @pytest.mark.parametrize("chunks", [[31], [1, 30], [7, 1, 12, 11], [16, 15]])
 def test_prefill_in_chunks_equals_one_shot(chunks, short, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(ops, "SHORT", short)
     model, tokens = tiny_model(), some_tokens(31)
     cache = model.new_cache(1, 40)
     logits = torch.cat([model(part, [len(part)], cache=cache) for part in tokens.split(chunks)])
@@ -423,47 +418,3 @@ def test_rows_that_are_kept_go_on_as_if_they_had_been_alone():
     assert close(chunk, torch.cat([model(rows[1])[2:4], model(rows[3])[5:8]]), 1e-12)
     cache.keep([1])
     assert close(model(rows[3][8:9], [1], cache=cache), model(rows[3])[8:9], 1e-12)
-
-
-# ---- fast versions beside plain ones ---------------------------------------------------------------------------------
-
-
-@mutation(
-    "lora/network/decoder.py", "(g * n).mean(-1, keepdim=True), value=-1)", "(g * n).mean(-1, keepdim=True), value=0)"
-)
-@mutation("lora/network/decoder.py", "(gradient * n).flatten(0, -2).sum(0)", "gradient.flatten(0, -2).sum(0)")
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("trained", [False, True])
-def test_norms_and_their_closed_gradients_equal_the_formula(trained, offset):
-    random = torch.Generator().manual_seed(4)
-    norm = decoder.RMSNorm(24, 1e-5, offset).double()
-    with torch.no_grad():
-        norm.weight.uniform_(0.5, 1.5, generator=random)
-    norm.weight.requires_grad_(trained)
-    x, g = (torch.randn(3, 7, 24, generator=random, dtype=torch.float64) for _ in range(2))
-    leaves = [x.requires_grad_(), *([norm.weight] if trained else [])]
-    ours, plain = ((y := f(x), *torch.autograd.grad(y, leaves, g)) for f in (norm, norm.plain))
-    assert torch.equal(ours[0], plain[0]) and len(ours) == 2 + trained
-    assert all(close(a, b, 1e-13) for a, b in zip(ours, plain, strict=True))
-    low = x.detach().bfloat16()
-    assert torch.equal(norm.bfloat16()(low), norm.plain(low))
-
-
-@mutation(
-    "lora/network/decoder.py",
-    "return form if kept.data_ptr() == place and kept.shape == shape else kept",
-    "return kept",
-)
-def test_the_product_of_gate_and_up_is_not_kept_and_gradients_are_the_same_bits(monkeypatch):
-    found, sizes = [], []
-    for form in (decoder.formed_again, lambda *_: nullcontext()):
-        monkeypatch.setattr(decoder, "formed_again", form)
-        model = patched(tiny_model(torch.bfloat16), targets=("down_proj",))
-        products, first = [], model.model.layers[0].mlp.down_proj
-        first.register_forward_pre_hook(lambda _, x, products=products: products.append(weakref.ref(x[0])))
-        loss = model(some_tokens(31)).float().logsumexp(-1).sum()
-        sizes.append(products[0]() is not None)
-        loss.backward()
-        found.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert sizes == [False, True]
-    assert all(torch.equal(a, b) and a.abs().sum() for a, b in zip(*found, strict=True))

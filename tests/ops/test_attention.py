@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lora.ops import attention
-from lora.ops.attention import Documents, attend, explicit
+from lora import ops
+from lora.ops import fast_attention, flash_attention, plain
 from tests.helpers import close, far, some_tokens, tiny_model
 from tests.mutation import mutation
 from tests.network.test_config import CALM
@@ -65,10 +65,10 @@ def stand_in(request, monkeypatch):
 
     seen.__wrapped__ = request.param  # whose arguments inspect.signature reports
     monkeypatch.setattr(kernels, "varlen_attn", seen)
-    monkeypatch.setattr(attention, "at_once", lambda *_: True)
-    attention.causal_varlen.cache_clear()
+    monkeypatch.setattr(flash_attention, "takes_documents", lambda *_: True)
+    flash_attention._varlen.cache_clear()
     yield calls
-    attention.causal_varlen.cache_clear()
+    flash_attention._varlen.cache_clear()
 
 
 def some_heads(lengths=LENGTHS, seed=0) -> list[torch.Tensor]:
@@ -85,26 +85,21 @@ def with_gradients(function, tensors) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
 
 
-def one_by_one(q, k, v, lengths=LENGTHS, *bounds):
-    return torch.cat([explicit(*part, *bounds) for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
-
-
 @mutation(
-    "lora/ops/attention.py",
+    "lora/ops/flash_attention.py",
     "window_size=(window - 1 if window else -1, 0), **grouped)",
     "window_size=(window - 1 if window else -1, -1), **grouped)",
 )
 @mutation(
-    "lora/ops/attention.py",
+    "lora/ops/flash_attention.py",
     "upload([0, *accumulate(lengths)], device, torch.int32)",
     "upload([0, *accumulate(lengths[::-1])], device, torch.int32)",
 )
-@mutation("lora/ops/attention.py", '"enable_gqa" in signature(varlen_attn).parameters', "False")
+@mutation("lora/ops/flash_attention.py", '"enable_gqa" in signature(varlen_attn).parameters', "False")
 def test_one_call_for_all_documents_gives_what_each_alone_gives_and_its_gradients(stand_in):
     tensors = some_heads()
-    documents = Documents.of(LENGTHS, torch.device("cpu"), torch.float64, D)
-    got = with_gradients(lambda q, k, v: attend(q, k, v, documents), tensors)
-    for ours, wanted in zip(got, with_gradients(one_by_one, tensors), strict=True):
+    got = with_gradients(lambda q, k, v: ops.attention(q, k, v, LENGTHS), tensors)
+    for ours, wanted in zip(got, with_gradients(lambda *x: plain.attention(*x, LENGTHS), tensors), strict=True):
         assert close(ours, wanted, TOL)
         assert far(wanted, torch.zeros_like(wanted), TOL)
     assert len(stand_in) == 1
@@ -115,22 +110,21 @@ def test_a_model_tells_the_kernel_of_its_documents_once_for_all_layers(stand_in,
     model, tokens = tiny_model(), some_tokens(sum(LENGTHS))
     got = model.trunk(tokens, LENGTHS)
     assert len(stand_in) == 2 and stand_in[0][3] is stand_in[1][3] is stand_in[1][4]
-    monkeypatch.setattr(attention, "at_once", lambda *_: False)
+    monkeypatch.setattr(flash_attention, "takes_documents", lambda *_: False)
     assert close(got, model.trunk(tokens, LENGTHS), TOL)
     assert len(stand_in) == 2
 
 
 @mutation(
-    "lora/ops/attention.py",
+    "lora/ops/flash_attention.py",
     "window_size=(window - 1 if window else -1, 0)",
     "window_size=(window if window else -1, 0)",
 )
 def test_the_kernel_is_told_of_a_window_that_a_document_exceeds(stand_in):
     tensors = some_heads()
-    documents = Documents.of(LENGTHS, torch.device("cpu"), torch.float64, D)
     for window, cap, calls in ((4, None, 1), (12, None, 2), (4, 1.5, 2)):
-        got = with_gradients(lambda q, k, v, w=window, c=cap: attend(q, k, v, documents, w, c), tensors)
-        wanted = with_gradients(lambda *x, w=window, c=cap: one_by_one(*x, LENGTHS, w, c), tensors)
+        got = with_gradients(lambda q, k, v, w=window, c=cap: ops.attention(q, k, v, LENGTHS, w, c), tensors)
+        wanted = with_gradients(lambda *x, w=window, c=cap: plain.attention(*x, LENGTHS, w, c), tensors)
         assert all(close(a, b, TOL) for a, b in zip(got, wanted, strict=True))
         assert len(stand_in) == calls  # it knows of no caps
 
@@ -139,8 +133,7 @@ def test_the_kernel_is_told_of_a_window_that_a_document_exceeds(stand_in):
 def test_the_installed_kernel_takes_these_arguments(window):
     """On `meta`, where shapes are computed and nothing else."""
     q, k, v = (x.detach().to("meta", torch.bfloat16).requires_grad_() for x in some_heads())
-    documents = Documents(LENGTHS, torch.zeros(len(LENGTHS) + 1, dtype=torch.int32, device="meta"))
-    out = attend(q, k, v, documents, window)
+    out = flash_attention.attention(q, k, v, LENGTHS, window)
     out.sum().backward()
     assert (out.shape, k.grad.shape, v.grad.shape) == (q.shape, k.shape, v.shape)
 
@@ -160,36 +153,36 @@ def test_the_installed_kernel_takes_these_arguments(window):
 )
 def test_the_kernel_is_used_where_it_is_one(monkeypatch, device, dtype, head_dim, capability, answer):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert attention.at_once(torch.device(device), dtype, head_dim) is answer
+    assert flash_attention.takes_documents(torch.device(device), dtype, head_dim) is answer
 
 
 # ---- a CPU: documents in rectangles, and the gradient in closed form ------------------------------------------------
 
 
-@mutation("lora/ops/attention.py", "dtype=torch.bool).triu(1), float", "dtype=torch.bool).triu(2), float")
-@mutation("lora/ops/attention.py", ".sub_(D).mul_(P)", ".mul_(P)")
-@mutation("lora/ops/attention.py", "of_keys[:, :stop] += S.mT @ Q", "of_keys[:, :stop] = S.mT @ Q")
+@mutation("lora/ops/fast_attention.py", "dtype=torch.bool).triu(1), float", "dtype=torch.bool).triu(2), float")
+@mutation("lora/ops/fast_attention.py", ".sub_(D).mul_(P)", ".mul_(P)")
+@mutation("lora/ops/fast_attention.py", "d_keys[:, :stop] += S.mT @ Q", "d_keys[:, :stop] = S.mT @ Q")
 @hypothesis_settings(max_examples=60, **CALM)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=7), st.sampled_from((16, 48, 1000)), st.sampled_from((0, 2**30))
 )
 def test_documents_in_rectangles_equal_each_alone_with_their_gradients(lengths, rows, kept):
     tensors = some_heads(lengths)
-    with patch.object(attention._Causal, "ROWS", rows), patch.object(attention._Causal, "KEPT", kept):
-        got = with_gradients(lambda q, k, v: attend(q, k, v, Documents(lengths)), tensors)
-    for ours, wanted in zip(got, with_gradients(lambda *x: one_by_one(*x, lengths), tensors), strict=True):
+    with patch.object(fast_attention._Causal, "ROWS", rows), patch.object(fast_attention._Causal, "KEPT_BYTES", kept):
+        got = with_gradients(lambda q, k, v: fast_attention.attention(q, k, v, lengths), tensors)
+    for ours, wanted in zip(got, with_gradients(lambda *x: plain.attention(*x, lengths), tensors), strict=True):
         assert close(ours, wanted, TOL)
 
 
-@mutation("lora/ops/attention.py", "q.element_size() <= _Causal.KEPT", "q.element_size() <= 10**12")
+@mutation("lora/ops/fast_attention.py", "q.element_size() <= _Causal.KEPT", "q.element_size() <= 10**12")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_weights_are_formed_again_and_change_no_bit(dtype):
     tensors = [x.detach().to(dtype).requires_grad_() for x in some_heads([40, 90])]
     found, kept = [], []
     for limit in (2**30, 0):
-        with patch.object(attention._Causal, "KEPT", limit):
-            kept.append(sum(x.numel() for x in attend(*tensors, Documents([40, 90])).grad_fn.saved_tensors))
-            found.append(with_gradients(lambda q, k, v: attend(q, k, v, Documents([40, 90])), tensors))
+        with patch.object(fast_attention._Causal, "KEPT_BYTES", limit):
+            kept.append(sum(x.numel() for x in fast_attention.attention(*tensors, [40, 90]).grad_fn.saved_tensors))
+            found.append(with_gradients(lambda q, k, v: fast_attention.attention(q, k, v, [40, 90]), tensors))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] == sum(x.numel() for x in tensors) + found[0][0].numel() < kept[0]
 
@@ -202,7 +195,7 @@ def test_bfloat16_weights_are_off_by_one_unit_in_the_last_place_at_most():
 
 def test_every_document_lies_in_one_rectangle_that_it_fills_to_four_fifths():
     lengths = (60, 17, 200, 58, 190, 33, 1)
-    groups = attention._groups(lengths)
+    groups = fast_attention._groups(lengths)
     found = torch.cat([group.index for group in groups])
     assert sorted(found[found < sum(lengths)].tolist()) == list(range(sum(lengths)))
     assert [(group.B, group.L) for group in groups] == [(2, 208), (2, 64), (1, 48), (1, 32), (1, 16)]

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora import ops
 from lora.data import batch
 from lora.device import check_compiler
 from lora.errors import BadEnvironment
-from lora.network import decoder
+from lora.network.compiled import compile_blocks
+from lora.network.rope import rope_table
 from tests.helpers import patched, some_tokens, tiny_model
 from tests.network.test_compile import OTHER, STEP, agree, loss_and_gradients
 
@@ -30,7 +32,7 @@ D, INNER, RANK, TOKENS = 32, 80, 4, 96
 
 def kept_by(model, tokens) -> int:
     """Numbers that a forward pass keeps for the backward pass and that are there for every token."""
-    kept, rope = {}, sum(table.numel() for table in decoder.rope_table(model.config, tokens, model.dtype))
+    kept, rope = {}, sum(table.numel() for table in rope_table(model.config, tokens, model.dtype))
 
     def pack(tensor):
         if tensor.shape[0] == len(tokens):
@@ -47,14 +49,14 @@ def test_compiled_blocks_compute_the_same_and_keep_nothing_that_is_cheap_to_form
     model = patched(tiny_model(num_hidden_layers=3, **sizes), rank=RANK).train()
     steps = [batch.micro_batches(step, TOKENS, fill=True) for step in (STEP, OTHER)]
     plain = [loss_and_gradients(model, batches) for batches in steps]
-    model.compile_blocks(fullgraph=True)
+    compile_blocks(model, fullgraph=True)
     for batches, wanted in zip(steps, plain, strict=True):
         assert agree(loss_and_gradients(model, batches), wanted)
 
     def attend(q, k, v, *_):  # nothing of attention's own is kept
         return q + (k + v).repeat_interleave(2, dim=1)
 
-    monkeypatch.setattr(decoder, "attend", attend)
+    monkeypatch.setattr(ops, "attention", attend)
     # a block's input, what attention found, the sum of both; gate, up; x Aᵀ of seven layers
     a_layer = 3 * D + 2 * INNER + 7 * RANK
     last = D + 1  # the last norm is not compiled: its input and 1 / RMS

@@ -24,7 +24,7 @@ from lora.adapter.inject import inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.errors import BadInput, BadNumbers
 from lora.network.config import ModelConfig
-from lora.pretrained import gguf, gguf_write
+from lora.pretrained import gguf_write
 from lora.pretrained.gguf import GGUFFile
 from lora.pretrained.gguf_vocab import tokenizer_metadata
 from tests import cli
@@ -173,7 +173,7 @@ def rounded(values, kind):
 
 @mutation(
     "lora/pretrained/gguf_write.py",
-    "return to_neighbours(tensor, config.head_dim) if turned else tensor",
+    "return to_interleaved(tensor, config.head_dim) if turned else tensor",
     "return tensor",
 )
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
@@ -227,7 +227,7 @@ def test_a_value_too_large_for_the_type_is_refused_by_name(models, tmp_path, kin
 
 
 def test_a_family_without_a_row_is_refused_by_name(models, tmp_path, monkeypatch):
-    monkeypatch.delitem(gguf.ARCHITECTURES, "qwen2")
+    monkeypatch.delitem(gguf_write.ARCHITECTURES, "qwen2")
     with pytest.raises(BadInput, match="qwen2 as GGUF is not implemented, only llama"):
         written(models("qwen2"), tmp_path / "a.gguf")
 
@@ -477,7 +477,7 @@ def test_the_adapter_file_says_what_it_is(merged):
 
 @mutation(
     "lora/pretrained/gguf_write.py",
-    "B = to_neighbours(B, config.head_dim) if row.turns_neighbours and ROTATED.search(name) else B",
+    "B = to_interleaved(B, config.head_dim) if row.reordered and ROTATED.search(name) else B",
     "pass",
 )
 def test_the_base_and_the_adapter_file_sum_to_the_merged_file(merged, tmp_path):

@@ -11,33 +11,34 @@ import torch
 from torch.nn import functional as F
 
 from lora.data.batch import micro_batches
-from lora.network.decoder import RMSNorm
-from lora.ops.loss import plain_loss, summed_loss
-from lora.pretrained.folder import ModelFolder, load_model
-from lora.run.full import Masters
-from lora.text.chat import Example
+from lora.ops import fast_cross_entropy
+from lora.ops import plain as formulas
+from lora.pretrained import ModelFolder, load_model
+from lora.run.trainable import AllWeights
 from lora.train import memory, run_state
 from lora.train.evaluate import Retention
 from lora.train.step import train_step
 from tests import cli, oracle
-from tests.helpers import close, far, same, snapshot, some_tokens, tiny_config, tiny_model
+from tests.helpers import (
+    as_written,
+    close,
+    far,
+    objective_of,
+    random_example,
+    same,
+    snapshot,
+    some_tokens,
+    tiny_config,
+    tiny_model,
+)
 from tests.mutation import mutation
 from tests.train.test_memory import arguments, kept_bytes, name_of, settings
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-def example_of(prompt: int, answer: int, seed: int) -> Example:
-    return Example(some_tokens(prompt + answer, seed=seed).tolist(), [False] * prompt + [True] * answer)
-
-
-EXAMPLES = [example_of(3, 8, 1), example_of(1, 5, 2), example_of(6, 1, 3)]
+EXAMPLES = [random_example(3, 8, 1), random_example(1, 5, 2), random_example(6, 1, 3)]
 BATCHES = micro_batches(EXAMPLES, 12)  # two of them
-
-
-def objective_of(model):
-    """As train.py has it."""
-    return lambda b: summed_loss(model.trunk(b.tokens, b.lengths, rows=b.rows), model.head_weight, b.targets)
 
 
 def gradients(model, objective) -> dict[str, torch.Tensor]:
@@ -53,14 +54,16 @@ def gradients(model, objective) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "shape", [{"tie_word_embeddings": True}, {}, {"model_type": "qwen2"}], ids=["tied", "untied", "biases"]
 )
-def test_every_gradient_is_that_of_the_plain_formula(shape, monkeypatch):
+def test_every_gradient_is_that_of_the_plain_formula(shape):
     """Autograd's of the formula as written, entry by entry; and along a random direction of every weight, what the
     float64 oracle's loss differs by."""
     model, raw = tiny_model(F64, **shape), tiny_config(**shape)
     found = gradients(model, objective_of(model))
-    with monkeypatch.context() as patched:
-        patched.setattr(RMSNorm, "forward", RMSNorm.plain)
-        plain = lambda b: plain_loss(model(b.tokens, b.lengths)[b.rows], torch.eye(131, dtype=F64), b.targets)  # noqa: E731
+
+    def plain(b):
+        return formulas.cross_entropy(model(b.tokens, b.lengths)[b.trained], torch.eye(131, dtype=F64), b.targets)
+
+    with as_written():
         expected = gradients(model, plain)
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, gradient in found.items():
@@ -81,15 +84,15 @@ def test_every_gradient_is_that_of_the_plain_formula(shape, monkeypatch):
         assert abs(slope - (gradient * way).sum()) < 1e-6 * 1e-5 * max(1, gradient.norm()), name
 
 
-@mutation("lora/ops/loss.py", "of_head += errors.T @ part", "of_head.copy_(errors.T @ part)")
+@mutation("lora/ops/fast_cross_entropy.py", "d_head += e.T @ h", "d_head.copy_(e.T @ h)")
 def test_the_gradient_of_a_bf16_head_adds_up_in_float32():
     """The same tokens in every chunk of rows: sums of equal bf16 numbers would stop growing."""
     draw = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(2, 16, generator=draw).bfloat16(), torch.randn(31, 16, generator=draw).bfloat16()
     hidden, head, targets = hidden.repeat(600, 1), head.requires_grad_(), torch.tensor([3, 7] * 600)
-    summed_loss(hidden, head, targets, 2).backward()
+    fast_cross_entropy.cross_entropy(hidden, head, targets, rows=2).backward()
     found, wide = head.grad, head.detach().double().requires_grad_()
-    plain_loss(hidden.double(), wide, targets).backward()
+    formulas.cross_entropy(hidden.double(), wide, targets).backward()
     assert found.dtype == BF16 and (found - wide.grad).norm() < 0.01 * wide.grad.norm()
 
 
@@ -100,13 +103,13 @@ def test_the_gradient_of_a_bf16_head_adds_up_in_float32():
 def test_a_step_is_adamws_on_the_plain_model(tied):
     model = tiny_model(F64, tie_word_embeddings=tied)
     other = copy.deepcopy(model)
-    masters = Masters(model, F64)
-    assert masters.by_name == dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(masters.by_name.values(), lr=1.0, weight_decay=0.1)
-    masters.follow(optimizer)
+    masters = AllWeights(model, F64)
+    assert masters.parameters == dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(masters.parameters.values(), lr=1.0, weight_decay=0.1)
     expected = torch.optim.AdamW(other.requires_grad_().parameters(), lr=0.01, weight_decay=0.1)
     for _ in range(3):
         result = train_step(objective_of(model), BATCHES, optimizer, 0.01, 0.5)
+        masters.sync_model()
         expected.zero_grad()
         logits = [other(torch.tensor(e.tokens[:-1])) for e in EXAMPLES]
         targets = [torch.tensor(e.tokens[1:]).where(torch.tensor(e.trained[1:]), -100) for e in EXAMPLES]
@@ -118,17 +121,16 @@ def test_a_step_is_adamws_on_the_plain_model(tied):
         assert close(weight, other.get_parameter(name), 1e-10), name
 
 
-@mutation("lora/run/full.py", "gradient if master.grad is None else master.grad.add_(gradient)", "gradient")
-@mutation("lora/run/full.py", "weight.copy_(master)", "weight.copy_(weight)")
+@mutation("lora/run/trainable.py", "gradient if master.grad is None else master.grad.add_(gradient)", "gradient")
+@mutation("lora/run/trainable.py", "weight.copy_(master)", "weight.copy_(weight)")
 def test_masters_take_the_gradients_of_a_bf16_model_add_them_in_float32_and_are_rounded_into_it():
     """The same bits as AdamW on float32 copies that get the sum of each micro-batch's gradients."""
     model = tiny_model(F32)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}  # not those of a bf16 file
     other = copy.deepcopy(model).bfloat16().requires_grad_()
-    masters = Masters(model, BF16)
-    assert model.dtype == BF16 and same(weights, {name: p.detach() for name, p in masters.by_name.items()})
-    optimizer = torch.optim.AdamW(masters.by_name.values(), lr=1.0, fused=True)
-    masters.follow(optimizer)
+    masters = AllWeights(model, BF16)
+    assert model.dtype == BF16 and same(weights, {name: p.detach() for name, p in masters.parameters.items()})
+    optimizer = torch.optim.AdamW(masters.parameters.values(), lr=1.0, fused=True)
 
     sums = {name: torch.zeros_like(p) for name, p in weights.items()}
     count = sum(len(b.targets) for b in BATCHES)
@@ -143,20 +145,21 @@ def test_masters_take_the_gradients_of_a_bf16_model_add_them_in_float32_and_are_
     torch.optim.AdamW(copies.values(), lr=0.01, fused=True).step()
 
     train_step(objective_of(model), BATCHES, optimizer, 0.01)
-    assert all(p.grad is None for p in (*model.parameters(), *masters.by_name.values()))
-    assert same({n: p.detach() for n, p in copies.items()}, {n: p.detach() for n, p in masters.by_name.items()})
+    masters.sync_model()
+    assert all(p.grad is None for p in (*model.parameters(), *masters.parameters.values()))
+    assert same({n: p.detach() for n, p in copies.items()}, {n: p.detach() for n, p in masters.parameters.items()})
     assert same({n: p.detach().bfloat16() for n, p in copies.items()}, snapshot(model))
 
 
 def test_updates_that_bf16_weights_would_swallow_add_up_in_the_masters():
     model = tiny_model(F32).bfloat16().float()
-    masters, start = Masters(model, BF16), snapshot(model)
-    optimizer = torch.optim.AdamW(masters.by_name.values(), fused=True)
-    masters.follow(optimizer)
+    masters, start = AllWeights(model, BF16), snapshot(model)
+    optimizer = torch.optim.AdamW(masters.parameters.values(), fused=True)
     swallowing = tiny_model(BF16).requires_grad_()
     plain = torch.optim.AdamW(swallowing.parameters(), fused=True)
     for _ in range(40):
         kept = train_step(objective_of(model), BATCHES, optimizer, 3e-5)
+        masters.sync_model()
         lost = train_step(objective_of(swallowing), BATCHES, plain, 3e-5)
 
     def changed(model) -> float:
@@ -172,13 +175,14 @@ def test_updates_that_bf16_weights_would_swallow_add_up_in_the_masters():
 def test_forgetting_is_measured_against_the_heads_of_both(tied):
     model = tiny_model(F64, tie_word_embeddings=tied)
     base = copy.deepcopy(model)
-    masters = Masters(model, F64)
-    trunk = lambda b: model.trunk(b.tokens, b.lengths, rows=b.rows)  # noqa: E731
+    masters = AllWeights(model, F64)
+    trunk = lambda b: model.trunk(b.tokens, b.lengths)[b.trained]  # noqa: E731
     meter = Retention(trunk, lambda: model.head_weight, BATCHES, lambda: torch.no_grad())
     assert meter().kl == 0
-    optimizer = torch.optim.AdamW(masters.by_name.values())
+    optimizer = torch.optim.AdamW(masters.parameters.values())
     train_step(objective_of(model), BATCHES, optimizer, 0.05)
-    rows = [(base(b.tokens, b.lengths)[b.rows], model(b.tokens, b.lengths)[b.rows], b.targets) for b in BATCHES]
+    masters.sync_model()
+    rows = [(base(b.tokens, b.lengths)[b.trained], model(b.tokens, b.lengths)[b.trained], b.targets) for b in BATCHES]
     before, now, targets = (torch.cat(part).detach() for part in zip(*rows, strict=True))
     kl = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean")
     expected = torch.stack([kl, F.cross_entropy(before, targets), F.cross_entropy(now, targets)])
@@ -265,7 +269,7 @@ def test_steps_of_the_command_are_adamws_on_the_plain_model(runs):
     assert row["unchanged"] < 0.5 and 0 < moved.abs().max() <= 3 * last["lr"] < 3e-3
 
 
-@mutation("train.py", "        masters.restore(resumed.path)", "        masters.show()")
+@mutation("train.py", "        trainable.restore(start)", "        trainable.sync_model()")
 @pytest.mark.parametrize("out, step", [("plain", 4), ("evaluated", 2)])
 def test_a_run_that_is_gone_on_with_has_the_bits_of_one_that_was_not_interrupted(runs, tmp_path, out, step):
     shutil.copytree(runs / out, tmp_path / out)
@@ -347,20 +351,19 @@ def test_overwrite_replaces_an_earlier_run_and_never_the_base(runs, tmp_path):
 def kill_in_publishing() -> None:
     """Before its first weights are written; of several files some would be new and some old."""
     from lora import files
-    from lora.run import full
 
-    publish = full.publish
+    publish = AllWeights.publish
 
     def watched(*given):
         files.write_safetensors = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
         publish(*given)
 
-    full.publish = watched
+    AllWeights.publish = watched
 
 
 @mutation(
-    "lora/run/full.py",
-    """    (folder / "config.json").unlink(missing_ok=True)
+    "lora/run/trainable.py",
+    """        (out / "config.json").unlink(missing_ok=True)
 """,
     "",
 )
@@ -382,12 +385,12 @@ def test_a_result_that_was_half_replaced_when_it_was_killed_is_no_model(tmp_path
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
     model = tiny_model(F32)
-    masters = Masters(model, dtype)
-    optimizer = torch.optim.AdamW(masters.by_name.values(), fused=True)
+    masters = AllWeights(model, dtype)
+    optimizer = torch.optim.AdamW(masters.parameters.values(), fused=True)
     objective_of(model)(BATCHES[0]).backward()
     optimizer.step()
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
-    trained = list(masters.by_name.values())
+    trained = list(masters.parameters.values())
     held = [*trained, *(p.grad for p in trained), *moments]
     held += [p.clone() for p in trained] + [p.clone() for p in trained]  # before and after the step
     own = {p.untyped_storage().data_ptr(): p.nbytes for p in (*held, *model.parameters())}
@@ -398,7 +401,7 @@ def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_what_blocks_keep_is_what_autograd_saves(dtype):
     model = tiny_model(F32, hidden_size=48, intermediate_size=112, head_dim=8)
-    Masters(model, dtype)
+    AllWeights(model, dtype)
     c, lengths = model.config, [90, 40, 1]
     targets = dict.fromkeys((name.removesuffix(".weight") for name, _ in model.named_parameters() if "proj" in name), 0)
     found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=0), lengths))

@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 
-from lora import flags, folders, settings
+from lora import folders
 from lora.errors import BadEnvironment
+from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping
 from tests import cli
 from tests.mutation import mutation
@@ -108,15 +109,17 @@ KILLS = {
 }
 
 
-@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, parameters)", "        pass")
-@mutation("train.py", "            torch.manual_seed(seed_of(s.seed, state.step, team.rank))", "            pass")
-@mutation("train.py", "islice(plan.steps(s), state.step, None)", "plan.steps(s)")
+@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, trainable.parameters)", "        pass")
 @mutation(
     "train.py",
-    """            if start:
-""",
-    """            if s.init_adapter:
-""",
+    "            torch.manual_seed(run_state.dropout_seed(args.seed, state.step, processes.rank))",
+    "            pass",
+)
+@mutation("train.py", "islice(plan.steps(args), state.step, None)", "plan.steps(args)")
+@mutation(
+    "train.py",
+    "    if start:  # until here the model was the base",
+    "    if args.init_adapter:",
 )
 @mutation("lora/train/record.py", ".splitlines()[:count]", ".splitlines()")
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
@@ -219,9 +222,9 @@ def test_evaluating_and_sampling_do_not_change_the_curve(tmp_path):
 )
 def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_bit_for_bit(tmp_path):
     def stop_in_evaluation():
-        from lora.run import evaluator
+        from lora.methods import sft
 
-        mean_loss, calls = evaluator.mean_loss, [0]
+        mean_loss, calls = sft.mean_loss, [0]
 
         def counted(*args):
             calls[0] += 1
@@ -229,7 +232,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_bit_for_bit(tmp_p
                 os.kill(os.getpid(), signal.SIGTERM)
             return mean_loss(*args)
 
-        evaluator.mean_loss = counted
+        sft.mean_loss = counted
 
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     assert train("out", *EVALUATED, cwd=tmp_path / "a").code == 0
@@ -336,7 +339,7 @@ def test_every_setting_that_decides_what_is_learned_is_tried():
     tried = {flag.removeprefix("--").replace("-", "_") for flag, *_ in IDENTITY}
     # these change nothing here by themselves
     alone = {"prompt_key", "response_key", "no_system", "init_adapter", "no_verify", "full"}
-    assert tried | alone == {s.name for s in flags.TRAIN if s.saved and not s.free}
+    assert tried | alone == {one.name for one in TrainSettings.flags().values() if one.decisive}
 
 
 def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path, whole):
@@ -353,13 +356,13 @@ def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path,
 @mutation("lora/settings.py", "if known[name] != value]", "if known[name] != value and isinstance(value, str)]")
 @pytest.mark.parametrize("words", IDENTITY, ids=lambda words: words[0])
 def test_a_changed_setting_is_named(words):
-    s = settings.resolve(flags.TRAIN, [str(word) for word in words], "")
-    old = settings.to_save(flags.TRAIN, settings.resolve(flags.TRAIN, [], ""))
+    args = TrainSettings.resolve([str(word) for word in words], "")
+    old = TrainSettings.resolve([], "").to_save()
     name = words[0].removeprefix("--").replace("-", "_")
-    assert settings.changed(flags.TRAIN, old, s) == [name]
+    assert args.changed(old) == [name]
 
 
-@mutation("lora/run/resume.py", "if plan.sources.fingerprint() != old.data:", "if False:")
+@mutation("lora/run/resume.py", "if plan.data_fingerprint != old.data:", "if False:")
 def test_other_data_and_another_base_are_refused_by_their_content(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "same.jsonl").write_bytes(cli.data_file().read_bytes())
@@ -410,7 +413,7 @@ def test_more_steps_with_a_constant_schedule_are_those_of_a_longer_run(tmp_path)
 
 @mutation(
     "lora/run/resume.py",
-    'if plan.total != old.total and (s.schedule != "constant" or plan.total < old.step):',
+    "if plan.total != old.total and (falling or plan.total < old.step):",
     "if plan.total != old.total and plan.total < old.step:",
 )
 def test_more_steps_with_a_falling_rate_are_refused(tmp_path, whole):
@@ -514,7 +517,7 @@ def spoil_step(*which):
     return before
 
 
-@mutation("train.py", "if state.skipped > s.skip_nonfinite:", "if state.skipped > s.skip_nonfinite + 1:")
+@mutation("train.py", "if state.skipped > args.skip_nonfinite:", "if state.skipped > args.skip_nonfinite + 1:")
 def test_a_loss_that_is_not_finite_ends_the_run_with_4_naming_step_rows_and_checkpoint(tmp_path, whole):
     done = train("out", cwd=tmp_path, before=spoil_step(6))
     assert done.code == 4
@@ -673,12 +676,10 @@ def test_a_run_ends_where_it_forgot_too_much_with_the_last_adapter_within_the_li
 
 @mutation(
     "train.py",
-    """            if start:
-""",
-    """            if resumed:
-""",
+    "    if start:  # until here the model was the base",
+    "    if resumed:",
 )
-@mutation("lora/run/adapter.py", "vars(s).update(its, target=", "vars(s).update(target=")
+@mutation("lora/run/adapter.py", "vars(args).update(its, target=", "vars(args).update(target=")
 @pytest.mark.parametrize("flag", ["--init-adapter", "--previous_lora_weights"])
 def test_a_run_from_an_adapter_has_its_rank_alpha_and_targets_and_starts_at_its_loss(tmp_path, flag):
     first = ("--rank", 3, "--alpha", 7, "--target", "q_proj", "down_proj", "--eval-data", cli.data_file(),
@@ -731,9 +732,9 @@ def test_the_best_checkpoint_as_an_older_one_sees_it_stays_too(tmp_path):
 
 
 def scripted(losses):
-    from lora.run import evaluator
+    from lora.methods import sft
 
-    evaluator.mean_loss = lambda *args: next(losses)
+    sft.mean_loss = lambda *args: next(losses)
 
 
 def test_a_best_checkpoint_that_is_gone_is_said_and_does_not_end_the_run(tmp_path):

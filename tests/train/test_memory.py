@@ -14,9 +14,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
-from lora.adapter.inject import choose, inject, lora_layers
+from lora.adapter.inject import inject, lora_layers
+from lora.adapter.targets import find_targets
 from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
+from lora.methods import objective, sft
 from lora.network import decoder
 from lora.network.config import ModelConfig
 from lora.ops import attention
@@ -25,7 +27,6 @@ from lora.train import memory
 from tests import cli
 from tests.helpers import patched, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
-from train import objective_of
 
 LENGTHS = [23, 1, 40, 3]
 SHAPES = {
@@ -71,8 +72,8 @@ def gradients(model, again: bool, micro_batches: list[list[int]], seed: int = 5)
 
 @mutation(
     "lora/network/decoder.py",
-    "None, wanted, use_reentrant=False)",
-    "None, wanted, use_reentrant=False, preserve_rng_state=False)",
+    "use_reentrant=False) if recompute",
+    "use_reentrant=False, preserve_rng_state=False) if recompute",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -84,20 +85,20 @@ def test_recomputed_activations_give_the_same_bits(dtype, dropout):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@mutation("train.py", "or len(b.tokens) > LONG * s.micro_tokens", "")
+@mutation("lora/train/memory.py", "or tokens > LONG * s.micro_tokens", "")
 def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_bits():
     model, found = patched(tiny_model(torch.float32)).train(), []
     for budget in (50, 10):  # 60 tokens are within twice the first
         [b] = micro_batches([Example([*range(1, 61)], [True] * 60)], budget)
         model.zero_grad()
-        loss = objective_of(model, settings(micro_tokens=budget))(b)
+        loss = objective(sft.loss, model, settings(micro_tokens=budget))(b)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         assert model.checkpoint_activations == (budget == 10)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@mutation("lora/train/memory.py", "or tokens > LONG * s.micro_tokens:", ":")
+@mutation("lora/train/memory.py", "if recomputes(tokens, s):", "if s.checkpoint_activations:")
 def test_an_example_far_longer_than_the_budget_needs_less_memory():
     def needed(longest: int) -> float:
         return expected(lengths=[300, longest], batch_size=1, shape=BIG, device="cuda", micro_tokens=500)
@@ -134,8 +135,8 @@ def kept_bytes(model, lengths: list[int]) -> int:
 
 @mutation(
     "lora/network/decoder.py",
-    "again = self.checkpoint_activations and torch.is_grad_enabled() and cache is None",
-    "again = False",
+    "recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None",
+    "recompute = False",
 )
 def test_fewer_bytes_are_kept_where_activations_are_recomputed():
     model = patched(tiny_model(torch.float32, num_hidden_layers=6)).train()
@@ -185,7 +186,9 @@ def test_what_blocks_keep_is_what_autograd_saves(shape, target, dtype):
 def test_blocks_before_the_first_target_keep_nothing():
     model = patched(tiny_model(torch.float32, num_hidden_layers=4), targets=(r"re:.*\.2\.mlp.*",)).train()
     found = memory.kept(model.config, ranks_of(model), settings(), LENGTHS)
-    whole = memory.kept(model.config, dict.fromkeys(choose(tiny_model(num_hidden_layers=4)), 5), settings(), LENGTHS)
+    whole = memory.kept(
+        model.config, dict.fromkeys(find_targets(tiny_model(num_hidden_layers=4)), 5), settings(), LENGTHS
+    )
     assert found[:2] == [0, 0] and 0 < found[2] < whole[2] and 0 < found[3] < whole[3]
     assert abs(sum(found) / kept_bytes(model, LENGTHS) - 1) < 0.1
 
@@ -241,7 +244,7 @@ def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, target=("all",), sh
     with torch.device("meta"):
         empty = decoder.Model(ModelConfig.from_json(tiny_config(**shape or {})))
     s = settings(**changes)
-    return empty, dict.fromkeys(choose(empty, target), s.rank), s, lengths, batch_size
+    return empty, dict.fromkeys(find_targets(empty, target), s.rank), s, lengths, batch_size
 
 
 def expected(**changes) -> float:

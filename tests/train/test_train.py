@@ -3,49 +3,34 @@
 import copy
 import hashlib
 import math
-import random
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from lora.adapter.inject import inject, lora_layers
-from lora.data.batch import Batch, lay_out, micro_batches, nothing, steps
+from lora.data.batch import Batch, collate, dummy_batch, micro_batches
+from lora.data.order import steps
 from lora.errors import BadNumbers
-from lora.ops import loss as losses
-from lora.ops.loss import plain_loss, summed_loss
+from lora.methods import sft
+from lora.ops import cross_entropy, plain
 from lora.text.chat import Example
 from lora.train.evaluate import mean_loss
-from lora.train.step import SCHEDULES, accumulate, clip, learning_rate, train_step
+from lora.train.schedule import SCHEDULES, learning_rate
+from lora.train.step import accumulate, clip, train_step
 from tests import oracle
-from tests.helpers import bits, close, error, far, patched, same, snapshot, tiny_model
+from tests.helpers import bits, close, error, far, objective_of, patched, random_example, same, snapshot, tiny_model
 from tests.mutation import mutation
 
 VOCAB = 131
 
 
-def example_of(prompt: int, answer: int, seed: int) -> Example:
-    """Random tokens: `prompt` untrained ones, then `answer` trained ones."""
-    tokens = random.Random(seed).choices(range(VOCAB), k=prompt + answer)
-    return Example(tokens, [False] * prompt + [True] * answer)
-
-
-UNEQUAL = [example_of(prompt, answer, answer) for prompt, answer in ((40, 1), (3, 7), (12, 60), (2, 200), (25, 2))]
-
-
-def objective_of(model):
-    """As train.py has it."""
-
-    def objective(b: Batch) -> torch.Tensor:
-        hidden = model.trunk(b.tokens, b.lengths)
-        return summed_loss(hidden[b.rows], model.head_weight, b.targets)
-
-    return objective
+UNEQUAL = [random_example(prompt, answer, answer) for prompt, answer in ((40, 1), (3, 7), (12, 60), (2, 200), (25, 2))]
 
 
 def plain_objective_of(model):
     def objective(b: Batch) -> torch.Tensor:
-        return plain_loss(model.trunk(b.tokens, b.lengths)[b.rows], model.head_weight, b.targets)
+        return plain.cross_entropy(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
 
     return objective
 
@@ -78,76 +63,9 @@ def random_parameters(seed: int = 0) -> list[torch.nn.Parameter]:
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-def loss_case(count: int = 23, width: int = 12, vocab: int = 37):
-    generator = torch.Generator().manual_seed(count)
-    hidden, head = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (count, vocab))
-    return hidden, head, torch.randint(vocab, (count,), generator=generator)
-
-
-def value_and_gradient(form, hidden, *rest):
-    hidden = hidden.clone().requires_grad_()
-    value = form(hidden, *rest)
-    return value.detach(), torch.autograd.grad(3 * value, hidden)[0]
-
-
-@mutation("lora/ops/loss.py", "loss -= scores.gather(1, answers).sum()", "loss -= scores.gather(1, answers).mean()")
-@mutation(
-    "lora/ops/loss.py",
-    "for start in range(0, len(hidden), rows):",
-    "for start in range(0, len(hidden) - rows + 1, rows) or [0]:",
-)
-@mutation("lora/ops/loss.py", "scores.new_full(answers.shape, -1.0)", "scores.new_full(answers.shape, -0.999)")
-@pytest.mark.parametrize("rows", [1, 5, 7, 22, 23, 24, 256])
-def test_chunked_loss_equals_plain_loss_equals_the_numpy_oracle(rows):
-    hidden, head, targets = loss_case()
-    chunked = value_and_gradient(summed_loss, hidden, head, targets, rows)
-    plain = value_and_gradient(plain_loss, hidden, head, targets)
-    logits = hidden.numpy() @ head.numpy().T
-    total, count = oracle.nll(logits, targets.tolist(), [True] * 23)
-    assert count == 23
-    softmax = np.stack([oracle.softmax(row) for row in logits])
-    softmax[np.arange(23), targets.numpy()] -= 1
-    expected = torch.tensor(total, dtype=torch.float64), torch.from_numpy(3 * softmax @ head.numpy())
-    for a, b, c in zip(chunked, plain, expected, strict=True):
-        assert close(a, c, 1e-12) and close(b, c, 1e-12)
-
-
-def test_chunked_loss_in_bfloat16_sums_in_float32():
-    hidden, head, targets = loss_case(300, 16, 50)
-    hidden, head = hidden.bfloat16(), head.bfloat16()
-    loss = summed_loss(hidden.clone().requires_grad_(), head, targets, 64)
-    assert loss.dtype == torch.float32
-    logits = (hidden @ head.T).double().numpy()
-    assert close(loss, torch.tensor(oracle.nll(logits, targets.tolist(), [True] * 300)[0], dtype=torch.float64), 1e-5)
-
-
-def test_a_loss_without_gradients_and_a_trainable_head_have_the_same_value():
-    hidden, head, targets = loss_case()
-    expected = plain_loss(hidden, head, targets)
-    assert close(summed_loss(hidden, head, targets, 5), expected, 1e-12)
-    head = head.clone().requires_grad_()
-    trained = torch.autograd.grad(summed_loss(hidden, head, targets, 5), head)[0]
-    assert close(trained, torch.autograd.grad(plain_loss(hidden, head, targets), head)[0], 1e-12)
-
-
-def test_no_trained_position_is_a_loss_of_zero_and_no_gradient():
-    hidden, head, targets = loss_case()
-    value, gradient = value_and_gradient(summed_loss, hidden[:0], head, targets[:0], 5)
-    assert value == 0 and gradient.shape == (0, 12)
-
-
-def test_logits_never_exist_for_more_positions_than_a_chunk(monkeypatch):
-    sizes = []
-    log_softmax = losses.F.log_softmax
-    monkeypatch.setattr(losses.F, "log_softmax", lambda x, *a, **k: sizes.append(len(x)) or log_softmax(x, *a, **k))
-    hidden, head, targets = loss_case()
-    value_and_gradient(summed_loss, hidden, head, targets, 10)
-    assert sizes == [10, 10, 3]
-
-
 def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens():
     model = patched(tiny_model())
-    loss, trained = accumulate(objective_of(model), [lay_out(UNEQUAL)])
+    loss, trained = accumulate(objective_of(model), [collate(UNEQUAL)])
     total = count = 0
     for tokens, flags in UNEQUAL:
         logits = model(torch.tensor(tokens)).detach().numpy()
@@ -158,36 +76,14 @@ def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens():
 
 
 @mutation(
-    "lora/network/decoder.py",
-    "x, y = (x, y) if rows is None else (x[rows], y[rows])",
-    "x, y = (x, y) if rows is None else (x[rows], y[:len(rows)])",
-)
-def test_the_last_block_leaves_out_positions_that_nobody_asks_for_and_changes_nothing():
-    model, batch = patched(tiny_model()), lay_out(UNEQUAL)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    weights = torch.randn(len(batch.rows), 24, dtype=torch.float64)
-
-    def found(hidden):
-        return hidden, *torch.autograd.grad((hidden * weights).sum(), parameters)
-
-    of_all = found(model.trunk(batch.tokens, batch.lengths)[batch.rows])
-    of_rows = found(model.trunk(batch.tokens, batch.lengths, rows=batch.rows))
-    assert all(close(a, b, 1e-12) for a, b in zip(of_rows, of_all, strict=True))
-    seen = []
-    model.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    model.trunk(batch.tokens, batch.lengths, rows=batch.rows)
-    assert seen == [288] and len(batch.rows) == 270 and len(batch.tokens) > 288  # rounded up
-
-
-@mutation(
-    "lora/network/decoder.py",
-    "return form if kept.data_ptr() == place and kept.shape == shape else kept",
-    "return form if kept.data_ptr() == place else kept",
+    "lora/data/batch.py",
+    "    return filled([], 1, device)",
+    "    return collate([Example([0, 0], [False, True])], device)",
 )
 def test_a_batch_of_which_nothing_is_trained_gives_zeros():
     model = patched(tiny_model()).train()
-    b = nothing()
-    loss = summed_loss(model.trunk(b.tokens, b.lengths, rows=b.rows), model.head_weight, b.targets)
+    b = dummy_batch()
+    loss = cross_entropy(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
@@ -199,7 +95,7 @@ def test_the_first_trained_token_is_predicted_from_the_last_token_of_its_prompt(
     for example in (a, b):
         logits = model(torch.tensor(example.tokens[:-1]))
         expected = -logits[-1].log_softmax(-1)[example.tokens[-1]]
-        batch = lay_out([example])
+        batch = collate([example])
         assert close(objective_of(model)(batch), expected, 1e-12)
 
 
@@ -214,7 +110,7 @@ def test_the_first_trained_token_is_predicted_from_the_last_token_of_its_prompt(
 @pytest.mark.parametrize("budget", [1, 30, 64, 70, 1000])
 def test_any_cut_of_a_step_into_micro_batches_gives_the_same_gradients(budget):
     model = patched(tiny_model())
-    whole = gradients(model, [lay_out(UNEQUAL)])
+    whole = gradients(model, [collate(UNEQUAL)])
     batches = micro_batches(UNEQUAL, budget)
     assert (len(batches) == 1) == (budget == 1000)
     assert close(gradients(model, batches), whole, 1e-12)
@@ -223,7 +119,7 @@ def test_any_cut_of_a_step_into_micro_batches_gives_the_same_gradients(budget):
 
 def test_dividing_by_the_number_of_micro_batches_would_give_other_gradients():
     model = patched(tiny_model())
-    whole, batches = gradients(model, [lay_out(UNEQUAL)]), micro_batches(UNEQUAL, 30)
+    whole, batches = gradients(model, [collate(UNEQUAL)]), micro_batches(UNEQUAL, 30)
     mean_of_means = sum(gradients(model, [batch]) for batch in batches) / len(batches)
     assert error(mean_of_means, whole) > 1e-2
 
@@ -242,7 +138,7 @@ def test_a_short_last_step_is_divided_by_its_own_trained_tokens():
     for step in (*full, last):
         examples = [UNEQUAL[i] for i in step]
         result = train_step(objective_of(model), micro_batches(examples, 40), optimizer, 0.0)
-        alone = gradients(copy.deepcopy(model), [lay_out(examples)])
+        alone = gradients(copy.deepcopy(model), [collate(examples)])
         assert result.grad_norm == pytest.approx(alone.norm().item(), rel=1e-12)  # nothing left of the step before
         assert result.trained_tokens == sum(sum(e.trained[1:]) for e in examples)
         assert result.tokens == sum(len(e.tokens) - 1 for e in examples)
@@ -265,13 +161,7 @@ def test_clipping_scales_by_limit_over_norm(limit):
         assert close(p.grad, g * min(1.0, limit / (5 + 1e-6)), 1e-13)
 
 
-@mutation(
-    "lora/train/step.py",
-    """    if limit:
-""",
-    """    if True:
-""",
-)
+@mutation("lora/train/step.py", "    if max_norm:\n", "    if True:\n")
 def test_a_clip_limit_of_zero_changes_no_bit():
     parameters = random_parameters()
     before = [p.grad.clone() for p in parameters]
@@ -300,7 +190,7 @@ def test_steps_equal_a_manual_loop_with_adamw_on_the_plain_loss(limit):
     for step, examples in enumerate([UNEQUAL[:3], UNEQUAL[3:4], UNEQUAL[1:]]):
         lr = 0.02 / (step + 1)
         result = train_step(objective_of(ours), micro_batches(examples, 50), optimizer, lr, limit)
-        total = sum(plain_objective_of(manual)(lay_out([example])) for example in examples)
+        total = sum(plain_objective_of(manual)(collate([example])) for example in examples)
         mean = total / sum(sum(e.trained[1:]) for e in examples)
         reference.zero_grad()
         mean.backward()
@@ -356,7 +246,7 @@ def test_a_loss_that_is_not_finite_raises_and_steps_no_weight(bad, limit):
 def test_a_gradient_that_is_not_finite_raises_though_the_loss_is():
     weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
-    batch = lay_out([Example([1, 2], [False, True])])
+    batch = collate([Example([1, 2], [False, True])])
     with pytest.raises(BadNumbers):
         train_step(lambda b: weight.abs().sqrt().sum(), [batch], optimizer, 0.1)  # √0 is finite, its slope is not
     assert torch.equal(weight.detach(), torch.zeros(3, dtype=torch.float64))
@@ -366,9 +256,9 @@ def test_a_gradient_that_is_not_finite_raises_though_the_loss_is():
 
 
 @mutation(
-    "lora/train/step.py", "(step - warmup) / max(1, total - warmup)", "(step + 1 - warmup) / max(1, total - warmup)"
+    "lora/train/schedule.py", "(step - warmup) / max(1, total - warmup)", "(step + 1 - warmup) / max(1, total - warmup)"
 )
-@mutation("lora/train/step.py", "return peak * (step + 1) / (warmup + 1)", "return peak * step / (warmup + 1)")
+@mutation("lora/train/schedule.py", "return peak * (step + 1) / (warmup + 1)", "return peak * step / (warmup + 1)")
 @pytest.mark.parametrize("warmup", [0, 1, 5, 20])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_learning_rate_is_the_closed_form(schedule, warmup):
@@ -416,7 +306,7 @@ def digest(model) -> str:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
-    examples = [example_of(4, 6 + i, i) for i in range(10)]
+    examples = [random_example(4, 6 + i, i) for i in range(10)]
     (first, a), (again, b), (other, c) = (train(seed, 7, examples) for seed in (3, 3, 4))
     assert digest(first) == digest(again) != digest(other)
     assert [x.hex() for x in a] == [x.hex() for x in b] != [x.hex() for x in c]
@@ -425,19 +315,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
 
 
 def test_eight_examples_are_learned_by_heart():
-    examples = [example_of(5, 8, i) for i in range(8)]
+    examples = [random_example(5, 8, i) for i in range(8)]
     model, found = train(0, 160, examples, dropout=0.0, hidden_size=96)  # in 24 dimensions the frozen head gives 0.3
     with torch.inference_mode():
-        sums = [objective_of(model)(lay_out([example])).item() for example in examples]
+        sums = [objective_of(model)(collate([example])).item() for example in examples]
     assert found[0] > 3 and sum(sums) / 64 < 0.05
 
 
-@mutation("lora/train/evaluate.py", "return loss / count", "return loss / (count + 1)")
+@mutation("lora/train/evaluate.py", "return whole / count", "return whole / (count + 1)")
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
     model = patched(tiny_model())
-    found = mean_loss(objective_of(model), micro_batches(UNEQUAL, budget))
-    each = [objective_of(model)(lay_out([example])).item() for example in UNEQUAL]
+    found = mean_loss(partial(sft.loss, model), micro_batches(UNEQUAL, budget))
+    each = [objective_of(model)(collate([example])).item() for example in UNEQUAL]
     expected = sum(each) / sum(sum(example.trained[1:]) for example in UNEQUAL)
     assert abs(found - expected) < 1e-12 * expected
 

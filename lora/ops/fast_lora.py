@@ -1,0 +1,73 @@
+"""LoRA's layers with their gradient in closed form, several layers of one input in one autograd node.
+
+    y_i = x W_iᵀ + b_i + (x A_iᵀ)(s_i B_i)ᵀ        with G_i = ∂L/∂y_i:
+
+    ∂B_i = s_i G_iᵀ (x A_iᵀ)        ∂A_i = (s_i G_i B_i)ᵀ x        ∂x = Σ_i G_i W_i + (s_i G_i B_i) A_i
+
+Autograd would form the same with more memory traffic. Here products are added into their sum (`addmm_`), x is saved
+once for all layers, whose A are stacked, s G B is formed once for ∂A and ∂x, and nothing is computed for the frozen W.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lora.ops import plain
+
+
+def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+    """`plain.lora_linear`, which serves dropout itself: then x and its noisy copy are two inputs."""
+    if dropout:
+        return plain.lora_linear(x, W, b, A, B, s, dropout)
+    return _LoRALinears.apply(x, [s], W, b, A, B)[0]
+
+
+def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """`plain.linears`. Layers that know their `low_rank()` map (A, B, s) run as one, if all have one and none drops
+    any of its input; `finish()` gives what a layer does to its sum."""
+    if not all(hasattr(module, "low_rank") and not module.drops for module in modules):
+        return plain.linears(x, modules)
+    maps = [module.low_rank() for module in modules]
+    if not all(maps):
+        return plain.linears(x, modules)
+    tensors = [t for module, (A, B, _) in zip(modules, maps, strict=True) for t in (module.weight, module.bias, A, B)]
+    outputs = _LoRALinears.apply(x, [s for *_, s in maps], *tensors)
+    return tuple(module.finish()(y) for module, y in zip(modules, outputs, strict=True))
+
+
+class _LoRALinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scalings, *tensors):
+        rows = x.reshape(-1, x.shape[-1])  # (T, in)
+        Ws, bs, As, Bs = (tensors[i::4] for i in range(4))
+        ctx.scalings, ctx.shape, ctx.ranks = scalings, x.shape, [len(A) for A in As]
+        A = torch.cat(As).to(x.dtype)  # (Σr, in)
+        Bs = [(s * B).to(x.dtype) for s, B in zip(scalings, Bs, strict=True)]
+        down = rows @ A.T  # (T, Σr)
+        outputs = []
+        for W, b, B, part in zip(Ws, bs, Bs, down.split(ctx.ranks, 1), strict=True):
+            y = F.linear(x, W, b)  # (..., out), of x itself, so that with B = 0 the bits are the base's
+            outputs.append(y.reshape(-1, y.shape[-1]).addmm_(part, B.T).view(y.shape))
+        ctx.save_for_backward(rows, down, A, *Ws, *Bs)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable  # `down` is saved as numbers, so a second derivative would silently miss its part
+    def backward(ctx, *gradients):
+        rows, down, A, *weights = ctx.saved_tensors
+        n = len(gradients)
+        d_rows, d_Bs, ups, parts = None, [], [], down.split(ctx.ranks, 1)
+        for s, G, W, B, part in zip(ctx.scalings, gradients, weights[:n], weights[n:], parts, strict=True):
+            G = G.reshape(-1, G.shape[-1])  # (T, out)
+            ups.append(G @ B)
+            d_Bs.append((part.T @ G).mul_(s).T)  # sooner done than Gᵀ part
+            if ctx.needs_input_grad[0]:
+                d_rows = G @ W if d_rows is None else d_rows.addmm_(G, W)
+        up = torch.cat(ups, 1)  # (T, Σr)
+        if d_rows is not None:
+            d_rows = d_rows.addmm_(up, A).view(ctx.shape)
+        d_As = (up.T @ rows).split(ctx.ranks)
+        return (d_rows, None, *(d for pair in zip(d_As, d_Bs, strict=True) for d in (None, None, *pair)))

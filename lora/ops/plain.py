@@ -1,0 +1,105 @@
+"""Every formula of the core path as its paper writes it. Nothing here is fast: `fast_*.py` are, and equal these.
+
+T positions of documents end to end, D the model's width, H query and KV key/value heads of d numbers, V the vocabulary.
+Norms, softmax and losses are formed in float32 or wider, whatever the dtype of their input.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+    """y = W x + b + s B A x, dropout on the input of A alone. Hu et al. 2021, https://arxiv.org/abs/2106.09685
+
+    x (..., in), W (out, in), b (out,), A (r, in), B (out, r) -> (..., out), computed in the dtype of x.
+    """
+    down = F.dropout(x, dropout) @ A.to(x.dtype).T  # (..., r)
+    return F.linear(x, W, b) + (s * down) @ B.to(x.dtype).T
+
+
+def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Several linear maps of one input x (..., in): q, k, v or gate, up. Each result is (..., out_i)."""
+    return tuple(module(x) for module in modules)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w x / √(mean(x²) + ε) over the last axis, x (..., D), w (D,). Zhang & Sennrich 2019, arXiv:1910.07467
+
+    The quotient is rounded to the dtype of w before it meets w, as the reference models do.
+    """
+    y = x.to(wide(x.dtype))
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * y.to(weight.dtype)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """RoPE: pairs of numbers of x (T, heads, d) turned by the angles of their position, cos and sin (T, d' <= d).
+
+    Su et al. 2021, https://arxiv.org/abs/2104.09864. The pairs are (i, i + d'/2), or (2i, 2i + 1) where interleaved;
+    numbers beyond d' stay.
+    """
+    x, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    if interleaved:
+        partner = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        partner = torch.cat((-second, first), dim=-1)
+    turned = x * cos[:, None] + partner * sin[:, None]
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def soft_cap(scores: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(score / cap), where there is a cap. Gemma 2, https://arxiv.org/abs/2408.00118"""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: float | None = None) -> Tensor:
+    """softmax(q kᵀ / √d) v of one document, where no query sees the future. Vaswani et al. 2017, arXiv:1706.03762
+
+    q (T, H, d) are the last T positions of k, v (S, KV, d) -> (T, H, d). Query head h reads key head h // (H / KV)
+    (Ainslie et al. 2023, arXiv:2305.13245). A `window` of positions, the query's own included, is all that it sees; a
+    soft cap bends the scores.
+    """
+    (T, H, d), (S, KV, _) = q.shape, k.shape
+    q = q.view(T, KV, H // KV, d).permute(1, 2, 0, 3).reshape(KV, -1, d)  # (KV, G·T, d)
+    scores = soft_cap((q * d**-0.5) @ k.permute(1, 2, 0), cap)  # (KV, G·T, S)
+    unseen = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # (T, S)
+    if window:
+        unseen |= torch.ones_like(unseen).tril(S - T - window)
+    scores = scores.view(KV, -1, T, S).masked_fill(unseen, float("-inf"))
+    weights = scores.softmax(-1, dtype=wide(q.dtype)).to(q.dtype)
+    out = weights.view(KV, -1, S) @ v.transpose(0, 1)  # (KV, G·T, d)
+    return out.view(KV, -1, T, d).permute(2, 0, 1, 3).reshape(T, H, d)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None, cap=None) -> Tensor:
+    """`attend` in each of the documents that lie end to end: q (T, H, d), k, v (T, KV, d) -> (T, H, d)."""
+    documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*document, window, cap) for document in documents])
+
+
+def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """silu(gate) * up, both (T, I). Shazeer 2020, https://arxiv.org/abs/2002.05202; with GELU it is his GEGLU."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+def logits(hidden: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
+    """hidden (N, D), head (V, D) -> (N, V)"""
+    return soft_cap(hidden @ head.T, cap)
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    """-Σ_n log softmax(logits_n)[y_n] in nats, over N trained positions: hidden (N, D), head (V, D), targets y (N,)."""
+    z = logits(hidden, head, cap)
+    return F.cross_entropy(z.to(wide(z.dtype)), targets, reduction="sum")
