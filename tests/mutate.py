@@ -86,6 +86,7 @@ def run_test(tree: Path, test: str) -> int:
     if child == 0:
         os.chdir(tree)
         sys.path.insert(0, str(tree))
+        os.environ["PYTHONPATH"] = str(tree)  # of the processes that a test starts
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(tree / ".hypothesis")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             import pytest
@@ -104,7 +105,7 @@ def run_test(tree: Path, test: str) -> int:
 
 
 def judge_all(of_a_test: list[dict]) -> list[tuple[str, str | None]]:
-    return [] if time.time() > DEADLINE else [judge(row) for row in of_a_test]
+    return [judge(row) for row in of_a_test if time.time() < DEADLINE]
 
 
 def judge(row: dict) -> tuple[str, str | None]:
@@ -144,13 +145,15 @@ def main() -> int:
     parser.add_argument("--since")
     parser.add_argument("--minutes", type=float, default=math.inf)
     asked = parser.parse_args()
+    table, tried, survived = chosen(asked), 0, []
+    if not table and not asked.since:
+        parser.error(f"no mutation has any of {asked.words} in its file, line or test")
     import torch
 
     for name in PRELOADED:
         importlib.import_module(name)
     torch.set_num_threads(1)
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
-    table, tried, survived = chosen(asked), 0, []
     with tempfile.TemporaryDirectory() as scratch:
         start = scratch, time.time() + 60 * asked.minutes
         workers = multiprocessing.get_context("fork").Pool(os.cpu_count(), start_worker, start)

@@ -17,8 +17,9 @@ from pathlib import Path
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import linears, lora_layers, path_endswith
+from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
+from lora.adapter.targets import linears, path_endswith
 from lora.adapter.variants import KINDS, kind_of
 from lora.errors import BadInput
 

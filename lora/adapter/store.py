@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import linears, lora_layers, patch, path_endswith
+from lora.adapter.inject import lora_layers, patch
 from lora.adapter.layer import LoRALinear
 from lora.adapter.peft_config import CONFIG, MERGE, LoRAConfig, config_of, read_config
+from lora.adapter.targets import linears, path_endswith
 from lora.errors import BadInput, Refused
 
 WEIGHTS, PASSPORT = "adapter_model.safetensors", "passport.json"

@@ -66,45 +66,50 @@ def saved_by_blocks(model: nn.Module, documents: tuple[int, ...]) -> list[int]:
     return [0] * first + [start] + [behind[kind] for kind in kinds[first + 1 :]]
 
 
-def expected(model: nn.Module, s, lengths: Sequence[int], batch_size: int) -> float:
+def recomputes(tokens: int, args) -> bool:
+    """Are the activations of a micro-batch of so many tokens computed again in the backward pass?"""
+    return args.checkpoint_activations or tokens > LONG * args.micro_tokens
+
+
+def expected(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> float:
     """Bytes at the peak of a run: the sum of `parts`, which see for the arguments."""
-    return sum(parts(model, s, lengths, batch_size).values())
+    return sum(parts(model, args, lengths, batch_size).values())
 
 
-def parts(model: nn.Module, s, lengths: Sequence[int], batch_size: int) -> dict[str, float]:
+def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> dict[str, float]:
     """What is held at the peak of a run, in bytes by name.
 
-    `model` is as for `saved`; `s` are the settings of train.py, device and dtype resolved; `lengths` are the tokens of
-    every example, of which `batch_size` make a step. Evaluation and the retention meter do not count, and loading needs
-    less: one tensor at a time is there twice. Checked on a CPU; CUDA has the same terms without a heap to fragment, and
-    was not measured.
+    `model` is as for `saved`; `args` are the settings of train.py, device and dtype resolved; `lengths` are the tokens
+    of every example, of which `batch_size` make a step. Evaluation and the retention meter do not count, and loading
+    needs less: one tensor at a time is there twice. Checked on a CPU; CUDA has the same terms without a heap to
+    fragment, and was not measured.
     """
-    size, (vocabulary, hidden) = getattr(torch, s.dtype).itemsize, model.head_weight.shape
-    growth = GROWTH.get(s.device, 1.0)
+    size, (vocabulary, hidden) = getattr(torch, args.dtype).itemsize, model.head_weight.shape
+    growth = GROWTH.get(args.device, 1.0)
 
     def activations(documents: list[int]) -> dict[str, float]:
         blocks, tokens, row = saved_by_blocks(model, tuple(documents)), sum(documents), sum(documents) * hidden * size
         chunk = min(ROWS, tokens) * vocabulary  # of logits
         work = chunk * ((10 if size == 2 else 8) + 4 * (tokens > ROWS)) + 2 * row  # hidden states and their gradient
-        work += s.full * vocabulary * hidden * (4 + size)  # the gradient of the head, scaled and rounded
+        work += args.full * vocabulary * hidden * (4 + size)  # the gradient of the head, scaled and rounded
         work = max(work, max(blocks) / 2)  # gradients on their way through a block
-        if s.checkpoint_activations or tokens > LONG * s.micro_tokens:  # of most blocks only the input is kept
+        if recomputes(tokens, args):  # of most blocks only the input is kept
             return {"blocks": row * len(blocks) + max(blocks), "backward or the loss": work}
         return {"blocks": sum(blocks), "backward or the loss": work}
 
-    whole = [n for n in lengths if n - 1 <= LONG * s.micro_tokens]  # they may need more than longer ones
-    batches = [micro_batch(pool, batch_size, s.micro_tokens) for pool in (lengths, whole) if len(pool)]
+    whole = [n for n in lengths if n - 1 <= LONG * args.micro_tokens]  # they may need more than longer ones
+    batches = [micro_batch(pool, batch_size, args.micro_tokens) for pool in (lengths, whole) if len(pool)]
     largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
-    trained = sum(p.numel() * (4 if s.full else p.itemsize) for p in model.parameters() if p.requires_grad)
-    bases = [p for p in model.parameters() if s.full or not p.requires_grad]
+    trained = sum(p.numel() * (4 if args.full else p.itemsize) for p in model.parameters() if p.requires_grad)
+    bases = [p for p in model.parameters() if args.full or not p.requires_grad]
     return {
-        "runtime": RUNTIME.get(s.device, 0.0),
-        "compiled kernels": compiled(s, lengths, batch_size),
+        "runtime": RUNTIME.get(args.device, 0.0),
+        "compiled kernels": compiled(args, lengths, batch_size),
         # in float32 a weight is its own master
-        "weights": sum(p.numel() for p in bases) * size * (not s.full or size < 4),
+        "weights": sum(p.numel() for p in bases) * size * (not args.full or size < 4),
         # PiSSA has its frozen start; of all weights a copy from after the step is too long for the gradients' places
-        "adapter and optimizer": (ADAPTERS + s.full + (s.init == "pissa")) * trained,
-        "norms of rows": 4 * NORMS * max(p.numel() for p in model.model.layers.parameters()) if s.dora else 0,
+        "adapter and optimizer": (ADAPTERS + args.full + (args.init == "pissa")) * trained,
+        "norms of rows": 4 * NORMS * max(p.numel() for p in model.model.layers.parameters()) if args.dora else 0,
         **{name: growth * value for name, value in largest.items()},
     }
 
@@ -129,40 +134,40 @@ def micro_batch(lengths: Sequence[int], batch_size: int, micro_tokens: int) -> l
     return [length for length in chosen if length > 0]
 
 
-def compiled(s, lengths: Sequence[int], batch_size: int) -> float:
+def compiled(args, lengths: Sequence[int], batch_size: int) -> float:
     """Bytes of machine code for the shapes of a run: those of micro-batches, of the trained rows of the last block, and
     of documents. All are rounded up, so that many are alike."""
-    if (s.device, s.dtype) != ("cpu", "bfloat16"):
+    if (args.device, args.dtype) != ("cpu", "bfloat16"):
         return 0.0
-    steps = s.max_steps or s.epochs * ceil(len(lengths) / batch_size)
-    batches = steps * ceil(batch_size * sum(lengths) / len(lengths) / s.micro_tokens)
+    steps = args.max_steps or args.epochs * ceil(len(lengths) / batch_size)
+    batches = steps * ceil(batch_size * sum(lengths) / len(lengths) / args.micro_tokens)
     spread = 5 * batch_size**0.5 * torch.as_tensor(lengths, dtype=torch.float64).std(correction=0).item()
-    sizes = min(batches, 1 + ceil(min(spread, s.micro_tokens) / ROUND))
+    sizes = min(batches, 1 + ceil(min(spread, args.micro_tokens) / ROUND))
     documents = min(4 * len({int(n) // 16 for n in lengths}), steps * batch_size)  # up to about four in a rectangle
     return COMPILED_BYTES * min(COMPILED, 2 * OF_A_BATCH * sizes + OF_A_DOCUMENT * documents)
 
 
-def warning(free: int | None, model, s, lengths, batch_size) -> str | None:
+def warning(free: int | None, model, args, lengths, batch_size) -> str | None:
     """One line where a run is expected to need more than is free: how much, and what to change. Else None, also where
     nobody knows what is free. Arguments as for `parts`."""
-    needed = expected(model, s, lengths, batch_size)
+    needed = expected(model, args, lengths, batch_size)
     if free is None or needed <= free:
         return None
-    fix = advice(free, model, s, lengths, batch_size)
+    fix = advice(free, model, args, lengths, batch_size)
     return f"little memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. {fix}"
 
 
-def advice(free: float, model, s, lengths, batch_size) -> str:
+def advice(free: float, model, args, lengths, batch_size) -> str:
     """Which flag to change, and to what, so that a run fits into `free` bytes. Arguments as for `parts`.
 
     Asked after memory ran out where the estimate fits, it was too low: then four fifths of it have to do.
     """
 
     def needed(**changes) -> float:
-        changed = copy(s)
+        changed = copy(args)
         vars(changed).update(changes)
         limit = changes.get("max_len", max(lengths))
-        fitting = [min(n, limit) for n in lengths if n <= limit or s.overlong == "truncate"]
+        fitting = [min(n, limit) for n in lengths if n <= limit or args.overlong == "truncate"]
         return expected(model, changed, fitting, batch_size) if fitting else float("inf")
 
     def largest(below: int, changes) -> int:
@@ -170,15 +175,15 @@ def advice(free: float, model, s, lengths, batch_size) -> str:
         return 64 * bisect_right(range(64, below, 64), room, key=lambda n: needed(**changes(n)))
 
     room = min(free, 0.8 * needed())
-    if n := largest(s.micro_tokens, lambda n: {"micro_tokens": n}):
+    if n := largest(args.micro_tokens, lambda n: {"micro_tokens": n}):
         return f"Lower --micro-tokens to {n}"
     fixes = []
-    if n := largest(int(max(lengths)), lambda n: {"max_len": n, "micro_tokens": min(n, s.micro_tokens)}):
-        fixes.append(f"lower --max-len to {n}" + f" and --micro-tokens to {n}" * (n < s.micro_tokens))
-    if not s.checkpoint_activations:
+    if n := largest(int(max(lengths)), lambda n: {"max_len": n, "micro_tokens": min(n, args.micro_tokens)}):
+        fixes.append(f"lower --max-len to {n}" + f" and --micro-tokens to {n}" * (n < args.micro_tokens))
+    if not args.checkpoint_activations:
         if needed(checkpoint_activations=True) <= room:
             fixes.append("add --checkpoint-activations")
-        elif n := largest(s.micro_tokens, lambda n: {"micro_tokens": n, "checkpoint_activations": True}):
+        elif n := largest(args.micro_tokens, lambda n: {"micro_tokens": n, "checkpoint_activations": True}):
             fixes.append(f"add --checkpoint-activations and lower --micro-tokens to {n}")
-    smaller = "take a smaller model" + ", or leave out --full" * s.full
+    smaller = "take a smaller model" + ", or leave out --full" * args.full
     return (", or ".join(fixes) or smaller).capitalize()

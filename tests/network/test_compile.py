@@ -4,7 +4,6 @@ Here the compiler only traces: a backend that runs what it is given and counts. 
 """
 
 import json
-import random
 
 import pytest
 import torch
@@ -14,25 +13,18 @@ from lora.adapter.inject import lora_layers
 from lora.data import batch
 from lora.errors import BadEnvironment
 from lora.network.compiled import compile_blocks
-from lora.text.chat import Example
 from lora.train.step import accumulate, train_step
 from tests.cli import ON_CPU, call, data_file, model_folder
-from tests.helpers import close, far, patched, tiny_model
+from tests.helpers import close, far, objective_of, patched, random_example, tiny_model
 from tests.mutation import mutation
 from tests.network.test_families import family_config, model_of
-from tests.train.test_train import objective_of
 
 TOL = 1e-11
 
 
-def example_of(prompt: int, answer: int) -> Example:
-    tokens = random.Random(answer).choices(range(1, 131), k=prompt + answer)
-    return Example(tokens, [False] * prompt + [True] * answer)
-
-
-STEP = [example_of(prompt, answer) for prompt, answer in ((20, 5), (3, 7), (12, 26), (2, 40), (25, 2))]
-OTHER = [example_of(prompt, answer) for prompt, answer in ((9, 9), (30, 11), (4, 4), (4, 30))]
-LONG = example_of(30, 300)
+STEP = [random_example(prompt, answer, answer) for prompt, answer in ((20, 5), (3, 7), (12, 26), (2, 40), (25, 2))]
+OTHER = [random_example(prompt, answer, answer) for prompt, answer in ((9, 9), (30, 11), (4, 4), (4, 30))]
+LONG = random_example(30, 300, 300)
 
 
 @pytest.fixture
@@ -93,7 +85,7 @@ def test_filled_micro_batches_have_one_length_and_change_neither_loss_nor_gradie
 
 
 def test_an_example_over_the_budget_is_filled_up_to_a_multiple():
-    [first, last] = batch.micro_batches([example_of(3, 7), LONG], 64, fill=True)
+    [first, last] = batch.micro_batches([random_example(3, 7, 7), LONG], 64, fill=True)
     assert (len(first.tokens), first.padding) == (64, 64 - 9)
     assert (len(last.tokens), last.padding) == (512, 512 - 329)
 
@@ -124,7 +116,7 @@ def test_blocks_of_other_families_are_compiled_to_the_same(kind, graphs):
 
 
 def test_a_third_length_needs_no_third_compilation(model, graphs):
-    lengths = [batch.micro_batches([example_of(1, n)], 1) for n in (40, 90, 140)]
+    lengths = [batch.micro_batches([random_example(1, n, n)], 1) for n in (40, 90, 140)]
     plain = [loss_and_gradients(model, batches) for batches in lengths]
     compiled(model, graphs)
     seen = []

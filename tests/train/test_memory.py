@@ -17,6 +17,7 @@ from lora.adapter.inject import inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
+from lora.methods import objective, sft
 from lora.network import decoder
 from lora.network.config import ModelConfig
 from lora.ops import cross_entropy, fast_attention
@@ -26,7 +27,6 @@ from lora.train import memory
 from tests import cli
 from tests.helpers import patched, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
-from train import objective_of
 
 LENGTHS = [23, 1, 40, 3]
 SHAPES = {
@@ -92,20 +92,20 @@ def test_recomputed_activations_give_the_same_bits(dtype, dropout):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@mutation("train.py", "or len(b.tokens) > LONG * s.micro_tokens", "")
+@mutation("lora/train/memory.py", "or tokens > LONG * args.micro_tokens", "")
 def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_bits():
     model, found = patched(tiny_model(torch.float32)).train(), []
     for budget in (50, 10):  # 60 tokens are within twice the first
         [b] = micro_batches([Example([*range(1, 61)], [True] * 60)], budget)
         model.zero_grad()
-        loss = objective_of(model, settings(micro_tokens=budget))(b)
+        loss = objective(sft.loss, model, settings(micro_tokens=budget))(b)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         assert model.checkpoint_activations == (budget == 10)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@mutation("lora/train/memory.py", "or tokens > LONG * s.micro_tokens:", ":")
+@mutation("lora/train/memory.py", "if recomputes(tokens, args):", "if args.checkpoint_activations:")
 def test_an_example_far_longer_than_the_budget_needs_less_memory():
     def needed(longest: int) -> float:
         return expected(lengths=[300, longest], batch_size=1, shape=BIG, device="cuda", micro_tokens=500)
@@ -246,7 +246,7 @@ def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, shape=None, **chang
     with torch.device("meta"):
         empty = decoder.Model(ModelConfig.from_json(tiny_config(**shape or {})))
     s = settings(**changes)
-    return on_meta(empty, s), s, lengths, batch_size
+    return on_meta(s, empty), s, lengths, batch_size
 
 
 def expected(**changes) -> float:

@@ -28,18 +28,16 @@ from tqdm import tqdm
 from lora import errors, files, pretrained
 from lora.adapter.inject import disabled, inject, lora_layers
 from lora.data import batch as batches
-from lora.data.batch import Batch, micro_batches, nothing
+from lora.data.batch import dummy_batch, micro_batches
 from lora.errors import BadEnvironment, BadInput, StopFlag, Stopped, say
 from lora.inference.generate import generate
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
-from lora.ops import cross_entropy
 from lora.pretrained import shard
-from lora.text.chat import Example
 from lora.train import distributed
 from lora.train.step import clip
 from tests.cli import ROOT, Result, gguf_file, scratch, set_environment
-from tests.helpers import close, far, patched, some_tokens, tiny_config, tiny_model
+from tests.helpers import close, far, objective_of, patched, random_example, tiny_config, tiny_model
 from tests.mutation import mutation
 
 CPU = torch.device("cpu")
@@ -109,20 +107,11 @@ def all_well(results: list[Result]) -> bool:
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 
-def example_of(tokens: int, trained: int, seed: int) -> Example:
-    return Example(some_tokens(tokens, seed=seed).tolist(), [i >= tokens - trained for i in range(tokens)])
-
-
 # lengths and trained tokens so unequal that a mean of the ranks' means is far off
 EXAMPLES = [
-    example_of(n, k, seed) for seed, (n, k) in enumerate([(50, 45), (12, 1), (9, 2), (31, 3), (7, 5), (22, 20)])
+    random_example(n - k, k, seed) for seed, (n, k) in enumerate([(50, 45), (12, 1), (9, 2), (31, 3), (7, 5), (22, 20)])
 ]
 LENGTHS = [len(example.tokens) for example in EXAMPLES]
-
-
-def objective(model, b: Batch) -> torch.Tensor:
-    hidden = model.trunk(b.tokens, b.lengths)
-    return cross_entropy(hidden[b.trained], model.head_weight, b.targets)
 
 
 def step(model, team: distributed.DistContext, indices, sharded: bool = False, micro_tokens: int = 40) -> list[float]:
@@ -132,11 +121,11 @@ def step(model, team: distributed.DistContext, indices, sharded: bool = False, m
         micro_batches([EXAMPLES[i] for i in share], micro_tokens)
         for share in distributed.shares(indices, LENGTHS, team.size)
     ]
-    batches = team.padded(cuts, nothing()) if sharded else cuts[team.rank]
+    batches = team.padded(cuts, dummy_batch()) if sharded else cuts[team.rank]
     assert not sharded or len(batches) == max(map(len, cuts))
     loss = 0.0
     for batch in batches:
-        part = objective(model, batch) / trained
+        part = objective_of(model)(batch) / trained
         part.backward()
         loss += part.item()
     tokens = sum(len(batch.tokens) - batch.padding for batch in cuts[team.rank])
@@ -403,7 +392,7 @@ def test_several_processes_on_mps_are_refused(monkeypatch):
 def test_torchrun_itself_starts_a_team(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch\nfrom lora import errors\nfrom lora.train import ranks\n"
+        "import torch\nfrom lora import errors\nfrom lora.train import distributed\n"
         "def story(argv):\n"
         "    with distributed.team(torch.device('cpu')) as team:\n"
         "        print(team.size, *team.all_reduce([team.rank + 1, 0.5]))\n"
@@ -513,8 +502,8 @@ def test_a_gguf_file_can_be_sharded_too():
 
 @mutation(
     "lora/pretrained/folder.py",
-    "return self._where[whole].read_rows(whole, first + start, first + stop)",
-    "return self._where[whole].read(whole)[first + start : first + stop]",
+    "return self._file_of[whole].read_rows(whole, first + start, first + stop)",
+    "return self._file_of[whole].read(whole)[first + start : first + stop]",
 )
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 def test_no_rank_ever_holds_or_reads_the_whole_base(tmp_path):

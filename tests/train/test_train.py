@@ -3,42 +3,29 @@
 import copy
 import hashlib
 import math
-import random
+from functools import partial
 
 import pytest
 import torch
 
 from lora.adapter.inject import inject, lora_layers
-from lora.data.batch import Batch, collate, dummy_batch, micro_batches, steps
+from lora.data.batch import Batch, collate, dummy_batch, micro_batches
+from lora.data.order import steps
 from lora.errors import BadNumbers
+from lora.methods import sft
 from lora.ops import cross_entropy, plain
 from lora.text.chat import Example
 from lora.train.evaluate import mean_loss
-from lora.train.step import SCHEDULES, accumulate, clip, learning_rate, train_step
+from lora.train.schedule import SCHEDULES, learning_rate
+from lora.train.step import accumulate, clip, train_step
 from tests import oracle
-from tests.helpers import bits, close, error, far, patched, same, snapshot, tiny_model
+from tests.helpers import bits, close, error, far, objective_of, patched, random_example, same, snapshot, tiny_model
 from tests.mutation import mutation
 
 VOCAB = 131
 
 
-def example_of(prompt: int, answer: int, seed: int) -> Example:
-    """Random tokens: `prompt` untrained ones, then `answer` trained ones."""
-    tokens = random.Random(seed).choices(range(VOCAB), k=prompt + answer)
-    return Example(tokens, [False] * prompt + [True] * answer)
-
-
-UNEQUAL = [example_of(prompt, answer, answer) for prompt, answer in ((40, 1), (3, 7), (12, 60), (2, 200), (25, 2))]
-
-
-def objective_of(model):
-    """As train.py has it."""
-
-    def objective(b: Batch) -> torch.Tensor:
-        hidden = model.trunk(b.tokens, b.lengths)
-        return cross_entropy(hidden[b.trained], model.head_weight, b.targets)
-
-    return objective
+UNEQUAL = [random_example(prompt, answer, answer) for prompt, answer in ((40, 1), (3, 7), (12, 60), (2, 200), (25, 2))]
 
 
 def plain_objective_of(model):
@@ -269,9 +256,9 @@ def test_a_gradient_that_is_not_finite_raises_though_the_loss_is():
 
 
 @mutation(
-    "lora/train/step.py", "(step - warmup) / max(1, total - warmup)", "(step + 1 - warmup) / max(1, total - warmup)"
+    "lora/train/schedule.py", "(step - warmup) / max(1, total - warmup)", "(step + 1 - warmup) / max(1, total - warmup)"
 )
-@mutation("lora/train/step.py", "return peak * (step + 1) / (warmup + 1)", "return peak * step / (warmup + 1)")
+@mutation("lora/train/schedule.py", "return peak * (step + 1) / (warmup + 1)", "return peak * step / (warmup + 1)")
 @pytest.mark.parametrize("warmup", [0, 1, 5, 20])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_learning_rate_is_the_closed_form(schedule, warmup):
@@ -319,7 +306,7 @@ def digest(model) -> str:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
-    examples = [example_of(4, 6 + i, i) for i in range(10)]
+    examples = [random_example(4, 6 + i, i) for i in range(10)]
     (first, a), (again, b), (other, c) = (train(seed, 7, examples) for seed in (3, 3, 4))
     assert digest(first) == digest(again) != digest(other)
     assert [x.hex() for x in a] == [x.hex() for x in b] != [x.hex() for x in c]
@@ -328,18 +315,18 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
 
 
 def test_eight_examples_are_learned_by_heart():
-    examples = [example_of(5, 8, i) for i in range(8)]
+    examples = [random_example(5, 8, i) for i in range(8)]
     model, found = train(0, 160, examples, dropout=0.0, hidden_size=96)  # in 24 dimensions the frozen head gives 0.3
     with torch.inference_mode():
         sums = [objective_of(model)(collate([example])).item() for example in examples]
     assert found[0] > 3 and sum(sums) / 64 < 0.05
 
 
-@mutation("lora/train/evaluate.py", "return loss / count", "return loss / (count + 1)")
+@mutation("lora/train/evaluate.py", "return whole / count", "return whole / (count + 1)")
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
     model = patched(tiny_model())
-    found = mean_loss(objective_of(model), micro_batches(UNEQUAL, budget))
+    found = mean_loss(partial(sft.loss, model), micro_batches(UNEQUAL, budget))
     each = [objective_of(model)(collate([example])).item() for example in UNEQUAL]
     expected = sum(each) / sum(sum(example.trained[1:]) for example in UNEQUAL)
     assert abs(found - expected) < 1e-12 * expected
