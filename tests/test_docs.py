@@ -17,7 +17,6 @@ from tests.mutation import mutation
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
-CHAPTERS = [path for path in TEXTS if path.parent in (ROOT, ROOT / "docs")]
 TOP = {"lora", "docs", "tests", "bench", "experiments", "data_gen"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -73,7 +72,7 @@ def test_every_relative_link_and_picture_is_there():
 @mutation("docs/scale.md", "`bench/results/memory.json`", "`bench/memory.json`")
 def test_every_path_in_backticks_is_there():
     missing = []
-    for path in CHAPTERS:
+    for path in TEXTS:
         for text in quoted(path):
             name = text.partition("::")[0].rstrip("/")
             if re.fullmatch(r"[\w.*-]+(/[\w.*-]+)+", name) and name.split("/")[0] in TOP:
@@ -100,7 +99,7 @@ def names_of_tests() -> set[str]:
     "`test_energy_keeps_the_least_rank_with_a_share`",
 )
 def test_every_test_that_is_named_is_there():
-    named = {text for path in CHAPTERS for text in quoted(path) if re.fullmatch(r"test_\w+", text)}
+    named = {text for path in TEXTS for text in quoted(path) if re.fullmatch(r"test_\w+", text)}
     assert named - {"test_unmerge_restores_every_bit"} <= names_of_tests()  # that one is an example of a name
 
 
@@ -131,7 +130,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
 @mutation("docs/variants.md", "--lr-ratio-b 16 --lr", "--lr-ratio 16 --lr")
 def test_every_command_uses_a_script_that_is_there_and_flags_that_it_knows():
     seen, wrong = 0, []
-    for path in CHAPTERS:
+    for path in TEXTS:
         for script, words in commands(path):
             seen += 1
             if not (ROOT / script).exists() and not any(ROOT.rglob(script)):
@@ -143,11 +142,11 @@ def test_every_command_uses_a_script_that_is_there_and_flags_that_it_knows():
 
 @mutation("docs/scale.md", "add `--fsdp`", "add `--shard`")
 def test_every_flag_in_backticks_is_one_of_the_programs():
-    known = set().union(*(flags(script) for script in ("train.py", "generate.py", "evaluate.py", "merge.py")))
-    known = known.union(*(flags(f"data_gen/{path.name}") for path in (ROOT / "data_gen").glob("[!_]*.py")
-                          if "def main(" in read(path)))  # fmt: skip
+    makers = (f"data_gen/{path.name}" for path in (ROOT / "data_gen").glob("*.py") if "def main(" in read(path))
+    programs = ("train.py", "generate.py", "evaluate.py", "merge.py", "experiments/persona/run.py", *makers)
+    known = set().union(*map(flags, programs))
     wrong = []
-    for path in CHAPTERS:
+    for path in TEXTS:
         for text in quoted(path):
             if text.startswith("--"):
                 wrong += [f"{path.name}: {word}" for word in re.findall(r"--\w[\w-]*", text) if word not in known]
@@ -157,7 +156,7 @@ def test_every_flag_in_backticks_is_one_of_the_programs():
 @mutation("docs/python.md", "lora.save_adapter(", "lora.write_adapter(")
 @mutation("docs/python.md", "from lora.inference.several import Several", "from lora.inference.several import Switch")
 def test_the_python_in_the_chapters_parses_and_its_names_are_there():
-    blocks = [text for path in CHAPTERS for text in code(path, "python")]
+    blocks = [text for path in TEXTS for text in code(path, "python")]
     assert len(blocks) >= 4
     for text in blocks:
         for node in ast.walk(ast.parse(text)):
@@ -195,7 +194,7 @@ def test_figures_draws_the_pictures_that_are_there_from_the_results_that_are_the
     drawn, there = marks(tmp_path), marks(ROOT / "docs")
     assert drawn == there, "python docs/figures.py draws them anew"
     assert len(there) == 7
-    used = "".join(map(read, CHAPTERS))
+    used = "".join(map(read, TEXTS))
     assert all(name in used for name in there)
 
 
