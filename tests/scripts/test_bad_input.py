@@ -947,8 +947,8 @@ def work():
 )
 @mutation(
     "lora/data/sources.py",
-    "            if not part.rows:",
-    "            if False:",
+    "    if not part.rows:",
+    "    if False:",
     case="model: questions that are all held out",
 )
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
