@@ -54,7 +54,7 @@ def check(train: Sequence[Conversation | Problem], evaluation: Sequence[Conversa
     found = []
     for row in (*train, *evaluation):
         found += [_finding(*row)] if isinstance(row, Problem) else _by_itself(row)
-    train, evaluation = ([row for row in rows if not isinstance(row, Problem)] for rows in (train, evaluation))
+    train, evaluation = ([row for row in rows if isinstance(row, Conversation)] for rows in (train, evaluation))
     found += _mixed([*train, *evaluation])
     sets = [[_Row.of(row) for row in rows] for rows in (train, evaluation)]
     for rows in sets:
