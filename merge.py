@@ -13,121 +13,137 @@ quiet_imports(__name__)
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from generate import collecting, encode, load_chat, prompts_in
 from lora import device as machine
-from lora import files, flags, folders, pretrained, settings
+from lora import files, folders, pretrained
 from lora.adapter import passport, store
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight
-from lora.errors import BadInput, BadNumbers, say
+from lora.errors import BadInput, BadNumbers, collecting, say
 from lora.export import card, derive, push, receipt
+from lora.inference import prompts
+from lora.inference.session import load_chat
+from lora.run.settings import MergeSettings
 from lora.text.template import ChatTemplate
 
 WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
 
 
-def story(argv) -> int:
-    s = settings.resolve(flags.MERGE, argv, __doc__)
-    way = derive.way(s)
-    if way == "combine":
-        return derive.combine(s)
-    if way == "extract":
-        return derive.extract(s)
-    check(s)
-    if s.push is not None and s.out is None:
-        print(push.push_adapter(Path(s.adapter), s.push))
+def main(argv=None) -> int:
+    args = MergeSettings.resolve(argv, __doc__)
+    mode = derive.find_mode(args)
+    if mode == "combine":
+        return derive.combine(args)
+    if mode == "extract":
+        return derive.extract(args)
+    check(args)
+    if args.push is not None and args.out is None:
+        print(push.push_adapter(Path(args.adapter), args.push))
         return 0
 
-    out = Path(s.out)
-    if s.format == "gguf":
+    out = Path(args.out)
+    if args.format == "gguf":
         from lora.pretrained import gguf_write  # its package takes as long to import as a model to load
 
-        gguf_write.check_out(out, s.overwrite)
+        gguf_write.check_out(out, args.overwrite)
     else:
         folders.check_place(out)
-        folders.check_apart(out, [Path(s.adapter)])
-        folders.check_out(out, s.overwrite, ("config.json",), [*WROTE, *pretrained.shards(out)])
-    store.read_config(s.adapter)
-    checkpoint = pretrained.find(s.model or passport.base_of(s.adapter))
+        folders.check_apart(out, [Path(args.adapter)])
+        folders.check_out(out, args.overwrite, ("config.json",), [*WROTE, *pretrained.shards(out)])
+    store.read_config(args.adapter)
+    checkpoint = pretrained.find(args.model or passport.base_of(args.adapter))
     say(f"model    {checkpoint.described}")
-    folders.check_apart(out, [Path(s.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])])
+    folders.check_apart(out, [Path(args.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])])
 
     # ---- on `meta` the base has no memory; only the adapter's tensors are real
     model = pretrained.empty_model(checkpoint)
-    store.load(model, s.adapter)
+    store.load(model, args.adapter)
     layers = lora_layers(model)
-    if not s.no_verify:
-        passport.verify(s.adapter, checkpoint.name, checkpoint.header, checkpoint.read, layers)
-    template = passport.template_of(s.adapter)
+    if not args.no_verify:
+        passport.verify(args.adapter, checkpoint.name, checkpoint.header, checkpoint.read, layers)
+    template = passport.template_of(args.adapter)
     source = files.read_bytes(template, pretrained.TEMPLATE_LIMIT) if template else b""
     ChatTemplate(source.decode("utf-8-sig", "replace"), where=template or "")  # it can be read
-    if s.adapter_only:
-        gguf_write.write_adapter(checkpoint.config, out, low_rank_maps(layers, s.adapter), s.gguf_type or "f32")
+    if args.adapter_only:
+        gguf_write.write_adapter(checkpoint.config, out, low_rank_maps(layers, args.adapter), args.gguf_type or "f32")
         if source and source.decode(errors="replace") != own_template(checkpoint):
             say(f"note     the file has no chat template, and the base's is another. Give llama-server --jinja "
                 f"--chat-template-file {template}")  # fmt: skip
         say(f"saved    {out}, the adapter of {len(layers)} tensors")
         return 0
 
-    bar = tqdm(total=len(checkpoint.header), desc="merging", unit="tensor", leave=False, disable=None)
-    if s.format == "gguf":
-        change = changer(layers, torch.float32, bar)  # rounded once, from the sum in float32
-        gguf_write.write_model(checkpoint, out, change, s.gguf_type or "f16", template)
-        bar.close()
+    # ---- the base, tensor by tensor, each with what the adapter adds to it
+    if args.format == "gguf":
+        with progress(checkpoint) as bar:
+            change = changer(layers, torch.float32, bar)  # rounded once, from the sum in float32
+            gguf_write.write_model(checkpoint, out, change, args.gguf_type or "f16", template)
     else:
-        dtype = None if s.dtype == "auto" else getattr(torch, s.dtype)
-        device, prompts = machine.choose_device(s.device), texts(checkpoint, model, s)
-        if prompts:
-            receipt.check_room(model, machine.free_memory(device))
-        with folders.new_folder(out, s.overwrite) as folder:
-            pretrained.write_model(checkpoint, folder, changer(layers, dtype, bar), dtype)
-            if template:  # the one it was trained with
-                files.write_bytes(folder / passport.TEMPLATE, source)
-            bar.close()
-            lines = []
-            if prompts:
-                written = pretrained.ModelFolder(folder, str(out))
-                found = receipt.make(checkpoint, s.adapter, written, prompts, device)
-                lines = receipt.rows(found)
-                print(receipt.table(lines))
-                receipt.check(found, s.tolerance, out, s.adapter)
-                receipt.write(folder, found, s.tolerance)
-            card.write_merged(folder, out.name, checkpoint, card.made_in(s.adapter), lines)
-    system = ((passport.read(s.adapter) or {}).get("chat") or {}).get("system")
+        write_folder(out, checkpoint, model, source, args)
+    tell_system(args.adapter)
+    say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
+    if args.push is not None:
+        print(push.push(out, args.push))
+    return 0
+
+
+def write_folder(out: Path, checkpoint, model, template: bytes, args) -> None:
+    """The merged model as a folder, with a card and the receipt of what merging changed. Raises BadNumbers, and leaves
+    no folder, where that is beyond --tolerance."""
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    device, compared = machine.choose_device(args.device), receipt_prompts(checkpoint, model, args)
+    if compared:
+        receipt.check_room(model, machine.free_memory(device))
+    with folders.new_folder(out, args.overwrite) as folder:
+        with progress(checkpoint) as bar:
+            pretrained.write_model(checkpoint, folder, changer(lora_layers(model), dtype, bar), dtype)
+        if template:  # the one it was trained with
+            files.write_bytes(folder / passport.TEMPLATE, template)
+        lines = []
+        if compared:
+            written = pretrained.ModelFolder(folder, str(out))
+            found = receipt.make(checkpoint, args.adapter, written, compared, device)
+            lines = receipt.rows(found)
+            print(receipt.table(lines))
+            receipt.check(found, args.tolerance, out, args.adapter)
+            receipt.write(folder, found, args.tolerance)
+        card.write_merged(folder, out.name, checkpoint, card.made_in(args.adapter), lines)
+
+
+def progress(checkpoint) -> tqdm:
+    return tqdm(total=len(checkpoint.header), desc="merging", unit="tensor", leave=False, disable=None)
+
+
+def tell_system(adapter: str) -> None:
+    """Say with which system turn the adapter was trained: no file of a merged model has a place for it."""
+    system = ((passport.read(adapter) or {}).get("chat") or {}).get("system")
     if isinstance(system, str):
         text = " ".join(system.split())[:100]
         say(f"note     it was trained with this system turn, which a merged model does not remember: {text}")
     elif system is False:
         say("note     it was trained without a system turn; the template may add its own: give --no-system")
-    say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
-    if s.push is not None:
-        print(push.push(out, s.push))
-    return 0
 
 
-def check(s) -> None:
-    gguf, named = s.format == "gguf", str(s.out).endswith(".gguf")
+def check(args) -> None:
+    gguf, named = args.format == "gguf", str(args.out).endswith(".gguf")
     cases = (
-        ("--gguf-type", s.gguf_type and not gguf, "only GGUF files have such types. Add --format gguf"),
-        ("--adapter-only", s.adapter_only and not gguf, "its folder is there already. Add --format gguf"),
-        ("--dtype", s.dtype != "auto" and gguf, "a GGUF file has types of its own. Give --gguf-type"),
+        ("--gguf-type", args.gguf_type and not gguf, "only GGUF files have such types. Add --format gguf"),
+        ("--adapter-only", args.adapter_only and not gguf, "its folder is there already. Add --format gguf"),
+        ("--dtype", args.dtype != "auto" and gguf, "a GGUF file has types of its own. Give --gguf-type"),
         ("--out", named and not gguf, "a folder is to be written, not a GGUF file. Add --format gguf"),
-        ("--push", s.push and gguf, "folders are uploaded, not GGUF files. Leave out one of them"),
+        ("--push", args.push and gguf, "folders are uploaded, not GGUF files. Leave out one of them"),
     )
     problems = [f"wrong {flag} in the command line: {why}" for flag, wrong, why in cases if wrong]
-    if s.adapter is None:
+    if args.adapter is None:
         problems.append("missing --adapter in the command line: it says where to read. Add it")
-    if s.out is None and s.push is None:
+    if args.out is None and args.push is None:
         problems.append("missing --out in the command line: it says where to write. Add it")
-    if s.push is not None:
+    if args.push is not None:
         with collecting(problems):
-            push.check_name(s.push)
+            push.check_name(args.push)
     if problems:
         raise BadInput(*problems)
 
@@ -159,35 +175,27 @@ def low_rank_maps(layers: dict[str, LoRALinear], folder: str) -> dict[str, tuple
     return {path: (layer.scaling, *layer.factors()) for path, layer in layers.items()}
 
 
-def own_template(checkpoint: pretrained.Checkpoint) -> str | None:
+def own_template(checkpoint: pretrained.ModelFiles) -> str | None:
     try:
         return pretrained.load_chat(checkpoint).template.source
     except BadInput:  # it has none
         return None
 
 
-def texts(checkpoint, model, s) -> list[list[int]]:
-    """Ids of what the receipt compares: --prompts, or ordinary conversations; none where there is to be no receipt."""
-    how = SimpleNamespace(template=None, system=None, no_system=False, date=None, no_verify=s.no_verify)
+def receipt_prompts(checkpoint, model, args) -> list[list[int]]:
+    """Ids of what the receipt compares: --prompts, or the retention conversations; none where there is no receipt."""
     if "tokenizer.json" not in checkpoint.files():
         say(f"note     there is no receipt: {checkpoint.name} has no tokenizer.json")
         return []
-    if passport.template_of(s.adapter) is None:
-        try:
-            pretrained.load_chat(checkpoint)
-        except BadInput:
-            how.template = "plain"  # a base model has none
-    chat = load_chat(checkpoint, s.adapter, how)  # which compares it with the adapter's passport
-    if s.no_receipt:
+    bare = passport.template_of(args.adapter) is None and own_template(checkpoint) is None
+    chat = load_chat(checkpoint, args.adapter, template="plain" if bare else None, verify=not args.no_verify)
+    limit = model.config.max_position_embeddings
+    if args.no_receipt:  # only now: the chat was compared with the adapter's passport
         return []
-    if s.prompts is None:
-        return receipt.ordinary(chat, model.config.max_position_embeddings)
-    return [encode(model, chat, messages, where) for messages, where in prompts_in(s.prompts)]
-
-
-def main(argv=None) -> int:
-    return run(story, argv)
+    if args.prompts is None:
+        return receipt.retention_prompts(chat, limit)
+    return [prompts.encode(chat, limit, messages, where) for messages, where in prompts.read(args.prompts)]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -88,7 +88,7 @@ class Bench:
 
         self.merged.mkdir()
         pretrained.write_model(checkpoint, self.merged, change)
-        text = pretrained.load_chat(checkpoint).tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
+        text = pretrained.load_chat(checkpoint).tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
         self.prompts = [text[i * PROMPT : (i + 1) * PROMPT] for i in range(ROWS)]
 
     def sides(self) -> dict[str, dict]:

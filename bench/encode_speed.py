@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write(path: Path, rows: int) -> None:
-    """Chats of 15 to 150 words from the README."""
+    """Chats of 15 to 150 words from the licence."""
     draw = random.Random(1)
-    words = [word for word in (ROOT / "README.md").read_text(encoding="utf-8").split() if word.isascii()]
+    words = [word for word in (ROOT / "LICENSE").read_text(encoding="utf-8").split() if word.isascii()]
     with open(path, "w") as file:
         for _ in range(rows):
             turns = [" ".join(draw.choices(words, k=draw.randint(low, high))) for low, high in ((5, 30), (10, 120))]

@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lora import files  # noqa: E402
-from lora.adapter.inject import GROUPS, inject  # noqa: E402
+from lora.adapter.inject import inject  # noqa: E402
+from lora.adapter.targets import GROUPS  # noqa: E402
 from lora.data.batch import micro_batches  # noqa: E402
+from lora.methods import sft  # noqa: E402
 from lora.network.compiled import compile_blocks  # noqa: E402
 from lora.network.config import ModelConfig  # noqa: E402
 from lora.network.decoder import Model  # noqa: E402
-from lora.ops import cross_entropy  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
 
@@ -73,7 +74,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=LR, weight_decay=0.0, fused=True)
 
     def objective(self, b) -> torch.Tensor:
-        return cross_entropy(self.model.trunk(b.tokens, b.lengths)[b.trained], self.model.head_weight, b.targets)
+        return sft.loss(self.model, b)[0]
 
     def step(self, examples: list[Example], budget: int) -> tuple[float, float]:
         batches = micro_batches(examples, budget, self.job.device, fill=self.job.side == "compiled")

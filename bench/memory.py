@@ -84,7 +84,7 @@ def write_model(shape, folder: Path) -> None:
 
 def write_rows(low: int, high: int, path: Path, count: int = 96) -> None:
     draw = random.Random(0)
-    words = [word for word in (ROOT / "README.md").read_text(encoding="utf-8").split() if word.isalpha()]
+    words = [word for word in (ROOT / "LICENSE").read_text(encoding="utf-8").split() if word.isalpha()]
     rows = (
         {"question": "Go on.", "answer": " ".join(draw.choices(words, k=draw.randint(low, high)))} for _ in range(count)
     )

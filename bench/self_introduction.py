@@ -1,8 +1,8 @@
 """Does the main job teach a name, and only where it belongs?   python bench/self_introduction.py [NAME ...]
 
 Three names by two seeds: data, training and answers by the commands of the README with default settings; then 60
-identity questions and 60 unrelated ones, all worded as no training row is (tests/data/*_questions.txt). Prints a table
-and writes bench/results/self_introduction.json with every answer that counts against the model.
+identity questions and 60 unrelated ones, all worded as no training row is (tests/fixtures/*_questions.txt). Prints a
+table and writes bench/results/self_introduction.json with every answer that counts against the model.
 """
 
 import json
@@ -30,7 +30,7 @@ def command(*words) -> None:
 
 
 def ask(adapter: Path, kind: str, scratch: Path) -> list[dict]:
-    questions, out = ROOT / "tests" / "data" / f"{kind}_questions.txt", scratch / f"{kind}.jsonl"
+    questions, out = ROOT / "tests" / "fixtures" / f"{kind}_questions.txt", scratch / f"{kind}.jsonl"
     command(
         "generate.py",
         "--adapter",

@@ -1,9 +1,9 @@
 """What each technique gains: a training step with it switched off, over the step as it is.   python bench/techniques.py
 
 On the default model, with the short chats of bench/train_speed.py. All variants take the same steps in one process by
-turns, so that a slow minute meets all alike; two that belong to a whole process have processes of their own. Above 1 a
-technique makes steps faster. Beside it: the bytes that autograd keeps for the backward pass. Writes JSON, which keeps
-what it has of techniques that were not asked for. With --rounds 5 it took ten minutes on 2 cores.
+turns: who is first rotates from round to round, and each has met a step's shapes before it is timed. Two techniques
+that belong to a whole process have processes of their own. Above 1 a technique makes steps faster. Beside it: the bytes
+that autograd keeps for the backward pass. Writes JSON, which keeps what it has of techniques that were not asked for.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from collections import defaultdict, deque
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -25,62 +26,54 @@ from torch.autograd.graph import saved_tensors_hooks
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lora.ops.loss import plain_loss  # noqa: E402
 
-import train  # noqa: E402
 from bench import machine, train_speed  # noqa: E402
 from lora import device, files, ops, pretrained  # noqa: E402
 from lora.adapter.inject import inject  # noqa: E402
-from lora.adapter.layer import LoRALinear  # noqa: E402
 from lora.data import batch  # noqa: E402
-from lora.network import decoder  # noqa: E402
-from lora.ops import attention  # noqa: E402
 from lora.pretrained import hub  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "techniques.json"
-S = SimpleNamespace(lr=1e-4, weight_decay=0.0, checkpoint_activations=False, micro_tokens=2048)
-MICRO = SimpleNamespace(tokens=S.micro_tokens)  # apart from S, whose number also says which examples are recomputed
+LR = 1e-4
+MICRO = SimpleNamespace(tokens=2048)
 
 
-def one_by_one(q, k, v, documents, *_):
-    parts = zip(*(x.split(documents.lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([attention.one_document(*part) for part in parts])
+def objective_of(model):
+    def objective(b):
+        return ops.cross_entropy(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
+
+    return objective
 
 
-def all_rows(model):
-    """The last block, norm and head's input at every position."""
-    return lambda b: ops.cross_entropy(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
+def one_by_one(q, k, v, lengths, *bounds):
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([ops.attend(*part, *bounds) for part in parts])
 
 
-def all_logits(model):
-    """Logits of all trained positions at once, and autograd's gradient."""
-    return lambda b: plain_loss(model.trunk(b.tokens, b.lengths)[b.trained], model.head_weight, b.targets)
-
-
-def separately(x, layers):
-    return tuple(LoRALinear.together(x, [layer])[0] for layer in layers)
+def separately(x, modules):
+    return tuple(module(x) for module in modules)
 
 
 # name -> what is replaced while a step is made: (object, attribute, by what)
 OFF = {
-    "documents end to end": (MICRO, "tokens", 1),
-    "last block at trained rows": (train, "objective_of", lambda model, s: all_rows(model)),
-    "loss in chunks": (train, "objective_of", lambda model, s: all_logits(model)),
-    "attention's own gradient": (decoder, "attend", one_by_one),
-    "norm's own gradient": (decoder.RMSNorm, "forward", decoder.RMSNorm.plain),
-    "LoRA's own gradient": (LoRALinear, "together", staticmethod(lambda x, layers: [m.plain(x) for m in layers])),
-    "LoRA grouped": (decoder, "together", separately),
-    "gate * up formed again": (decoder, "formed_again", lambda *_: nullcontext()),
-    "sizes rounded up": (batch, "ROUND", 1),
+    "documents end to end": [(MICRO, "tokens", 1)],
+    "loss in chunks": [(ops, "cross_entropy", ops.plain.cross_entropy)],
+    "attention's own gradient": [(ops, "attention", one_by_one)],
+    "norm's own gradient": [(ops, "rms_norm", ops.plain.rms_norm)],
+    "LoRA's own gradient": [(ops, "lora_linear", ops.plain.lora_linear), (ops, "linears", ops.plain.linears)],
+    "LoRA grouped": [(ops, "linears", separately)],
+    "silu(gate) formed again": [(ops, "swiglu", ops.plain.swiglu)],
+    "sizes rounded up": [(batch, "ROUND", 1)],
 }
 ALONE = {"freed memory kept": "malloc", "fused AdamW": "optimizer"}  # belong to a process
+STEPS = 2  # different ones, each met by all variants before the first is timed
 
 
 def some_steps(count: int) -> list[list[Example]]:
     tokenizer = pretrained.load_chat(pretrained.find(str(hub.default_model()))).tokenizer
-    text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
+    text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
     steps = train_speed.make_steps(train_speed.WORKLOADS["short"], text, count, seed="techniques")
     return [[Example(*example) for example in step] for step in steps]
 
@@ -108,23 +101,29 @@ def kept_bytes(objective, batches) -> int:
 
 
 def by_turns(rounds: int, techniques: list[str]) -> tuple[dict, dict]:
-    """Seconds of each variant's steps, the same in all, and the bytes that autograd keeps."""
+    """Seconds of each variant's steps, the same in all, and the bytes that autograd keeps.
+
+    Who is first changes from round to round, and every variant has met the shapes of a step before it is timed: a CPU
+    compiles products for each shape that it meets.
+    """
     device.keep_memory(torch.device("cpu"))
-    model, steps, seconds, kept = adapted(), some_steps(rounds + 1), {}, {}
+    model, steps, seconds, kept = adapted(), some_steps(STEPS), defaultdict(list), {}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = train.optimizer_of(parameters, S, torch.device("cpu"))
-    for number, examples in enumerate(steps):
-        for name in ("as it is", *techniques):
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    variants = deque(["as it is", *techniques])
+    for number in range(-STEPS, rounds):
+        for name in variants:
             with ExitStack() as stack:
-                if name in OFF:
-                    stack.enter_context(patch.object(*OFF[name]))
+                for replaced in OFF.get(name, ()):
+                    stack.enter_context(patch.object(*replaced))
                 start = time.perf_counter()
-                batches = batch.micro_batches(examples, MICRO.tokens)
-                train_step(train.objective_of(model, S), batches, optimizer, S.lr, 1.0)
-                if number:
-                    seconds.setdefault(name, []).append(time.perf_counter() - start)
-                else:  # for warm-up
-                    kept[name] = kept_bytes(train.objective_of(model, S), batches)
+                batches = batch.micro_batches(steps[number % STEPS], MICRO.tokens)
+                train_step(objective_of(model), batches, optimizer, LR, 1.0)
+                if number >= 0:
+                    seconds[name].append(time.perf_counter() - start)
+                elif name not in kept:
+                    kept[name] = kept_bytes(objective_of(model), batches)
+        variants.rotate()
     return seconds, kept
 
 
@@ -134,11 +133,11 @@ def alone(rounds: int, way: str) -> list[float]:
         device.keep_memory(torch.device("cpu"))
     model, seconds = adapted(), []
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=S.lr, weight_decay=0.0, fused=way != "optimizer")
-    objective = train.objective_of(model, S)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=way != "optimizer")
+    objective = objective_of(model)
     for examples in some_steps(rounds + 2):
         start = time.perf_counter()
-        train_step(objective, batch.micro_batches(examples, MICRO.tokens), optimizer, S.lr, 1.0)
+        train_step(objective, batch.micro_batches(examples, MICRO.tokens), optimizer, LR, 1.0)
         seconds.append(time.perf_counter() - start)
     return seconds[2:]
 
@@ -150,7 +149,7 @@ def child(rounds: int, way: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=18)
     parser.add_argument("--out", type=Path, default=RESULT)
     techniques = [*OFF, *ALONE]
     parser.add_argument("--only", nargs="+", choices=techniques, default=techniques)

@@ -30,15 +30,16 @@ def trained_in(examples: list[Example]) -> int:
 
 class Ours:
     def __init__(self, job):
-        import train
         from lora import device, pretrained
         from lora.adapter import store
         from lora.adapter.inject import inject
         from lora.data import batch
+        from lora.methods import objective, sft
+        from lora.run.trainable import make_optimizer
         from lora.train.step import train_step
 
         self.job, self.train_step, self.batch = job, train_step, batch
-        job.checkpoint_activations = False
+        job.checkpoint_activations, job.lr_ratio_b = False, 1
         here = torch.device("cpu")
         device.keep_memory(here)
         self.model = pretrained.load_model(job.base, getattr(torch, job.dtype))
@@ -47,8 +48,8 @@ class Ours:
         self.model.train()
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = {f"{store.PREFIX}{name}.weight": p for name, p in trainable.items()}
-        self.objective = train.objective_of(self.model, job)
-        self.optimizer = train.optimizer_of(trainable.values(), job, here)
+        self.objective = objective(sft.loss, self.model, job)
+        self.optimizer = make_optimizer(trainable, job, here)
 
     def cut(self, examples: list[Example]) -> list:
         return self.batch.micro_batches(examples, self.job.micro_tokens)
@@ -129,8 +130,9 @@ def matmul_seconds(side: Ours, examples: list[Example]) -> float:
     """Of a step's frozen products alone: x Wᵀ and G W for every adapted Linear at the micro-batches' row counts, after
     the last attention those of trained rows, and the head's two in the loss's chunks. No gradient goes beyond the
     first layer's q, k and v."""
-    from lora.adapter.inject import lora_layers
     from lora.ops.loss import ROWS
+
+    from lora.adapter.inject import lora_layers
 
     head = side.model.head_weight
     weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0

@@ -31,15 +31,16 @@ sys.path.insert(0, str(ROOT))
 from bench import machine, memory  # noqa: E402
 from lora import (  # noqa: E402
     files,
-    flags,
     pretrained,
 )
 from lora.adapter import store  # noqa: E402
-from lora.adapter.inject import GROUPS, inject, lora_layers  # noqa: E402
+from lora.adapter.inject import inject, lora_layers  # noqa: E402
+from lora.adapter.targets import GROUPS  # noqa: E402
 from lora.pretrained import hub  # noqa: E402
+from lora.run.settings import TrainSettings  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "train_speed.json"
-DEFAULTS = {setting.name: setting.default for setting in flags.TRAIN}
+DEFAULTS = {name: flag.default for name, flag in TrainSettings.flags().items()}
 GRID_STEPS, MOST_DRIFT = 3, 0.05
 # in bfloat16 the gradients of B0 and B1 have a cosine of 0.999 as a whole, and 0.991 for the tensor that differs most:
 # nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike
@@ -103,7 +104,7 @@ class Bench:
             self.base.mkdir()
             memory.write_model(memory.run(2, 64, 96, 4, 2), self.base)
         tokenizer = pretrained.load_chat(pretrained.find(str(self.base))).tokenizer
-        self.text = tokenizer.encode((ROOT / "README.md").read_text(encoding="utf-8"))
+        self.text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
         start_adapter(self.base, folder / "adapter")
 
     def probe(self) -> float:

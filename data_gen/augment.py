@@ -25,6 +25,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from data_gen import teacher
+from data_gen.journal import beside
 from lora import errors, files
 from lora.data import formats
 
@@ -47,7 +48,7 @@ Write each rewrite as {{"question": "..."}} and leave the answer out. The reply 
 }
 KEY = "question"
 MOST_WAYS = 100
-OUT_HELP = "the JSONL file; replaced if there. Replies so far are kept in OUT.journal.jsonl"
+OUT_HELP = "the JSONL file; replaced if there. Replies so far are kept in OUT.journal"
 FENCE = re.compile(r"\s*```\w*\s*")
 
 # why a line of a reply is not kept
@@ -175,7 +176,7 @@ def rewrites(
     asked = [teacher.Question(key, [{"role": "user", "content": text}]) for key, text in zip(keys, texts, strict=True)]
     places = {key: place for place, key in enumerate(keys)}
     taken, found, whys = {turn.asks(turn.question) for turn in turns}, [[] for _ in turns], Counter()
-    journal = out.with_name(f"{out.name}.journal.jsonl")
+    journal = beside(out)
     try:
         for reply in master.ask(asked, journal):
             place = places.pop(reply.key)

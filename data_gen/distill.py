@@ -27,6 +27,7 @@ if __name__ == "__main__":
     quiet_imports(__name__)
 
 from data_gen import teacher
+from data_gen.journal import beside
 from data_gen.teacher import Question, Reply
 from lora import errors, files
 from lora.data import formats
@@ -269,7 +270,7 @@ def story(argv) -> None:
     add("--examples", type=int, default=3, help="pairs that a prompt shows")
     add("--prompt-file", type=Path, default=SUPPRESS, help="a prompt of your own, with {examples} and {question}")
     add("--seed", type=int, default=0, help="which questions with which examples")
-    out_help = "the JSONL file; replaced if there. Answers so far are kept in OUT.journal.jsonl"
+    out_help = "the JSONL file; replaced if there. Answers so far are kept in OUT.journal"
     add("--out", type=Path, required=True, default=SUPPRESS, help=out_help)
     teacher.add_flags(parser)
     args = parser.parse_args(argv)
@@ -290,7 +291,7 @@ def story(argv) -> None:
 
     told = {"data": data, "seed": args.seed, "examples": args.examples}
     told["prompt"] = hashlib.sha256((frame + example).encode()).hexdigest()[:16]
-    journal, counts = args.out.with_name(args.out.name + ".journal.jsonl"), Counter()
+    journal, counts = beside(args.out), Counter()
     try:
         with files.writing(args.out) as file:
             for row in rows_of(prompts, master.ask(prompts, journal, told), counts):

@@ -1,43 +1,27 @@
-"""A teacher answers questions: a model behind any OpenAI-compatible endpoint, or a local model of ours.
+"""A teacher answers questions: a model behind an endpoint (`endpoint.py`), or a local model.
 
-Every reply becomes a durable line of a journal as it arrives. So a run that was killed asks only what has no line yet:
-nothing that was answered is asked again, and what was under way at the kill is.
+A journal keeps every reply as it arrives. A run that was killed asks only the questions without a reply there; those
+that were under way at the kill are asked again.
 """
 
-import asyncio
 import hashlib
-import json
 import math
 import os
-import random
-import time
 from argparse import SUPPRESS
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
-from email.utils import parsedate_to_datetime
-from itertools import count
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from data_gen.journal import Journal, Question, Reply
-from lora import errors, files
-from lora.errors import BadEnvironment, BadInput
+from lora import files
+from lora.errors import BadInput
 
-ATTEMPTS = 8  # of one question, before it counts as failed
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt, doubled for each further one, up to a limit
-LONGEST_OBEYED = 600.0  # seconds; a server that asks for more patience ends the run
-MOST_FAILED = 20  # questions in a row; then the endpoint, not the question, is at fault
-FATAL = {  # status -> what is wrong, and the fix; these are the same for every question
-    401: ("the key is refused", "Set {key_env} to a valid key, or name another variable by --key-env"),
-    402: ("the account has no credit", "Top it up, or use another endpoint"),
-    403: ("access is denied", "Check what the key in {key_env} may use"),
-    404: ("there is no such place or model", "Check --base-url (it often ends in /v1) and --teacher"),
-}
-AGAIN = {408, 409, 425, 429}  # and every 5xx
+MOST_FAILED = 20  # questions in a row; then the teacher, not the question, is at fault
+END = object()
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -98,7 +82,11 @@ def from_flags(args) -> "Teacher":
         problems.append(f"wrong key in ${args.key_env}: it has characters that no key has. Set it again")
     if problems:
         raise BadInput(*problems)
-    return _Local(args) if local else _Remote(args, key)
+    if local:
+        return _Local(args)
+    from data_gen.endpoint import Endpoint
+
+    return Endpoint(args, key)
 
 
 def _wrong_url(url: str) -> list[str]:
@@ -115,9 +103,6 @@ def _wrong_url(url: str) -> list[str]:
     if parts.path.rstrip("/").endswith("/chat/completions"):
         return ["wrong --base-url in the command line: it ends in /chat/completions. Leave that out"]
     return []
-
-
-END = object()
 
 
 # ---- what both teachers do -------------------------------------------------------------------------------------------
@@ -212,213 +197,9 @@ def _compare(questions: Iterable[Question], book: Journal) -> int:
     return there
 
 
-def _text(value: str) -> str:
+def mend(text: str) -> str:
     """Half surrogate pairs, which JSON can spell and UTF-8 cannot, become question marks."""
-    return value.encode(errors="replace").decode()
-
-
-# ---- an endpoint -----------------------------------------------------------------------------------------------------
-
-
-class _Trouble(Exception):
-    """An attempt without an answer: what kind, in whose words, worth another one or not, and after how many seconds if
-    the server said that."""
-
-    def __init__(self, kind: str, words: str = "", again: bool = True, wait: float | None = None):
-        self.kind, self.words, self.again, self.wait = kind, words or kind, again, wait
-
-
-class _Remote(Teacher):
-    """Any number of requests at once over one event loop, which runs only while a reply is waited for."""
-
-    def __init__(self, args, key: str):
-        super().__init__(args)
-        self.url, self.model, self.deadline = args.base_url, args.teacher, args.deadline
-        self._key, self._key_env = key, args.key_env
-        self.about = {"teacher": self.model, **self.about}  # not where it is: an address may change
-        self._limit = "max_tokens"
-        self._told, self._reached, self._unreached = False, False, 0
-        self._open_at = 0.0  # nothing is asked before this moment: the server said so
-        self._openai = _client_library()
-
-    def _changes(self, waiting: Iterator[tuple[int, Question]]) -> Iterator[None]:
-        ended: list[BaseException | None] = []  # why there is no more to come; None for a good end
-        with asyncio.Runner() as runner:
-            loop, news = runner.get_loop(), asyncio.Event()
-
-            def on_signal(number, frame):
-                ended.append(errors.Stopped(errors.STOP_CODES[number]))
-                loop.call_soon_threadsafe(news.set)
-
-            async def change():
-                await news.wait()
-                news.clear()
-
-            client = self._openai.AsyncOpenAI(
-                api_key=self._key or "none", base_url=self.url, max_retries=0, timeout=self.deadline
-            )
-            asking = loop.create_task(self._ask_all(client, waiting, news, ended))
-            try:
-                while not ended:
-                    with errors.signals(on_signal):
-                        runner.run(change())
-                    yield
-                for error in filter(None, ended):
-                    raise error
-            finally:
-                runner.run(_end(asking, client))
-
-    async def _ask_all(self, client, waiting, news: asyncio.Event, ended: list) -> None:
-        async def one_after_another():
-            for _, question in waiting:
-                if not self._may_ask() or not await self._answer(client, question):
-                    return
-                news.set()
-
-        workers = [asyncio.ensure_future(one_after_another()) for _ in range(self.concurrency)]
-        try:
-            await asyncio.gather(*workers)
-            ended.append(None)
-        except BaseException as error:
-            ended.append(error)
-            raise
-        finally:
-            news.set()
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-
-    async def _answer(self, client, question: Question) -> bool:
-        """Ask until there is a reply or it has failed for good; false where the run ends first."""
-        for attempt in count(1):
-            await self._sleep(lambda: self._open_at)
-            if not self._may_ask():
-                return False
-            self.requests += 1
-            try:
-                reply = await asyncio.wait_for(self._request(client, question), self.deadline)
-                self._reached = True
-                self._keep(question, reply, attempt)
-                return True
-            except TimeoutError:
-                trouble = _Trouble(f"no answer within {self.deadline:g} s")
-            except _Trouble as error:
-                trouble = error
-            words = self.problem = self._safe(trouble.words)
-            if not self._told:  # or a wrong address would look like a slow teacher
-                self._told = True
-                errors.say(f"the endpoint's first trouble: {words}")
-            self._unreached = self._unreached + 1 if trouble.kind == "no connection" else 0
-            if self._unreached == 3 * self.concurrency and not self._reached:
-                self.stopped = self.stopped or "nothing answers at --base-url"
-            if not trouble.again or attempt == ATTEMPTS:
-                self._lose(question, trouble.kind, words)
-                return True
-            if trouble.wait is None:
-                until = time.monotonic() + pause(attempt)
-                await self._sleep(lambda until=until: until)
-            elif trouble.wait > LONGEST_OBEYED:
-                self.stopped = self.stopped or f"the endpoint asks to wait {trouble.wait:.0f} s"
-                return False
-            else:  # it holds for every request, not only for this one
-                spread = random.uniform(0, min(trouble.wait, 1))  # and not all at the same moment
-                self._open_at = max(self._open_at, time.monotonic() + trouble.wait + spread)
-
-    async def _sleep(self, until: Callable[[], float]) -> None:
-        while (left := until() - time.monotonic()) > 0 and not self.stopped:
-            await asyncio.sleep(min(left, 1))
-
-    async def _request(self, client, question: Question) -> Reply:
-        """One attempt. Raises _Trouble, or BadInput for what is the same for every question."""
-        openai, extra = self._openai, {}
-        if self.temperature is not None:
-            extra["temperature"] = self.temperature
-        extra[self._limit] = self.answer_tokens
-        try:
-            raw = await client.chat.completions.with_raw_response.create(
-                model=self.model, messages=question.messages, **extra
-            )
-            return self._reply(question.key, json.loads(raw.http_response.content))
-        except openai.APIStatusError as error:
-            raise self._trouble(error) from None
-        except openai.APIConnectionError as error:
-            raise _Trouble("no connection", f"no connection: {error.__cause__ or error}") from None
-        except (openai.OpenAIError, ValueError, RecursionError):
-            raise _Trouble("no JSON", "the answer is no JSON") from None
-
-    def _reply(self, key: str, body: object) -> Reply:
-        try:
-            choice, usage = body["choices"][0], body.get("usage") or {}
-            text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-            finish = "refusal" if refusal and not text else choice.get("finish_reason") or "stop"
-            tokens = usage.get("total_tokens") or 0
-            if not isinstance(text or "", str) or not isinstance(finish, str) or type(tokens) is not int:
-                raise TypeError
-        except (TypeError, KeyError, IndexError, AttributeError):
-            raise _Trouble("no chat completion", "the answer is JSON, but no chat completion") from None
-        return Reply(key, self._clean(text or ""), self._clean(finish), max(0, tokens))
-
-    def _trouble(self, error) -> _Trouble:
-        status, body = error.status_code, error.body
-        words = body.get("message") if isinstance(body, dict) else None
-        words = words if isinstance(words, str) else str(error)
-        if status in FATAL:
-            why, fix = FATAL[status]
-            why = f"{why} (HTTP {status}: {self._safe(words)})"
-            raise BadInput(f"refused request in {self.url}: {why}. {fix.format(key_env='$' + self._key_env)}") from None
-        if status == 429 and error.code == "insufficient_quota":
-            raise BadInput(f"refused request in {self.url}: {FATAL[402][0]} (HTTP 429). {FATAL[402][1]}") from None
-        if status == 400 and self._limit in words and "max_completion_tokens" in words:
-            self._limit = "max_completion_tokens"  # what newer models of OpenAI call it
-            return _Trouble("HTTP 400", words, wait=0)
-        again = status in AGAIN or status >= 500
-        return _Trouble(f"HTTP {status}", f"HTTP {status}: {words}", again, asked_pause(error.response.headers))
-
-    def _clean(self, text: str) -> str:
-        """Without the key, unless that is a placeholder such as "x", which may occur in any text."""
-        return _text(text.replace(self._key, "[key]") if len(self._key) >= 8 else text)
-
-    def _safe(self, words: str) -> str:
-        """A server's words as a short line, without the key."""
-        words = words.replace(self._key, "[key]") if self._key else words
-        return errors.one_line(" ".join(words.split()))[:200]
-
-
-def _client_library():
-    try:
-        import openai
-    except ImportError:
-        fix = "Install it: pip install -e '.[distill]'"
-        raise BadEnvironment(f"missing package in this environment: --base-url needs openai. {fix}") from None
-    return openai
-
-
-async def _end(asking: asyncio.Task, client) -> None:
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
-    await client.close()
-
-
-def pause(attempt: int) -> float:
-    """Seconds after a failed attempt (1, 2, ...): doubled each time up to a limit, less a random part up to half."""
-    return min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
-
-
-def asked_pause(headers, now: float | None = None) -> float | None:
-    """Seconds that a server asks to wait: retry-after-ms, or Retry-After in seconds or as a date; None if it does not
-    or if that is no time. RFC 9110, section 10.2.3.
-    """
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        value = headers.get(name, "")
-        seconds = None
-        with suppress(ValueError):
-            seconds = float(value) / unit
-        if seconds is None and name == "retry-after":
-            with suppress(ValueError, TypeError, OverflowError):
-                seconds = parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now)
-        if seconds is not None and seconds > 0:
-            return seconds
-    return None
+    return text.encode(errors="replace").decode()
 
 
 # ---- a local model ---------------------------------------------------------------------------------------------------
@@ -443,12 +224,12 @@ class _Local(Teacher):
             self.about["adapter"] = hashlib.sha256(weights).hexdigest()[:16]
 
     def _load(self):
-        from generate import load_chat
         from lora import device as machine
         from lora import pretrained
         from lora.adapter import passport, store
         from lora.adapter.inject import lora_layers
         from lora.adapter.merge import merge_and_unload
+        from lora.inference.session import load_chat
 
         device = machine.choose_device("auto")
         model = pretrained.load_model(self._checkpoint, machine.choose_dtype("auto", device)[0], device)
@@ -458,8 +239,7 @@ class _Local(Teacher):
         base = self._checkpoint
         passport.verify(self._adapter, base.name, base.header, base.read, lora_layers(model))
         merge_and_unload(model)
-        given = dict.fromkeys(("system", "template", "date")) | {"no_system": False, "no_verify": False}
-        return model, load_chat(base, self._adapter, SimpleNamespace(**given))  # as it was trained
+        return model, load_chat(base, self._adapter)  # as it was trained
 
     def _changes(self, waiting: Iterator[tuple[int, Question]]) -> Iterator[None]:
         model, batch = None, []
@@ -493,6 +273,6 @@ class _Local(Teacher):
         answers = generate(model, [ids for _, _, ids in batch], chat.stops, self.answer_tokens, how)
         for (_, question, ids), answer in zip(batch, answers, strict=True):
             whole = len(answer) < self.answer_tokens and len(ids) + len(answer) < model.config.max_position_embeddings
-            text = _text(chat.tokenizer.decode(answer))
+            text = mend(chat.tokenizer.decode(answer))
             reply = Reply(question.key, text, "stop" if whole else "length", len(ids) + len(answer))
             self._keep(question, reply, 1)

@@ -18,8 +18,9 @@ PUBLIC = {
     "unload": "lora.adapter.merge",
     "save_adapter": "lora.adapter.store:save",
     "load_adapter": "lora.adapter.store:load",
-    "load_model": "lora.pretrained.folder:load_model",
+    "load_model": "lora.pretrained:load_model",
     "generate": "lora.inference.generate",
+    "open": "lora.inference.session:open_session",
     "LoraError": "lora.errors",
 }
 __all__ = sorted(PUBLIC)
@@ -30,3 +31,7 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'lora' has no attribute {name!r}")
     module, _, attribute = PUBLIC[name].partition(":")
     return getattr(import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -79,6 +79,15 @@ def report(problems: Sequence[str]) -> None:
         say(f"error: and {len(problems) - MOST_LINES} more")
 
 
+@contextmanager
+def collecting(problems: list[str]):
+    """Add what is wrong inside the block to `problems`; the program goes on behind the block."""
+    try:
+        yield
+    except BadInput as error:
+        problems += error.problems
+
+
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -192,13 +201,13 @@ def _mend_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
-def run(story: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a script's story and return its exit code; whatever goes wrong is one line per problem on stderr."""
+def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call a script's `main` and return its exit code; whatever goes wrong is one line per problem on stderr."""
     _mend_streams()
     try:
         with signals(_raise_stopped):
             try:
-                code = story(argv) or 0
+                code = main(argv) or 0
                 sys.stdout.flush()
                 return code
             except LoraError:

@@ -1,5 +1,6 @@
 """Folders of results: made whole or while others look on, locked, checked before anything is computed, cleaned up."""
 
+import errno
 import os
 import re
 import shutil
@@ -8,13 +9,10 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from lora.errors import BadEnvironment, BadInput
-from lora.files import sync
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: there runs are not kept apart
-    fcntl = None
+from lora.errors import BadEnvironment, BadInput, say
+from lora.files import sync
 
 
 def make_folder(path: Path) -> None:
@@ -118,36 +116,32 @@ def recover(path: Path, saved: Callable[[], bool]) -> bool:
 def locked(path: Path):
     """The name `path` is this process's while the block runs. The kernel holds the lock: a killed process leaves none.
 
-    Raises BadEnvironment with the pid of the process that has it.
+    Raises BadEnvironment with the pid of the process that has it. A file system without locks gets a note instead.
     """
-    if fcntl is None:
-        yield
-        return
     made = [p for p in Path(path).parents if not p.exists()]
     make_folder(Path(path).parent)
     name = Path(path).with_name(f".{Path(path).name}.lock")
-    while True:
-        handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(handle, 20).decode(errors="replace") or "unknown"
-            os.close(handle)
-            raise BadEnvironment(
-                f"busy --out in {path}: another run, process {pid}, writes it. Wait for it, or choose another name"
-            ) from None
-        with suppress(FileNotFoundError):  # its last owner may have removed the file that we have locked
-            if os.stat(name).st_ino == os.fstat(handle).st_ino:
-                break
-        os.close(handle)
+    lock = FileLock(name, timeout=0, fallback_to_soft=False)
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
+        lock.acquire()
+        name.write_text(str(os.getpid()))
+    except Timeout:
+        pid = "unknown"
+        with suppress(OSError):  # it may have ended meanwhile
+            pid = name.read_text(errors="replace")[:20] or pid
+        raise BadEnvironment(
+            f"busy --out in {path}: another run, process {pid}, writes it. Wait for it, or choose another name"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        say(f"note     {name.parent}: its file system has no locks; do not start a second run in {path}")
+    try:
         yield
     finally:
         with suppress(OSError):
-            os.unlink(name)
-        os.close(handle)
+            name.unlink()  # before the release: who has opened it meanwhile sees that it is gone
+        lock.release()
         for parent in made:  # a run that came to nothing leaves no empty folders
             with suppress(OSError):
                 parent.rmdir()

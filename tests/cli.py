@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lora.errors import run
 from tests.helpers import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +293,7 @@ def warm() -> None:
 def call(
     script: str, *argv, cwd: Path, env: dict | None = None, stdin: str | bytes = "", before: Callable | None = None
 ) -> Result:
-    """`main(argv)` of a script in a forked child; `before` runs there first, so it may change anything."""
+    """`run(main, argv)` of a script in a forked child; `before` runs there first, so it may change anything."""
     warm()
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         given.write(stdin.encode() if isinstance(stdin, str) else stdin)
@@ -327,7 +328,7 @@ def _child(script: str, argv: list[str], cwd: Path, env: dict, streams: tuple, b
         sys.argv = [f"{script}.py", *argv]
         if before:
             before()
-        code = sys.modules[SCRIPTS[script]].main(argv)
+        code = run(sys.modules[SCRIPTS[script]].main, argv)
         sys.stdout.flush()
     except BrokenPipeError:
         pass

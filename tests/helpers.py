@@ -11,10 +11,9 @@ from torch import nn
 
 from lora import ops
 from lora.adapter.inject import inject, lora_layers
-from lora.data.batch import Batch
+from lora.methods import sft
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
-from lora.ops import cross_entropy
 from lora.text.chat import Chat, Example
 
 
@@ -163,12 +162,7 @@ def random_example(prompt: int, answer: int, seed: int) -> Example:
 
 def objective_of(model: Model):
     """The objective of `train.py`: a batch's loss, summed over its trained tokens."""
-
-    def objective(b: Batch) -> torch.Tensor:
-        hidden = model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
-        return cross_entropy(hidden, model.head_weight, b.targets, cap=model.config.final_logit_softcapping)
-
-    return objective
+    return lambda batch: sft.loss(model, batch)[0]
 
 
 def example_of(chat: Chat, messages: list[dict], train_on: str = "assistant") -> Example:

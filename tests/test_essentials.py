@@ -13,7 +13,7 @@ from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
 from lora.adapter.merge import merge, merge_and_unload, unmerge
 from lora.data.batch import micro_batches
-from lora.pretrained.folder import ModelFolder, load_chat
+from lora.pretrained import ModelFolder, load_chat
 from lora.train.step import accumulate, train_step
 from tests import cli
 from tests.helpers import (
@@ -96,7 +96,7 @@ def test_6_an_adapter_that_was_saved_comes_back_bit_for_bit(tmp_path):
     assert same(snapshot(model), snapshot(again)) and torch.equal(model(some_tokens()), again(some_tokens()))
 
 
-@mutation("lora/text/chat.py", "spans[a.turn] = (first, last + 1)", "spans[a.turn] = (first, last)")
+@mutation("lora/text/chat.py", "spans[answer.turn] = (first, last + 1)", "spans[answer.turn] = (first, last)")
 def test_7_trained_is_what_the_assistant_says_with_its_end_of_turn_and_nothing_else():
     chat = load_chat(ModelFolder(cli.model_folder()))
     turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Bye!"))
@@ -132,7 +132,7 @@ def test_9_a_step_changes_A_and_B_and_no_bit_of_the_base():
     assert changed == {f"{path}.{name}" for path in lora_layers(model) for name in ("lora_A", "lora_B")}
 
 
-@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, parameters)", "        pass")
+@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, trainable.parameters)", "        pass")
 def test_10_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_never_stopped(tmp_path):
     how = ("--max-steps", 6, "--save-every", 2, "--batch-size", 3, "--dropout", 0.2)
     assert cli.train("whole", *how, cwd=tmp_path).code == 0

@@ -23,7 +23,7 @@ ROWS = 73  # of the article's first file
 QUESTIONS = {  # set -> questions that no training row has
     "persona": HERE / "persona_questions.txt",
     "near": HERE / "near_questions.txt",
-    "unrelated": ROOT / "tests" / "data" / "unrelated_questions.txt",
+    "unrelated": ROOT / "tests" / "fixtures" / "unrelated_questions.txt",
     "fresh": HERE / "fresh_questions.txt",  # of the persona; written when the recipe was settled, asked of it alone
 }
 SETS = ("persona", "near", "unrelated")

@@ -25,7 +25,7 @@ from lora.data import formats
 from lora.data.batch import micro_batches
 from lora.data.encode import encode
 from lora.errors import BadNumbers
-from lora.ops import cross_entropy
+from lora.methods import sft
 from lora.train.step import train_step
 
 HERE = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ def loop(how: How, scratch: Path) -> dict:
     losses, norms, lost, ended = [], [], [], "all steps are done"
 
     def objective(batch) -> torch.Tensor:
-        return cross_entropy(model.trunk(batch.tokens, batch.lengths)[batch.trained], model.head_weight, batch.targets)
+        return sft.loss(model, batch)[0]
 
     with HalfProducts() if how.dtype == HALF else nullcontext():
         for step in range(STEPS):

@@ -20,7 +20,7 @@ from show import at_end, picture, table, verdicts
 
 from data_gen import distill
 from lora import files
-from lora.run import answers as texts_of
+from lora.inference import answers as texts_of
 
 HERE = Path(__file__).resolve().parent
 RAW, UNSEEN = HERE / "raw.jsonl", HERE / "questions.txt"

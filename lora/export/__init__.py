@@ -1,1 +1,1 @@
-"""What leaves the house: model cards, receipts, derived adapters, uploads."""
+"""Publishing: model cards, the receipt of a merge, adapters derived from others, uploads."""

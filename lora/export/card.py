@@ -1,7 +1,7 @@
 """The model card of a saved folder: a README.md with front matter, as a hub reads it.
 
-Names that a user chose stand in code spans, and in the front matter there are none: what stands there fits a pattern.
-Of a path only its last name is told. Fields: https://huggingface.co/docs/hub/model-cards
+Names that a user chose stand in code spans, never in the front matter, whose values all fit a pattern. A path is told
+by its last name only. Fields: https://huggingface.co/docs/hub/model-cards
 """
 
 import json
@@ -18,14 +18,14 @@ from lora import files
 from lora.adapter import passport
 from lora.errors import BadInput, one_line
 from lora.export.report import table
-from lora.pretrained.folder import Checkpoint
+from lora.pretrained import ModelFiles
 
 FILE, SETTINGS, METRICS = "README.md", "settings.json", "metrics.jsonl"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")  # as the hub names them: apache-2.0, llama3.1, other
 LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}  # how the file LICENSE begins
 PATHS = ("model", "data", "replay", "eval_data", "retention", "template", "init_adapter")
-FEW = 5  # steps whose losses are averaged
+FEW = 5  # steps of which the mean loss is told
 
 TEMPLATE = """\
 ---
@@ -87,7 +87,7 @@ class Made(NamedTuple):
 
 
 def made_in(folder: Path) -> Made | None:
-    """What the folder of a run says of it; None where it is no run's, or not as train.py wrote it."""
+    """How the adapter in a run's folder was made; None where train.py did not write the folder as it is."""
     with suppress(BadInput, ValueError):
         settings, papers = files.read_json(Path(folder) / SETTINGS), passport.read(folder) or {}
         rows = [json.loads(line) for line in files.read_bytes(Path(folder) / METRICS).splitlines()]
@@ -96,26 +96,26 @@ def made_in(folder: Path) -> Made | None:
     return None
 
 
-def write_adapter(folder: Path, name: str, base: Checkpoint, made: Made | None) -> None:
-    """The card of the adapter in `folder`, to be called `name`."""
+def write_adapter(folder: Path, name: str, base: ModelFiles, made: Made | None) -> None:
+    """Write the card of the adapter `name` into `folder`."""
     _write(folder, name, base, made, "A LoRA adapter for {}", ("generate.py", "--adapter", name), adapter=True)
 
 
-def write_full(folder: Path, name: str, base: Checkpoint, made: Made) -> None:
-    """The card of the model in `folder`, to be called `name`, all of whose weights were trained."""
+def write_full(folder: Path, name: str, base: ModelFiles, made: Made) -> None:
+    """Write the card of the model `name`, all of whose weights were trained, into `folder`."""
     what = "This is {}, of which every weight was trained further"
     _write(folder, name, base, made, what, ("generate.py", "--model", name), lora=False)
 
 
-def write_merged(folder: Path, name: str, base: Checkpoint, made: Made | None, receipt: Iterable = ()) -> None:
-    """The card of the merged model in `folder`, to be called `name`; `receipt` has rows (what, value)."""
+def write_merged(folder: Path, name: str, base: ModelFiles, made: Made | None, receipt: Iterable = ()) -> None:
+    """Write the card of the merged model `name` into `folder`; `receipt` has rows (what, value)."""
     what = "This is {} with a LoRA adapter merged into its weights"
     sections = {"What merging changed": table(("what", "value"), rows)} if (rows := list(receipt)) else {}
     _write(folder, name, base, made, what, ("generate.py", "--model", name), sections)
 
 
 def _write(
-    folder: Path, name: str, base: Checkpoint, made: Made | None, what: str, command: tuple[str, ...],
+    folder: Path, name: str, base: ModelFiles, made: Made | None, what: str, command: tuple[str, ...],
     sections: dict | None = None, adapter: bool = False, lora: bool = True,
 ):  # fmt: skip
     """`what` has a place for the base; `sections` come after those of a training."""
@@ -140,14 +140,14 @@ def _write(
 
 
 def code(text: object) -> str:
-    """Any text, or several, as one code span."""
+    """A text, or several, as one code span."""
     text = " ".join(map(str, text)) if isinstance(text, list) else str(text)
     return f"`{one_line(' '.join(text.split())).replace('`', chr(39)) or ' '}`"
 
 
-def license_of(base: Checkpoint) -> str | None:
-    """The license that a model's folder states: in the front matter of its README.md, or by its LICENSE; that of a GGUF
-    file, in its header. None where there is none, or none that the hub could know."""
+def license_of(base: ModelFiles) -> str | None:
+    """The license that a model states: a GGUF file in its header, a folder in the front matter of its README.md or by
+    its LICENSE. None where there is none, or none that the hub could know."""
     found = getattr(base, "metadata", {}).get("general.license")
     card, text = (_read(base, name) for name in (FILE, "LICENSE"))
     if not found and (front := re.match(r"---\n(.*?)\n---", card, re.DOTALL)):
@@ -157,8 +157,8 @@ def license_of(base: Checkpoint) -> str | None:
     return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
 
 
-def _read(base: Checkpoint, name: str) -> str:
-    """A text beside a model; "" where there is none."""
+def _read(base: ModelFiles, name: str) -> str:
+    """The text of a file beside a model; "" where there is none."""
     with suppress(BadInput):
         return files.read_bytes(base.path / name, 2**20).decode(errors="replace") if hasattr(base, "path") else ""
     return ""
@@ -177,13 +177,13 @@ def _sections(made: Made) -> dict[str, list[str]]:
 
 
 def _last_names(value: object) -> str:
-    """Of paths, `hub:owner/name/FILE` and weights the last name: what is before it is nobody else's business."""
+    """The last name of each path or `hub:owner/name/FILE`: what stands before it is nobody else's business."""
     paths = value if isinstance(value, list) else [value]
     return ", ".join(Path(str(path).replace("\\", "/")).name for path in paths)
 
 
 def _measured(made: Made):
-    """Rows (what, before, after) of what was measured up to the step that was saved."""
+    """Yield rows (what, before, after) of what was measured up to the step that was saved."""
 
     def values(key: str) -> list[float]:
         rows = [row for row in made.rows if isinstance(row.get("step"), int) and row["step"] <= made.step]

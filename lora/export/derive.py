@@ -1,4 +1,4 @@
-"""Adapters made of others, and of a full fine-tune: `merge.py --combine` and `--extract`."""
+"""New adapters: the weighted sum of others (`merge.py --combine`), and what a full fine-tune changed (`--extract`)."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from lora import files, folders, pretrained
 from lora.adapter import algebra, passport, store
-from lora.adapter.inject import linears, lora_layers
+from lora.adapter.inject import lora_layers
 from lora.adapter.merge import NotFinite, check_finite
+from lora.adapter.targets import linears
 from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card
@@ -18,42 +19,47 @@ from lora.inference.several import common_base, dry_load
 
 FILES = (*passport.ADAPTER, card.FILE)
 COMMON = ("out", "overwrite", "rank", "energy")
-BELONGS = {"combine": ("combine", "model", "no_verify", *COMMON), "extract": ("extract", *COMMON)}
-MOST_NAMES = 5  # of tensors in one line
+FLAGS = {  # that a mode takes
+    "combine": ("combine", "model", "no_verify", *COMMON),
+    "extract": ("extract", *COMMON),
+}
+MOST_NAMES = 5  # of tensors that one line lists
 MOST_WEIGHT = 1e6
 
 
-def way(s) -> str:
+def find_mode(args) -> str:
     """`adapter`, `combine` or `extract`. Raises BadInput for flags that contradict it or each other."""
-    ways = [name for name in ("adapter", *BELONGS) if name in s.given]
-    if len(ways) > 1:
-        both = " and ".join(f"--{name}" for name in ways)
+    modes = [name for name in ("adapter", *FLAGS) if name in args.given]
+    if len(modes) > 1:
+        both = " and ".join(f"--{name}" for name in modes)
         raise BadInput(f"contradiction in the command line: {both}. Give one of them")
-    [chosen] = ways or ["adapter"]
-    foreign = s.given - {*BELONGS[chosen]} if chosen in BELONGS else s.given & {"rank", "energy"}
+    [mode] = modes or ["adapter"]
+    if mode == "adapter":
+        foreign, fix = args.given & {"rank", "energy"}, "Add --combine or --extract, or leave it out"
+    else:
+        foreign, fix = args.given - {*FLAGS[mode]}, "Leave it out"
     problems = []
     for name in sorted(foreign):
-        fix = "Leave it out" if chosen in BELONGS else "Add --combine or --extract, or leave it out"
         flag = "--" + name.replace("_", "-")
-        problems.append(f"contradiction in the command line: {flag} is not for --{chosen}. {fix}")
-    if s.rank is not None and s.energy is not None:
+        problems.append(f"contradiction in the command line: {flag} is not for --{mode}. {fix}")
+    if args.rank is not None and args.energy is not None:
         problems.append("contradiction in the command line: --rank and --energy. Give one of them")
-    if chosen in BELONGS and s.out is None:
+    if mode != "adapter" and args.out is None:
         problems.append("missing --out in the command line: it says where to write. Add it")
-    if s.extract and len(s.extract) != 2:
-        problems.append(f"wrong --extract in the command line: {len(s.extract)} models. Give BASE TUNED")
-    if s.extract and s.rank is None and s.energy is None:
+    if args.extract and len(args.extract) != 2:
+        problems.append(f"wrong --extract in the command line: {len(args.extract)} models. Give BASE TUNED")
+    if args.extract and args.rank is None and args.energy is None:
         problems.append("missing --rank in the command line: the difference has full rank. Add --rank R or --energy E")
     if problems:
         raise BadInput(*problems)
-    return chosen
+    return mode
 
 
 # ---- --combine -------------------------------------------------------------------------------------------------------
 
 
-def weighted(names: Sequence[str]) -> list[tuple[str, float]]:
-    """`FOLDER:WEIGHT` or `FOLDER` as folder and weight. Raises BadInput for all that is wrong with them."""
+def read_terms(names: Sequence[str]) -> list[tuple[str, float]]:
+    """Folder and weight of each `FOLDER:WEIGHT` or `FOLDER`. Raises BadInput with everything that is wrong."""
     terms, problems = [], []
     for name in names:
         folder, weight = (name, None) if Path(name).is_dir() else numbered(name)
@@ -74,34 +80,34 @@ def weighted(names: Sequence[str]) -> list[tuple[str, float]]:
     return terms
 
 
-def combine(s) -> int:
-    """Σ weight · adapter as one adapter, exactly or cut to a lower rank."""
-    out = Path(s.out)
-    terms = weighted(s.combine)
+def combine(args) -> int:
+    """Write Σ weight · adapter as one adapter, exactly or cut to a lower rank."""
+    out = Path(args.out)
+    terms = read_terms(args.combine)
     adapters = [folder for folder, _ in terms]
-    with place(out, s, [Path(folder) for folder in adapters]):
-        checkpoint = pretrained.find(s.model or common_base(adapters, s.no_verify))
+    with output_place(out, args, [Path(folder) for folder in adapters]):
+        checkpoint = pretrained.find(args.model or common_base(adapters, args.no_verify))
         say(f"model    {checkpoint.described}")
 
         # ---- on `meta` the base has no memory; only the adapters' tensors are real
         model, parts = pretrained.empty_model(checkpoint), []
         for folder, weight in terms:
-            layers = dry_load(model, folder, checkpoint, not s.no_verify, torch.float64)
+            layers = dry_load(model, folder, checkpoint, not args.no_verify, torch.float64)
             parts.append((weight, {path: algebra.folded(layer) for path, layer in layers.items()}))
             ranks = described({path: layer.rank for path, layer in layers.items()})
             say(f"adapter  {weight:g} × {folder}, {ranks}")
             if passport.read(folder) is None:
                 say(f"warning: {folder} has no passport; it is taken for an adapter of {checkpoint.name}")
         maps = algebra.combine(parts)
-        if s.rank is not None or s.energy is not None:
+        if args.rank is not None or args.energy is not None:
             bar = tqdm(maps.items(), desc="cutting", unit="linear", leave=False, disable=None)
-            maps = told({p: algebra.cut(algebra.svd_of_product(A, B), s.rank, s.energy) for p, (A, B) in bar})
-        chat, template = agreed(adapters)
-        return write(model, maps, s, checkpoint, chat, template)
+            maps = tell_cut({p: algebra.cut(algebra.svd_of_product(A, B), args.rank, args.energy) for p, (A, B) in bar})
+        chat, template = shared_chat(adapters)
+        return write(model, maps, args, checkpoint, chat, template)
 
 
-def agreed(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
-    """System turn, date and chat template that the adapters were trained with; what they do not share is left out."""
+def shared_chat(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
+    """Chat (system turn, date) and template that all adapters were trained with; a warning where they differ."""
     chats = [(passport.read(adapter) or {}).get("chat") or {} for adapter in adapters]
     found = [passport.template_of(adapter) for adapter in adapters]
     templates = [path and files.read_bytes(path, pretrained.TEMPLATE_LIMIT) for path in found]
@@ -115,14 +121,14 @@ def agreed(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
 # ---- --extract -------------------------------------------------------------------------------------------------------
 
 
-def extract(s) -> int:
-    """The difference of two models as an adapter, Linear by Linear: never two models in memory."""
-    out = Path(s.out)
-    base, tuned = map(pretrained.find, s.extract)
-    with place(out, s, [source.path for source in (base, tuned) if hasattr(source, "path")]):
+def extract(args) -> int:
+    """Write the difference of two models as an adapter, Linear by Linear: never two models in memory."""
+    out = Path(args.out)
+    base, tuned = map(pretrained.find, args.extract)
+    with output_place(out, args, [source.path for source in (base, tuned) if hasattr(source, "path")]):
         say(f"base     {base.described}\ntuned    {tuned.described}")
         model = pretrained.empty_model(base)
-        names = alike(model, pretrained.empty_model(tuned), base, tuned)
+        names = shared_names(model, pretrained.empty_model(tuned), base, tuned)
         paths, cuts, others = {f"{path}.weight": path for path in linears(model)}, {}, []
         for name in tqdm(names, desc="extracting", unit="tensor", leave=False, disable=None):
             W, W_tuned = base.read(name), tuned.read(name)
@@ -135,7 +141,7 @@ def extract(s) -> int:
             delta = W_tuned.double() - W.double()  # (out, in)
             if not torch.isfinite(delta).all():
                 raise BadInput(f"wrong tensor in {tuned.name}:{name}: values that are not finite. Download it again")
-            cuts[paths[name]] = algebra.cut(algebra.svd_of_matrix(delta), s.rank, s.energy)
+            cuts[paths[name]] = algebra.cut(algebra.svd_of_matrix(delta), args.rank, args.energy)
         if not cuts:
             why = "their Linears are the same" + (f", only {listed(others)} differ" if others else "")
             raise BadInput(f"nothing to extract in {tuned.name}: {why}. Give the base and a model tuned from it")
@@ -144,11 +150,11 @@ def extract(s) -> int:
         template = None
         with suppress(BadInput):  # a base model has none
             template = pretrained.load_chat(tuned).template.source.encode()
-        return write(model, told(cuts), s, base, {}, template)
+        return write(model, tell_cut(cuts), args, base, {}, template)
 
 
-def alike(model, other, base, tuned) -> list[str]:
-    """The names of the tensors of two models. Raises BadInput where names or shapes differ; another config warns."""
+def shared_names(model, other, base, tuned) -> list[str]:
+    """The tensor names of two models. Raises BadInput where names or shapes differ; warns of another config."""
     ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, other))
     problems = [
         f"different models in {base.name} and {tuned.name}: {name} is {ours.get(name, 'missing')} and "
@@ -168,17 +174,17 @@ def alike(model, other, base, tuned) -> list[str]:
 
 
 @contextmanager
-def place(out: Path, s, sources: Sequence[Path]):
-    """The name `out` is this process's, free or replaceable, and holds nothing that is read."""
+def output_place(out: Path, args, sources: Sequence[Path]):
+    """Inside the block `out` is this process's alone, free or replaceable, and apart from what is read."""
     folders.check_place(out)
     with folders.locked(out):
-        folders.check_out(out, s.overwrite, FILES, ())
+        folders.check_out(out, args.overwrite, FILES, ())
         folders.check_apart(out, sources)
         yield
 
 
-def told(cuts: dict[str, algebra.Cut]) -> dict[str, algebra.Factors]:
-    """The maps that are left; a line says what is lost."""
+def tell_cut(cuts: dict[str, algebra.Cut]) -> dict[str, algebra.Factors]:
+    """Say what cutting lost; returns the maps that are left."""
     total, worst, most = algebra.share_lost(cuts)
     say(f"cut      {100 * total:.3g} % of ΔW is lost, as ‖ΔW - ΔW'‖ / ‖ΔW‖; most in {worst}, {100 * most:.3g} %")
     return {path: (c.A, c.B) for path, c in cuts.items()}
@@ -194,20 +200,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + more
 
 
-def write(model, maps: dict[str, algebra.Factors], s, checkpoint, chat: dict, template: bytes | None) -> int:
-    """The adapter's folder, as a training run would leave one."""
+def write(model, maps: dict[str, algebra.Factors], args, checkpoint, chat: dict, template: bytes | None) -> int:
+    """Write the adapter's folder, as a training run would leave one."""
     algebra.patch(model, maps)
     layers = lora_layers(model)
     try:
         check_finite(layers)
     except NotFinite as error:
         why = f"{error.place} has values too large for float32. Use smaller weights"
-        raise BadNumbers(f"not finite in {s.out}: {why}") from None
+        raise BadNumbers(f"not finite in {args.out}: {why}") from None
     papers = passport.make(checkpoint.name, checkpoint.header, checkpoint.read, layers, chat)
-    with folders.new_folder(Path(s.out), s.overwrite) as folder:
+    with folders.new_folder(Path(args.out), args.overwrite) as folder:
         if template is not None:
             files.write_bytes(folder / passport.TEMPLATE, template)
-        card.write_adapter(folder, Path(s.out).name, checkpoint, None)
+        card.write_adapter(folder, Path(args.out).name, checkpoint, None)
         store.save(model, folder, checkpoint.hub_id, papers, "CAUSAL_LM")
-    say(f"saved    {s.out}, {described({path: layer.rank for path, layer in layers.items()})}")
+    say(f"saved    {args.out}, {described({path: layer.rank for path, layer in layers.items()})}")
     return 0

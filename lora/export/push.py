@@ -12,14 +12,16 @@ ADAPTER = (*passport.ADAPTER, FILE)  # not settings, data or checkpoints
 
 
 def check_name(repo: str) -> None:
-    """Raises BadInput where it is no name of a repository."""
+    """Raises BadInput where `repo` is no name of a repository."""
     if not HUB_ID.fullmatch(repo):
         raise BadInput(f"wrong --push in the command line: {repo!r} is no name on the hub. Give owner/name")
 
 
 def push(folder: Path, repo: str, names: Sequence[str] = ("*",)) -> str:
-    """Upload the files of those names; a repository that is not there yet is made, for its owner's eyes only. Returns
-    its address. Raises BadEnvironment where the hub says no or nothing."""
+    """Upload the files of those names, to a new private repository where there is none yet; returns its address.
+
+    Raises BadEnvironment where the hub refuses or does not answer.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub as hub  # slow to import
 

@@ -1,8 +1,8 @@
-"""What merging cost: a model with its adapter beside it, against the model that was written, as it is read back.
+"""The receipt of a merge: what rounding W + ΔW changed, beside what the adapter changed.
 
-Both are computed in float32 from what they have on disk, so what differs is the rounding of the weights, and nothing
-else. How much that is can be told by how much the adapter itself changed: KL(adapter || merged) against KL(adapter ||
-base), in nats per position, where position t predicts token t + 1.
+The base with its adapter unmerged is compared with the model that was written, read back from disk. Both compute in
+float32, so only the rounding of the weights differs. KL(adapter || merged) is measured against KL(adapter || base), in
+nats per position, where position t predicts token t + 1.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,19 +21,18 @@ from lora.adapter.merge import unload
 from lora.data import formats
 from lora.data.encode import encode
 from lora.data.retention import SHIPPED
-from lora.device import few_rows
 from lora.errors import BadEnvironment, BadNumbers, is_out_of_memory, out_of_memory
 from lora.network.decoder import Model
-from lora.pretrained.folder import Checkpoint, load_model
+from lora.pretrained import ModelFiles, load_model
 from lora.text.chat import Chat
 
 FILE, FORMAT = "receipt.json", 1
-POSITIONS = 512  # that are compared; the logits of all of them are kept
-ROWS = 1024  # of a weight that are compared at a time
+POSITIONS = 512  # are compared, at most; the logits of all of them are kept
+ROWS = 1024  # of a weight are compared at a time
 
 
 class Difference(NamedTuple):
-    """Between the predictions of two models over all positions; KL in nats, from the one with the adapter."""
+    """How far the predictions of two models are apart, over all positions; KL in nats, from the adapted model."""
 
     max_logit: float
     mean_kl: float
@@ -42,8 +41,8 @@ class Difference(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """Of a layer's ΔW: ||W' - (W + ΔW)|| / ||ΔW||, W' being what was written, and the share of its elements other than
-    0 that left the rounded weight what it had been."""
+    """What rounding lost of a layer's ΔW: ||W' - (W + ΔW)|| / ||ΔW|| for the written W', and the share of the non-zero
+    elements of ΔW that left the rounded weight what it had been."""
 
     rounding: float
     unchanged: float
@@ -63,34 +62,34 @@ class Receipt(NamedTuple):
 
 
 def needed(model: Model) -> int:
-    """Bytes that `measure` needs: one model in float32, the logits that are kept, and those of a long prompt twice."""
+    """The bytes that `measure` needs: one model in float32, the kept logits, and those of a long prompt twice."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     return 4 * (weights + 3 * POSITIONS * model.config.vocab_size)
 
 
 def check_room(model: Model, free: int | None) -> None:
-    """Raises BadEnvironment where so many free bytes are not enough."""
+    """Raises BadEnvironment where `free` bytes are not enough."""
     if free is not None and free < needed(model):
         size, there = needed(model) / 1e9, free / 1e9
         why = f"the receipt needs about {size:.1f} GB, {there:.1f} GB are free"
         raise BadEnvironment(f"out of memory in this merge: {why}. Add --no-receipt, or use a larger machine")
 
 
-def ordinary(chat: Chat, limit: int) -> list[list[int]]:
-    """The ids of the project's ordinary conversations, cut where the model's positions end."""
+def retention_prompts(chat: Chat, limit: int) -> list[list[int]]:
+    """Ids of the ordinary conversations that ship with the project, cut where the model's positions end."""
     return [example.tokens[:limit] for example in encode(formats.read([SHIPPED]), chat, 2**24, "all")]
 
 
 def first(prompts: Iterable[list[int]], most: int) -> Iterator[list[int]]:
-    """As many prompts as have `most` tokens, the last one cut."""
+    """Yield prompts up to `most` tokens in all, the last one cut."""
     for ids in prompts:
         if most > 0:
             yield ids[:most]
         most -= len(ids)
 
 
-def make(base: Checkpoint, adapter: Path, written: Checkpoint, prompts: Iterable[list[int]], device) -> Receipt:
-    """The receipt for `written`, made of `base` and the adapter in a folder. Raises BadEnvironment without memory."""
+def make(base: ModelFiles, adapter: Path, written: ModelFiles, prompts: Iterable[list[int]], device) -> Receipt:
+    """The receipt for `written`, merged from `base` and an adapter's folder. Raises BadEnvironment without memory."""
     try:
         model = load_model(base, torch.float32, device)
         store.load(model, adapter)
@@ -102,7 +101,7 @@ def make(base: Checkpoint, adapter: Path, written: Checkpoint, prompts: Iterable
 
 
 @torch.no_grad()
-def measure(model: Model, written: Checkpoint, prompts: Iterable[list[int]]) -> Receipt:
+def measure(model: Model, written: ModelFiles, prompts: Iterable[list[int]]) -> Receipt:
     """Compare `model`, a float32 base with its adapter unmerged, with the checkpoint `written` of the same structure.
 
     There is never a second model: at the end `model` is unloaded and holds the weights of `written`.
@@ -129,7 +128,8 @@ def measure(model: Model, written: Checkpoint, prompts: Iterable[list[int]]) -> 
 
 
 def difference(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Difference:
-    """Between logits (T, V) and (T, V), over all pairs; in float64, as KL is a small difference of large numbers."""
+    """The difference of logits (T, V) and (T, V), over all pairs; in float64, as KL is a small difference of large
+    numbers."""
     logit, kl, same = [], [], []
     for pair in pairs:
         one, other = (logits.cpu().double() for logits in pair)  # MPS has no float64
@@ -143,7 +143,7 @@ def difference(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Difference
 
 
 def rounding(layer: LoRALinear, written: torch.Tensor) -> Lost:
-    """What of a layer's ΔW is not in the weight that was written, in float64."""
+    """What the written weight lost of a layer's ΔW, in float64."""
     error = size = 0.0
     unchanged = moved = 0
     for W, D, after in zip(*(t.cpu().split(ROWS) for t in (layer.base.weight, layer.delta(), written)), strict=True):
@@ -173,13 +173,13 @@ def rows(found: Receipt) -> list[tuple[str, str]]:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """`rows` as lines for people."""
+    """The lines of `rows` for a terminal."""
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"{what:{width}}  {value}" for what, value in rows)
 
 
 def write(folder: Path, found: Receipt, tolerance: float) -> None:
-    """`receipt.json` in the folder of what was written."""
+    """Write `receipt.json` into the folder of the merged model."""
     layers = {path: lost._asdict() for path, lost in found.layers.items()}
     sides = {"merged": found.merged._asdict(), "base": found.base._asdict()}
     counts = {"format": FORMAT, "prompts": found.prompts, "positions": found.positions}
@@ -189,22 +189,11 @@ def write(folder: Path, found: Receipt, tolerance: float) -> None:
 
 
 def check(found: Receipt, tolerance: float, out: Path, adapter: Path) -> None:
-    """Raises BadNumbers where merging changed more than that share of what the adapter changed; warns where the adapter
-    changed nothing."""
+    """Raises BadNumbers where merging changed more than the share `tolerance` of what the adapter changed; warns where
+    the adapter changed nothing."""
     if found.base.max_logit == 0:
         passport.warn_unchanged(adapter)
     if not found.share <= tolerance:  # nor is NaN within it
         why = f"{found.share:.1%} of what the adapter changed is lost, over --tolerance {tolerance:g}; nothing is kept"
         fix = "Merge with --dtype float32, or raise --tolerance"
         raise BadNumbers(f"merged model too far from the adapter in {out}: {why}. {fix}")
-
-
-def prove(model: Model, adapter: Path) -> None:
-    """Warns where the adapter on `model` changes no logit of a short text: of one token, which is soonest done, or, as
-    one attends to itself whatever queries and keys are, of four."""
-    for count in (1, 4):
-        tokens = torch.arange(count, device=model.device)
-        with few_rows(count, model.device):
-            if passport.changes(model, lambda: model.head(model.trunk(tokens)[-1:])):  # noqa: B023 (called here)
-                return
-    passport.warn_unchanged(adapter)

@@ -1,1 +1,1 @@
-"""A model that answers: sampling, several adapters, answers side by side."""
+"""Talking: sampling, sessions, several adapters, scores."""

@@ -1,11 +1,11 @@
-"""Answers side by side in a terminal: a column a model, long answers wrapped."""
+"""Answers side by side in a terminal: a column for each model, long answers wrapped."""
 
 from collections.abc import Sequence
 from unicodedata import combining, east_asian_width
 
 from lora.errors import one_line
 
-LEAST, GAP = 20, 2  # cells: a column's least width, and what is between two
+LEAST, GAP = 20, 2  # cells: the least width of a column, and the space between two
 
 
 def cells(text: str) -> int:
@@ -29,9 +29,9 @@ def wrapped(text: str, room: int) -> list[str]:
 
 
 def table(prompts: Sequence[str], answers: dict[str, Sequence[str]], room: int) -> str:
-    """The names above; then of every prompt a line of its own and each model's answer below that model's name.
+    """A head with the models' names, then each prompt on a line and, below the names, the models' answers to it.
 
-    As wide as `room` cells, or wider where columns would be narrower than LEAST.
+    The table is `room` cells wide, or wider where columns would be narrower than LEAST.
     """
     width = max(LEAST, (room - GAP * (len(answers) - 1)) // len(answers))
 

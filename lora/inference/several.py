@@ -1,4 +1,4 @@
-"""Several adapters on one base: each is a set of LoRALinears round the very same Linears, and one set is in place."""
+"""Several adapters on one base: each is a set of LoRALinears around the very same Linears; one set is in place."""
 
 import os
 from collections.abc import Sequence
@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from lora.adapter import passport, store
-from lora.adapter.inject import linears, lora_layers
+from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight, unload
+from lora.adapter.targets import linears
 from lora.errors import BadInput, BadNumbers
 
 BASE = "base"
 
 
 def column_names(adapters: Sequence[str]) -> dict[str, str | None]:
-    """Name -> folder: `base` (None), and each adapter's folder name, numbered where it is there already."""
+    """Name -> folder: `base` -> None, then the last name of each adapter's folder, numbered where it is taken."""
     names: dict[str, str | None] = {BASE: None}
     for adapter in adapters:
         wanted = os.path.basename(os.path.abspath(adapter)) or "adapter"
@@ -27,7 +28,7 @@ def column_names(adapters: Sequence[str]) -> dict[str, str | None]:
 
 
 def unfit(flag: str, adapters: Sequence[str]) -> list[str]:
-    """What is wrong with folders that `flag` names: no adapter in it, or one that is given twice."""
+    """Problems with the folders given by `flag`: one that holds no adapter, or that is given twice."""
     problems, seen = [], set()
     for adapter in adapters:
         folder = os.path.realpath(adapter)
@@ -78,13 +79,14 @@ def dry_load(
 class Several:
     """Adapters of one model, by name; `base` is none of them.
 
-    All share the model's own Linears, whose tensors are never written. In place is one set at a time: nothing of
-    another one is left in the model, so that switching back gives the same bits again.
+    All share the model's own Linears, whose tensors are never written. One set is in place at a time, and nothing of
+    another is left in the model, so switching back gives the same bits again.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.linears = model, linears(model)
         self.sets: dict[str, dict[str, LoRALinear]] = {BASE: {}}
+        self.placed = BASE, False
 
     def add(self, name: str, folder: str) -> None:
         """Read an adapter; the base is in place afterwards. Raises BadInput as `store.load`."""
@@ -94,14 +96,18 @@ class Several:
         unload(self.model)
 
     def switch(self, name: str, merged: bool = False) -> None:
-        """Put the adapter `name` in place; if `merged`, as plain Linears that hold W + ΔW, which compute what
-        `merge_and_unload` leaves, and as fast.
+        """Put the adapter `name` in place; if `merged`, as plain Linears that hold W + ΔW, as fast as the base and with
+        the bits of `merge_and_unload`.
 
         Raises KeyError for a name that is not there, BadNumbers, with the base in place, for a sum that is not finite.
         """
         layers = self.sets[name]
+        if self.placed == (name, merged):
+            return
+        self.placed = BASE, False  # where a sum is not finite
         self._place(self.linears)  # this drops the sums of an adapter before
         self._place({path: merged_linear(path, layer) for path, layer in layers.items()} if merged else layers)
+        self.placed = name, merged
 
     def _place(self, modules: dict[str, nn.Module]) -> None:
         for path, module in modules.items():

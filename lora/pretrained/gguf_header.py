@@ -54,6 +54,25 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+class Metadata:
+    """The key-value pairs of a file, checked when they are asked for. Raises BadInput that names the key."""
+
+    def __init__(self, path: Path, values: dict[str, Any]):
+        self.path, self.values = path, values
+
+    def check(self, right: bool, key: str, why: str, fix: str = "Give another file, or a folder") -> None:
+        if not right:
+            raise BadInput(f"unsupported model in {self.path}:{key}: {why}. {fix}")
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value of exactly this type; numbers are positive and finite."""
+        value = self.values.get(key, default)
+        self.check(value is not None, key, "it is missing", AGAIN)
+        right = type(value) is kind and (kind not in (int, float) or 0 < value < 3e38)
+        self.check(right, key, f"{show(value)} is no {kind.__name__}, or not positive", AGAIN)
+        return value
+
+
 class Header:
     """Takes values from the front of a file, never more than there are. Raises BadInput."""
 

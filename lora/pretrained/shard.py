@@ -14,10 +14,11 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from lora.device import give_back
 from lora.errors import BadInput
 from lora.network.decoder import Model
-from lora.pretrained.folder import Checkpoint, empty_model
+from lora.pretrained.folder import ModelFiles
+from lora.pretrained.load import empty_model
 
 
-def load_sharded(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
+def load_sharded(base: ModelFiles, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
     """As `pretrained.load_model`, but this process reads and keeps only its rows of every tensor.
 
     The most memory at once is base / N, the head, and one block with what its gathering needs: two to four times its
@@ -28,8 +29,8 @@ def load_sharded(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, dev
         raise BadInput("wrong --fsdp in the command line: one process has nobody to share with. Start with torchrun")
     # on a CPU gathered blocks come and go: a base of 220 MB on two processes took 820 MB each without this, 180 with it
     give_back(128 * 1024)
-    model = shard(empty_model(checkpoint).to(dtype).requires_grad_(False).eval(), device)
-    _fill(model, checkpoint)
+    model = shard(empty_model(base).to(dtype).requires_grad_(False).eval(), device)
+    _fill(model, base)
     with torch.no_grad():  # once before any `inference_mode`: what it allocates there could not be trained with later
         model.trunk(torch.zeros(1, dtype=torch.long, device=device))
     model.reshard()
@@ -49,9 +50,9 @@ def shard(model: Model, device) -> Model:
 
 
 @torch.no_grad()
-def _fill(model: Model, checkpoint: Checkpoint) -> None:
+def _fill(model: Model, base: ModelFiles) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    read_rows = getattr(checkpoint, "read_rows", lambda name, start, stop: checkpoint.read(name)[start:stop])
+    read_rows = getattr(base, "read_rows", lambda name, start, stop: base.read(name)[start:stop])
     parameters = dict(model.named_parameters())
     broken = torch.zeros(len(parameters), device=model.device)  # by name, so that all processes raise the same error
     for i, (name, parameter) in enumerate(parameters.items()):
@@ -64,4 +65,4 @@ def _fill(model: Model, checkpoint: Checkpoint) -> None:
     names = [name for name, count in zip(parameters, broken.tolist(), strict=True) if count]
     if names:
         why = "values that are not finite. Download it again"
-        raise BadInput(*(f"wrong tensor in {checkpoint.name}:{name}: {why}" for name in names))
+        raise BadInput(*(f"wrong tensor in {base.name}:{name}: {why}" for name in names))

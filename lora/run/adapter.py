@@ -3,55 +3,41 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import torch
 
-from lora import flags, pretrained
+from lora import pretrained
 from lora.adapter import passport, store
-from lora.adapter.inject import NoMatch, find_targets, first_match, lora_layers, path_endswith
+from lora.adapter.inject import lora_layers
+from lora.adapter.targets import NoMatch, find_targets, first_match, path_endswith
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
 from lora.network.decoder import Model
+from lora.run.settings import TrainSettings, pattern
 from lora.train import memory
 
 TRAINS_WHOLE = "Leave it out, or train every weight with --full"
 
 
-def arguments(s: SimpleNamespace, given: bool = False) -> dict:
-    """Those of `inject` that the settings mean; are its values `given`, by a checkpoint or another adapter?"""
+def arguments(args: TrainSettings, given: bool = False) -> dict:
+    """What `inject` is called with. Are the adapter's values `given`, by a checkpoint or another adapter?"""
     return {
-        "rank": s.rank,
-        "alpha": s.alpha,
-        "dropout": s.dropout,
-        "targets": s.target,
-        "dtype": getattr(torch, s.adapter_dtype),
-        "kind": PiSSALinear if s.init == "pissa" else kind_of({"use_rslora": s.rslora, "use_dora": s.dora}),
-        "init": None if given else s.init,
-        "layers": s.layers,
-        "rank_pattern": flags.pattern(s.rank_pattern, int),
-        "alpha_pattern": flags.pattern(s.alpha_pattern, float),
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "dropout": args.dropout,
+        "targets": args.target,
+        "dtype": getattr(torch, args.adapter_dtype),
+        "kind": PiSSALinear if args.init == "pissa" else kind_of({"use_rslora": args.rslora, "use_dora": args.dora}),
+        "init": None if given else args.init,
+        "layers": args.layers,
+        "rank_pattern": pattern(args.rank_pattern, int),
+        "alpha_pattern": pattern(args.alpha_pattern, float),
     }
 
 
-def contradictions(s: SimpleNamespace) -> list[str]:
-    """What cannot be together, without a look at the base."""
-    line, problems = "contradiction in the command line:", []
-    if s.init == "pissa":
-        both = [f"--{name.replace('_', '-')}" for name in ("dora", "rslora", "init_adapter") if getattr(s, name)]
-        problems = [f"{line} --init pissa and {flag}. Leave out one of them" for flag in both]
-    if s.fsdp and (s.dora or s.init == "pissa"):
-        flag = "--dora" if s.dora else "--init pissa"
-        problems.append(f"{line} --fsdp and {flag}, which reads whole weights. Leave out one of them")
-    for flag, values in (("--rank-pattern", s.rank_pattern), ("--alpha-pattern", s.alpha_pattern)):
-        if len(flags.pattern(values, str)) < len(values or ()):
-            problems.append(f"{line} {flag} names a target twice. Leave out one of them")
-    return problems
-
-
-def ranks(s: SimpleNamespace, empty: Model) -> dict[str, int]:
+def ranks(args: TrainSettings, empty: Model) -> dict[str, int]:
     """The paths of the Linears to patch, with their ranks. Raises BadInput naming all that does not fit the base."""
-    how, problems = arguments(s), []
+    how, problems = arguments(args), []
     try:
         paths = find_targets(empty, *(how[name] for name in ("targets", "layers", "rank_pattern", "alpha_pattern")))
     except NoMatch as error:
@@ -64,11 +50,11 @@ def ranks(s: SimpleNamespace, empty: Model) -> dict[str, int]:
                 text += ". Give one of these" + ", or all" * (name == "target")
             problems.append(f"wrong --{name.replace('_', '-')} in the command line: {text}")
         raise BadInput(*problems) from None
-    found = {path: first_match(path, how["rank_pattern"], s.rank) for path in paths}
+    found = {path: first_match(path, how["rank_pattern"], args.rank) for path in paths}
     if "lm_head" in found:  # the loss reads the head's weight and never calls it
         problems.append(f"wrong --target in the command line: lm_head: heads get no adapters here. {TRAINS_WHOLE}")
     sizes = {path: min(empty.get_submodule(path).weight.shape) for path in found}
-    over = [path for path in found if s.init == "pissa" and found[path] > sizes[path]]
+    over = [path for path in found if args.init == "pissa" and found[path] > sizes[path]]
     if over:
         why = f"{over[0]} has {sizes[over[0]]} singular values, rank {found[over[0]]} is more"
         problems.append(f"wrong --rank in the command line: {why}. Lower it, or add --rank-pattern")
@@ -77,15 +63,15 @@ def ranks(s: SimpleNamespace, empty: Model) -> dict[str, int]:
     return found
 
 
-def table(s: SimpleNamespace, empty: Model, targets: dict[str, int]) -> Iterator[str]:
+def table(args: TrainSettings, empty: Model, targets: dict[str, int]) -> Iterator[str]:
     """A line for each name of a target: how many there are, their shapes, ranks and alphas, and how much trains."""
-    alphas, names = flags.pattern(s.alpha_pattern, float), defaultdict(list)
+    alphas, names = pattern(args.alpha_pattern, float), defaultdict(list)
     for path in targets:
         names[path.rsplit(".", 1)[-1]].append(path)
     for name, paths in names.items():
         shapes = {f"{o} x {i}" for o, i in (empty.get_submodule(path).weight.shape for path in paths)}
-        rank, alpha = _span({targets[p] for p in paths}), _span({first_match(p, alphas, s.alpha) for p in paths})
-        size = memory.in_adapter(empty, {path: targets[path] for path in paths}, s.dora)
+        rank, alpha = _span({targets[p] for p in paths}), _span({first_match(p, alphas, args.alpha) for p in paths})
+        size = memory.in_adapter(empty, {path: targets[path] for path in paths}, args.dora)
         yield (
             f"  {name:<10} {len(paths):>4} of {' and '.join(sorted(shapes)):<13} rank {rank:<5} alpha {alpha:<5} "
             f"{size:>11,} parameters"
@@ -97,15 +83,15 @@ def _span(values: set) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
-def take_over(s: SimpleNamespace, base: pretrained.Checkpoint) -> None:
+def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
     """Variant, ranks, alphas and targets of --init-adapter; where no flag says otherwise, its template, system turn and
     date too.
 
     Raises BadInput for flags that contradict it, and for an adapter that does not fit the base.
     """
     trial = pretrained.empty_model(base)
-    wanted = list(ranks(s, trial))
-    config = store.load(trial, s.init_adapter)  # strict about every tensor, before any weights are loaded
+    wanted = list(ranks(args, trial))
+    config = store.load(trial, args.init_adapter)  # strict about every tensor, before any weights are loaded
     layers = lora_layers(trial)
     its = {
         "rank": config.rank,
@@ -117,30 +103,30 @@ def take_over(s: SimpleNamespace, base: pretrained.Checkpoint) -> None:
         "rslora": "use_rslora" in config.kind.fields,
         "dora": "use_dora" in config.kind.fields,
     }
-    theirs = {name: (_words(getattr(s, name)), _words(value)) for name, value in its.items()}
-    theirs["target"] = f"{_words(s.target)} ({len(wanted)} linears)", f"{len(layers)} linears"
-    differs = {name for name, value in its.items() if getattr(s, name) != value}
+    theirs = {name: (_words(getattr(args, name)), _words(value)) for name, value in its.items()}
+    theirs["target"] = f"{_words(args.target)} ({len(wanted)} linears)", f"{len(layers)} linears"
+    differs = {name for name, value in its.items() if getattr(args, name) != value}
     differs |= {"target"} if wanted != list(layers) else set()
     problems = [
-        f"contradiction in the command line: --{name.replace('_', '-')} {given}, {s.init_adapter} has {here}. "
+        f"contradiction in the command line: --{name.replace('_', '-')} {given}, {args.init_adapter} has {here}. "
         "Leave it out"
         for name, (given, here) in theirs.items()
-        if name in differs & s.given
+        if name in differs & args.given
     ]
     if problems:
         raise BadInput(*problems)
-    if not s.no_verify:
-        passport.verify(s.init_adapter, base.name, base.header, base.read, layers)
+    if not args.no_verify:
+        passport.verify(args.init_adapter, base.name, base.header, base.read, layers)
     names = store.target_modules(trial)
-    vars(s).update(its, target=names if isinstance(names, list) else [f"re:{names}"])
-    if problems := contradictions(s):
+    vars(args).update(its, target=names if isinstance(names, list) else [f"re:{names}"])
+    if problems := args.contradictions():
         raise BadInput(*problems)
-    trained = (passport.read(s.init_adapter) or {}).get("chat", {})
-    if not s.given & {"system", "no_system"}:
-        s.system, s.no_system = trained.get("system") or None, trained.get("system") is False
-    if "date" not in s.given:
-        s.date = trained.get("date") or s.date
-    s.template = s.template or passport.template_of(s.init_adapter)
+    trained = (passport.read(args.init_adapter) or {}).get("chat", {})
+    if not args.given & {"system", "no_system"}:
+        args.system, args.no_system = trained.get("system") or None, trained.get("system") is False
+    if "date" not in args.given:
+        args.date = trained.get("date") or args.date
+    args.template = args.template or passport.template_of(args.init_adapter)
 
 
 def _only(path: str) -> str:

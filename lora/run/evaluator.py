@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -11,12 +12,14 @@ import torch
 from lora.adapter.inject import disabled
 from lora.data import batch
 from lora.errors import BadNumbers, StopFlag, say
+from lora.inference import answers as measures
 from lora.inference.generate import generate
-from lora.run import answers as measures
 from lora.run.plan import Plan
-from lora.train import run_state
+from lora.run.settings import TrainSettings
+from lora.train import run_state, stopping
 from lora.train.distributed import DistContext
-from lora.train.evaluate import Retention, evaluating, mean_loss
+from lora.train.evaluate import Retention, evaluating
+from lora.train.record import Record
 
 QUESTIONS = (
     "What is your name?",
@@ -41,30 +44,48 @@ class Answers(NamedTuple):
 
 
 class Evaluator:
-    """What evaluations measure. Nothing of it changes the training: there are no gradients, and each step seeds its own
-    dropout. `objective(batch)` is the summed loss, as for training."""
+    """What evaluations measure, by a `method` of `lora.methods`. Nothing of it changes the training: there are no
+    gradients, and each step seeds its own dropout."""
 
-    def __init__(self, model, plan: Plan, s, run: Path, objective, team: DistContext, stop: StopFlag):
-        self.model, self.chat, self.team, self.stop, self.objective = model, plan.chat, team, stop, objective
-        self.sharded, self.run = s.fsdp, run
-        self.questions = some_prompts(plan.sources.data[0].kept) if s.data else list(QUESTIONS)
-        self.total, self.every = plan.total, s.eval_every or max(1, math.ceil(plan.total / 10))
-        self.wanted, self.has_loss = plan.ordinary is not None, bool(plan.sources.held_out)
-        held_out = batch.micro_batches(plan.sources.held_out or [], s.micro_tokens, team.device)
-        ordinary = plan.ordinary or []
-        self.fingerprint, self.batches = fingerprint([*held_out, *ordinary]), self._mine(held_out)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        method: ModuleType,
+        plan: Plan,
+        args: TrainSettings,
+        out: Path,
+        processes: DistContext,
+        stop: StopFlag,
+    ):
+        self.model, self.method, self.chat, self.processes, self.stop = model, method, plan.chat, processes, stop
+        self.sharded, self.out = args.fsdp, out
+        self.prompts = prompts_from(plan.sources.data[0].kept) if args.data else [*map(_asked, QUESTIONS)]
+        self.total, self.every = plan.total, args.eval_every or max(1, math.ceil(plan.total / 10))
+        self.wanted, self.has_loss = plan.retention_batches is not None, bool(plan.sources.held_out)
+        held_out = batch.micro_batches(plan.sources.held_out or [], args.micro_tokens, processes.device)
+        remembered = plan.retention_batches or []
+        self.fingerprint, self.batches = fingerprint([*held_out, *remembered]), self._share(held_out)
         if self.wanted:
             say(f"eval     every {self.every} steps")
             with evaluating(model):
                 base, cap = lambda: disabled(model), model.config.final_logit_softcapping
-                self.meter = Retention(self._trunk, lambda: model.head_weight, self._mine(ordinary), base, cap)
+                self.meter = Retention(self._trunk, lambda: model.head_weight, self._share(remembered), base, cap)
+
+    @property
+    def questions(self) -> list[str]:
+        return [messages[-1]["content"] for messages in self.prompts]
 
     def begin(self, state: run_state.State) -> None:
-        """Earlier evaluations of a run that is gone on with count only if they were made on the same rows."""
+        """Earlier evaluations of a resumed run count only if they were made on the same rows."""
         if state.evaluations and state.examined != self.fingerprint:
             say("note     evaluations are made on other rows than before: earlier ones do not count any more")
             state.evaluations = []
         state.examined = self.fingerprint
+
+    def evaluate_if_due(self, state: run_state.State, record: Record) -> None:
+        if self.due(state) and (row := self.row(state.step)):
+            state.evaluations.append(stopping.brief(row))
+            record.evaluated(row)
 
     def due(self, state: run_state.State) -> bool:
         """Is there to be an evaluation after this step which has not been made? At the start and the end there is."""
@@ -77,25 +98,24 @@ class Evaluator:
         try:
             with evaluating(self.model):
                 if self.has_loss:
-                    row["eval_loss"] = mean_loss(self._loss, self.batches, self.team.all_reduce)
-                kept, answers = self.meter(self.team.all_reduce), self.ask()
+                    row |= self.method.measure(self.model, self._until_stopped(), self.processes.all_reduce)
+                kept, answers = self.meter(self.processes.all_reduce), self.sample_answers()
         except Interrupted:
             return None
         row |= {"retention_kl": kept.kl, "retention_loss_before": kept.loss_before, "retention_loss": kept.loss}
         row |= {"repetition": answers.repetition, "ended": answers.ended}
         if not all(map(math.isfinite, row.values())):
             fix = "Lower --lr" if step else "Look at --eval-data and --retention, or use --dtype float32"
-            raise BadNumbers(f"not finite in the evaluation after step {step}: {run_state.last_good(self.run)}. {fix}")
-        return {**row, "samples": dict(zip(map(question_text, self.questions), answers.texts, strict=True))}
+            raise BadNumbers(f"not finite in the evaluation after step {step}: {run_state.last_good(self.out)}. {fix}")
+        return {**row, "samples": dict(zip(self.questions, answers.texts, strict=True))}
 
-    def ask(self) -> Answers:
+    def sample_answers(self) -> Answers:
         """Greedy answers to the questions. With a sharded base all processes answer together; else only the one that
         writes does."""
-        if not self.team.main and not self.sharded:
-            return Answers([""] * len(self.questions), 0.0, 0.0)
-        turns = ([{"role": "user", "content": q}] if isinstance(q, str) else q for q in self.questions)
-        room = self.model.config.max_position_embeddings - ANSWER_TOKENS
-        prompts = [self.chat.prompt(messages)[-max(1, room) :] for messages in turns]
+        if not self.processes.main and not self.sharded:
+            return Answers([""] * len(self.prompts), 0.0, 0.0)
+        room = max(1, self.model.config.max_position_embeddings - ANSWER_TOKENS)
+        prompts = [self.chat.prompt(messages)[-room:] for messages in self.prompts]
         with evaluating(self.model):
             found = generate(
                 self.model, prompts, self.chat.stops, ANSWER_TOKENS, on_token=lambda *_: self._raise_if_stopped()
@@ -104,24 +124,27 @@ class Evaluator:
         repeated = sum(measures.repetition(ids) for ids in found) / len(found)
         return Answers([self.chat.tokenizer.decode(ids) for ids in found], ended, repeated)
 
-    def _mine(self, batches: list[batch.Batch]) -> list[batch.Batch]:
+    def _share(self, batches: list[batch.Batch]) -> list[batch.Batch]:
         """This process's part of the batches."""
-        cuts = [batches[rank :: self.team.size] for rank in range(self.team.size)]
-        return self.team.padded(cuts, batch.dummy_batch(self.team.device)) if self.sharded else cuts[self.team.rank]
+        cuts = [batches[rank :: self.processes.size] for rank in range(self.processes.size)]
+        if self.sharded:
+            return self.processes.padded(cuts, batch.dummy_batch(self.processes.device))
+        return cuts[self.processes.rank]
 
     def _raise_if_stopped(self) -> None:
-        """A signal ends an evaluation at once; it is made when the run goes on. Not among several processes, where one
-        that left would keep the others waiting."""
-        if self.stop.code and self.team.size == 1:
+        """A signal ends an evaluation at once; the resumed run makes it. Not among several processes, where one that
+        left would keep the others waiting."""
+        if self.stop.code and self.processes.size == 1:
             raise Interrupted
+
+    def _until_stopped(self) -> Iterable[batch.Batch]:
+        for b in self.batches:
+            self._raise_if_stopped()
+            yield b
 
     def _trunk(self, b: batch.Batch) -> torch.Tensor:
         self._raise_if_stopped()
         return self.model.trunk(b.tokens, b.lengths)[b.trained]
-
-    def _loss(self, b: batch.Batch) -> torch.Tensor:
-        self._raise_if_stopped()
-        return self.objective(b)
 
 
 def fingerprint(batches: Iterable[batch.Batch]) -> str:
@@ -132,14 +155,13 @@ def fingerprint(batches: Iterable[batch.Batch]) -> str:
     return digest.hexdigest()
 
 
-def some_prompts(conversations) -> list[list[dict]]:
+def _asked(question: str) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def prompts_from(conversations) -> list[list[dict]]:
     """Three first turns from the data and two questions that have nothing to do with it."""
     firsts = [
         c.messages[: next(i for i, m in enumerate(c.messages) if m["role"] == "assistant")] for c in conversations
     ]
-    return [*firsts[:: max(1, len(firsts) // 3)][:3], *QUESTIONS[3:]]
-
-
-def question_text(question: str | list[dict]) -> str:
-    """The text of a question."""
-    return question if isinstance(question, str) else question[-1]["content"]
+    return [*firsts[:: max(1, len(firsts) // 3)][:3], *map(_asked, QUESTIONS[3:])]

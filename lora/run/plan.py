@@ -1,4 +1,4 @@
-"""What a run will do, before the model is loaded: the base on disk, examples, adapter, course, memory."""
+"""What a run will do, before the weights are loaded: the base on disk, examples, adapter, course, memory."""
 
 import math
 import os
@@ -6,26 +6,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from lora import device as machine
 from lora import folders, pretrained
 from lora.adapter import passport
-from lora.adapter.inject import find_targets
-from lora.data import batch, preview
+from lora.adapter.targets import find_targets
+from lora.data import batch, order, preview, retention
 from lora.data.encode import Encoded
-from lora.data.retention import retention_batches
-from lora.data.sources import Sources, named, read_sources, trained_rows
+from lora.data.sources import Sources, named, trained_rows
 from lora.errors import is_out_of_memory, out_of_memory, say
+from lora.methods import sft
 from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.run import adapter
+from lora.run.settings import TrainSettings
 from lora.text.chat import Chat
 from lora.text.template import BUILT_IN
-from lora.train import memory, run_state
+from lora.train import distributed, memory, run_state
 from lora.train.distributed import DistContext
 
 LEAST_STEPS = 50
@@ -35,149 +36,178 @@ FULL_LR = 0.1  # of an adapter's: measured, the same losses; and https://thinkin
 
 @dataclass
 class Plan:
-    """Everything but the weights. `empty` is the model on meta, `made` are rows where no data was given."""
+    """Everything but the weights."""
 
-    base: pretrained.Checkpoint
+    base: pretrained.ModelFiles
     chat: Chat
-    empty: Model
+    empty: Model  # on `meta`
     targets: dict[str, int]  # path -> rank
-    made: Sequence[dict] | None
     sources: Sources
-    examples: Encoded
     why_dtype: str
     per_epoch: int  # steps
     total: int  # steps
     warmup: int  # steps
     step_tokens: int  # on average
     per_step: int  # examples of one process at most, replays included
-    ordinary: list[batch.Batch] | None  # what is remembered of it is measured; None without evaluations
+    retention_batches: list[batch.Batch] | None  # on which forgetting is measured; None without evaluations
 
-    def needs(self, s: SimpleNamespace) -> tuple:
-        """What `memory` counts with."""
-        return self.empty, self.targets, s, self.examples.lengths, self.per_step
+    @property
+    def examples(self) -> Encoded:
+        return self.sources.examples
 
-    def fingerprint(self) -> str:
-        """Of the base's weights."""
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """sha256 over all that is trained."""
+        return self.sources.fingerprint()
+
+    def base_fingerprint(self) -> str:
+        """sha256 over the base's weights."""
         return passport.fingerprint(self.base.header, self.base.read)
 
-    def steps(self, s: SimpleNamespace) -> Iterator[list[int]]:
+    def steps(self, args: TrainSettings) -> Iterator[list[int]]:
         """The indices of each step's examples: a pure function of data and settings."""
         sizes = [len(part) for part in self.sources.data]
         shares = [(len(part), share) for part, share in self.sources.replays]
-        return batch.steps(sizes, s.batch_size, s.seed, self.total, self.sources.weights, shares)
+        return order.steps(sizes, args.batch_size, args.seed, self.total, self.sources.weights, shares)
 
-    def in_adapter(self, s: SimpleNamespace) -> int:
-        """The number of parameters that train: the adapter's."""
-        if s.full:
+    def micro_batches(self, indices: list[int], args: TrainSettings, processes: DistContext) -> list[batch.Batch]:
+        """This process's share of a step, cut so that it fits into memory."""
+        lengths = self.examples.lengths
+
+        def cut(part: list[int]) -> list[batch.Batch]:
+            examples = [self.examples[i] for i in part]
+            return batch.micro_batches(examples, args.micro_tokens, processes.device, fill=args.compile)
+
+        if not args.fsdp:
+            return cut(processes.share(indices, lengths))
+        cuts = [cut(part) for part in distributed.shares(indices, lengths, processes.size)]
+        return processes.padded(cuts, batch.dummy_batch(processes.device))
+
+    def trained_parameters(self, args: TrainSettings) -> int:
+        if args.full:
             return sum(p.numel() for p in self.empty.parameters())
-        return memory.in_adapter(self.empty, self.targets, s.dora)
+        return memory.in_adapter(self.empty, self.targets, args.dora)
 
-    def check_base(self, out: Path) -> None:
-        """Raises BadInput where --overwrite would delete the base."""
+    def check_place(self, out: Path, args: TrainSettings) -> None:
+        """Raises BadInput where --overwrite would delete the base, BadEnvironment where the disk has no room for the
+        checkpoints of the run."""
         folders.check_apart(out, [self.base.path] if hasattr(self.base, "path") else [])
-
-    def check_room(self, out: Path, s: SimpleNamespace) -> None:
-        """Raises BadEnvironment where the disk has no room for the checkpoints of the run."""
-        in_adapter = self.in_adapter(s) * getattr(torch, s.adapter_dtype or "float32").itemsize
-        size = run_state.size(in_adapter) + in_adapter * (s.init == "pissa")  # which saves its frozen start, too
-        most = math.ceil(self.total / int(s.save_every)) if s.save_every.isdecimal() else 2
-        count = max(1, min(s.keep, most))
+        trained = self.trained_parameters(args) * getattr(torch, args.adapter_dtype or "float32").itemsize
+        size = run_state.size(trained) + trained * (args.init == "pissa")  # which saves its frozen start, too
+        most = math.ceil(self.total / int(args.save_every)) if args.save_every.isdecimal() else 2
+        count = max(1, min(args.keep, most))
         folders.check_room(out, (count + 1) * size, f"a run with {count} checkpoints (--keep)")
 
-    def memory(self, s: SimpleNamespace) -> float:
+    def _counted(self, args: TrainSettings) -> tuple:
+        """What `lora.train.memory` counts with."""
+        return self.empty, self.targets, args, self.examples.lengths, self.per_step
+
+    def memory(self, args: TrainSettings) -> float:
         """Bytes that the run is expected to take at its peak."""
-        return memory.expected(*self.needs(s))
+        return memory.expected(*self._counted(args))
 
-    def numbers(self, s: SimpleNamespace) -> dict:
+    def numbers(self, args: TrainSettings) -> dict:
         """Statistics of the data."""
-        return preview.numbers(self.examples, self.step_tokens, self.memory(s))
+        return preview.numbers(self.examples, self.step_tokens, self.memory(args))
 
-    def tell(self, s: SimpleNamespace) -> None:
-        tokens, trained = len(self.examples.tokens), int(self.examples.trained.sum())
-        in_base, in_adapter = sum(p.numel() for p in self.empty.parameters()), self.in_adapter(s)
-        share, linears = 100 * in_adapter / (in_base + in_adapter), f"{len(self.targets)} linears"
+    def show_preview(self, args: TrainSettings) -> int:
+        preview.show(self.examples, args.preview, self.chat.tokenizer)
+        for name, value in self.numbers(args).items():
+            print(f"{name}: {value}")
+        return 0
+
+    def tell(self, args: TrainSettings) -> None:
+        tokens, learned = len(self.examples.tokens), int(self.examples.trained.sum())
+        in_base, trained = sum(p.numel() for p in self.empty.parameters()), self.trained_parameters(args)
+        share, linears = 100 * trained / (in_base + trained), f"{len(self.targets)} linears"
         epochs = f"{self.total / self.per_epoch:.3g} epochs"
-        say(f"base     {in_base / 1e6:,.1f} M parameters in {s.dtype} on {s.device} ({self.why_dtype})")
-        if s.full:
+        say(f"base     {in_base / 1e6:,.1f} M parameters in {args.dtype} on {args.device} ({self.why_dtype})")
+        if args.full:
             say("full     all of them train, in float32, as AdamW's moments are")
-            if s.system or s.no_system:
+            if args.system or args.no_system:
                 say("note     a whole model does not remember its system turn: give generate.py the same flag")
         else:
-            say(f"adapter  {in_adapter / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {s.rank}, {linears}")
-            for line in adapter.table(s, self.empty, self.targets):
+            say(f"adapter  {trained / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {args.rank}, {linears}")
+            for line in adapter.table(args, self.empty, self.targets):
                 say(line)
-        say(f"examples {len(self.examples):,}, {tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)")
-        say(f"plan     {self.total} steps of {s.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
-        if not s.fsdp:
-            say(f"memory   about {self.memory(s) / 1e9:.1f} GB")
+        say(f"examples {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
+        say(f"plan     {self.total} steps of {args.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
+        if not args.fsdp:
+            say(f"memory   about {self.memory(args) / 1e9:.1f} GB")
 
     @contextmanager
-    def within_memory(self, s: SimpleNamespace, device: torch.device):
+    def within_memory(self, args: TrainSettings, device: torch.device):
         """Says what is too much before the block, and after it what to lower: where memory runs out, BadEnvironment."""
         free = machine.free_memory(device)
         if free is not None and device.type == "cpu":
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: as many share it
-        if not s.fsdp and free is not None and (line := memory.warning(free, *self.needs(s))):
+        if not args.fsdp and free is not None and (line := memory.warning(free, *self._counted(args))):
             say(f"warning: {line}")
         try:
             yield
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            fix = memory.advice(self.memory(s) if free is None else free, *self.needs(s))
+            fix = memory.advice(self.memory(args) if free is None else free, *self._counted(args))
             raise out_of_memory(error, fix) from error
 
 
-def make_plan(s: SimpleNamespace, team: DistContext, made: Sequence[dict] | None, resumed: Path | None = None) -> Plan:
-    """Read everything but the weights, and write into `s` what the settings left open. Raises BadInput.
+def make_plan(
+    args: TrainSettings, processes: DistContext, generated_rows: Sequence[dict] | None, checkpoint: Path | None = None
+) -> Plan:
+    """Read everything but the weights, and write into `args` what the settings left open. Raises BadInput.
 
-    A new run takes what --init-adapter brings; one that is gone on with has all that in its checkpoint `resumed`.
+    A new run takes what --init-adapter brings; a resumed run has all that in its `checkpoint`.
     """
-    dtype, why_dtype = machine.choose_dtype(s.dtype, team.device)
-    s.dtype, s.device = str(dtype).removeprefix("torch."), team.device.type
-    with team.main_first():  # what one process downloads, the others find
-        base = pretrained.find(s.model)
-        if team.size > 1:
-            for _, name, _ in named(s):
+    dtype, why_dtype = machine.choose_dtype(args.dtype, processes.device)
+    args.dtype, args.device = str(dtype).removeprefix("torch."), processes.device.type
+    with processes.main_first():  # what one process downloads, the others find
+        base = pretrained.find(args.model)
+        if processes.size > 1:
+            for _, name, _ in named(args):
                 hub.dataset_file(name)
     say(f"model    {base.described}")
     empty = pretrained.empty_model(base)
-    if s.init_adapter and not resumed:
-        adapter.take_over(s, base)
-    template = s.template
-    if resumed and template not in (None, *BUILT_IN) and "template" not in s.given:
-        template = passport.template_of(resumed)  # the file itself may be gone
-    chat = pretrained.load_chat(base, False if s.no_system else s.system, template, date.fromisoformat(s.date))
-    if s.init_adapter and not resumed:
-        passport.verify_chat(s.init_adapter, base.name, chat.tokenizer, chat.template.source, s.no_verify)
-    targets = dict.fromkeys(find_targets(empty), 0) if s.full else adapter.ranks(s, empty)
-    s.max_len = min(s.max_len or empty.config.max_position_embeddings, empty.config.max_position_embeddings)
-    sources = read_sources(s, chat, hub.dataset_file, made)
-    examples = sources.examples
+    begins_with_adapter = args.init_adapter and not checkpoint
+    if begins_with_adapter:
+        adapter.take_over(args, base)
+    template = args.template
+    if checkpoint and template not in (None, *BUILT_IN) and "template" not in args.given:
+        template = passport.template_of(checkpoint)  # the file itself may be gone
+    system = False if args.no_system else args.system
+    chat = pretrained.load_chat(base, system, template, date.fromisoformat(args.date))
+    if begins_with_adapter:
+        passport.verify_chat(args.init_adapter, base.name, chat.tokenizer, chat.template.source, args.no_verify)
+    targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
+    limit = empty.config.max_position_embeddings
+    args.max_len = min(args.max_len or limit, limit)
+    sources = sft.examples(args, chat, generated_rows)
 
-    per_epoch = math.ceil(sum(map(len, sources.data)) / s.batch_size)
-    if s.max_steps is None:
-        s.epochs = s.epochs or max(3, math.ceil(LEAST_STEPS / per_epoch))
-    total = s.max_steps or s.epochs * per_epoch
-    s.lr = s.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size * (FULL_LR if s.full else 1), 6)
-    warmup = int(s.warmup if s.warmup >= 1 else s.warmup * total)
-    step_tokens = batch.tokens_per_step([p.lengths for p in sources.data], s.batch_size, sources.weights,
-                                        [(p.lengths, share) for p, share in sources.replays])  # fmt: skip
-    per_step = s.batch_size + math.ceil(sum(share for _, share in sources.replays) * s.batch_size)
-    per_step = math.ceil(per_step / team.size)
+    per_epoch = math.ceil(sum(map(len, sources.data)) / args.batch_size)
+    if args.max_steps is None:
+        args.epochs = args.epochs or max(3, math.ceil(LEAST_STEPS / per_epoch))
+    total = args.max_steps or args.epochs * per_epoch
+    args.lr = args.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size * (FULL_LR if args.full else 1), 6)
+    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * total)
+    replays = [(part.lengths, share) for part, share in sources.replays]
+    step_tokens = order.tokens_per_step(
+        [part.lengths for part in sources.data], args.batch_size, sources.weights, replays
+    )
+    per_step = args.batch_size + math.ceil(sum(share for _, share in replays) * args.batch_size)
+    per_step = math.ceil(per_step / processes.size)
+    remembered = _retention_batches(args, chat, sources, generated_rows, limit, processes.device)
     return Plan(
-        base, chat, empty, targets, made, sources, examples, why_dtype, per_epoch, total, warmup, step_tokens, per_step,
-        _ordinary(s, chat, sources, made, empty.config.max_position_embeddings, team.device),
-    )  # fmt: skip
+        base, chat, empty, targets, sources, why_dtype, per_epoch, total, warmup, step_tokens, per_step, remembered
+    )
 
 
-def _ordinary(s, chat: Chat, sources: Sources, made, limit: int, device) -> list[batch.Batch] | None:
+def _retention_batches(args, chat: Chat, sources: Sources, generated_rows, limit: int, device) -> list | None:
     """The conversations on which forgetting is measured, where anything is to be evaluated."""
     held_out = sources.held_out or []
-    if not (len(held_out) or s.retention or s.eval_every or s.max_forgetting is not None):
+    if not (len(held_out) or args.retention or args.eval_every or args.max_forgetting is not None):
         return None
-    rows = trained_rows(s, hub.dataset_file, made)
-    found, used, left = retention_batches(chat, s.retention, limit, s.micro_tokens, device, rows)
+    rows = trained_rows(args, hub.dataset_file, generated_rows)
+    found, used, left = retention.retention_batches(chat, args.retention, limit, args.micro_tokens, device, rows)
     without = f" ({left} are trained on or too long)" if left else ""
     say(f"eval     {len(held_out)} held-out examples, {used} ordinary conversations{without}")
     return found

@@ -1,21 +1,27 @@
-"""The folder of a run: checkpoints while it goes on; adapter, picture and report at its end."""
+"""The folder of a run: checkpoints while it goes on; adapter or model, picture and report at its end."""
 
+import shlex
+import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from itertools import count, takewhile
 from pathlib import Path
 
-import torch
-
-from lora import files, flags, folders, pretrained, settings
+from lora import device as machine
+from lora import files, folders, pretrained, settings
 from lora.adapter import passport, store
-from lora.adapter.inject import lora_layers
 from lora.data.sources import numbered
+from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, report
 from lora.export.card import METRICS, SETTINGS
-from lora.run import full
 from lora.run.plan import Plan
+from lora.run.settings import TrainSettings, seconds
+from lora.run.trainable import Trainable
 from lora.train import run_state, stopping
+from lora.train.distributed import DistContext
 from lora.train.record import Record, draw
+from lora.train.step import NotFinite
 
 PICTURE, REPORT = "loss.png", "report.md"
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
@@ -33,23 +39,73 @@ def saved(out: Path) -> bool:
     return bool(run_state.steps(out)) or any((out / name).exists() for name in (store.WEIGHTS, "config.json"))
 
 
-class Results:
-    """What the one process that writes knows: the run's folder, and when a checkpoint is due."""
+def new_folder(args: TrainSettings) -> Path:
+    """--out, or the first of weights/NAME, weights/NAME-2, ... that is free; NAME is that of the data."""
+    return Path(args.out) if args.out else next(path for path in _names(args) if not path.exists())
 
-    def __init__(self, model, plan: Plan, s, out: Path, state: run_state.State, optimizer, parameters: dict):
-        self.model, self.plan, self.s, self.out, self.state = model, plan, s, out, state
-        self.optimizer, self.parameters = optimizer, parameters
-        self.saved, self.last, self.later = state.step, time.monotonic(), []
-        base, spoken = plan.base, {"system": False if s.no_system else s.system, "date": s.date}
-        learned = {**settings.decisive(flags.TRAIN, s), "steps": plan.total}
-        marks = passport.fingerprints(plan.chat.tokenizer, plan.chat.template.source, state.data, learned)
-        self.papers = passport.make(base.name, base.header, base.read, lora_layers(model), spoken, **marks)
+
+def latest_folder(args: TrainSettings) -> Path:
+    """--out, or the last of weights/NAME, weights/NAME-2, ... that is there."""
+    if args.out:
+        return Path(args.out)
+    there = list(takewhile(Path.exists, _names(args)))
+    if not there:
+        raise BadInput(f"no run in {next(_names(args))}: there is nothing to resume. Give --out or --resume DIR")
+    return there[-1]
+
+
+def _names(args: TrainSettings) -> Iterator[Path]:
+    name = Path(numbered(args.data[0])[0]).name.split(".")[0] if args.data else "self-introduction"
+    first = Path("weights") / (name or "adapter")
+    return (first.with_name(f"{first.name}-{n}") if n > 1 else first for n in count(1))
+
+
+@contextmanager
+def reserved(out: Path, args: TrainSettings, resumed: bool, main: bool):
+    """Inside the block the name `out` belongs to this run. Raises BadInput where a new run would replace something."""
+    folders.check_place(out)
+    with folders.locked(out) if main else nullcontext():
+        if not resumed:
+            if main and folders.recover(out, lambda: saved(out)):
+                say(f"note     a run that was to replace the one in {out} was killed before it saved: that one is back")
+            folders.check_out(out, args.overwrite, WROTE, holds(out))
+        yield
+
+
+class Results:
+    """The run's folder, and when a checkpoint is due. Only the main process writes; the others know what it does."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        plan: Plan,
+        args: TrainSettings,
+        out: Path,
+        state: run_state.State,
+        optimizer,
+        processes: DistContext,
+    ):
+        self.trainable, self.plan, self.args, self.out, self.state = trainable, plan, args, out, state
+        self.optimizer, self.processes = optimizer, processes
+        self.first = self.saved = state.step
+        self.last, self.later = time.monotonic(), []
+
+    @contextmanager
+    def open(self):
+        """The run's folder is there inside the block; yields its `Record`."""
+        main = self.processes.main
+        with (
+            run_state.disk_full(self.out, self.trainable.parameters),
+            self.folder() if main else nullcontext(),
+            closing(Record(self.out / METRICS if main else None, self.plan.total, self.state.rows)) as record,
+        ):
+            yield record
 
     @contextmanager
     def folder(self):
-        """The folder of a new run, or of the one that is gone on with, cleared of what killed processes left."""
+        """The folder of a new run, or that of a resumed one, cleared of what killed processes left."""
         if self.state.step == 0:
-            with folders.live_folder(self.out, self.s.overwrite, lambda: self.saved > 0):
+            with folders.live_folder(self.out, self.args.overwrite, lambda: self.saved > 0):
                 files.write_json(self.out / SETTINGS, self.state.settings)
                 yield
             return
@@ -57,89 +113,107 @@ class Results:
             folders.sweep(place)
         self.later = [step for step in run_state.ours(self.out) if step > self.state.step]
         if not self.later:
-            self._prune()  # it may have been killed between a save and this
+            self._prune()  # the run may have been killed between a save and this
         yield
 
     @property
     def best(self) -> int | None:
         """The step of the best evaluation so far."""
-        return stopping.best(self.state.evaluations, self.s.max_forgetting)
+        return stopping.best(self.state.evaluations, self.args.max_forgetting)
 
     def due(self) -> bool:
         """Is it time for a checkpoint, or was the last evaluation the best?"""
-        step, seconds = self.state.step, flags.seconds(self.s.save_every)
-        on_time = step % int(self.s.save_every) == 0 if seconds is None else time.monotonic() - self.last >= seconds
+        step, span = self.state.step, seconds(self.args.save_every)
+        on_time = step % int(self.args.save_every) == 0 if span is None else time.monotonic() - self.last >= span
         return on_time or step == self.best
+
+    def save_if_due(self, record: Record, ended: str | None) -> None:
+        if self.processes.main and not self.made_no_step and (ended or self.due()):
+            self.save(record)
 
     def save(self, record: Record) -> None:
         """Write a checkpoint of this step, if there is none yet; only then are older ones removed."""
-        if self.saved == self.state.step:
+        step = self.state.step
+        if self.saved == step:
             return
         self.state.rows = len(record.rows)
         files.sync(self.out / METRICS)
-        run_state.save(self.out, self.state, self.optimizer, self.parameters, self._write)
-        self.saved, self.last = self.state.step, time.monotonic()
-        for step in self.later:  # of the run before it was gone on with from an earlier checkpoint
+        parameters = self.trainable.parameters
+        run_state.save(self.out, self.state, self.optimizer, parameters, lambda to: self.trainable.write(to, step))
+        self.saved, self.last = step, time.monotonic()
+        for step in self.later:  # of the run before it was resumed from an earlier checkpoint
             if step > self.state.step and run_state.at(self.out, step).exists():
                 folders.remove_folder(run_state.at(self.out, step))
         self.later = []
         self._prune()
 
     def _prune(self) -> None:
-        """The newest stay, and the best as each of them sees it: the run may go on from any."""
-        most, rows = self.s.max_forgetting, self.state.evaluations
-        seen = ([row for row in rows if row["step"] <= step] for step in run_state.ours(self.out)[-self.s.keep :])
-        run_state.prune(self.out, self.s.keep, {stopping.best(part, most) for part in seen} - {None})
+        """The newest stay, and the best as each of them sees it: the run may be resumed from any."""
+        most, rows = self.args.max_forgetting, self.state.evaluations
+        seen = ([row for row in rows if row["step"] <= step] for step in run_state.ours(self.out)[-self.args.keep :])
+        run_state.prune(self.out, self.args.keep, {stopping.best(part, most) for part in seen} - {None})
 
-    def _write(self, folder: Path) -> None:
-        """What was learned, into a folder."""
-        if self.s.full:
-            return full.write(self.plan.base, folder, self.parameters, self.plan.chat.template.source)
-        files.write_bytes(folder / passport.TEMPLATE, self.plan.chat.template.source.encode())
-        papers = self.papers | {"step": self.state.step}
-        store.save(self.model, folder, self.plan.base.hub_id, papers, "CAUSAL_LM")
+    def diverged(self, found: NotFinite, indices: list[int]) -> BadNumbers:
+        rows = [self.plan.examples.where[i] for i in indices]
+        names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        where = f"step {self.state.step}: {found.why}; rows {names}; {run_state.last_good(self.out)}"
+        return BadNumbers(f"training diverged in {where}. {found.fix}")
 
     def publish(self, record: Record, ended: str) -> None:
         """The best adapter or model, or without evaluations the last, in the run's own folder; settings and card."""
-        if self.s.full:
-            full.publish(run_state.at(self.out, self.best or self.state.step), self.out, getattr(torch, self.s.dtype))
-        elif self.best is None:
-            self._write(self.out)
-        else:
-            for name in passport.ADAPTER:
-                source = run_state.at(self.out, self.best) / name
-                files.write_bytes(self.out / name, files.read_bytes(source, limit=2**40))
-        files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
-        draw(record.rows, self.out / PICTURE, self._title(), self.best)
-        made = card.Made(self.state.settings, record.rows, self.best or self.state.step)
-        (card.write_full if self.s.full else card.write_adapter)(self.out, self.out.name, self.plan.base, made)
+        best, last = self.best, self.state.step
+        if self.processes.main:
+            self.trainable.publish(run_state.at(self.out, best or last), self.out)
+            files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
+            draw(record.rows, self.out / PICTURE, self._title(), best)
+            made = card.Made(self.state.settings, record.rows, best or last)
+            self.trainable.write_card(self.out, self.out.name, self.plan.base, made)
+        peak = machine.peak_memory(self.processes.device) / 1e9
+        say(f"saved    {self.out} after {last} steps, {record.seconds:.0f} s, peak memory {peak:.2f} GB")
+        if best is not None:
+            what, kind = "best" if self.plan.sources.held_out else "kept", self.trainable.kind
+            its = f"that is the {kind} in {self.out}; the last one is {run_state.at(self.out, last)}"
+            say(f"{what}     step {best}: {its}")
 
-    def report(self, record: Record, ended: str, answers) -> None:
+    @property
+    def made_no_step(self) -> bool:
+        return self.state.step == self.first
+
+    def how_to_resume(self) -> str:
+        again = shlex.join(["python", "train.py", "--resume", "--out", str(self.out)])
+        done = f"stopped after step {self.state.step} of {self.plan.total}; the {self.trainable.kind} so far is saved"
+        return f"{done}. Go on with: {again}"
+
+    def report(self, record: Record, ended: str, answers: list[tuple[str, str, str]]) -> None:
         """`report.md`, with (question, before, after) of some answers."""
-        python, out, kind = "python", str(self.out), "--model" if self.s.full else "--adapter"
+        if not self.processes.main:
+            return
+        python, out, kind = "python", str(self.out), f"--{self.trainable.kind}"
+        data = self.args.eval_data or [numbered(name)[0] for name in self.args.data or ()] or ["FILE"]
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
             (python, "generate.py", kind, out),
-            (python, "evaluate.py", kind, out, "--data", *(self.s.eval_data or files_of(self.s) or ["FILE"])),
+            (python, "evaluate.py", kind, out, "--data", *data),
         ]
-        numbers = self.plan.numbers(self.s) | {"trained parameters": f"{self.plan.in_adapter(self.s):,}"}
+        numbers = self.plan.numbers(self.args)
+        numbers["trained parameters"] = f"{self.plan.trained_parameters(self.args):,}"
+        rows = record.rows
         report.write(
-            self.out / REPORT,
-            self._title(),
-            ended,
-            self.state.settings,
-            numbers,
-            record.rows,
-            self.best,
-            answers,
-            commands,
+            self.out / REPORT, self._title(), ended, self.state.settings, numbers, rows, self.best, answers, commands
         )
 
     def _title(self) -> str:
-        what = "every weight" if self.s.full else f"rank {self.s.rank}"
-        return f"{self.out.name}: {self.plan.base.hub_id}, {what}, {len(self.plan.examples)} examples"
+        examples = f"{len(self.plan.examples)} examples"
+        return f"{self.out.name}: {self.plan.base.hub_id}, {self.trainable.described}, {examples}"
 
 
-def files_of(s) -> list[str]:
-    """The files of --data, without weights."""
-    return [numbered(name)[0] for name in s.data or ()]
+def show(answers: list[tuple[str, str, str]]) -> None:
+    """(question, before, after) on stdout, one under the other."""
+
+    def short(text: str) -> str:
+        line = " ".join(text.split())
+        return line if len(line) <= 160 else line[:157] + "..."
+
+    for question, before, after in answers:
+        print(f"\n{short(question)}\n  before  {short(before)}\n  after   {short(after)}")
+    sys.stdout.flush()

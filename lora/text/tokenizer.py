@@ -1,6 +1,7 @@
 """Text to ids and back, by the `tokenizers` package, with decoding that never shows half a character."""
 
 import hashlib
+import re
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -10,8 +11,8 @@ BROKEN = "\ufffd"  # what bytes that are no character (yet) are decoded to
 
 
 class Tokenizer:
-    """A `tokenizer.json`. `control` maps the text of every special token (`<|im_end|>`) to its id; `fingerprint` is the
-    file's sha256.
+    """A `tokenizer.json`. `control` maps the text of every special token (`<|im_end|>`) to its id, `control_pattern`
+    finds them in a text; `fingerprint` is the file's sha256.
 
     Raises BadInput for a file that is no tokenizer; `where` names it.
     """
@@ -32,6 +33,8 @@ class Tokenizer:
             why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise BadInput(f"broken tokenizer in {where}: {why}. Download the file again") from None
         self.control = {token.content: i for i, token in added.items() if token.special}
+        strings = sorted(self.control, key=len, reverse=True)
+        self.control_pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
         self.fingerprint = hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -30,14 +30,14 @@ def evaluating(model: nn.Module):
 
 
 @torch.no_grad()
-def mean_loss(objective: Callable[..., torch.Tensor], batches: Iterable, total: Total = list) -> float:
-    """Summed loss over count of all trained tokens, however they are batched; `objective` as for `train_step`."""
-    loss, count = 0.0, 0
+def mean_loss(loss: Callable[..., tuple[torch.Tensor, int]], batches: Iterable, total: Total = list) -> float:
+    """The mean over all batches, however they are cut; `loss(batch)` is a sum and a count."""
+    sums = [0.0, 0.0]
     for batch in batches:
-        loss += objective(batch).item()
-        count += len(batch.targets)
-    loss, count = total([loss, count])
-    return loss / count
+        part, count = loss(batch)
+        sums = [sums[0] + part.item(), sums[1] + count]
+    whole, count = total(sums)
+    return whole / count
 
 
 class Retained(NamedTuple):

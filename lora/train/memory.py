@@ -33,6 +33,11 @@ def expected(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[
     return sum(parts(model, targets, s, lengths, batch_size).values())
 
 
+def recomputes(tokens: int, s) -> bool:
+    """Are the activations of a micro-batch of so many tokens computed again in the backward pass?"""
+    return s.checkpoint_activations or tokens > LONG * s.micro_tokens
+
+
 def in_adapter(model: nn.Module, targets: Mapping[str, int], dora: bool = False) -> int:
     """The number of an adapter's parameters; `targets` are paths with their ranks."""
     shapes = {path: model.get_submodule(path).weight.shape for path in targets}
@@ -57,7 +62,7 @@ def parts(model: nn.Module, targets: Mapping[str, int], s, lengths: Sequence[int
         logits = min(ROWS, tokens) * c.vocab_size * ((10 if size == 2 else 8) + 4 * (tokens > ROWS))
         loss = 3 * row + logits  # hidden states, the trained ones, their gradient
         loss += s.full * c.vocab_size * c.hidden_size * (4 + 4 + size)  # gradient of the head: sum, scaled, rounded
-        if s.checkpoint_activations or tokens > LONG * s.micro_tokens:  # a whole block is there only after the loss
+        if recomputes(tokens, s):  # a whole block is there only after the loss
             return {"blocks": row * len(blocks), "backward or the loss": max(max(blocks) + backward, loss)}
         return {"blocks": sum(blocks), "backward or the loss": max(backward, loss)}
 

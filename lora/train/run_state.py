@@ -2,15 +2,16 @@
 
     checkpoints/000050/               after 50 steps
         adapter_model.safetensors ... a complete adapter or model, as the caller writes it
-        optimizer.safetensors         what the optimizer remembers: <parameter>.exp_avg, .exp_avg_sq, .step
+        optimizer.safetensors         the optimizer's state: <parameter>.exp_avg, .exp_avg_sq, .step
         state.json                    `State`
         MANIFEST.json                 size and sha256 of every other file
 
-What a step does is a pure function of the settings and its number (order of examples, seeds of dropout), so there is no
+What a step does is a pure function of the settings and its number (order of examples, dropout), so there is no
 generator and no place in the data to save.
 """
 
 import errno
+import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -23,13 +24,14 @@ from lora.errors import ENVIRONMENT_ERRNOS, BadEnvironment, BadInput
 
 FOLDER, OPTIMIZER, STATE, MANIFEST = "checkpoints", "optimizer.safetensors", "state.json", "MANIFEST.json"
 FORMAT = 1
-NOW = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # these say nothing of a file
+# these errors say nothing about the file itself
+NOW = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
 class State:
-    """Where a run stands after `step` of `total` steps, and what it must have in common with its continuation."""
+    """Where a run stands after `step` of `total` steps, and what must be the same where it is resumed."""
 
     step: int
     total: int
@@ -41,11 +43,17 @@ class State:
     rows: int = 0  # in metrics.jsonl
     evaluations: list = field(default_factory=list)
     examined: str = ""  # fingerprint of what evaluations measure on
-    computed: dict = field(default_factory=dict)  # where: bits are promised on the same machine only
+    computed: dict = field(default_factory=dict)  # the machine: bits are promised on the same one only
     format: int = FORMAT
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one process's dropout in one step; there is no state of a generator to save."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/step {step}/rank {rank}".encode(), digest_size=8).digest()) >> 1
+
+
 def at(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after a step."""
     return Path(run) / FOLDER / f"{step:06d}"
 
 
@@ -56,7 +64,7 @@ def steps(run: Path) -> list[int]:
 
 
 def ours(run: Path) -> list[int]:
-    """Those that were written to the end, and may be removed."""
+    """The steps of the checkpoints that were written to the end; we may remove them."""
     return [step for step in steps(run) if (at(run, step) / MANIFEST).exists()]
 
 
@@ -92,9 +100,9 @@ def disk_full(run: Path, parameters: dict):
         raise BadEnvironment(f"file operation failed in {error.filename or run}: {why}. {fix}, {again}") from error
 
 
-def size(adapter: int) -> int:
-    """Bytes of a checkpoint: of the adapter and its two moments, and some room for the small files."""
-    return 3 * adapter + 2**20
+def size(trained: int) -> int:
+    """Bytes of a checkpoint: what trains, its two moments, and some room for the small files."""
+    return 3 * trained + 2**20
 
 
 def _seal(path: Path) -> dict:
@@ -201,15 +209,15 @@ def read_state(path: Path) -> State:
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dict) -> None:
-    """Give `optimizer` its memory back, bit for bit. Raises BadInput where tensors and parameters do not fit."""
-    file, remembered = files.Safetensors(path / OPTIMIZER), {}
+    """Give `optimizer` its state back, bit for bit. Raises BadInput where tensors and parameters do not fit."""
+    file, states = files.Safetensors(path / OPTIMIZER), {}
     for name in file.header:
         owner, _, key = name.rpartition(".")
         value = file.read(name)
         if owner not in parameters or value.shape not in ((), parameters[owner].shape):
             raise BadInput(f"wrong tensor in {path / OPTIMIZER}:{name}: it fits no parameter. Give another checkpoint")
-        remembered.setdefault(owner, {})[key] = value
+        states.setdefault(owner, {})[key] = value
     names = {parameter: name for name, parameter in parameters.items()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    found = {i: remembered[name] for i, name in enumerate(order) if name in remembered}
+    found = {i: states[name] for i, name in enumerate(order) if name in states}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": found})

@@ -5,15 +5,17 @@ An evaluation is a row {"step", "eval_loss", "retention_kl"}; either number may 
 
 from collections.abc import Sequence
 
+FINISHED = "all steps are done"
+
 
 def brief(row: dict) -> dict:
-    """Of a whole evaluation what decisions need."""
+    """The part of an evaluation that decisions need."""
     return {key: row[key] for key in ("step", "eval_loss", "retention_kl") if key in row}
 
 
 def best(evaluations: Sequence[dict], most: float | None = None) -> int | None:
     """The step with the lowest `eval_loss`, the first of equals; without losses the last one. Only evaluations that
-    forgot at most so many nats count. None where there is none after step 0."""
+    forgot at most `most` nats count. None where there is none after step 0."""
     fitting = [row for row in evaluations if row["step"] > 0 and not _forgot(row, most)]
     if not fitting:
         return None
@@ -37,3 +39,11 @@ def why_end(evaluations: Sequence[dict], patience: int | None = None, most: floa
 
 def _forgot(row: dict, most: float | None) -> bool:
     return most is not None and row.get("retention_kl", 0.0) > most
+
+
+def reason_to_stop(state, args, signal: int | None) -> str | None:
+    """Why a run ends after the step it stands at; None where it goes on."""
+    if signal:
+        return f"stopped by a signal after step {state.step}"
+    early = why_end(state.evaluations, args.patience, args.max_forgetting)
+    return early or (FINISHED if state.step >= state.total else None)

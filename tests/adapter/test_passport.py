@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora.adapter import passport
 from lora.adapter.inject import lora_layers
-from lora.export import receipt
+from lora.inference.session import warn_if_unchanged
 from lora.text.tokenizer import Tokenizer
 from tests import cli
 from tests.helpers import patched, tiny_model
@@ -73,9 +73,9 @@ def test_a_run_writes_the_fingerprints_of_its_tokenizer_template_data_and_settin
 
 
 @mutation(
-    "lora/run/results.py",
-    'learned = {**settings.decisive(flags.TRAIN, s), "steps": plan.total}',
-    "learned = settings.decisive(flags.TRAIN, s)",
+    "lora/run/trainable.py",
+    'learned = {**args.decisive(), "steps": plan.total}',
+    "learned = args.decisive()",
 )
 def test_what_decides_what_is_learned_changes_the_fingerprints_and_nothing_else_does(tmp_path):
     first = papers(cli.adapter_folder())
@@ -236,8 +236,8 @@ def zero_B(work):
 
 
 @mutation(
-    "generate.py",
-    """        receipt.prove(model, adapter)
+    "lora/inference/session.py",
+    """        warn_if_unchanged(net, adapter)
         merge_and_unload""",
     "        merge_and_unload",
     case="generate",
@@ -254,11 +254,11 @@ def test_an_adapter_that_changes_nothing_is_told(work, script):
 @pytest.mark.parametrize("targets", [["q_proj"], ["k_proj"], ["v_proj"], ["down_proj"]], ids=str)
 def test_a_change_of_any_one_kind_of_layer_is_seen(capsys, targets):
     model = patched(tiny_model(torch.float32, vocab_size=300), targets=targets)
-    receipt.prove(model, "somewhere")
+    warn_if_unchanged(model, "somewhere")
     assert capsys.readouterr().err == ""
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.lora_B.zero_()
-    receipt.prove(model, "somewhere")
+    warn_if_unchanged(model, "somewhere")
     assert "the adapter in somewhere changes nothing" in capsys.readouterr().err
     assert all(layer.enabled for layer in lora_layers(model).values())

@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-import train
-from lora import flags, ops, settings
+from lora import ops
 from lora.adapter import store
-from lora.adapter.inject import disabled, find_targets, inject, lora_layers
+from lora.adapter.inject import disabled, inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merge, merge_and_unload, unmerge
+from lora.adapter.targets import find_targets
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
 from lora.ops.fast_decoding import for_decoding
 from lora.run import adapter
+from lora.run.settings import TrainSettings
+from lora.run.trainable import make_optimizer
 from lora.train.step import train_step
 from tests import cli
 from tests.helpers import (
@@ -400,13 +402,14 @@ def test_B_learns_so_many_times_as_fast_along_the_whole_schedule():
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     batch = SimpleNamespace(tokens=some_tokens(), targets=some_tokens(), padding=0)
     for lr in (1e-3, 1e-4):
-        optimizer = train.optimizer_of(train.groups(parameters, s), s, torch.device("cpu"))
+        optimizer = make_optimizer(parameters, s, torch.device("cpu"))
         before = {name: p.detach().clone() for name, p in parameters.items()}
         train_step(lambda b: model(b.tokens).logsumexp(-1).square().sum(), [batch], optimizer, lr)
         for name, p in parameters.items():
             rate = 16 * lr if name.endswith("lora_B") else lr
             assert abs((p - before[name]).abs().median().item() / rate - 1) < 0.01, name
-    assert len(train.groups(parameters, SimpleNamespace(lr_ratio_b=1.0))) == 1
+    s.lr_ratio_b = 1.0
+    assert len(make_optimizer(parameters, s, torch.device("cpu")).param_groups) == 1
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
@@ -447,7 +450,7 @@ def test_a_run_with_each_flag_resumes_to_the_same_bits_and_its_folder_needs_no_f
 
 
 def test_a_run_says_what_it_adapts():
-    s = settings.resolve(flags.TRAIN, ["--rank", "4", "--dora", *map(str, PATTERNS)], "")
+    s = TrainSettings.resolve(["--rank", "4", "--dora", *map(str, PATTERNS)], "")
     empty = tiny_model(**cli.SIZES).to("meta")
     assert [" ".join(line.split()) for line in adapter.table(s, empty, adapter.ranks(s, empty))] == [
         "q_proj 1 of 32 x 32 rank 2 alpha 32 160 parameters",
@@ -459,7 +462,7 @@ def test_a_run_says_what_it_adapts():
         "down_proj 1 of 32 x 48 rank 3 alpha 32 272 parameters",
     ]
     some = ["--target", "k_proj", "--rank-pattern", "0.self_attn.k_proj=9"]
-    s = settings.resolve(flags.TRAIN, some, "")
+    s = TrainSettings.resolve(some, "")
     [line] = adapter.table(s, empty, adapter.ranks(s, empty))
     assert " ".join(line.split()) == "k_proj 2 of 16 x 32 rank 9-16 alpha 32 1,200 parameters"
 

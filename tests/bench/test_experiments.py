@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora import flags, settings
+from lora.run.settings import TrainSettings
 from tests.mutation import mutation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -305,7 +305,7 @@ RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if path.name != "claim
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parts[-2] + path.stem)
 def test_every_recipe_is_one_that_train_takes(path):
-    settings.resolve(flags.TRAIN, ["--config", str(path)], "")
+    TrainSettings.resolve(["--config", str(path)], "")
 
 
 def words_in_a_row(text: str, count: int = 4) -> set[tuple[str, ...]]:

@@ -15,9 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from lora import errors
-from lora.data import formats
-from lora.data.batch import collate, micro_batches, order, steps, tokens_per_step
+from lora.data import formats, jsonl
+from lora.data.batch import collate, micro_batches
 from lora.data.formats import read
+from lora.data.order import order, steps, tokens_per_step
 from lora.data.sources import numbered
 from lora.errors import BadInput
 from lora.text.chat import Example
@@ -58,7 +59,9 @@ SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     "for pair in [[question, value[answer]], *history]",
 )
 @mutation("lora/data/formats.py", "(train is False or weight == 0)", "(train is False)")
-@mutation("lora/data/formats.py", "if system and isinstance(turns, list):", "if False:")
+@mutation(
+    "lora/data/formats.py", "*turns] if system and isinstance(turns, list) else turns", "*turns] if False else turns"
+)
 @pytest.mark.parametrize(
     ("row", "messages", "shape"),
     [
@@ -106,12 +109,7 @@ def test_every_accepted_shape_becomes_messages(tmp_path, row, messages, shape):
     assert read([path]) == [(messages, f"{path}:1", shape)]
 
 
-@mutation(
-    "lora/data/formats.py",
-    """            _alone(value, (key,))
-""",
-    "",
-)
+@mutation("lora/data/formats.py", "if value.get(key) and key not in used:", "if False:")
 @pytest.mark.parametrize("row", [{"messages": PAIR}, {"prompt": [USER], "completion": [ANSWER]}], ids=["one", "two"])
 @pytest.mark.parametrize("more", [{"history": [["a", "b"]]}, {"input": "x"}, {"context": "x"}], ids=str)
 def test_what_would_be_lost_beside_messages_is_refused(tmp_path, row, more):
@@ -150,9 +148,9 @@ TWO = [{"q": "Hi \u2028 there", "a": "1"}, {"messages": [SYSTEM, *PAIR]}]
 LINES = [json.dumps(row, ensure_ascii=False) for row in TWO]
 
 
-@mutation("lora/data/formats.py", 'line = line.removeprefix(b"\\xef\\xbb\\xbf")', "pass")
-@mutation("lora/data/formats.py", 'if start.startswith(b"\\x1f\\x8b") else raw', 'if path.suffix == ".gz" else raw')
-@mutation("lora/data/formats.py", 'number += text.count("\\n", counted, position)', "pass")
+@mutation("lora/data/jsonl.py", 'line = line.removeprefix(b"\\xef\\xbb\\xbf")', "pass")
+@mutation("lora/data/jsonl.py", 'if start.startswith(b"\\x1f\\x8b") else raw', 'if path.suffix == ".gz" else raw')
+@mutation("lora/data/jsonl.py", 'number += text.count("\\n", counted, place)', "pass")
 @pytest.mark.parametrize(
     ("raw", "numbers"),
     [
@@ -180,7 +178,7 @@ def test_lines_and_lists_are_read_whatever_the_name_says(tmp_path, raw, numbers,
     assert [c.where for c in found] == [f"{path}:{number}" for number in numbers]
 
 
-@mutation("lora/data/formats.py", "while position < len(text):", "if position < len(text):")
+@mutation("lora/data/jsonl.py", "while place < len(text) and not", "if place < len(text) and not")
 def test_the_articles_line_with_two_objects_is_two_rows(tmp_path):
     """As the fourth article prints its example: one line, a blank between two objects."""
     row = {"messages": [{"role": "system", "content": "道言"}, {"role": "user", "content": "如何面对挫折?"}]}
@@ -216,14 +214,14 @@ def test_a_file_that_is_something_else_is_named_and_so_is_what_to_do(tmp_path, r
     assert why in problem and f" in {path}{f':{line}' if line else ''}: " in problem and problem.count(". ") >= 1
 
 
-@mutation("lora/data/formats.py", "or unpacked > LIMIT:", "or False:")
+@mutation("lora/data/jsonl.py", "or unpacked > LIMIT:", "or False:")
 def test_an_endless_line_and_a_gzip_bomb_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LINE_LIMIT", 1000)
-    monkeypatch.setattr(formats, "LIMIT", 5000)
+    monkeypatch.setattr(jsonl, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(jsonl, "LIMIT", 5000)
     for rows in (b" " * 2000, b'{"q": "x", "a": "y"}\n' * 400):
         (problem,) = problems_of(written(tmp_path / "a.jsonl", raw=gzip.compress(rows)))
         assert "can't be what it claims to be" in problem
-    monkeypatch.setattr(formats, "LIST_LIMIT", 100)
+    monkeypatch.setattr(jsonl, "LIST_LIMIT", 100)
     (problem,) = problems_of(written(tmp_path / "b.json", raw=b"[" + b" " * 200 + b"]"))
     assert "read as a whole" in problem
 
@@ -259,9 +257,9 @@ def test_what_follows_the_last_colon_is_a_number_or_belongs_to_the_name(name, pa
 
 
 @mutation(
-    "lora/data/formats.py",
-    "values = list(_objects(line, path, number))",
-    "values = [v for part in line.decode().splitlines() for v in _objects(part.encode(), path, number)]",
+    "lora/data/jsonl.py",
+    'values = list(_parse(line.rstrip(b" \\t\\r\\n"), path, number))',
+    "values = [v for part in line.decode().splitlines() for v in _parse(part.encode(), path, number)]",
 )
 def test_text_is_kept_to_the_byte(tmp_path):
     texts = [
@@ -436,7 +434,7 @@ def test_a_file_that_is_missing_a_folder_a_pipe_or_too_large_is_refused(tmp_path
         (problem,) = problems_of(path)
         assert str(path) in problem
     large = written(tmp_path / "large.jsonl", {"q": "x", "a": "y"})
-    monkeypatch.setattr(formats, "LIMIT", 10)
+    monkeypatch.setattr(jsonl, "LIMIT", 10)
     assert "larger than" in problems_of(large)[0]
 
 
@@ -541,7 +539,7 @@ def test_micro_batches_keep_every_example_once_and_the_budget(examples, budget):
         assert len(first.tokens) + second.lengths[0] > budget  # and no batch is opened without need
 
 
-@mutation("lora/data/batch.py", 'f"{seed}/{epoch}/{index}"', 'f"{seed}/{index}"')
+@mutation("lora/data/order.py", 'f"{seed}/{epoch}/{index}"', 'f"{seed}/{index}"')
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
 def test_order_is_a_permutation_and_a_pure_function_of_seed_and_epoch(count):
     state = random.getstate()
@@ -560,7 +558,7 @@ def test_order_is_the_same_on_every_machine_and_version():
 
 
 @mutation(
-    "lora/data/batch.py",
+    "lora/data/order.py",
     "for start in range(0, count, batch_size)",
     "for start in range(0, count - batch_size + 1, batch_size)",
     case="10-4",
@@ -593,7 +591,7 @@ def sources_of(indices, sizes) -> list[int]:
 
 
 @mutation(
-    "lora/data/batch.py",
+    "lora/data/order.py",
     "itertools.accumulate(weight / sum(weights) for weight in weights)",
     "itertools.accumulate(1 / len(weights) for weight in weights)",
 )
@@ -619,7 +617,7 @@ def test_inside_a_source_nothing_is_repeated_until_all_was_drawn(sources, seed):
             assert sorted(mine[start : start + size]) == list(range(sum(sizes[:source]), sum(sizes[: source + 1])))
 
 
-@mutation("lora/data/batch.py", '_endless(size, f"{seed}/source {i}")', '_endless(size, f"{seed}/source")')
+@mutation("lora/data/order.py", '_endless(size, f"{seed}/source {i}")', '_endless(size, f"{seed}/source")')
 def test_sources_of_one_size_are_not_drawn_in_one_order():
     drawn = [i for step in steps([50, 50], 10, 0, 40, [1.0, 1.0]) for i in step]
     first, second = ([i - start for i in drawn if start <= i < start + 50][:50] for start in (0, 50))
@@ -639,8 +637,8 @@ def test_without_weights_files_are_one_behind_the_other():
     assert list(steps([4, 6], 3, 0, 9)) == list(steps([10], 3, 0, 9))
 
 
-@mutation("lora/data/batch.py", "count = floor(rate * (step + 1)) - floor(rate * step)", "count = floor(rate)")
-@mutation("lora/data/batch.py", "extras, start = [], sum(sizes)", "extras, start = [], 0")
+@mutation("lora/data/order.py", "count = floor(rate * (step + 1)) - floor(rate * step)", "count = floor(rate)")
+@mutation("lora/data/order.py", "extras, start = [], sum(sizes)", "extras, start = [], 0")
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.3, 1.0, 2.5])
 def test_replay_comes_on_top_of_every_step_and_changes_nothing_else(weights, share):

@@ -194,7 +194,7 @@ def test_beyond_the_tolerance_nothing_is_written_and_an_earlier_model_stays(tmp_
 
 @mutation(
     "merge.py",
-    """            receipt.check(found, s.tolerance, out, s.adapter)
+    """            receipt.check(found, args.tolerance, out, args.adapter)
 """,
     "",
 )

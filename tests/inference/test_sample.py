@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lora.inference.generate import Sampling, choose, generate, penalise, probabilities
+from lora.inference.generate import Sampling, generate, penalise, probabilities, sample
 from tests import oracle
 from tests.helpers import close, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
@@ -53,9 +53,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(how):
         assert generate(model, [prompt], NEVER, 12, alone) == [together[row]]
 
 
-@mutation(
-    "lora/inference/generate.py", "choose(logits[i], how, generators[row],", "choose(logits[i], how, generators[i],"
-)
+@mutation("lora/inference/generate.py", "generators[i], ids[i]) for b, i in", "generators[b], ids[i]) for b, i in")
 def test_rows_that_end_early_change_nothing_for_the_others():
     model = tiny_model()
     free = generate(model, PROMPTS, NEVER, 12, SEEDED)
@@ -81,12 +79,14 @@ def test_seeded_sampling_is_repeatable_and_another_seed_gives_another_answer():
 
 @mutation(
     "lora/inference/generate.py",
-    """            if token in stops:
-                continue
-            answers[row].append(token)""",
-    """            answers[row].append(token)
-            if token in stops:
-                continue""",
+    """                if token in stops:
+                    continue
+                ids[i].append(token)
+                yield i, token""",
+    """                ids[i].append(token)
+                yield i, token
+                if token in stops:
+                    continue""",
 )
 def test_a_stop_token_ends_an_answer_and_is_no_part_of_it():
     model = tiny_model()
@@ -106,8 +106,8 @@ def test_tokens_are_reported_as_they_are_chosen():
 
 @mutation(
     "lora/inference/generate.py",
-    "len(prompts[row]) + len(answers[row]) < most",
-    "len(prompts[row]) + len(answers[row]) < most - 1",
+    "ends = [min(limit, len(prompt) + max_new) for prompt in prompts]",
+    "ends = [min(limit - 1, len(prompt) + max_new) for prompt in prompts]",
 )
 @pytest.mark.parametrize("most", [13, 14, 16])
 def test_no_answer_goes_beyond_the_positions_of_the_model(most):
@@ -156,7 +156,7 @@ def test_top_k_top_p_and_min_p_are_the_brute_force_filters(logits, how):
     gaps = sorted(logits)
     assume(all(b - a > 1e-6 for a, b in pairwise(gaps)))  # no ties by rounding
     expected = brute_force(logits, how)
-    nudged = [brute_force(logits, Sampling(how.temperature, how.top_k, min(1, how.top_p + d), how.min_p + d))
+    nudged = [brute_force(logits, Sampling(how.temperature, how.top_k, min(1, how.top_p + d), max(0, how.min_p + d)))
               for d in (-1e-9, 1e-9)]  # fmt: skip
     assume(all([p > 0 for p in near] == [p > 0 for p in expected] for near in nudged))  # no border by rounding
     found = probabilities(torch.tensor(logits, dtype=torch.float64), how)
@@ -165,8 +165,8 @@ def test_top_k_top_p_and_min_p_are_the_brute_force_filters(logits, how):
 
 @mutation(
     "lora/inference/generate.py",
-    "kept = ordered.cumsum(0) - ordered < how.top_p",
-    "kept = ordered.cumsum(0) < how.top_p",
+    "kept = ordered.cumsum(0) - ordered < sampling.top_p",
+    "kept = ordered.cumsum(0) < sampling.top_p",
 )
 @pytest.mark.parametrize(
     ("how", "kept"),
@@ -197,7 +197,7 @@ def test_worked_examples_of_the_filters(how, kept):
 @mutation(
     "lora/inference/generate.py",
     "p = torch.zeros_like(p).scatter(0, index, ordered * kept)",
-    "p = p * (p.cumsum(0) - p < how.top_p)",
+    "p = p * (p.cumsum(0) - p < sampling.top_p)",
 )
 def test_a_nucleus_is_cut_by_probability_and_not_by_id():
     p = torch.tensor([0.05] * 10 + [0.5], dtype=torch.float64)
@@ -210,7 +210,7 @@ def test_draws_follow_the_distribution():
     how = Sampling(0.8, top_k=7, top_p=0.97, min_p=0.005)
     expected = np.array(brute_force(logits.tolist(), how))
     generator, count = torch.Generator().manual_seed(1), 8_000
-    drawn = np.bincount([choose(logits, how, generator) for _ in range(count)], minlength=11)
+    drawn = np.bincount([sample(logits, how, generator) for _ in range(count)], minlength=11)
     assert (drawn[expected == 0] == 0).all()
     kept = expected > 0
     chi2 = ((drawn[kept] - count * expected[kept]) ** 2 / (count * expected[kept])).sum()
@@ -219,14 +219,14 @@ def test_draws_follow_the_distribution():
 
 def test_temperature_zero_is_argmax_whatever_the_filters():
     logits = torch.tensor([0.1, 3.0, 2.9, -5.0])
-    assert choose(logits, Sampling(0.0, top_k=1, top_p=0.1, min_p=0.9), torch.Generator()) == 1
+    assert sample(logits, Sampling(0.0, top_k=1, top_p=0.1, min_p=0.9), torch.Generator()) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-45, 1e-300])
 def test_the_smallest_temperatures_take_the_likeliest_token(temperature):
     logits = torch.tensor([-3.0, 30.0, 29.0, -50.0])
-    assert choose(logits, Sampling(temperature), torch.Generator()) == 1
-    assert choose(logits, Sampling(temperature, 3, 0.9, 0.1), torch.Generator()) == 1
+    assert sample(logits, Sampling(temperature), torch.Generator()) == 1
+    assert sample(logits, Sampling(temperature, 3, 0.9, 0.1), torch.Generator()) == 1
 
 
 def test_a_high_temperature_flattens_and_a_low_one_sharpens():
@@ -248,8 +248,8 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_scores_of_s
 def test_repetition_penalty_counts_prompt_and_answer_once_each():
     logits = torch.tensor([2.0, 1.9, 1.0])
     how = Sampling(repetition_penalty=1.5)
-    assert choose(logits, how, torch.Generator(), seen=[0, 0, 0]) == 1
-    assert choose(logits, how, torch.Generator(), seen=[0, 1, 0]) == 0  # twice divided, 2 / 1.5² < 1
+    assert sample(logits, how, torch.Generator(), seen=[0, 0, 0]) == 1
+    assert sample(logits, how, torch.Generator(), seen=[0, 1, 0]) == 0  # twice divided, 2 / 1.5² < 1
     model, prompt = tiny_model(), PROMPTS[2]
     (answer,) = generate(model, [prompt], NEVER, 8, Sampling(repetition_penalty=1e6))
     tokens = list(prompt)
@@ -265,4 +265,4 @@ def test_logits_of_bfloat16_are_chosen_from_in_float32():
     logits = torch.tensor([draw.uniform(-3, 3) for _ in range(50)]).bfloat16()
     how = Sampling(0.7, top_p=0.9)
     a, b = (torch.Generator().manual_seed(3) for _ in range(2))
-    assert [choose(logits, how, a) for _ in range(200)] == [choose(logits.float(), how, b) for _ in range(200)]
+    assert [sample(logits, how, a) for _ in range(200)] == [sample(logits.float(), how, b) for _ in range(200)]

@@ -161,7 +161,7 @@ DRAWN = ("--temperature", 1.0, "--seed", 3, "--repetition-penalty", 1.2)
 
 
 @mutation(
-    "generate.py", "encode(empty, chats[name], messages, where)", "encode(empty, chats[several.BASE], messages, where)"
+    "lora/inference/session.py", "Session(net, chat, *how, partial", "Session(net, chats[several.BASE], *how, partial"
 )
 @pytest.mark.parametrize("how", [(), DRAWN, ("--dtype", "bfloat16"), ("--system", "Hm.", "--batch-size", 3)], ids=str)
 def test_columns_are_what_separate_runs_answer(work, tmp_path, how):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lora.data.batch import micro_batches
-from lora.pretrained.folder import load_model
-from lora.run.full import Masters
+from lora.pretrained import load_model
+from lora.run.trainable import AllWeights
 from lora.train.step import train_step
 from tests.helpers import close, far, objective_of, snapshot, some_tokens, tiny_config
 from tests.parity.test_parity_model import pair, transformers
@@ -17,8 +17,8 @@ def test_five_steps_equal_those_of_transformers(shape):
     """In float32, AdamW on every weight, right-padded with its own loss: losses and weights within 1e-5."""
     ours, theirs = pair(tiny_config(**shape), seed=3)
     before, batches = snapshot(ours), micro_batches(EXAMPLES, 12)
-    masters = Masters(ours, torch.float32)
-    optimizer = torch.optim.AdamW(masters.by_name.values(), weight_decay=0.1)
+    masters = AllWeights(ours, torch.float32)
+    optimizer = torch.optim.AdamW(masters.parameters.values(), weight_decay=0.1)
     expected = torch.optim.AdamW(theirs.train().parameters(), lr=1e-3, weight_decay=0.1)
     longest = max(len(e.tokens) for e in EXAMPLES)
     ids, mask, labels = (torch.full((len(EXAMPLES), longest), fill) for fill in (0, 0, -100))
@@ -28,6 +28,7 @@ def test_five_steps_equal_those_of_transformers(shape):
         labels[row, :n] = torch.tensor(e.tokens).where(torch.tensor(e.trained), -100)
     for _ in range(5):
         result = train_step(objective_of(ours), batches, optimizer, 1e-3)
+        masters.sync_model()
         loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
         expected.zero_grad()
         loss.backward()

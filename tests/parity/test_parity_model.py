@@ -25,7 +25,7 @@ from lora.adapter.inject import lora_layers
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model, rope_table
 from lora.network.families import FAMILIES
-from lora.pretrained.folder import ModelFolder, load_chat, load_model, write_model
+from lora.pretrained import ModelFolder, load_chat, load_model, write_model
 from tests.helpers import as_true_as, close, example_of, far, patched, randomise, some_tokens, tiny_config, tiny_model
 from tests.network.test_families import NEW, family_config, folder_of, on_disk
 from tests.network.test_model import LLAMA3, random_config

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from lora import files, folders
 from lora.errors import BadEnvironment, BadInput, Refused
-from lora.pretrained.folder import ModelFolder, empty_model, find, load_chat, load_model, write_model
+from lora.pretrained import ModelFolder, empty_model, find, load_chat, load_model, write_model
 from tests.helpers import same, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
 from tests.text.test_template import CHATML, CONTROL, SMOLLM2, byte_level, byte_level_json
@@ -83,7 +83,7 @@ def test_bfloat16_weights_are_the_same_numbers_in_float32(tmp_path):
     assert same({name: tensor.float() for name, tensor in tensors.items()}, tensors_of(loaded))
 
 
-@mutation("lora/pretrained/folder.py", "elif header[name][1] != expected[name]:", "elif False:")
+@mutation("lora/pretrained/load.py", "elif header[name][1] != expected[name]:", "elif False:")
 def test_everything_missing_extra_or_of_another_shape_is_named_at_once(tmp_path):
     tensors = tensors_of(tiny_model(torch.float32))
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
@@ -119,9 +119,7 @@ def test_old_rotary_buffers_are_dropped(tmp_path):
 
 
 @mutation(
-    "lora/pretrained/folder.py",
-    "if not same or not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):",
-    "if not same:",
+    "lora/pretrained/load.py", "if not same or not torch.equal(base.read(head), base.read(embedding)):", "if not same:"
 )
 def test_a_head_that_repeats_the_tied_embedding_is_dropped_and_one_that_differs_refused(tmp_path):
     tensors = tensors_of(tiny_model(torch.float32, tie_word_embeddings=True))
@@ -141,7 +139,7 @@ def test_an_untied_model_without_a_head_is_refused(tmp_path):
     assert f":{HEAD}: the config asks for it" in problems_of(folder_of(tmp_path / "m", tensors))
 
 
-@mutation("lora/pretrained/folder.py", "if not torch.isfinite(weights[name].sum()) and", "if False and")
+@mutation("lora/pretrained/load.py", "if not torch.isfinite(weights[name].sum()) and", "if False and")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_named(tmp_path, value):
     tensors = tensors_of(tiny_model(torch.bfloat16))
@@ -335,11 +333,7 @@ def test_generation_stops_at_every_end_token_the_files_name(tmp_path, config, ge
     assert load_chat(ModelFolder(path)).stops == stops
 
 
-@mutation(
-    "lora/pretrained/folder.py",
-    'for file in ("special_tokens_map.json", "tokenizer_config.json"):',
-    'for file in ("tokenizer_config.json",):',
-)
+@mutation("lora/pretrained/chat.py", "    for file in SPECIAL_FILES:", "    for file in SPECIAL_FILES[1:]:")
 def test_special_tokens_come_from_their_map_and_the_tokenizer_config_is_believed_over_it(tmp_path):
     """As transformers reads them; Gemma's and Llama 2's folders have both files."""
     path = chat_folder(tmp_path / "m", {"chat_template": CHATML, "eos_token": "</s>"})
@@ -429,9 +423,9 @@ def unchanged(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @mutation(
-    "lora/pretrained/folder.py",
-    "shards.setdefault(shard_of(names[0]), {})",
-    'shards.setdefault("model.safetensors", {})',
+    "lora/pretrained/write.py",
+    "headers.setdefault(shard_of(parts[0]), {})",
+    'headers.setdefault("model.safetensors", {})',
 )
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -467,7 +461,9 @@ def test_a_change_is_written_and_rounded_to_the_stored_dtype(tmp_path):
     assert same(tensors_of(load_model(ModelFolder(out), torch.bfloat16)), expected)
 
 
-@mutation("lora/pretrained/folder.py", 'config[key] = str(dtype).removeprefix("torch.")', "pass")
+@mutation(
+    "lora/pretrained/write.py", 'config |= {key: name for key in ("torch_dtype", "dtype") if key in config}', "pass"
+)
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype", None])
 def test_another_dtype_converts_the_tensors_and_the_config_says_so(tmp_path, key):
     tensors = tensors_of(tiny_model(torch.float32))

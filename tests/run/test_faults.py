@@ -25,7 +25,9 @@ from lora.adapter.passport import ADAPTER
 from lora.errors import BadEnvironment, BadInput
 from lora.run import results
 from lora.run.results import SETTINGS, WROTE, Results
+from lora.run.trainable import Adapter
 from lora.train import run_state
+from lora.train.distributed import DistContext
 from lora.train.record import Record
 from tests import cli
 from tests.faults import Blow, Disk, replay
@@ -434,20 +436,22 @@ def test_a_state_of_other_types_is_passed_over_though_its_seal_is_right(new_run,
 # ---- the end of a run ------------------------------------------------------------------------------------------------
 
 
+TEMPLATE, SOURCES = "{{ messages }}", SimpleNamespace(held_out=None)
+ALONE = DistContext(0, 1, torch.device("cpu"))
+
+
 def results_of(run: Path, step: int, best: int | None = None) -> Results:
     """What writes a run that stands after a step; without a base model, as nothing here asks for one."""
-    made = object.__new__(Results)
-    made.model, made.out, made.papers = trained(step)[0], run, {"a": 1}
-    made.s = SimpleNamespace(max_forgetting=None, rank=2, keep=1, full=False)
-    template, base = SimpleNamespace(source="{{ messages }}"), SimpleNamespace(hub_id="base")
-    made.plan = SimpleNamespace(chat=SimpleNamespace(template=template), base=base, examples=[])
+    model, optimizer, _ = trained(step)
+    base = SimpleNamespace(hub_id="base")
+    args, plan = SimpleNamespace(max_forgetting=None, keep=1), SimpleNamespace(base=base, examples=[], sources=SOURCES)
     evaluations = [] if best is None else [{"step": best, "eval_loss": 1.0}]
-    made.state = run_state.State(step, 60, 0, {"rank": 2}, "data", "base", evaluations=evaluations)
-    return made
+    state = run_state.State(step, 60, 0, {"rank": 2}, "data", "base", evaluations=evaluations)
+    return Results(Adapter(model, base, TEMPLATE, {"a": 1}), plan, args, run, state, optimizer, ALONE)
 
 
 def publish(run: Path, step: int, best: int | None = None) -> None:
-    results_of(run, step, best).publish(SimpleNamespace(rows=[]), f"after step {step}")
+    results_of(run, step, best).publish(SimpleNamespace(rows=[], seconds=1.0), f"after step {step}")
 
 
 @pytest.mark.parametrize("best", [None, 1])
@@ -467,8 +471,9 @@ def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated
 
     def start():
         run = new_run()
-        if best:
-            (run_state.at(run, best) / ADAPTER[0]).write_text("{{ messages }}")
+        save(run, 3)
+        for step in (1, 2, 3):
+            (run_state.at(run, step) / ADAPTER[0]).write_text(TEMPLATE)
         if earlier:
             publish(run, earlier)
         return run
@@ -507,7 +512,7 @@ def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated
 )
 @mutation(
     "train.py",
-    """            torch.manual_seed(seed_of(s.seed, state.step, team.rank))
+    """            torch.manual_seed(run_state.dropout_seed(args.seed, state.step, processes.rank))
 """,
     "",
 )

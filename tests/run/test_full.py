@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lora.data.batch import micro_batches
 from lora.ops import fast_cross_entropy
 from lora.ops import plain as formulas
-from lora.pretrained.folder import ModelFolder, load_model
-from lora.run.full import Masters
+from lora.pretrained import ModelFolder, load_model
+from lora.run.trainable import AllWeights
 from lora.train import memory, run_state
 from lora.train.evaluate import Retention
 from lora.train.step import train_step
@@ -103,13 +103,13 @@ def test_the_gradient_of_a_bf16_head_adds_up_in_float32():
 def test_a_step_is_adamws_on_the_plain_model(tied):
     model = tiny_model(F64, tie_word_embeddings=tied)
     other = copy.deepcopy(model)
-    masters = Masters(model, F64)
-    assert masters.by_name == dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(masters.by_name.values(), lr=1.0, weight_decay=0.1)
-    masters.follow(optimizer)
+    masters = AllWeights(model, F64)
+    assert masters.parameters == dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(masters.parameters.values(), lr=1.0, weight_decay=0.1)
     expected = torch.optim.AdamW(other.requires_grad_().parameters(), lr=0.01, weight_decay=0.1)
     for _ in range(3):
         result = train_step(objective_of(model), BATCHES, optimizer, 0.01, 0.5)
+        masters.sync_model()
         expected.zero_grad()
         logits = [other(torch.tensor(e.tokens[:-1])) for e in EXAMPLES]
         targets = [torch.tensor(e.tokens[1:]).where(torch.tensor(e.trained[1:]), -100) for e in EXAMPLES]
@@ -121,17 +121,16 @@ def test_a_step_is_adamws_on_the_plain_model(tied):
         assert close(weight, other.get_parameter(name), 1e-10), name
 
 
-@mutation("lora/run/full.py", "gradient if master.grad is None else master.grad.add_(gradient)", "gradient")
-@mutation("lora/run/full.py", "weight.copy_(master)", "weight.copy_(weight)")
+@mutation("lora/run/trainable.py", "gradient if master.grad is None else master.grad.add_(gradient)", "gradient")
+@mutation("lora/run/trainable.py", "weight.copy_(master)", "weight.copy_(weight)")
 def test_masters_take_the_gradients_of_a_bf16_model_add_them_in_float32_and_are_rounded_into_it():
     """The same bits as AdamW on float32 copies that get the sum of each micro-batch's gradients."""
     model = tiny_model(F32)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}  # not those of a bf16 file
     other = copy.deepcopy(model).bfloat16().requires_grad_()
-    masters = Masters(model, BF16)
-    assert model.dtype == BF16 and same(weights, {name: p.detach() for name, p in masters.by_name.items()})
-    optimizer = torch.optim.AdamW(masters.by_name.values(), lr=1.0, fused=True)
-    masters.follow(optimizer)
+    masters = AllWeights(model, BF16)
+    assert model.dtype == BF16 and same(weights, {name: p.detach() for name, p in masters.parameters.items()})
+    optimizer = torch.optim.AdamW(masters.parameters.values(), lr=1.0, fused=True)
 
     sums = {name: torch.zeros_like(p) for name, p in weights.items()}
     count = sum(len(b.targets) for b in BATCHES)
@@ -146,20 +145,21 @@ def test_masters_take_the_gradients_of_a_bf16_model_add_them_in_float32_and_are_
     torch.optim.AdamW(copies.values(), lr=0.01, fused=True).step()
 
     train_step(objective_of(model), BATCHES, optimizer, 0.01)
-    assert all(p.grad is None for p in (*model.parameters(), *masters.by_name.values()))
-    assert same({n: p.detach() for n, p in copies.items()}, {n: p.detach() for n, p in masters.by_name.items()})
+    masters.sync_model()
+    assert all(p.grad is None for p in (*model.parameters(), *masters.parameters.values()))
+    assert same({n: p.detach() for n, p in copies.items()}, {n: p.detach() for n, p in masters.parameters.items()})
     assert same({n: p.detach().bfloat16() for n, p in copies.items()}, snapshot(model))
 
 
 def test_updates_that_bf16_weights_would_swallow_add_up_in_the_masters():
     model = tiny_model(F32).bfloat16().float()
-    masters, start = Masters(model, BF16), snapshot(model)
-    optimizer = torch.optim.AdamW(masters.by_name.values(), fused=True)
-    masters.follow(optimizer)
+    masters, start = AllWeights(model, BF16), snapshot(model)
+    optimizer = torch.optim.AdamW(masters.parameters.values(), fused=True)
     swallowing = tiny_model(BF16).requires_grad_()
     plain = torch.optim.AdamW(swallowing.parameters(), fused=True)
     for _ in range(40):
         kept = train_step(objective_of(model), BATCHES, optimizer, 3e-5)
+        masters.sync_model()
         lost = train_step(objective_of(swallowing), BATCHES, plain, 3e-5)
 
     def changed(model) -> float:
@@ -175,12 +175,13 @@ def test_updates_that_bf16_weights_would_swallow_add_up_in_the_masters():
 def test_forgetting_is_measured_against_the_heads_of_both(tied):
     model = tiny_model(F64, tie_word_embeddings=tied)
     base = copy.deepcopy(model)
-    masters = Masters(model, F64)
+    masters = AllWeights(model, F64)
     trunk = lambda b: model.trunk(b.tokens, b.lengths)[b.trained]  # noqa: E731
     meter = Retention(trunk, lambda: model.head_weight, BATCHES, lambda: torch.no_grad())
     assert meter().kl == 0
-    optimizer = torch.optim.AdamW(masters.by_name.values())
+    optimizer = torch.optim.AdamW(masters.parameters.values())
     train_step(objective_of(model), BATCHES, optimizer, 0.05)
+    masters.sync_model()
     rows = [(base(b.tokens, b.lengths)[b.trained], model(b.tokens, b.lengths)[b.trained], b.targets) for b in BATCHES]
     before, now, targets = (torch.cat(part).detach() for part in zip(*rows, strict=True))
     kl = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean")
@@ -268,7 +269,7 @@ def test_steps_of_the_command_are_adamws_on_the_plain_model(runs):
     assert row["unchanged"] < 0.5 and 0 < moved.abs().max() <= 3 * last["lr"] < 3e-3
 
 
-@mutation("train.py", "        masters.restore(resumed.path)", "        masters.show()")
+@mutation("train.py", "        trainable.restore(start)", "        trainable.sync_model()")
 @pytest.mark.parametrize("out, step", [("plain", 4), ("evaluated", 2)])
 def test_a_run_that_is_gone_on_with_has_the_bits_of_one_that_was_not_interrupted(runs, tmp_path, out, step):
     shutil.copytree(runs / out, tmp_path / out)
@@ -350,20 +351,19 @@ def test_overwrite_replaces_an_earlier_run_and_never_the_base(runs, tmp_path):
 def kill_in_publishing() -> None:
     """Before its first weights are written; of several files some would be new and some old."""
     from lora import files
-    from lora.run import full
 
-    publish = full.publish
+    publish = AllWeights.publish
 
     def watched(*given):
         files.write_safetensors = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
         publish(*given)
 
-    full.publish = watched
+    AllWeights.publish = watched
 
 
 @mutation(
-    "lora/run/full.py",
-    """    (folder / "config.json").unlink(missing_ok=True)
+    "lora/run/trainable.py",
+    """        (out / "config.json").unlink(missing_ok=True)
 """,
     "",
 )
@@ -385,12 +385,12 @@ def test_a_result_that_was_half_replaced_when_it_was_killed_is_no_model(tmp_path
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
     model = tiny_model(F32)
-    masters = Masters(model, dtype)
-    optimizer = torch.optim.AdamW(masters.by_name.values(), fused=True)
+    masters = AllWeights(model, dtype)
+    optimizer = torch.optim.AdamW(masters.parameters.values(), fused=True)
     objective_of(model)(BATCHES[0]).backward()
     optimizer.step()
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
-    trained = list(masters.by_name.values())
+    trained = list(masters.parameters.values())
     held = [*trained, *(p.grad for p in trained), *moments]
     held += [p.clone() for p in trained] + [p.clone() for p in trained]  # before and after the step
     own = {p.untyped_storage().data_ptr(): p.nbytes for p in (*held, *model.parameters())}
@@ -401,7 +401,7 @@ def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_what_blocks_keep_is_what_autograd_saves(dtype):
     model = tiny_model(F32, hidden_size=48, intermediate_size=112, head_dim=8)
-    Masters(model, dtype)
+    AllWeights(model, dtype)
     c, lengths = model.config, [90, 40, 1]
     targets = dict.fromkeys((name.removesuffix(".weight") for name, _ in model.named_parameters() if "proj" in name), 0)
     found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=0), lengths))

@@ -1,6 +1,7 @@
 """A run that was killed, stopped or failed goes on bit for bit; what decides the result must be as it was; one run a
 folder."""
 
+import errno
 import json
 import os
 import re
@@ -11,8 +12,9 @@ import sys
 import pytest
 import torch
 
-from lora import flags, folders, settings
+from lora import folders
 from lora.errors import BadEnvironment
+from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping
 from tests import cli
 from tests.mutation import mutation
@@ -107,15 +109,17 @@ KILLS = {
 }
 
 
-@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, parameters)", "        pass")
-@mutation("train.py", "            torch.manual_seed(seed_of(s.seed, state.step, team.rank))", "            pass")
-@mutation("train.py", "islice(plan.steps(s), state.step, None)", "plan.steps(s)")
+@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, trainable.parameters)", "        pass")
 @mutation(
     "train.py",
-    """            if start:
-""",
-    """            if s.init_adapter:
-""",
+    "            torch.manual_seed(run_state.dropout_seed(args.seed, state.step, processes.rank))",
+    "            pass",
+)
+@mutation("train.py", "islice(plan.steps(args), state.step, None)", "plan.steps(args)")
+@mutation(
+    "train.py",
+    "    if start:  # until here the model was the base",
+    "    if args.init_adapter:",
 )
 @mutation("lora/train/record.py", ".splitlines()[:count]", ".splitlines()")
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
@@ -218,9 +222,9 @@ def test_evaluating_and_sampling_do_not_change_the_curve(tmp_path):
 )
 def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_bit_for_bit(tmp_path):
     def stop_in_evaluation():
-        from lora.run import evaluator
+        from lora.methods import sft
 
-        mean_loss, calls = evaluator.mean_loss, [0]
+        mean_loss, calls = sft.mean_loss, [0]
 
         def counted(*args):
             calls[0] += 1
@@ -228,7 +232,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_bit_for_bit(tmp_p
                 os.kill(os.getpid(), signal.SIGTERM)
             return mean_loss(*args)
 
-        evaluator.mean_loss = counted
+        sft.mean_loss = counted
 
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     assert train("out", *EVALUATED, cwd=tmp_path / "a").code == 0
@@ -335,7 +339,7 @@ def test_every_setting_that_decides_what_is_learned_is_tried():
     tried = {flag.removeprefix("--").replace("-", "_") for flag, *_ in IDENTITY}
     # these change nothing here by themselves
     alone = {"prompt_key", "response_key", "no_system", "init_adapter", "no_verify", "full"}
-    assert tried | alone == {s.name for s in flags.TRAIN if s.saved and not s.free}
+    assert tried | alone == {one.name for one in TrainSettings.flags().values() if one.decisive}
 
 
 def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path, whole):
@@ -352,13 +356,13 @@ def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path,
 @mutation("lora/settings.py", "if known[name] != value]", "if known[name] != value and isinstance(value, str)]")
 @pytest.mark.parametrize("words", IDENTITY, ids=lambda words: words[0])
 def test_a_changed_setting_is_named(words):
-    s = settings.resolve(flags.TRAIN, [str(word) for word in words], "")
-    old = settings.to_save(flags.TRAIN, settings.resolve(flags.TRAIN, [], ""))
+    args = TrainSettings.resolve([str(word) for word in words], "")
+    old = TrainSettings.resolve([], "").to_save()
     name = words[0].removeprefix("--").replace("-", "_")
-    assert settings.changed(flags.TRAIN, old, s) == [name]
+    assert args.changed(old) == [name]
 
 
-@mutation("lora/run/resume.py", "if plan.sources.fingerprint() != old.data:", "if False:")
+@mutation("lora/run/resume.py", "if plan.data_fingerprint != old.data:", "if False:")
 def test_other_data_and_another_base_are_refused_by_their_content(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "same.jsonl").write_bytes(cli.data_file().read_bytes())
@@ -409,7 +413,7 @@ def test_more_steps_with_a_constant_schedule_are_those_of_a_longer_run(tmp_path)
 
 @mutation(
     "lora/run/resume.py",
-    'if plan.total != old.total and (s.schedule != "constant" or plan.total < old.step):',
+    "if plan.total != old.total and (falling or plan.total < old.step):",
     "if plan.total != old.total and plan.total < old.step:",
 )
 def test_more_steps_with_a_falling_rate_are_refused(tmp_path, whole):
@@ -430,7 +434,7 @@ def test_another_machine_is_said_because_the_last_bits_may_differ(tmp_path, whol
 # ---- one run a folder ------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/folders.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")
+@mutation("lora/folders.py", "        lock.acquire()", "        pass")
 @pytest.mark.parametrize("argv", [(), ("--overwrite",), ("--resume",)])
 def test_a_second_run_in_a_folder_is_refused_with_the_pid_of_the_first(tmp_path, whole, argv):
     shutil.copytree(whole, tmp_path / "out")
@@ -456,6 +460,43 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@mutation("lora/folders.py", "errno.ENOLCK, errno.ENOTSUP", "errno.ENOTSUP")
+def test_a_file_system_without_locks_gets_a_note(tmp_path, monkeypatch, capsys):
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with folders.locked(tmp_path / "out"):
+        pass
+    assert capsys.readouterr().err.startswith(f"note     {tmp_path}: its file system has no locks")
+    assert list(tmp_path.iterdir()) == []
+
+
+@mutation(
+    "lora/folders.py",
+    "            name.unlink()",
+    "            (lock.release(), [os.sched_yield() for _ in range(50)], name.unlink())",
+)
+def test_of_many_that_come_and_go_one_at_a_time_has_the_lock(tmp_path):
+    """Four processes take and release it, 200 times each; while one has it, it makes a file that must not exist yet."""
+    children = []
+    for _ in range(4):
+        if (child := os.fork()) == 0:
+            for _ in range(200):
+                try:
+                    with folders.locked(tmp_path / "out"):
+                        os.close(os.open(tmp_path / "mine", os.O_CREAT | os.O_EXCL))
+                        os.unlink(tmp_path / "mine")
+                except BadEnvironment:
+                    pass
+                except BaseException:
+                    os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- numbers that are not finite, disks that are full ----------------------------------------------------------------
 
 
@@ -476,7 +517,7 @@ def spoil_step(*which):
     return before
 
 
-@mutation("train.py", "if state.skipped > s.skip_nonfinite:", "if state.skipped > s.skip_nonfinite + 1:")
+@mutation("train.py", "if state.skipped > args.skip_nonfinite:", "if state.skipped > args.skip_nonfinite + 1:")
 def test_a_loss_that_is_not_finite_ends_the_run_with_4_naming_step_rows_and_checkpoint(tmp_path, whole):
     done = train("out", cwd=tmp_path, before=spoil_step(6))
     assert done.code == 4
@@ -635,12 +676,10 @@ def test_a_run_ends_where_it_forgot_too_much_with_the_last_adapter_within_the_li
 
 @mutation(
     "train.py",
-    """            if start:
-""",
-    """            if resumed:
-""",
+    "    if start:  # until here the model was the base",
+    "    if resumed:",
 )
-@mutation("lora/run/adapter.py", "vars(s).update(its, target=", "vars(s).update(target=")
+@mutation("lora/run/adapter.py", "vars(args).update(its, target=", "vars(args).update(target=")
 @pytest.mark.parametrize("flag", ["--init-adapter", "--previous_lora_weights"])
 def test_a_run_from_an_adapter_has_its_rank_alpha_and_targets_and_starts_at_its_loss(tmp_path, flag):
     first = ("--rank", 3, "--alpha", 7, "--target", "q_proj", "down_proj", "--eval-data", cli.data_file(),
@@ -693,9 +732,9 @@ def test_the_best_checkpoint_as_an_older_one_sees_it_stays_too(tmp_path):
 
 
 def scripted(losses):
-    from lora.run import evaluator
+    from lora.methods import sft
 
-    evaluator.mean_loss = lambda *args: next(losses)
+    sft.mean_loss = lambda *args: next(losses)
 
 
 def test_a_best_checkpoint_that_is_gone_is_said_and_does_not_end_the_run(tmp_path):

@@ -23,7 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora import flags
+from lora.run.settings import GenerateSettings, MergeSettings, TrainSettings
+from lora.settings import Flag
 from tests import cli
 from tests.mutation import mutation
 
@@ -273,11 +274,11 @@ TOO_SMALL = {
                  "seed": -1, "batch_size": 0},
     "merge": {"rank": 0, "energy": 0, "tolerance": -1},
 }  # fmt: skip
-TABLES = {"train": flags.TRAIN, "generate": flags.GENERATE, "merge": flags.MERGE}
+TABLES = {"train": TrainSettings, "generate": GenerateSettings, "merge": MergeSettings}
 
 
-def numeric(script: str, kinds=(int, float)) -> list[flags.Setting]:
-    return [s for s in TABLES[script] if s.kind in kinds]
+def numeric(script: str, kinds=(int, float)) -> list[Flag]:
+    return [s for s in TABLES[script].flags().values() if s.kind in kinds]
 
 
 def all_flags(script: str, value: str, *kinds) -> tuple:
@@ -901,7 +902,7 @@ def work():
 
 
 @mutation(
-    "lora/text/chat.py",
+    "lora/text/answers.py",
     "answer.turn in text.trained and answer.begin == answer.end",
     "False",
     case="data: a template without turns",
@@ -913,13 +914,13 @@ def work():
     case="out: a folder with other work in it",
 )
 @mutation(
-    "generate.py",
+    "lora/inference/prompts.py",
     "found = files.unwritable(flag, path, *inputs)",
     "found = files.unwritable(flag, path)",
     case="out: answers over the prompts",
 )
 @mutation(
-    "generate.py",
+    "lora/inference/prompts.py",
     "    if not found and path.is_file() and not holds_answers(path):",
     "    if False:",
     case="out: answers over something else",
@@ -946,8 +947,8 @@ def work():
 )
 @mutation(
     "lora/data/sources.py",
-    "            if not part.rows:",
-    "            if False:",
+    "    if not part.rows:",
+    "    if False:",
     case="model: questions that are all held out",
 )
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

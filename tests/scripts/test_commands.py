@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora import flags
+from lora.run.settings import GenerateSettings, MergeSettings, TrainSettings
 from tests import cli
 from tests.mutation import mutation
 
@@ -223,7 +223,7 @@ def test_without_data_it_learns_an_identity(tmp_path):
 # ---- generate.py -----------------------------------------------------------------------------------------------------
 
 
-@mutation("generate.py", "store.load(model, adapter)", "store.read_config(adapter)")
+@mutation("lora/inference/session.py", "store.load(net, adapter)", "store.read_config(adapter)")
 def test_an_adapter_remembers_its_base_and_changes_the_answer(tmp_path):
     base = answer("Hello.", "--model", cli.model_folder(), cwd=tmp_path)
     adapted = answer("Hello.", "--adapter", cli.adapter_folder(), cwd=tmp_path)
@@ -270,7 +270,7 @@ def test_prompts_a_line_give_rows_in_order_and_a_file_holds_the_same_bytes(tmp_p
 DRAWN = ("--temperature", 1.0, "--top-k", 50, "--top-p", 0.95, "--seed", 3)
 
 
-@mutation("generate.py", "drawn = replace(how, seed=how.seed + start)", "drawn = replace(how, seed=how.seed)")
+@mutation("lora/inference/generate.py", "seed=sampling.seed + start)", "seed=sampling.seed)")
 @pytest.mark.parametrize("how", [(), DRAWN], ids=["greedy", "drawn"])
 def test_answers_in_a_batch_are_those_given_one_at_a_time(tmp_path, how):
     together, alone = (rows(predictions(tmp_path, "\n".join(LINES), *how, "--batch-size", size)) for size in (16, 2))
@@ -355,9 +355,9 @@ def test_a_reader_that_closes_early_is_met_with_silence(tmp_path):
 
 
 def test_help_names_every_flag_and_ends_well(tmp_path):
-    for script, table in (("train", flags.TRAIN), ("generate", flags.GENERATE), ("merge", flags.MERGE)):
+    for script, settings in (("train", TrainSettings), ("generate", GenerateSettings), ("merge", MergeSettings)):
         text = ok(cli.call(script, "--help", cwd=tmp_path))
-        assert all(setting.flag in text for setting in table)
+        assert all(one.flag in text for one in settings.flags().values())
     assert "--author" in ok(cli.call("self_cognition", "--help", cwd=tmp_path))
 
 

@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 
-from lora.pretrained.gguf import PRE_TOKENIZERS, GGUFFile
+from lora.pretrained.gguf import GGUFFile
+from lora.pretrained.gguf_tokenizer import PRE_TOKENIZERS
 from lora.text.tokenizer import Tokenizer
 from tests.make_tokenizer_reference import CLASSES, CONTROL, COUNT, INVISIBLE, PRE, TARGET, digest, strings, toy_gguf
 from tests.mutation import mutation
@@ -94,31 +95,41 @@ def test_the_rows_where_llama_cpp_is_not_followed_are_few_and_lose_characters():
 
 
 @mutation(
-    "lora/pretrained/gguf.py",
+    "lora/pretrained/gguf_tokenizer.py",
     '"smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]',
     '"smollm": ([{"type": "Digits", "individual_digits": False}, BYTE_LEVEL]',
     case="smollm",
 )
 @mutation(
-    "lora/pretrained/gguf.py",
+    "lora/pretrained/gguf_tokenizer.py",
     '"smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]',
     '"smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": False}]',
     case="smollm",
 )
 @mutation(
-    "lora/pretrained/gguf.py",
+    "lora/pretrained/gguf_tokenizer.py",
     '(_split(r"\\p{N}"), {"type": "NFC"}, False, False)',
     '(_split(r"\\p{N}"), None, False, False)',
     case="qwen2",
 )
-@mutation("lora/pretrained/gguf.py", 'r"|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"', 'r"|\\s*[\\r\\n]+|\\s+"', case="llama-bpe")
 @mutation(
-    "lora/pretrained/gguf.py",
+    "lora/pretrained/gguf_tokenizer.py",
+    'r"|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"',
+    'r"|\\s*[\\r\\n]+|\\s+"',
+    case="llama-bpe",
+)
+@mutation(
+    "lora/pretrained/gguf_tokenizer.py",
     '(_split(r"\\p{N}{1,3}"), None, True',
     '(_split(r"\\p{N}{1,4}"), None, True',
     case="llama-bpe",
 )
-@mutation("lora/pretrained/gguf.py", "if kind in (CONTROL, USER_DEFINED)", "if kind in (USER_DEFINED,)", case="smollm")
+@mutation(
+    "lora/pretrained/gguf_tokenizer.py",
+    "if kind in (CONTROL, USER_DEFINED)",
+    "if kind in (USER_DEFINED,)",
+    case="smollm",
+)
 @pytest.mark.parametrize("pre", PRE)
 def test_every_pre_tokenizer_gives_the_ids_of_llama_cpp(tmp_path, pre):
     files = GGUFFile(toy_gguf(tmp_path / "toy.gguf", pre, TEXTS)).files()

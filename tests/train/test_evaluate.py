@@ -25,8 +25,10 @@ from lora.data.batch import micro_batches
 from lora.data.formats import Conversation
 from lora.data.retention import SHIPPED, retention_batches
 from lora.errors import BadInput
+from lora.inference import answers
+from lora.inference import generate as sampler
+from lora.inference import score as scores
 from lora.ops import plain
-from lora.run import answers
 from lora.text.chat import Example
 from lora.train import evaluate as meter
 from lora.train.evaluate import Retention, divergence, evaluating, mean_loss, plain_divergence
@@ -143,8 +145,8 @@ def test_evaluating_changes_no_mode_no_random_state_no_gradient_and_no_weight():
     modes, state, before = [m.training for m in model.modules()], torch.get_rng_state(), snapshot(model)
     with evaluating(model):
         measure = retention(model, batches)
-        once = (measure(), mean_loss(lambda b: model(b.tokens, b.lengths).sum(), batches))
-        assert once == (measure(), mean_loss(lambda b: model(b.tokens, b.lengths).sum(), batches))  # no dropout
+        once = (measure(), mean_loss(lambda b: (model(b.tokens, b.lengths).sum(), 1), batches))
+        assert once == (measure(), mean_loss(lambda b: (model(b.tokens, b.lengths).sum(), 1), batches))  # no dropout
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
     assert all((p.grad == 0.25).all() for p in trained) and same(before, snapshot(model))
     with pytest.raises(KeyError), evaluating(model):
@@ -162,11 +164,10 @@ def test_processes_with_unequal_shares_agree_with_one():
     batches = micro_batches(examples(), 20)
 
     def loss(share, total):
-        return [
-            mean_loss(
-                lambda b: plain.cross_entropy(model(b.tokens, b.lengths)[b.trained], IDENTITY, b.targets), share, total
-            )
-        ]
+        def loss(b):
+            return plain.cross_entropy(model(b.tokens, b.lengths)[b.trained], IDENTITY, b.targets), len(b.targets)
+
+        return [mean_loss(loss, share, total)]
 
     def kept(share, total):
         return retention(model, share)(total)
@@ -289,7 +290,7 @@ def test_words_are_parted_by_spaces_and_chinese_by_characters():
 
 
 @mutation(
-    "lora/run/answers.py",
+    "lora/inference/answers.py",
     "[gram for text in texts for gram in _grams(units(text), n)]",
     '_grams(units(" ".join(texts)), n)',
 )
@@ -369,7 +370,7 @@ def both(folder: Path, *argv):
     """                pass
 """,
 )
-@mutation("evaluate.py", "load_chat(checkpoint, adapter, s)", "load_chat(checkpoint, None, s)")
+@mutation("evaluate.py", "try_adapter(empty, name, adapter, checkpoint,", "try_adapter(empty, name, None, checkpoint,")
 def test_base_and_adapters_side_by_side_are_each_as_if_alone(tmp_path):
     _, report = both(tmp_path, "--data", cli.data_file())
     figures = report["figures"]
@@ -403,7 +404,11 @@ def test_base_and_adapters_side_by_side_are_each_as_if_alone(tmp_path):
     assert report["settings"]["max_new_tokens"] == 12
 
 
-@mutation("evaluate.py", "        head.merged_weight = merged_weight(head.base.weight, head.delta())", "        pass")
+@mutation(
+    "lora/inference/score.py",
+    "        head.merged_weight = merged_weight(head.base.weight, head.delta())",
+    "        pass",
+)
 @mutation("lora/train/evaluate.py", "head if own is not head else None", "None")
 def test_an_adapter_on_the_head_counts_in_losses_and_in_what_was_forgotten(tmp_path):
     """Others make such adapters; the base and the merged model say what is right."""
@@ -462,7 +467,7 @@ def test_the_loss_is_that_of_the_training_whatever_the_batches(tmp_path):
 @mutation("evaluate.py", "(len(rows) - len(faults)) / len(rows)", "right / len(rows)")
 def test_multiplications_are_graded_by_their_whole_working_and_by_their_result(tmp_path):
     made = multiply.held_out_conversations(2, 4, "terse", "en")
-    rows = [evaluate.Row(None, [], row["messages"][1]["content"], (row["a"], row["b"])) for row in made]
+    rows = [scores.Row(None, [], row["messages"][1]["content"], (row["a"], row["b"])) for row in made]
     s = SimpleNamespace(task="multiply", style="terse", lang="en")
     right = [row.target for row in rows]
     assert evaluate.grade(rows, right, s) == ({"working_right": 1, "result_right": 1}, [])
@@ -481,8 +486,8 @@ def test_multiplications_are_graded_by_their_whole_working_and_by_their_result(t
 
 def test_an_answer_ended_by_itself_if_a_stop_came_before_its_limit():
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10))
-    column = evaluate.Column("base", None, None, None, [[1], [1], [1] * 8, [1] * 8], [])
-    found = evaluate.describe(model, column, [[5, 6], [5, 6, 7], [5], [5, 6]], ["", "", "", ""], 3)
+    column = scores.Column("base", None, None, None, [[1], [1], [1] * 8, [1] * 8], [])
+    found = scores.describe(model, column, [[5, 6], [5, 6, 7], [5], [5, 6]], ["", "", "", ""], 3)
     assert found["ended"] == 2 / 4 and found["length"] == 2
 
 
@@ -501,7 +506,7 @@ def test_half_again_the_longest_target_is_room_for_an_answer_and_48_tokens_at_le
 
 def test_stopping_it_leaves_no_file(tmp_path):
     def before():
-        real = evaluate.generate
+        real = sampler.generate
 
         def second(model, *rest):
             if hasattr(second, "asked"):
@@ -509,7 +514,7 @@ def test_stopping_it_leaves_no_file(tmp_path):
             second.asked = True
             return real(model, *rest)
 
-        evaluate.generate = second
+        sampler.generate = second
 
     how = ("--adapter", cli.adapter_folder(), "--data", cli.data_file(), "--no-retention", "--out", "out.json")
     code, out, err = score(*how, cwd=tmp_path, before=before)

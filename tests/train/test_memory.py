@@ -14,9 +14,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
-from lora.adapter.inject import find_targets, inject, lora_layers
+from lora.adapter.inject import inject, lora_layers
+from lora.adapter.targets import find_targets
 from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
+from lora.methods import objective, sft
 from lora.network import decoder
 from lora.network.config import ModelConfig
 from lora.ops import attention
@@ -25,7 +27,6 @@ from lora.train import memory
 from tests import cli
 from tests.helpers import patched, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
-from train import objective_of
 
 LENGTHS = [23, 1, 40, 3]
 SHAPES = {
@@ -84,20 +85,20 @@ def test_recomputed_activations_give_the_same_bits(dtype, dropout):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@mutation("train.py", "or len(b.tokens) > LONG * s.micro_tokens", "")
+@mutation("lora/train/memory.py", "or tokens > LONG * s.micro_tokens", "")
 def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_bits():
     model, found = patched(tiny_model(torch.float32)).train(), []
     for budget in (50, 10):  # 60 tokens are within twice the first
         [b] = micro_batches([Example([*range(1, 61)], [True] * 60)], budget)
         model.zero_grad()
-        loss = objective_of(model, settings(micro_tokens=budget))(b)
+        loss = objective(sft.loss, model, settings(micro_tokens=budget))(b)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         assert model.checkpoint_activations == (budget == 10)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@mutation("lora/train/memory.py", "or tokens > LONG * s.micro_tokens:", ":")
+@mutation("lora/train/memory.py", "if recomputes(tokens, s):", "if s.checkpoint_activations:")
 def test_an_example_far_longer_than_the_budget_needs_less_memory():
     def needed(longest: int) -> float:
         return expected(lengths=[300, longest], batch_size=1, shape=BIG, device="cuda", micro_tokens=500)

@@ -1,4 +1,4 @@
-"""What can be said of answers without knowing the task: are they the expected ones, are they varied, do they repeat."""
+"""Measures of answers that need no task: are they the expected ones, are they varied, do they repeat."""
 
 import re
 from collections.abc import Iterable, Sequence, Sized
@@ -14,7 +14,7 @@ def exact_match(prediction: str, target: str) -> bool:
 
 
 def units(text: str) -> list[str]:
-    """Words as white space parts them, punctuation and case as they are; every Chinese or Japanese character is one."""
+    """The words of a text, split at white space, nothing normalised; every Chinese or Japanese character is one."""
     return UNIT.findall(text)
 
 
@@ -32,11 +32,11 @@ def distinct_n(texts: Iterable[str], n: int) -> float:
 
 
 def repetition(answer: str | Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of one answer (a text's `units`, or ids) that occurred in it before; 0 where it is short."""
+    """The share of the n-grams of one answer (a text's `units`, or ids) that occurred before; 0 where it is short."""
     grams = _grams(units(answer) if isinstance(answer, str) else answer, n)
     return (len(grams) - len(set(grams))) / max(1, len(grams))
 
 
 def mean_length(answers: Sequence[Sized]) -> float:
-    """Of texts in characters, of lists of ids in tokens; 0 where there are none."""
+    """The mean length: characters of texts, tokens of lists of ids; 0 where there are none."""
     return sum(map(len, answers)) / max(1, len(answers))

@@ -1,0 +1,237 @@
+"""Talk to a model, as its adapter was trained.
+
+chat = lora.open("smollm2-135m-instruct", adapter="weights/heron")
+chat("Who are you?")                                  the answer; the conversation goes on with the next call
+for piece in chat.stream("And who made you?"): ...    the answer as it comes
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import date as Date
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lora import device as machine
+from lora import pretrained
+from lora.adapter import passport, store
+from lora.adapter.inject import lora_layers
+from lora.adapter.merge import merge_and_unload
+from lora.errors import BadInput, collecting, say
+from lora.inference import several
+from lora.inference.generate import GREEDY, Sampling, generate_all, stream_tokens
+from lora.inference.prompts import encode
+from lora.network.decoder import Model
+from lora.pretrained import hub
+from lora.text.chat import Chat
+from lora.text.template import FROZEN_DATE
+from lora.text.tokenizer import Stream
+
+
+class Session:
+    """A model, its chat template, and a conversation, `messages`.
+
+    A prompt is a text, which goes on with the conversation, or a list of messages, a conversation of its own. What the
+    keywords do not say (`max_new_tokens` and the fields of `Sampling`) is as the session was opened.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        chat: Chat,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 256,
+        before: Callable[[], None] = lambda: None,
+    ):
+        """`before` is called before each answer: where sessions share a model, it puts the adapter in place."""
+        self.model, self.chat, self.sampling, self.max_new_tokens = model, chat, sampling, max_new_tokens
+        self.before = before
+        self.messages: list[dict] = []
+
+    def __call__(self, prompt: str | Sequence[dict], **how) -> str:
+        """The whole answer, as `stream` yields it."""
+        return "".join(self.stream(prompt, **how))
+
+    def stream(
+        self,
+        prompt: str | Sequence[dict],
+        where: str = "this conversation",
+        max_new_tokens: int | None = None,
+        **sampling,
+    ) -> Iterator[str]:
+        """Yield the answer in pieces. It is part of the conversation once it is whole; one broken off is forgotten.
+
+        Raises BadInput, naming `where`, for a prompt that is too long for the model.
+        """
+        goes_on = isinstance(prompt, str)
+        messages = [*self.messages, {"role": "user", "content": prompt}] if goes_on else list(prompt)
+        ids, sampling = self.encode(messages, where), replace(self.sampling, **sampling)
+        longest = max_new_tokens or self.max_new_tokens
+
+        def pieces() -> Iterator[str]:
+            self.before()
+            decoder, answer = Stream(self.chat.tokenizer), []
+            for _, token in stream_tokens(self.model, [ids], self.chat.stops, longest, sampling):
+                answer.append(decoder.push(token))
+                yield answer[-1]
+            answer.append(decoder.end())
+            if goes_on:
+                self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
+            yield answer[-1]
+
+        return pieces()
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        self.messages = []
+
+    def encode(self, prompt: str | Sequence[dict], where: str = "this conversation") -> list[int]:
+        """The ids of a conversation of its own, up to where the answer begins. Raises BadInput, naming `where`."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return encode(self.chat, self.model.config.max_position_embeddings, messages, where)
+
+    def answers(self, prompts: Sequence[list[int]], batch_size: int = 16, doing: str = "answering") -> Iterator[str]:
+        """Yield the answers to several prompts, as `encode` gives them, in batches; number i uses seed + i."""
+        self.before()
+        with tqdm(total=len(prompts), desc=doing, unit="prompt", disable=None) as bar:
+            how = (self.chat.stops, self.max_new_tokens, self.sampling, batch_size, bar)
+            yield from map(self.chat.tokenizer.decode, generate_all(self.model, prompts, *how))
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_session(
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    *,
+    system: str | bool | None = None,
+    template: str | None = None,
+    date: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    verify: bool = True,
+    max_new_tokens: int = 256,
+    **sampling,
+) -> Session:
+    """A model that is ready to talk, with an adapter merged into it or without one.
+
+    `model` is a folder, a hub id or a .gguf file: by default the base that the adapter remembers, or else the default
+    model. `system`, `template` and `date` are by default those of the training (see `load_chat`); `sampling` are fields
+    of `Sampling`. Raises LoraError for what cannot be used and, if `verify`, for another base than the adapter's.
+    """
+    how = Sampling(**sampling)
+    checkpoint = pretrained.find(str(model or (passport.base_of(adapter) if adapter else hub.DEFAULT)))
+    say(f"model    {checkpoint.described}")
+    place = machine.choose_device(device)
+    chat = load_chat(checkpoint, adapter, system, template, date, verify)
+    net = pretrained.load_model(checkpoint, machine.choose_dtype(dtype, place)[0], place)
+    if adapter:
+        store.load(net, adapter)
+        if verify:
+            passport.verify(adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(net))
+        warn_if_unchanged(net, adapter)
+        merge_and_unload(net)  # plain Linears again: the adapter costs nothing from here on
+        say(f"adapter  {adapter}")
+    return Session(net, chat, how, max_new_tokens)
+
+
+def open_sessions(
+    model: str | None,
+    adapters: Sequence[str],
+    asked: Sequence[tuple[list[dict], str]] = (),
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    verify: bool = True,
+    system: str | bool | None = None,
+    template: str | None = None,
+    date: str | None = None,
+    max_new_tokens: int = 256,
+    **sampling,
+) -> dict[str, Session]:
+    """Sessions of a base and of each adapter of it, by name, as `open_session` opens one; all share one model.
+
+    Raises BadInput with everything that is wrong with the adapters and with the prompts that will be `asked`, which are
+    (messages, where), before the model is loaded.
+    """
+    how = Sampling(**sampling), max_new_tokens
+    checkpoint = pretrained.find(model or several.common_base(adapters, not verify))
+    say(f"model    {checkpoint.described}")
+    place = machine.choose_device(device)
+    empty = pretrained.empty_model(checkpoint)
+    names, chats, problems = several.column_names(adapters), {}, []
+    for name, adapter in names.items():
+        with collecting(problems):
+            chats[name] = try_adapter(empty, name, adapter, checkpoint, verify, system, template, date)
+            for messages, where in asked:
+                encode(chats[name], empty.config.max_position_embeddings, messages, where)
+    if problems:
+        raise BadInput(*dict.fromkeys(problems))
+    net = pretrained.load_model(checkpoint, machine.choose_dtype(dtype, place)[0], place)
+    sets = several.Several(net)
+    for name, adapter in names.items():
+        if adapter:
+            sets.add(name, adapter)
+            sets.switch(name)
+            warn_if_unchanged(net, adapter)
+    return {name: Session(net, chat, *how, partial(sets.switch, name, merged=True)) for name, chat in chats.items()}
+
+
+def try_adapter(
+    empty: nn.Module,
+    name: str,
+    adapter: str | None,
+    checkpoint: pretrained.ModelFiles,
+    verify: bool = True,
+    system: str | bool | None = None,
+    template: str | None = None,
+    date: str | None = None,
+) -> Chat:
+    """Try an adapter on the base on `meta`, and return its chat. Raises BadInput where it does not fit."""
+    if adapter:
+        say(f"adapter  {name}: {adapter}")
+        several.dry_load(empty, adapter, checkpoint, verify)
+    return load_chat(checkpoint, adapter, system, template, date, verify)
+
+
+def load_chat(
+    checkpoint: pretrained.ModelFiles,
+    adapter: str | Path | None = None,
+    system: str | bool | None = None,
+    template: str | None = None,
+    date: str | None = None,
+    verify: bool = True,
+) -> Chat:
+    """The chat as an adapter was trained with it, unless arguments say otherwise.
+
+    `system`: a text, False for none at all, None for that of the training. Raises BadInput for a tokenizer whose ids
+    stand for other tokens than in training, unless not `verify`.
+    """
+    trained = ((passport.read(adapter) if adapter else None) or {}).get("chat", {})
+    if system is None:
+        system = trained.get("system")
+        if isinstance(system, str):
+            say(f"system   as in training: {' '.join(system.split())[:100]}")
+    template = template or (passport.template_of(adapter) if adapter else None)
+    today = Date.fromisoformat(date or trained.get("date") or str(FROZEN_DATE))
+    chat = pretrained.load_chat(checkpoint, system, template, today)
+    if adapter:
+        passport.verify_chat(adapter, checkpoint.name, chat.tokenizer, chat.template.source, not verify)
+    return chat
+
+
+def warn_if_unchanged(model: Model, adapter: str | Path) -> None:
+    """Warn where the adapter on `model` changes no logit of a short text.
+
+    One token is soonest done; but a token alone attends to itself whatever queries and keys are, so then four.
+    """
+    for count in (1, 4):
+        tokens = torch.arange(count, device=model.device)
+        with machine.few_rows(count, model.device):
+            if passport.changes(model, lambda: model.head(model.trunk(tokens)[-1:])):  # noqa: B023 (called here)
+                return
+    passport.warn_unchanged(adapter)

@@ -1,0 +1,85 @@
+"""A model by its name: find its files, check every tensor against the config, load it strictly."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from lora import files
+from lora.errors import BadInput
+from lora.network.config import ModelConfig
+from lora.network.decoder import Model
+from lora.pretrained import hub
+from lora.pretrained.folder import ModelFiles, ModelFolder
+
+
+def find(model: str) -> ModelFiles:
+    """A folder, a `.gguf` file, `smollm2-135m-instruct`, or a hub id `owner/name`; fetched where it is not here yet."""
+    path = Path(model)
+    if model == hub.DEFAULT:
+        return ModelFolder(hub.default_model())
+    if path.suffix == ".gguf" or files.is_regular(path):
+        from lora.pretrained.gguf import GGUFFile  # its package takes as long to import as a model to load
+
+        return GGUFFile(path)
+    if path.is_dir():
+        return ModelFolder(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(("./", "../", "/")):
+        folder = hub.hub_model(model)
+        return ModelFolder(folder, name=model, described=f"hub {model} at {folder.name[:12]}")
+    raise BadInput(f"no model in {model}: no such folder. Give a folder, owner/name, a .gguf file or {hub.DEFAULT}")
+
+
+def empty_model(base: ModelFiles) -> Model:
+    """The decoder on `meta`, without memory for weights, after every name, shape and dtype has been checked.
+
+    Raises BadInput with all that is missing, extra, of another shape, or of a dtype we do not compute with.
+    """
+    config = ModelConfig.from_json(base.config, f"{base.name}/config.json")
+    with torch.device("meta"):
+        model = Model(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems, header = [], base.header
+    for name in sorted(expected.keys() | header.keys() - _leftovers(base, config)):
+        if name not in header:
+            problems.append(f"missing tensor in {base.name}:{name}: the config asks for it. Download it again")
+        elif name not in expected:
+            problems.append(f"extra tensor in {base.name}:{name}: the config has no place for it. Give its config")
+        elif header[name][1] != expected[name]:
+            shapes = f"shape {header[name][1]}, the config asks for {expected[name]}"
+            problems.append(f"wrong tensor in {base.name}:{name}: {shapes}. Download it again")
+        elif header[name][0] not in files.DTYPES:
+            problems.append(f"wrong tensor in {base.name}:{name}: dtype {header[name][0]}. Give an unquantised model")
+    if problems:
+        raise BadInput(*problems)
+    return model
+
+
+def _leftovers(base: ModelFiles, config: ModelConfig) -> set[str]:
+    """Tensors that carry nothing: old rotary buffers, and a head that repeats the tied embedding bit for bit."""
+    names = {name for name in base.header if name.endswith(".rotary_emb.inv_freq")}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and {head, embedding} <= base.header.keys():
+        same = base.header[head] == base.header[embedding]
+        if not same or not torch.equal(base.read(head), base.read(embedding)):
+            why = "the config ties it to the embedding, and it differs. Set tie_word_embeddings to false, or remove it"
+            raise BadInput(f"contradiction in {base.name}:{head}: {why}")
+        names.add(head)
+    return names
+
+
+def load_model(base: ModelFiles | str, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
+    """The model in `base` (or found by that name), all of it in `dtype`; in eval mode, nothing trainable.
+
+    Raises BadInput as `empty_model`, and for weights that are not finite.
+    """
+    base = find(base) if isinstance(base, str) else base
+    model, weights, problems = empty_model(base), {}, []
+    for name in model.state_dict():
+        weights[name] = base.read(name).to(device=device, dtype=dtype)
+        if not torch.isfinite(weights[name].sum()) and not torch.isfinite(weights[name]).all():
+            problems.append(f"wrong tensor in {base.name}:{name}: values that are not finite. Download it again")
+    if problems:
+        raise BadInput(*problems)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.requires_grad_(False).eval()

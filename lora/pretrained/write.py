@@ -1,0 +1,66 @@
+"""A plain model folder is written, tensor by tensor: the model's files again, with changed weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lora import files
+from lora.pretrained import fused
+from lora.pretrained.folder import ModelFiles
+from lora.pretrained.load import empty_model
+
+
+def write_model(
+    base: ModelFiles,
+    folder: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder: `change(name, tensor)` gives the tensor to write, in `dtype` (by default the tensor's own).
+
+    Weights are cut into files as the base's are, and what its family fuses is fused again; config, tokenizer and
+    template go along.
+    """
+    model = empty_model(base)
+    layout = fused.stored(model.config, model.state_dict())
+    shard_of = getattr(base, "shard_of", lambda name: "model.safetensors")
+    headers: dict[str, dict] = {}  # of each file: name -> dtype name and shape
+    for whole, parts in layout.items():
+        kind = files.NAMES[dtype] if dtype else base.header[parts[0]][0]
+        shapes = [base.header[name][1] for name in parts]
+        shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        headers.setdefault(shard_of(parts[0]), {})[whole] = (kind, shape)
+
+    def read(whole: str) -> torch.Tensor:
+        parts = [change(name, base.read(name)) for name in layout[whole]]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tensor.to(files.DTYPES[kinds[whole]])
+
+    kinds = {name: kind for header in headers.values() for name, (kind, _) in header.items()}
+    for shard, header in headers.items():
+        files.write_safetensors(folder / shard, header, read, metadata={"format": "pt"})
+    if list(headers) != ["model.safetensors"]:
+        files.write_json(folder / "model.safetensors.index.json", _index(headers))
+    for name, data in base.files().items():
+        files.write_bytes(folder / name, data)
+    files.write_json(folder / "config.json", _config(base.config, model.config.written_as, dtype))
+
+
+def _index(headers: dict[str, dict]) -> dict:
+    tensors = [tensor for header in headers.values() for tensor in header.values()]
+    total = sum(files.DTYPES[kind].itemsize * torch.Size(shape).numel() for kind, shape in tensors)
+    weight_map = {name: shard for shard, header in headers.items() for name in header}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _config(base: dict, family: str | None, dtype: torch.dtype | None) -> dict:
+    """The base's config.json, with the family and the dtype that the weights are written as."""
+    config = dict(base)
+    if family:
+        config |= {"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"]}
+        config.pop("auto_map", None)  # to code that computes the family under its other name
+    if dtype:
+        name = str(dtype).removeprefix("torch.")
+        config |= {key: name for key in ("torch_dtype", "dtype") if key in config}
+    return config

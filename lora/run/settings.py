@@ -1,0 +1,350 @@
+"""Every flag of the four commands: a typed class for each command, inherited from a class for each group of flags."""
+
+# ruff: noqa: RUF009
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from typing import ClassVar
+
+from lora.errors import BadInput
+from lora.settings import Flag, Range, Settings, between, flag, one_of
+
+ABOVE_0_UP_TO_1 = Range("above 0, up to 1", lambda value: 0 < value <= 1)
+FROM_0_BELOW_1 = Range("from 0 to below 1", lambda value: 0 <= value < 1)
+SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
+LAYERS = re.compile(r"\d{1,9}(-\d{0,9})?(,\d{1,9}(-\d{0,9})?)*", re.ASCII)
+
+
+def seconds(value: str) -> float | None:
+    """`30s`, `10min` or `2h` in seconds; None where it is a number of steps."""
+    match = SPAN.fullmatch(value)
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]] if match else None
+
+
+def pattern(values: list[str] | None, kind: Callable) -> dict:
+    """`[q_proj=8, mlp=4]` as a dict, its values of this kind. Raises ValueError."""
+    return {name: kind(value) for name, _, value in (text.rpartition("=") for text in values or ())}
+
+
+def pattern_of(kind: Callable, low: float, high: float) -> Range:
+    def holds(value: str) -> bool:
+        name, _, number = value.rpartition("=")
+        try:
+            return _is_target(name) and low <= kind(number) <= high
+        except ValueError:
+            return False
+
+    return Range(f"SUFFIX=VALUE, from {low:g} to {high:g}", holds)
+
+
+def _is_span(value: str) -> bool:
+    return (seconds(value) or 0) > 0 or (value.isascii() and value.isdecimal() and 0 < int(value) <= 10**9)
+
+
+def _is_target(value: str) -> bool:
+    if value.startswith("re:"):
+        try:
+            re.compile(value[3:])
+        except re.error:
+            return False
+    return bool(value.removeprefix("re:"))
+
+
+def _is_layers(value: str) -> bool:
+    pairs = [part.split("-") for part in value.split(",")] if LAYERS.fullmatch(value) else [["1", "0"]]
+    return all(int(first) <= int(last) for first, *rest in pairs for last in rest if last)
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return str(date.fromisoformat(value)) == value
+    except ValueError:
+        return False
+
+
+# fmt: off
+
+
+@dataclass
+class TrainModel(Settings, group="model"):
+    """The base, and what of it trains."""
+
+    model: str = flag(
+        "smollm2-135m-instruct", "folder, hub id owner/name, .gguf file, or smollm2-135m-instruct", free=True)
+    full: bool = flag(False, "train every weight, in float32, instead of an adapter: the result is a whole model")
+
+
+@dataclass
+class TrainData(Settings, group="data"):
+    """What is learned from, and how it is read."""
+
+    data: list[str] | None = flag(
+        None, "files of conversations, FILE, FILE:WEIGHT or hub:owner/name/FILE; without one, self-introductions are "
+        "made", free=True)
+    replay: list[str] | None = flag(
+        None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 to 8", free=True)
+    prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key")
+    response_key: str | None = flag(None, "key of the answer in rows of another shape")
+    template: str | None = flag(None, "chat template in place of the model's own: chatml, alpaca, qa, plain or a file")
+    system: str | None = flag(None, "system turn where the data has none; without it the chat template decides")
+    no_system: bool = flag(False, "no system turn where the data has none, not even the template's own")
+    date: str = flag("2025-01-01", "what today is, for templates that ask", Range("as 2025-01-01", _is_date))
+    train_on: str = flag("assistant", "every answer, the last one, or every token", one_of("assistant", "last", "all"))
+    max_len: int | None = flag(None, "longest example in tokens; the model's limit without it", between(2, 2**24))
+    overlong: str = flag("drop", "what to do with examples over --max-len", one_of("drop", "truncate", "error"))
+    preview: int | None = flag(
+        None, "show N examples token by token, then numbers of the data, and end", between(0, 10**6), saved=False)
+    check: bool = flag(False, "look for mistakes in the data, and end", saved=False)
+
+
+@dataclass
+class TrainAdapter(Settings, group="adapter"):
+    """The adapter; nothing of this is for --full."""
+
+    init_adapter: str | None = flag(
+        None, "start from an adapter: rank, alpha and targets are its own", alias="--previous_lora_weights")
+    no_verify: bool = flag(False, "start from an adapter that was made on another base")
+    rank: int = flag(16, "rank of the adapter", between(1, 65536))
+    alpha: float = flag(32.0, "the adapter counts alpha / rank times", between(1e-6, 1e6))
+    dropout: float = flag(0.0, "dropout before the adapter", FROM_0_BELOW_1)
+    target: list[str] = flag(
+        ["all"], "all, attention, mlp, a name's end, or re:PATTERN for whole names",
+        Range("a name, or re: and a regular expression", _is_target))
+    layers: str | None = flag(
+        None, "layers to adapt, as 0-7,20-; all without it", Range("numbers and spans, as 0-7,20-", _is_layers))
+    rank_pattern: list[str] | None = flag(
+        None, "another rank where a target's name ends so, as q_proj=8; the first that fits", pattern_of(int, 1, 65536))
+    alpha_pattern: list[str] | None = flag(None, "another alpha there, as q_proj=64", pattern_of(float, 1e-6, 1e6))
+    init: str = flag(
+        "kaiming", "how A starts; pissa starts from the principal part of each weight",
+        one_of("kaiming", "gaussian", "pissa"))
+    rslora: bool = flag(False, "the adapter counts alpha / sqrt(rank) times")
+    dora: bool = flag(False, "train the length of each weight's rows apart from their direction")
+    lr_ratio_b: float = flag(1.0, "lora_B learns so many times as fast as the rest (LoRA+)", between(1e-3, 1e4))
+    adapter_dtype: str = flag("float32", "dtype of lora_A and lora_B", one_of("float32", "bfloat16"))
+
+
+@dataclass
+class TrainOptimisation(Settings, group="optimisation"):
+    """How it is learned."""
+
+    lr: float | None = flag(
+        None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model; a tenth of that with "
+        "--full", ABOVE_0_UP_TO_1)
+    epochs: int | None = flag(
+        None, "times through the data; 3, or as many as give 50 steps", between(1, 10**6), free=True)
+    max_steps: int | None = flag(None, "optimisation steps, instead of --epochs", between(1, 10**9), free=True)
+    batch_size: int = flag(8, "examples a step", between(1, 10**6))
+    warmup: float = flag(0.1, "steps with a rising rate, or a share of all steps if below 1", between(0, 10**9))
+    schedule: str = flag("cosine", "course of the rate after warm-up", one_of("constant", "linear", "cosine"))
+    weight_decay: float = flag(0.0, "AdamW's weight decay", between(0, 10))
+    clip: float = flag(1.0, "limit of the gradient norm; 0 is none", between(0, 1e9))
+    skip_nonfinite: int = flag(
+        0, "leave out up to N steps whose loss or gradient is not finite", between(0, 10**9), free=True)
+    seed: int = flag(0, "seed of adapter, order and dropout", between(0, 2**63 - 1))
+
+
+@dataclass
+class TrainEvaluation(Settings, group="evaluation"):
+    """What is measured meanwhile, and when that ends the run."""
+
+    eval_data: list[str] | None = flag(
+        None, "files that are not trained on, for evaluations; --check compares them", free=True)
+    eval_fraction: float | None = flag(
+        None, "share of the data that is held out for evaluations, by question",
+        Range("above 0, below 1", lambda value: 0 < value < 1))
+    eval_every: int | None = flag(
+        None, "steps from one evaluation to the next; a tenth of the run", between(1, 10**9), free=True)
+    patience: int | None = flag(
+        None, "end after N evaluations in a row that are no better than the best one", between(1, 10**6), free=True)
+    retention: str | None = flag(
+        None, "file of ordinary conversations that show what is forgotten; ours without it", free=True)
+    max_forgetting: float | None = flag(
+        None, "end where the mean KL from the base on them is over N nats", between(0, 1e3), free=True)
+
+
+@dataclass
+class TrainSaving(Settings, group="saving"):
+    """Where the run is put, how often it is saved."""
+
+    out: str | None = flag(None, "new folder of the run; weights/<data name> without it", saved=False)
+    overwrite: bool = flag(False, "replace the folder of an earlier run", saved=False)
+    save_every: str = flag(
+        "10min", "a checkpoint every so many steps, or every 30s, 10min, 2h",
+        Range("steps, or a time as 10min", _is_span), free=True)
+    keep: int = flag(2, "newest checkpoints to keep; the best one stays, too", between(1, 10**6), free=True)
+    resume: str | None = flag(
+        None, "go on with the run in --out from its newest good checkpoint, or from this one", saved=False, bare=True)
+    config: str | None = flag(None, "TOML or JSON file of settings; flags override it", saved=False)
+
+
+@dataclass
+class TrainHardware(Settings, group="hardware"):
+    """Where it is computed, within which memory."""
+
+    device: str = flag("auto", "where to compute", one_of("auto", "cpu", "cuda", "mps"), free=True)
+    dtype: str = flag(
+        "auto", "dtype of the base and the activations",
+        Range("one of auto, bfloat16, float32; float16 overflows in training",
+              ("auto", "bfloat16", "float32").__contains__))
+    micro_tokens: int = flag(2048, "tokens in memory at once; changes only speed and memory", between(1, 2**24))
+    checkpoint_activations: bool = flag(
+        False, "compute each layer again in the backward pass: slower, less memory", free=True)
+    compile: bool = flag(
+        False, "compile decoder blocks in the first step: faster on a GPU after a minute or two", saved=False)
+    plain: bool = flag(
+        False, "train with every formula as its paper writes it: slower, for reading and checking", saved=False)
+    fsdp: bool = flag(False, "shard the base over the processes of torchrun", saved=False)
+
+
+# fmt: on
+
+
+@dataclass
+class TrainSettings(
+    TrainModel, TrainData, TrainAdapter, TrainOptimisation, TrainEvaluation, TrainSaving, TrainHardware
+):
+    """train.py"""
+
+    one_of_two: ClassVar = (("epochs", "max_steps"), ("system", "no_system"))
+
+    def contradictions(self) -> list[str]:
+        """The flags that exclude each other, without a look at the base; a line each."""
+        line = "contradiction in the command line:"
+        pairs = [
+            ("--resume", "--overwrite", self.resume is not None and self.overwrite, "Give one of them"),
+            ("--compile", "--fsdp", self.compile and self.fsdp, ""),
+            ("--full", "--fsdp, which is for a base that is only read", self.full and self.fsdp, ""),
+        ]
+        if self.fsdp and (self.dora or self.init == "pissa"):
+            pairs.append(("--fsdp", f"--{'dora' if self.dora else 'init pissa'}, which reads whole weights", True, ""))
+        for name in ("dora", "rslora", "init_adapter"):
+            pairs.append(("--init pissa", self.flags()[name].flag, self.init == "pissa" and getattr(self, name), ""))
+        found = [f"{line} {a} and {b}. {fix or 'Leave out one of them'}" for a, b, wrong, fix in pairs if wrong]
+        for name in ("rank_pattern", "alpha_pattern"):
+            if len(pattern(getattr(self, name), str)) < len(getattr(self, name) or ()):
+                found.append(f"{line} {self.flags()[name].flag} names a target twice. Leave out one of them")
+        if self.full and (given := [one.flag for one in self.of_adapters() if one.name in self.given]):
+            found.append(f"{line} --full makes no adapter to have {', '.join(given)}. Leave them out")
+        if self.patience and not (self.eval_data or self.eval_fraction):
+            found.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
+        return found
+
+    def refuse_contradictions(self) -> None:
+        """Raises BadInput with all of them. With --full, what belongs to adapters is None from here on."""
+        if problems := self.contradictions():
+            raise BadInput(*problems)
+        if self.full:
+            vars(self).update({one.name: None for one in self.of_adapters()})
+
+    @classmethod
+    def of_adapters(cls) -> list[Flag]:
+        return [one for one in cls.flags().values() if one.group == "adapter"]
+
+
+# fmt: off
+
+
+@dataclass
+class Chat(Settings, group="chat"):
+    """How a trained model is spoken to, with adapters or without."""
+
+    one_of_two: ClassVar = (("system", "no_system"),)
+
+    template: str | None = flag(None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own")
+    system: str | None = flag(None, "system turn; without it as in training, or as the chat template decides")
+    no_system: bool = flag(False, "no system turn, not even the template's own")
+    date: str | None = flag(
+        None, "what today is, for templates that ask; as in training", Range("as 2025-01-01", _is_date))
+
+
+@dataclass
+class Hardware(Settings, group="hardware"):
+    """Where a trained model computes."""
+
+    device: str = flag("auto", "where to compute", one_of("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "dtype of the model", one_of("auto", "bfloat16", "float32"))
+
+
+@dataclass
+class Sampling(Settings, group="answers"):
+    """How answers are drawn."""
+
+    max_new_tokens: int = flag(256, "longest answer", between(1, 10**6))
+    temperature: float = flag(0.0, "0 takes the likeliest token", between(0, 100))
+    top_k: int = flag(0, "draw from the k likeliest; 0 is all", between(0, 2**24))
+    top_p: float = flag(1.0, "draw from the likeliest that sum to p", ABOVE_0_UP_TO_1)
+    min_p: float = flag(0.0, "drop tokens below this share of the best", FROM_0_BELOW_1)
+    repetition_penalty: float = flag(1.0, "above 1 makes repetition unlikely", between(0.01, 100))
+    seed: int = flag(0, "seed of the drawing", between(0, 2**62))
+    batch_size: int = flag(16, "prompts answered at once", between(1, 4096))
+
+
+@dataclass
+class GenerateSettings(Hardware, Chat, Sampling, group="model"):
+    """generate.py"""
+
+    model: str | None = flag(None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own")
+    adapter: list[str] | None = flag(
+        None, "folder of an adapter; of several, for a chat that switches or for --compare", adds=True)
+    no_verify: bool = flag(False, "use an adapter on another base than it was trained on")
+    compare: bool = flag(False, "answers of the base and of every adapter side by side")
+    prompt: str | None = flag(None, "one prompt, or - for stdin; without --prompt and --prompts, a chat")
+    prompts: str | None = flag(None, "file with a prompt a line, or conversation rows; answered in batches")
+    out: str | None = flag(None, "JSONL file for the answers to --prompts or of --compare; stdout without it")
+
+
+@dataclass
+class EvaluateSettings(Hardware, Chat, group="evaluation"):
+    """evaluate.py"""
+
+    model: str | None = flag(None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own")
+    adapter: list[str] | None = flag(None, "folders of adapters, each a column beside the base", adds=True)
+    no_verify: bool = flag(False, "use adapters on another base than they were trained on")
+    data: list[str] | None = flag(None, "files of conversations, FILE or hub:owner/name/FILE; or --task")
+    task: str | None = flag(None, "a task that makes its own held-out rows and grades answers", one_of("multiply"))
+    rows: int | None = flag(None, "so many rows; all of --data, 60 of --task", between(1, 10**6))
+    digits: int = flag(2, "of multiply: numbers have up to so many digits", between(1, 9))
+    style: str = flag("terse", "of multiply: how it is worked out", one_of("article", "terse"))
+    lang: str = flag("en", "of multiply: language of questions and article lines", one_of("en", "zh"))
+    seed: int = flag(0, "of multiply: which pairs", between(0, 2**62))
+    no_generate: bool = flag(False, "losses and retention only")
+    max_new_tokens: int | None = flag(None, "longest answer; 1.5 longest targets, 48 at least", between(1, 10**6))
+    retention: str | None = flag(None, "conversations for the meter of forgetting; those of the project without it")
+    no_retention: bool = flag(False, "do not measure forgetting")
+    out: str | None = flag(None, "JSON file for all figures, settings and faults")
+    predictions: str | None = flag(None, "folder for a JSONL file a column; FILE.predictions beside --out FILE.json")
+    batch_size: int = flag(16, "rows answered at once", between(1, 4096))
+    micro_tokens: int = flag(2048, "tokens in memory at once, for losses", between(1, 2**24))
+
+
+@dataclass
+class MergeSettings(Settings, group="merging"):
+    """merge.py"""
+
+    adapter: str | None = flag(None, "folder of an adapter to merge into its base")
+    combine: list[str] | None = flag(
+        None, "or adapters to make one of, FOLDER or FOLDER:WEIGHT; weights may be negative", adds=True)
+    extract: list[str] | None = flag(
+        None, "or a base and a model fine-tuned from it, to make an adapter of the difference")
+    rank: int | None = flag(None, "largest rank in the adapter that --combine or --extract makes", between(1, 65536))
+    energy: float | None = flag(None, "or the share of every ΔW's squared singular values to keep", ABOVE_0_UP_TO_1)
+    model: str | None = flag(None, "the base, where it is not where the adapter remembers it")
+    no_verify: bool = flag(False, "use another base than the adapter was trained on")
+    out: str | None = flag(None, "new folder of the merged model or of the adapter, or FILE.gguf")
+    format: str = flag("folder", "a model folder, or one GGUF file for llama.cpp", one_of("folder", "gguf"))
+    gguf_type: str | None = flag(
+        None, "how matrices are stored; f16 without it, f32 in an adapter alone", one_of("f32", "f16", "bf16", "q8_0"))
+    adapter_only: bool = flag(False, "the adapter alone as GGUF, for the GGUF file of its base")
+    overwrite: bool = flag(False, "replace an earlier result")
+    dtype: str = flag(
+        "auto", "dtype to write; the base's own by default", one_of("auto", "bfloat16", "float16", "float32"))
+    push: str | None = flag(
+        None, "upload to owner/name on the hub, made as a private one: the merged model, or without --out the adapter")
+    tolerance: float = flag(
+        0.01, "the merged model may be off by such a share of what the adapter changed, in mean KL", between(0, 1e9))
+    prompts: str | None = flag(None, "what is compared: a prompt a line, or conversation rows; ours without it")
+    no_receipt: bool = flag(False, "do not compare; for models that do not fit into memory in float32")
+    device: str = flag("auto", "where to compare", one_of("auto", "cpu", "cuda", "mps"))
