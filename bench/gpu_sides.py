@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lora import files  # noqa: E402
-from lora.adapter.inject import GROUPS, inject  # noqa: E402
+from lora.adapter.inject import inject  # noqa: E402
+from lora.adapter.targets import GROUPS  # noqa: E402
 from lora.data.batch import micro_batches  # noqa: E402
 from lora.methods import sft  # noqa: E402
 from lora.network.compiled import compile_blocks  # noqa: E402

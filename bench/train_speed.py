@@ -34,7 +34,8 @@ from lora import (  # noqa: E402
     pretrained,
 )
 from lora.adapter import store  # noqa: E402
-from lora.adapter.inject import GROUPS, inject, lora_layers  # noqa: E402
+from lora.adapter.inject import inject, lora_layers  # noqa: E402
+from lora.adapter.targets import GROUPS  # noqa: E402
 from lora.pretrained import hub  # noqa: E402
 from lora.run.settings import TrainSettings  # noqa: E402
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from lora import pretrained
 from lora.adapter import inject, passport, store
 from lora.adapter.layer import LoRALinear
+from lora.adapter.targets import find_targets
 from tests import cli
 from tests.helpers import randomise_adapter
 
@@ -23,7 +24,7 @@ def write_adapter(
     """A folder as a training run leaves one, ΔW being 10 % of W or more."""
     base = pretrained.find(str(model or cli.model_folder()))
     net = pretrained.load_model(base)
-    paths = inject.find_targets(net, targets)
+    paths = find_targets(net, targets)
     inject.patch(net, {path: kind(net.get_submodule(path), rank, alpha) for path in paths})
     randomise_adapter(net, seed)
     chat = {"system": system, "date": "2025-01-01"}

@@ -132,7 +132,7 @@ def test_9_a_step_changes_A_and_B_and_no_bit_of_the_base():
     assert changed == {f"{path}.{name}" for path in lora_layers(model) for name in ("lora_A", "lora_B")}
 
 
-@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, parameters)", "        pass")
+@mutation("train.py", "        run_state.load_optimizer(resumed.path, optimizer, trainable.parameters)", "        pass")
 def test_10_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_never_stopped(tmp_path):
     how = ("--max-steps", 6, "--save-every", 2, "--batch-size", 3, "--dropout", 0.2)
     assert cli.train("whole", *how, cwd=tmp_path).code == 0

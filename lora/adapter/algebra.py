@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lora.adapter import inject
-from lora.adapter.inject import linears
 from lora.adapter.layer import LoRALinear
+from lora.adapter.targets import linears
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A (r, in), B (out, r)
 

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from lora import files
-from lora.adapter.inject import linears, lora_layers, patch, path_endswith
+from lora.adapter.inject import lora_layers, patch
 from lora.adapter.layer import LoRALinear
+from lora.adapter.targets import linears, path_endswith
 from lora.adapter.variants import KINDS, kind_of
 from lora.errors import BadInput, Refused
 

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from lora import files, folders, pretrained
 from lora.adapter import algebra, passport, store
-from lora.adapter.inject import linears, lora_layers
+from lora.adapter.inject import lora_layers
 from lora.adapter.merge import NotFinite, check_finite
+from lora.adapter.targets import linears
 from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card

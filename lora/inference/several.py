@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lora.adapter import passport, store
-from lora.adapter.inject import linears, lora_layers
+from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight, unload
+from lora.adapter.targets import linears
 from lora.errors import BadInput, BadNumbers
 
 BASE = "base"

@@ -8,7 +8,8 @@ import torch
 
 from lora import pretrained
 from lora.adapter import passport, store
-from lora.adapter.inject import NoMatch, find_targets, first_match, lora_layers, path_endswith
+from lora.adapter.inject import lora_layers
+from lora.adapter.targets import NoMatch, find_targets, first_match, path_endswith
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
 from lora.network.decoder import Model

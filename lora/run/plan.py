@@ -14,8 +14,8 @@ import torch
 from lora import device as machine
 from lora import folders, pretrained
 from lora.adapter import passport
-from lora.adapter.inject import find_targets
-from lora.data import batch, preview, retention
+from lora.adapter.targets import find_targets
+from lora.data import batch, order, preview, retention
 from lora.data.encode import Encoded
 from lora.data.sources import Sources, named, trained_rows
 from lora.errors import is_out_of_memory, out_of_memory, say
@@ -68,7 +68,7 @@ class Plan:
         """The indices of each step's examples: a pure function of data and settings."""
         sizes = [len(part) for part in self.sources.data]
         shares = [(len(part), share) for part, share in self.sources.replays]
-        return batch.steps(sizes, args.batch_size, args.seed, self.total, self.sources.weights, shares)
+        return order.steps(sizes, args.batch_size, args.seed, self.total, self.sources.weights, shares)
 
     def micro_batches(self, indices: list[int], args: TrainSettings, processes: DistContext) -> list[batch.Batch]:
         """This process's share of a step, cut so that it fits into memory."""
@@ -190,7 +190,7 @@ def make_plan(
     args.lr = args.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size * (FULL_LR if args.full else 1), 6)
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * total)
     replays = [(part.lengths, share) for part, share in sources.replays]
-    step_tokens = batch.tokens_per_step(
+    step_tokens = order.tokens_per_step(
         [part.lengths for part in sources.data], args.batch_size, sources.weights, replays
     )
     per_step = args.batch_size + math.ceil(sum(share for _, share in replays) * args.batch_size)

@@ -1,4 +1,4 @@
-"""One optimisation step over micro-batches, and the learning-rate schedules."""
+"""One optimisation step over micro-batches: accumulate, reduce, clip, update."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,19 +7,6 @@ from typing import NamedTuple
 import torch
 
 from lora.errors import BadNumbers
-
-SCHEDULES = {  # progress after the warm-up, in [0, 1) -> share of the learning rate
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
-
-
-def learning_rate(step: int, total: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
-    """The rate of step `step` (from 0) of `total`: up in equal stairs over `warmup` steps, then by `schedule`."""
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return peak * SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
 
 
 class StepResult(NamedTuple):

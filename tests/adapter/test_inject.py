@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lora.adapter.inject import GROUPS, find_targets, inject, linears, lora_layers, matches
+from lora.adapter.inject import inject, lora_layers
 from lora.adapter.layer import LoRALinear
+from lora.adapter.targets import GROUPS, find_targets, linears, matches
 from tests.helpers import close, far, patched, randomise, same, snapshot, some_tokens, tiny_model
 from tests.mutation import mutation
 
@@ -52,7 +53,7 @@ def patched_paths(model):
 # ---- exactly the targets ---------------------------------------------------------------------------------------------
 
 
-@mutation("lora/adapter/inject.py", '"all": ATTENTION + MLP,', '"all": (*ATTENTION, *MLP, "lm_head"),')
+@mutation("lora/adapter/targets.py", '"all": ATTENTION + MLP,', '"all": (*ATTENTION, *MLP, "lm_head"),')
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
@@ -81,7 +82,7 @@ def test_exactly_the_targets_are_patched(targets, expected):
     assert list(lora_layers(model)) == returned
 
 
-@mutation("lora/adapter/inject.py", 'path == suffix or path.endswith("." + suffix)', 'path.endswith("." + suffix)')
+@mutation("lora/adapter/targets.py", 'path == suffix or path.endswith("." + suffix)', 'path.endswith("." + suffix)')
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
@@ -133,7 +134,7 @@ def test_layers_start_with_different_A():
     assert not torch.equal(first.lora_A, second.lora_A)
 
 
-@mutation("lora/adapter/inject.py", "if type(module) is nn.Linear}", "if isinstance(module, nn.Linear)}")
+@mutation("lora/adapter/targets.py", "if type(module) is nn.Linear}", "if isinstance(module, nn.Linear)}")
 def test_subclasses_of_linear_are_left_alone():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
     assert isinstance(model["attention"].out_proj, nn.Linear) and set(linears(model)) == {"fc"}
@@ -155,7 +156,7 @@ NAMES = st.sampled_from(["q_proj", "o_proj", "foo_proj", "proj", "o", "0", "1", 
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
 
 
-@mutation("lora/adapter/inject.py", 'path == suffix or path.endswith("." + suffix)', "path.endswith(suffix)")
+@mutation("lora/adapter/targets.py", 'path == suffix or path.endswith("." + suffix)', "path.endswith(suffix)")
 @settings(deadline=None)
 @given(path=PATHS, target=PATHS)
 @example(path="model.foo_proj", target="o_proj")
@@ -168,7 +169,7 @@ def test_a_target_matches_whole_names_at_the_end_of_a_path(path, target):
     assert matches(path, target) == (names[len(names) - len(wanted) :] == wanted and len(wanted) <= len(names))
 
 
-@mutation("lora/adapter/inject.py", "re.fullmatch(target[3:], path)", "re.search(target[3:], path)")
+@mutation("lora/adapter/targets.py", "re.fullmatch(target[3:], path)", "re.search(target[3:], path)")
 @settings(deadline=None)
 @given(path=PATHS)
 def test_a_pattern_matches_the_whole_path(path):
@@ -232,7 +233,7 @@ def test_frozen_tensors_keep_their_bits_over_20_steps(dtype):
 
 
 @mutation(
-    "lora/adapter/inject.py",
+    "lora/adapter/targets.py",
     """    if problems:
         raise NoMatch(problems)""",
     """    if problems and len(problems) == len(targets):

@@ -16,8 +16,9 @@ from torch import nn
 
 from lora import files
 from lora.adapter import passport, store
-from lora.adapter.inject import inject, linears, lora_layers
+from lora.adapter.inject import inject, lora_layers
 from lora.adapter.merge import merge
+from lora.adapter.targets import linears
 from lora.errors import BadInput, LoraError, Refused
 from tests.helpers import far, patched, randomise, same, snapshot, some_tokens, tiny_model
 from tests.mutation import mutation

@@ -14,9 +14,10 @@ from torch import nn
 
 from lora import ops
 from lora.adapter import store
-from lora.adapter.inject import disabled, find_targets, inject, lora_layers
+from lora.adapter.inject import disabled, inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merge, merge_and_unload, unmerge
+from lora.adapter.targets import find_targets
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
 from lora.ops.fast_decoding import for_decoding
 from lora.run import adapter

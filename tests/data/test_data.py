@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from lora import errors
 from lora.data import formats, jsonl
-from lora.data.batch import collate, micro_batches, order, steps, tokens_per_step
+from lora.data.batch import collate, micro_batches
 from lora.data.formats import read
+from lora.data.order import order, steps, tokens_per_step
 from lora.data.sources import numbered
 from lora.errors import BadInput
 from lora.text.chat import Example
@@ -538,7 +539,7 @@ def test_micro_batches_keep_every_example_once_and_the_budget(examples, budget):
         assert len(first.tokens) + second.lengths[0] > budget  # and no batch is opened without need
 
 
-@mutation("lora/data/batch.py", 'f"{seed}/{epoch}/{index}"', 'f"{seed}/{index}"')
+@mutation("lora/data/order.py", 'f"{seed}/{epoch}/{index}"', 'f"{seed}/{index}"')
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
 def test_order_is_a_permutation_and_a_pure_function_of_seed_and_epoch(count):
     state = random.getstate()
@@ -557,7 +558,7 @@ def test_order_is_the_same_on_every_machine_and_version():
 
 
 @mutation(
-    "lora/data/batch.py",
+    "lora/data/order.py",
     "for start in range(0, count, batch_size)",
     "for start in range(0, count - batch_size + 1, batch_size)",
     case="10-4",
@@ -590,7 +591,7 @@ def sources_of(indices, sizes) -> list[int]:
 
 
 @mutation(
-    "lora/data/batch.py",
+    "lora/data/order.py",
     "itertools.accumulate(weight / sum(weights) for weight in weights)",
     "itertools.accumulate(1 / len(weights) for weight in weights)",
 )
@@ -616,7 +617,7 @@ def test_inside_a_source_nothing_is_repeated_until_all_was_drawn(sources, seed):
             assert sorted(mine[start : start + size]) == list(range(sum(sizes[:source]), sum(sizes[: source + 1])))
 
 
-@mutation("lora/data/batch.py", '_endless(size, f"{seed}/source {i}")', '_endless(size, f"{seed}/source")')
+@mutation("lora/data/order.py", '_endless(size, f"{seed}/source {i}")', '_endless(size, f"{seed}/source")')
 def test_sources_of_one_size_are_not_drawn_in_one_order():
     drawn = [i for step in steps([50, 50], 10, 0, 40, [1.0, 1.0]) for i in step]
     first, second = ([i - start for i in drawn if start <= i < start + 50][:50] for start in (0, 50))
@@ -636,8 +637,8 @@ def test_without_weights_files_are_one_behind_the_other():
     assert list(steps([4, 6], 3, 0, 9)) == list(steps([10], 3, 0, 9))
 
 
-@mutation("lora/data/batch.py", "count = floor(rate * (step + 1)) - floor(rate * step)", "count = floor(rate)")
-@mutation("lora/data/batch.py", "extras, start = [], sum(sizes)", "extras, start = [], 0")
+@mutation("lora/data/order.py", "count = floor(rate * (step + 1)) - floor(rate * step)", "count = floor(rate)")
+@mutation("lora/data/order.py", "extras, start = [], sum(sizes)", "extras, start = [], 0")
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.3, 1.0, 2.5])
 def test_replay_comes_on_top_of_every_step_and_changes_nothing_else(weights, share):

@@ -14,7 +14,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora import device as machine
-from lora.adapter.inject import find_targets, inject, lora_layers
+from lora.adapter.inject import inject, lora_layers
+from lora.adapter.targets import find_targets
 from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
 from lora.methods import objective, sft

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lora import errors, files, pretrained
 from lora.adapter.inject import disabled, inject, lora_layers
 from lora.data import batch as batches
-from lora.data.batch import micro_batches, nothing
+from lora.data.batch import dummy_batch, micro_batches
 from lora.errors import BadEnvironment, BadInput, StopFlag, Stopped, say
 from lora.inference.generate import generate
 from lora.network.config import ModelConfig
@@ -121,7 +121,7 @@ def step(model, team: distributed.DistContext, indices, sharded: bool = False, m
         micro_batches([EXAMPLES[i] for i in share], micro_tokens)
         for share in distributed.shares(indices, LENGTHS, team.size)
     ]
-    batches = team.padded(cuts, nothing()) if sharded else cuts[team.rank]
+    batches = team.padded(cuts, dummy_batch()) if sharded else cuts[team.rank]
     assert not sharded or len(batches) == max(map(len, cuts))
     loss = 0.0
     for batch in batches:

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from lora.adapter.inject import inject, lora_layers
-from lora.data.batch import Batch, collate, dummy_batch, micro_batches, steps
+from lora.data.batch import Batch, collate, dummy_batch, micro_batches
+from lora.data.order import steps
 from lora.errors import BadNumbers
 from lora.methods import sft
 from lora.ops import cross_entropy, plain
 from lora.text.chat import Example
 from lora.train.evaluate import mean_loss
-from lora.train.step import SCHEDULES, accumulate, clip, learning_rate, train_step
+from lora.train.schedule import SCHEDULES, learning_rate
+from lora.train.step import accumulate, clip, train_step
 from tests import oracle
 from tests.helpers import bits, close, error, far, objective_of, patched, random_example, same, snapshot, tiny_model
 from tests.mutation import mutation
@@ -254,9 +256,9 @@ def test_a_gradient_that_is_not_finite_raises_though_the_loss_is():
 
 
 @mutation(
-    "lora/train/step.py", "(step - warmup) / max(1, total - warmup)", "(step + 1 - warmup) / max(1, total - warmup)"
+    "lora/train/schedule.py", "(step - warmup) / max(1, total - warmup)", "(step + 1 - warmup) / max(1, total - warmup)"
 )
-@mutation("lora/train/step.py", "return peak * (step + 1) / (warmup + 1)", "return peak * step / (warmup + 1)")
+@mutation("lora/train/schedule.py", "return peak * (step + 1) / (warmup + 1)", "return peak * step / (warmup + 1)")
 @pytest.mark.parametrize("warmup", [0, 1, 5, 20])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_learning_rate_is_the_closed_form(schedule, warmup):
