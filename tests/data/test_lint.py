@@ -156,16 +156,14 @@ def test_a_prefix_of_answers_alone_counts_and_letters_of_a_choice_do_not():
 @mutation("lora/data/lint.py", 'files[row.where.rpartition(":")[0]].append(row)', 'files[""].append(row)')
 def test_prefixes_and_shapes_are_counted_for_each_file():
     one = rows(("Q: up?", "A: yes"), file="a.jsonl")
-    other = rows(("Down?", "no"), file="b.jsonl")
-    other[0].shape = "q/a"
+    other = [row("Down?", "no", where="b.jsonl:1", shape="q/a")]
     assert check([*one, *other]) == []
 
 
 @mutation("lora/data/lint.py", "if pair[1] != most)", "if pair[1] == most)")
 def test_a_file_of_two_shapes_gives_one_finding():
     mixed = rows(("a", "1"), ("b", "2"), ("c", "3"), ("d", "4"))
-    mixed[1].shape = mixed[2].shape = mixed[3].shape = "q/a"
-    [finding] = check(mixed)
+    [finding] = check([mixed[0], *(row._replace(shape="q/a") for row in mixed[1:])])
     assert (finding.line, finding.code) == (1, "SCHEMA")
     assert "3 of 4" in finding.message and "messages" in finding.message
 
