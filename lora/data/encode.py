@@ -75,11 +75,7 @@ class Encoded(Sequence):
 
 
 def encode(
-    rows: Iterable[Conversation | Problem],
-    chat: Chat,
-    limit: int,
-    train_on: str = "assistant",
-    overlong: str = "drop",
+    rows: Iterable[Conversation | Problem], chat: Chat, limit: int, train_on: str = "assistant", overlong: str = "drop"
 ) -> Encoded:
     """The examples of some rows, of at most `limit` tokens each.
 

@@ -50,7 +50,7 @@ def shares(indices: Sequence[int], lengths: Sequence[int], size: int) -> list[li
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among `size`; `device` is the one it computes on. Alone, nothing is sent."""
+    """This process, one of `size`; `device` is what it computes on. A single process sends nothing."""
 
     rank: int
     size: int
@@ -63,7 +63,7 @@ class DistContext:
 
     @contextmanager
     def main_first(self):
-        """The block runs in one process of every machine first, then in its others: what that one downloads, they find.
+        """Run the block in one process of every machine first, then in its others: what that one downloads, they find.
         Raises BadEnvironment where another rank is lost."""
         first = self.main or os.environ.get("LOCAL_RANK") == "0"
         if not first:
@@ -252,6 +252,3 @@ def leave(code: int) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-Agreement, team = SharedStop, dist_context  # the names until train.py has the new ones
