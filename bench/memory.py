@@ -52,7 +52,8 @@ RUNS = {
         final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh",
     ),
     "qwen2, 494M, dropout": run(
-        24, 896, 4864, 14, 2, vocab=151_936, steps=4, flags="--dropout 0.1 --batch-size 4", model_type="qwen2"
+        24, 896, 4864, 14, 2, vocab=151_936, words=(90, 120), steps=4, flags="--dropout 0.1 --batch-size 4",
+        model_type="qwen2",
     ),
 }  # fmt: skip
 

@@ -67,9 +67,8 @@ def ranks(args: TrainSettings, empty: Model) -> dict[str, int]:
 def on_meta(args: TrainSettings, empty: Model) -> Model:
     """A copy of a model on `meta` as the run trains it: in its dtype, and patched. `lora.train.memory` counts by it."""
     model = copy.deepcopy(empty).to(getattr(torch, args.dtype)).train()
-    if args.full:
-        return model.requires_grad_()
-    inject(model, **arguments(args, given=True))
+    if not args.full:
+        inject(model, **arguments(args, given=True))
     return model
 
 

@@ -20,10 +20,10 @@ from lora.device import ROUND
 from lora.ops.fast_cross_entropy import ROWS
 
 RUNTIME = {"cpu": 450e6}  # Python, torch with its compiler, a tokenizer, matplotlib; a GPU counts its tensors only
-GROWTH = {"cpu": 1.25}  # of the activations: the heap fragments as the sizes of micro-batches vary; measured with glibc
+GROWTH = {"cpu": 1.45}  # of the activations: what is freed between them leaves holes in the heap; measured with glibc
 LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 NORMS = 3  # times a weight in float32: ΔW, W + ΔW, its squares
-ADAPTERS = 5  # the adapter or all masters, their gradients, Adam's two moments, and a copy from before the step
+ADAPTERS = 4  # the adapter or all masters, their gradients, Adam's two moments
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
 # https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
@@ -90,7 +90,8 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> di
     def activations(documents: list[int]) -> dict[str, float]:
         blocks, tokens, row = saved_by_blocks(model, tuple(documents)), sum(documents), sum(documents) * hidden * size
         chunk = min(ROWS, tokens) * vocabulary  # of logits
-        work = chunk * ((10 if size == 2 else 8) + 4 * (tokens > ROWS)) + 2 * row  # hidden states and their gradient
+        each = (10 if size == 2 else 8) + 4 * (tokens > ROWS) + 8 * (model.config.final_logit_softcapping is not None)
+        work = chunk * each + 2 * row  # hidden states and their gradient
         work += args.full * vocabulary * hidden * (4 + size)  # the gradient of the head, scaled and rounded
         work = max(work, max(blocks) / 2)  # gradients on their way through a block
         if recomputes(tokens, args):  # of most blocks only the input is kept
@@ -100,6 +101,7 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> di
     whole = [n for n in lengths if n - 1 <= LONG * args.micro_tokens]  # they may need more than longer ones
     batches = [micro_batch(pool, batch_size, args.micro_tokens) for pool in (lengths, whole) if len(pool)]
     largest = max((activations(batch) for batch in batches), key=lambda found: sum(found.values()))
+    largest = {name: growth * value for name, value in largest.items()}
     trained = sum(p.numel() * (4 if args.full else p.itemsize) for p in model.parameters() if p.requires_grad)
     bases = [p for p in model.parameters() if args.full or not p.requires_grad]
     return {
@@ -107,10 +109,11 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> di
         "compiled kernels": compiled(args, lengths, batch_size),
         # in float32 a weight is its own master
         "weights": sum(p.numel() for p in bases) * size * (not args.full or size < 4),
-        # PiSSA has its frozen start; of all weights a copy from after the step is too long for the gradients' places
-        "adapter and optimizer": (ADAPTERS + args.full + (args.init == "pissa")) * trained,
+        "adapter and optimizer": (ADAPTERS + (args.init == "pissa")) * trained,  # PiSSA has its frozen start
         "norms of rows": 4 * NORMS * max(p.numel() for p in model.model.layers.parameters()) if args.dora else 0,
-        **{name: growth * value for name, value in largest.items()},
+        **largest,
+        # from before the step; of all weights another one from after it is too long for the gradients' places
+        "copies at the step": max(0, (1 + args.full) * trained - sum(largest.values())),  # where activations were
     }
 
 

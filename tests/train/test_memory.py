@@ -222,7 +222,7 @@ def test_variants_and_dropout_count_themselves(kind, dropout, dtype):
     assert memory.in_adapter(tiny_model(dtype, **SHAPES["llama"]), ranks, kind is DoRALinear) == trained
 
 
-@mutation("lora/train/memory.py", "ADAPTERS = 5", "ADAPTERS = 4")
+@mutation("lora/train/memory.py", "ADAPTERS = 4", "ADAPTERS = 3")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_adapter_gradients_and_moments_are_counted_to_the_byte(dtype):
     model = patched(tiny_model(dtype), targets=("attention",))
@@ -231,9 +231,9 @@ def test_weights_adapter_gradients_and_moments_are_counted_to_the_byte(dtype):
     model(some_tokens(9)).sum().backward()
     optimizer.step()
     moments = [m for state in optimizer.state.values() for m in state.values() if m.dim()]
-    trained = sum(t.nbytes for t in (*adapter, *(p.grad for p in adapter), *moments, *(p.clone() for p in adapter)))
+    held = sum(t.nbytes for t in (*adapter, *(p.grad for p in adapter), *moments))
     found = memory.parts(*arguments(target=["attention"], dtype=name_of(dtype)))
-    assert found["adapter and optimizer"] == trained
+    assert found["adapter and optimizer"] == held
     assert found["weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
