@@ -33,7 +33,7 @@ from lora.run.resume import Resumed, begin_state, resume
 from lora.run.settings import TrainSettings
 from lora.run.trainable import Trainable, base_dtype, make_optimizer, make_trainable
 from lora.train import distributed, run_state, stopping
-from lora.train.distributed import Agreement, DistContext
+from lora.train.distributed import DistContext, SharedStop
 from lora.train.record import Record
 from lora.train.schedule import learning_rate
 from lora.train.step import NotFinite, train_step
@@ -57,7 +57,7 @@ def check_settings(argv) -> int:
     device = machine.choose_device(args.device)
     if args.compile:
         machine.check_compiler(device)
-    with distributed.team(device) as processes:  # one process, unless torchrun started more
+    with distributed.dist_context(device) as processes:  # one process, unless torchrun started more
         return run_rank(args, processes, resumed)
 
 
@@ -109,7 +109,7 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
     if resumed:
         run_state.load_optimizer(resumed.path, optimizer, trainable.parameters)
     stop = StopFlag()
-    agreement, evaluator = Agreement(processes, stop), Evaluator(model, sft, plan, args, out, processes, stop)
+    shared_stop, evaluator = SharedStop(processes, stop), Evaluator(model, sft, plan, args, out, processes, stop)
     evaluator.begin(state)
     with disabled(model):
         before = evaluator.sample_answers()
@@ -122,7 +122,7 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
         model.train()
         while True:
             evaluator.evaluate_if_due(state, record)
-            signal = agreement.code
+            signal = shared_stop.code
             ended = stopping.reason_to_stop(state, args, signal)
             results.save_if_due(record, ended)
             if ended:
@@ -134,7 +134,7 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
             torch.manual_seed(run_state.dropout_seed(args.seed, state.step, processes.rank))
             batches, trained = plan.micro_batches(indices, args, processes), plan.examples.trained_in(indices)
             try:
-                result = train_step(objective, batches, optimizer, lr, args.clip, trained, agreement.reduce)
+                result = train_step(objective, batches, optimizer, lr, args.clip, trained, shared_stop.reduce)
             except NotFinite as found:
                 state.skipped += 1
                 if state.skipped > args.skip_nonfinite:

@@ -79,13 +79,13 @@ def losses(model, column: Column, micro_tokens: int) -> dict[str, float]:
     def trunk(b: Batch) -> torch.Tensor:
         return model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
 
-    def loss(b: Batch) -> tuple[torch.Tensor, int]:
+    def objective(b: Batch) -> tuple[torch.Tensor, int]:
         return cross_entropy(trunk(b), model.head_weight, b.targets, cap=cap), len(b.targets)
 
     batches = micro_batches(column.examples, micro_tokens, model.device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
     with merged_head(model):
-        figures = {"loss": mean_loss(loss, bar)}
+        figures = {"loss": mean_loss(objective, bar)}
         if column.retention:
             found = Retention(trunk, lambda: model.head_weight, column.retention, lambda: disabled(model), cap)()
             figures |= {f"retention_{key}": value for key, value in found._asdict().items()}

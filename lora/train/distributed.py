@@ -1,8 +1,12 @@
-"""One run over several processes: who takes which examples, one all-reduce a step, and the end when one is lost.
+"""One run over several processes: who takes which examples, one all-reduce a step, one line where something fails.
 
 `torchrun --nproc-per-node N train.py ...` starts N ranks. Each reads all the data, takes its share of every step, and
 divides its losses by the trained tokens of the whole step; so the sum over ranks is what one process would have. All
 apply the same gradients to equal adapters, which therefore stay equal bit for bit. Rank 0 alone writes and prints.
+
+torchrun watches the processes: where one fails, it sends SIGTERM to the others of its machine, and SIGKILL 30 s later.
+A rank that waits for a lost one over gloo sees the closed connection by itself, also without torchrun and from another
+machine; over nccl it waits for the SIGKILL.
 """
 
 import functools
@@ -10,7 +14,7 @@ import io
 import os
 import re
 import sys
-import threading
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -19,15 +23,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lora.errors import STOP_CODES, BadEnvironment, BadInput, LoraError, StopFlag, Stopped, report, signals
+from lora.errors import STOP_CODES, BadEnvironment, BadInput, LoraError, StopFlag, Stopped, signals
 
-# A process that ends is noticed by its closed connection, at once. So a collective may wait as long as another rank may
-# take to save or to download a model; the limit is for a machine that vanishes without closing anything.
-TIMEOUT = timedelta(hours=2)
-FOREVER = timedelta(days=365)
-GRACE = 5.0  # seconds in which a rank that lost another may notice it by itself, and end in good order
-DONE = -1  # a rank's last word to the one that watches it; another number is a rank that was lost
-# Seconds that rank 0 may take to end as well, by what ended this rank; then this one has nothing to add.
+TIMEOUT = timedelta(hours=2)  # of a collective: another rank may take so long to download a model or to save
+# Seconds that rank 0 has to say what ended this rank as well; less than torchrun's 30, or it could not save meanwhile.
 PATIENCE = {Stopped: 25.0, LoraError: 5.0, OSError: 5.0}
 
 
@@ -51,7 +50,7 @@ def shares(indices: Sequence[int], lengths: Sequence[int], size: int) -> list[li
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among `size`; `device` is the one it computes on. Alone, nothing is sent."""
+    """This process, one of `size`; `device` is what it computes on. A single process sends nothing."""
 
     rank: int
     size: int
@@ -64,7 +63,7 @@ class DistContext:
 
     @contextmanager
     def main_first(self):
-        """The block runs in one process of every machine first, then in its others: what that one downloads, they find.
+        """Run the block in one process of every machine first, then in its others: what that one downloads, they find.
         Raises BadEnvironment where another rank is lost."""
         first = self.main or os.environ.get("LOCAL_RANK") == "0"
         if not first:
@@ -123,78 +122,32 @@ class DistContext:
 
     def lost(self, why: object) -> Lost:
         where, fix = f"rank {self.rank} of {self.size}", "See its own error; --resume goes on from the last checkpoint"
-        return Lost(f"lost another rank in {where}: {_reason(why)}. {fix}")
+        return Lost(f"lost another rank in {where}: {_first_sentence(why)}. {fix}")
 
 
-def _reason(error: object) -> str:
-    """The first sentence, without the source file that gloo puts before it."""
+def _first_sentence(error: object) -> str:
+    """Without the source file that gloo puts before it."""
     return re.sub(r"^\[\S+\] ", "", str(error).split("\n")[0]).split(". ")[0][:160].rstrip(".")
 
 
-class Agreement:
-    """Sums each step over the ranks, and carries the signals along: all know of one after the same step."""
+class SharedStop:
+    """Sums each step over the ranks, and the requests to stop with it: all ranks know of one after the same step."""
 
-    def __init__(self, team: DistContext, stop: StopFlag):
-        self.team, self.stop, self._heard = team, stop, None
+    def __init__(self, context: DistContext, stop: StopFlag):
+        self.context, self.stop, self._shared = context, stop, None
 
     @property
     def code(self) -> int | None:
         """The exit code of a signal that every rank knows of."""
-        return self.stop.code if self.team.size == 1 else self._heard
+        return self.stop.code if self.context.size == 1 else self._shared
 
     def reduce(self, parameters: Iterable[torch.nn.Parameter], numbers: Sequence[float]) -> list[float]:
         """As `DistContext.reduce`."""
         codes = tuple(STOP_CODES.values())
-        sums = self.team.reduce(parameters, [*numbers, *(float(self.stop.code == code) for code in codes)])
+        sums = self.context.reduce(parameters, [*numbers, *(float(self.stop.code == code) for code in codes)])
         asked = sums[len(numbers) :]
-        self._heard = next((code for code, ranks in zip(codes, asked, strict=True) if ranks), None)
+        self._shared = next((code for code, ranks in zip(codes, asked, strict=True) if ranks), None)
         return sums[: len(numbers)]
-
-
-class _Watch(threading.Thread):
-    """Waits for the next rank's word that it is done. Where the connection closes first, that rank is lost; a main
-    thread that has not noticed after GRACE seconds (nccl would wait for good) is ended with exit code 3.
-
-    Every rank watches one other, in a ring, and passes on which was lost. Over gloo, whatever the device.
-    """
-
-    def __init__(self, team: DistContext):
-        super().__init__(daemon=True)
-        self.team, self.stderr = team, sys.stderr
-        self.next, self.previous = (team.rank + 1) % team.size, (team.rank - 1) % team.size
-        self.group = dist.new_group(backend="gloo", timeout=FOREVER)
-        self.lost, self.leaving = threading.Event(), threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        word = torch.tensor(DONE)
-        try:
-            dist.recv(word, self.next, group=self.group)
-        except RuntimeError:
-            word.fill_(self.next)
-        if word == DONE:
-            return
-        self.lost.set()
-        with suppress(RuntimeError):
-            dist.send(word, self.previous, group=self.group)
-        if not self.leaving.wait(GRACE):
-            with redirect_stderr(self.stderr):
-                report(self.team.lost(f"rank {word} has gone").problems)
-            os._exit(BadEnvironment.code)
-
-    def end(self) -> None:
-        """Say that this rank is done, and wait for the next one. Whoever waits for rank 0 also stops with it."""
-        self.leaving.set()
-        with signals(_deaf), suppress(RuntimeError):
-            dist.send(torch.tensor(DONE), self.previous, group=self.group)
-        with signals(_deaf):
-            self.join()
-        if self.lost.is_set():
-            raise self.team.lost("it has gone before the end")
-
-
-def _deaf(number, frame) -> None:
-    """To signals: what rank 0 does about them decides."""
 
 
 def _number(name: str, below: int | None = None) -> int:
@@ -241,11 +194,11 @@ def _silent():
 
 
 @contextmanager
-def team(device: torch.device):
-    """The processes of this run, together inside the block: a `DistContext`. Without torchrun, one that is alone.
+def dist_context(device: torch.device):
+    """The processes of this run, as a `DistContext`; without torchrun, a single one. The block ends for all together.
 
-    Ranks but 0 print nothing inside, and no error that rank 0 has as well. The block ends for all together. Raises
-    BadInput for odd variables, BadEnvironment where a rank is lost; after an error end the process with `leave`.
+    Ranks but 0 print nothing inside, and no error that rank 0 has as well. Raises BadInput for odd variables,
+    BadEnvironment where a rank is lost; after an error end the process with `leave`.
     """
     this = _place(device)
     if this.size == 1:
@@ -255,35 +208,41 @@ def team(device: torch.device):
         torch.cuda.set_device(this.device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        watch = _Watch(this)
+        connected = dist.new_group(backend="gloo")  # nothing is sent over it
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise BadEnvironment(
-            f"no way to the other ranks in {where}: {_reason(error)}. Check torchrun's address"
+            f"no way to the other ranks in {where}: {_first_sentence(error)}. Check torchrun's address"
         ) from error
     try:
         with nullcontext() if this.main else _silent():
             yield this
-        watch.end()
-    except Lost:
-        watch.leaving.set()
-        raise
-    except tuple(PATIENCE) as error:
-        watch.leaving.set()
-        patience = next(seconds for kind, seconds in PATIENCE.items() if isinstance(error, kind))
-        with signals(_deaf):
-            if not this.main and (watch.lost.wait(patience) or isinstance(error, Stopped)):
-                raise SystemExit(getattr(error, "code", BadEnvironment.code)) from None  # rank 0 has said it
-        raise
+        with signals(_deaf):  # who waits for rank 0 stops with it
+            this.all_reduce([0])
     except RuntimeError as error:
-        watch.leaving.set()
-        if watch.lost.wait(1):  # within a collective that is not ours: a sharded base's
+        if "gloo" in str(error) or isinstance(error, dist.DistError):  # in a collective that is not ours: FSDP's
             raise this.lost(error) from error
         raise
-    except BaseException:
-        watch.leaving.set()
+    except Lost:
+        raise
+    except tuple(PATIENCE) as error:
+        patience = next(seconds for kind, seconds in PATIENCE.items() if isinstance(error, kind))
+        if not this.main and (_rank_0_ends(patience, connected) or isinstance(error, Stopped)):
+            raise SystemExit(getattr(error, "code", BadEnvironment.code)) from None  # rank 0 has said it
         raise
     dist.destroy_process_group()
+
+
+def _deaf(number, frame) -> None:
+    """To signals: what rank 0 does about them decides."""
+
+
+def _rank_0_ends(seconds: float, group: dist.ProcessGroup) -> bool:
+    """Does rank 0 end within this time? Its connection is closed then, after its last words."""
+    begin = time.monotonic()
+    with signals(_deaf), suppress(RuntimeError):
+        dist.irecv(torch.zeros(1), 0, group=group).wait(timedelta(seconds=seconds))
+    return time.monotonic() - begin < seconds
 
 
 def leave(code: int) -> None:

@@ -61,7 +61,7 @@ def alone(tmp_path_factory):
     return folder / "out"
 
 
-@mutation("train.py", "lr, args.clip, trained, agreement.reduce)", "lr, args.clip, None, agreement.reduce)")
+@mutation("train.py", "lr, args.clip, trained, shared_stop.reduce)", "lr, args.clip, None, shared_stop.reduce)")
 @pytest.mark.parametrize("how", [(), ("--fsdp", "--checkpoint-activations")], ids=["shares", "a sharded base"])
 def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(tmp_path, alone, how):
     held_out = ("--eval-data", cli.data_file(), "--eval-every", 4)
@@ -84,7 +84,7 @@ def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(
 @mutation(
     "lora/train/distributed.py",
     "float(self.stop.code == code) for code in codes",
-    "float(self.stop.code == code and self.team.main) for code in codes",
+    "float(self.stop.code == code and self.context.main) for code in codes",
 )
 def test_a_request_to_stop_that_reaches_one_process_stops_all_after_the_same_step(tmp_path):
     first, second = start(2, "--max-steps", 10**6, cwd=tmp_path)
