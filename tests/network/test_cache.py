@@ -15,7 +15,18 @@ from lora.adapter.layer import LoRALinear
 from lora.device import few_rows
 from lora.inference.generate import generate
 from lora.ops.fast_decoding import for_decoding, join
-from tests.helpers import as_written, close, far, patched, randomise_adapter, same, snapshot, some_tokens, tiny_model
+from tests.helpers import (
+    as_true_as,
+    as_written,
+    close,
+    far,
+    patched,
+    randomise_adapter,
+    same,
+    snapshot,
+    some_tokens,
+    tiny_model,
+)
 from tests.mutation import mutation
 
 PROMPT = some_tokens(7).tolist()
