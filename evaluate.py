@@ -108,7 +108,7 @@ def write_predictions(folder: Path, rows: list[Row], predictions: dict[str, list
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------
 
 
-def check(args, names: dict[str, str | None]) -> list[Row]:
+def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
     """The rows to score. Raises BadInput with everything that is wrong with the flags and files."""
     problems = []
     if bool(args.data) == bool(args.task):
@@ -130,7 +130,7 @@ def check(args, names: dict[str, str | None]) -> list[Row]:
     return rows[: args.rows]
 
 
-def read_rows(args, problems: list[str]) -> list[Row]:
+def read_rows(args: EvaluateSettings, problems: list[str]) -> list[Row]:
     """The rows of --data, or those that --task makes; what is wrong with them is added to `problems`."""
     rows = []
     for path in args.data or []:
@@ -154,7 +154,7 @@ def read_rows(args, problems: list[str]) -> list[Row]:
     return rows
 
 
-def unwritable(args, names: dict[str, str | None]) -> list[str]:
+def unwritable(args: EvaluateSettings, names: dict[str, str | None]) -> list[str]:
     """Why the results could not be written where they are to go."""
     inputs = [Path(path) for path in (*(args.data or []), *filter(None, [args.retention]))]
     problems, outputs, folder = [], [("--out", Path(args.out))] if args.out else [], predictions_folder(args)
@@ -183,13 +183,15 @@ def is_report(path: Path) -> bool:
         return False
 
 
-def predictions_folder(args) -> Path | None:
+def predictions_folder(args: EvaluateSettings) -> Path | None:
     if args.predictions or args.no_generate or not args.out:
         return Path(args.predictions) if args.predictions else None
     return Path(args.out).with_name(Path(args.out).name.removesuffix(".json") + ".predictions")
 
 
-def make_column(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, args) -> score.Column:
+def make_column(
+    name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, args: EvaluateSettings
+) -> score.Column:
     """What is scored in a column. Raises BadInput for an adapter or a row that does not fit."""
     told = {"system": False if args.no_system else args.system, "template": args.template, "date": args.date}
     chat = try_adapter(empty, name, adapter, checkpoint, not args.no_verify, **told)
@@ -201,7 +203,7 @@ def make_column(name: str, adapter: str | None, checkpoint, empty, rows: list[Ro
     return score.Column(name, adapter, chat, examples, prompts, retention)
 
 
-def grade(rows: list[Row], texts: list[str], args) -> tuple[dict[str, float], list[dict]]:
+def grade(rows: list[Row], texts: list[str], args: EvaluateSettings) -> tuple[dict[str, float], list[dict]]:
     """Shares of right answers, and of a task the first wrong line of every answer that has one."""
     if not args.task:
         return {"exact_match": score.exact_matches(rows, texts)}, []

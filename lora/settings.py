@@ -15,6 +15,7 @@ import os
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import date
 from functools import cache
 from inspect import get_annotations
 from pathlib import Path
@@ -32,6 +33,19 @@ class Range(NamedTuple):
 
     words: str = ""
     holds: Callable[[Any], bool] = lambda value: True
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return str(date.fromisoformat(value)) == value
+    except ValueError:
+        return False
+
+
+ANYTHING = Range()
+ABOVE_0_UP_TO_1 = Range("above 0, up to 1", lambda value: 0 < value <= 1)
+FROM_0_BELOW_1 = Range("from 0 to below 1", lambda value: 0 <= value < 1)
+DATE = Range("as 2025-01-01", _is_date)
 
 
 def one_of(*choices: str) -> Range:
@@ -67,9 +81,6 @@ class Flag:
     def decisive(self) -> bool:
         """Does it decide what is learned?"""
         return self.saved and not self.free
-
-
-ANYTHING = Range()
 
 
 def flag(default: Any, help: str, range: Range = ANYTHING, **how: Any) -> Any:

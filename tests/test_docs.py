@@ -5,7 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -17,11 +17,8 @@ from tests.mutation import mutation
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
-CHAPTERS = [path for path in TEXTS if path.parent in (ROOT, ROOT / "docs")]
 TOP = {"lora", "docs", "tests", "bench", "experiments", "data_gen"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# what other changes bring, each to be taken out when it is there
-COMING = {"lora/methods", "lora.open"}
 
 
 def read(path: Path) -> str:
@@ -75,10 +72,10 @@ def test_every_relative_link_and_picture_is_there():
 @mutation("docs/scale.md", "`bench/results/memory.json`", "`bench/memory.json`")
 def test_every_path_in_backticks_is_there():
     missing = []
-    for path in CHAPTERS:
+    for path in TEXTS:
         for text in quoted(path):
             name = text.partition("::")[0].rstrip("/")
-            if re.fullmatch(r"[\w.*-]+(/[\w.*-]+)+", name) and name.split("/")[0] in TOP and name not in COMING:
+            if re.fullmatch(r"[\w.*-]+(/[\w.*-]+)+", name) and name.split("/")[0] in TOP:
                 there = any(ROOT.glob(name))
             elif re.fullmatch(r"\w+\.py", name):
                 there = any(ROOT.rglob(name))
@@ -102,7 +99,7 @@ def names_of_tests() -> set[str]:
     "`test_energy_keeps_the_least_rank_with_a_share`",
 )
 def test_every_test_that_is_named_is_there():
-    named = {text for path in CHAPTERS for text in quoted(path) if re.fullmatch(r"test_\w+", text)}
+    named = {text for path in TEXTS for text in quoted(path) if re.fullmatch(r"test_\w+", text)}
     assert named - {"test_unmerge_restores_every_bit"} <= names_of_tests()  # that one is an example of a name
 
 
@@ -110,7 +107,7 @@ def test_every_test_that_is_named_is_there():
 def flags(script: str) -> set[str]:
     """Those that a script's --help lists; of programs that measure, those that stand in its source."""
     if "/" not in script or script.startswith("data_gen/"):
-        with redirect_stdout(StringIO()) as out:
+        with redirect_stdout(StringIO()) as out, suppress(SystemExit):
             importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(["--help"])
         return set(re.findall(r"(?<![\w-])--\w[\w-]*", out.getvalue()))
     source = read(ROOT / script) + (read(ROOT / "experiments/parts.py") if script.startswith("experiments/") else "")
@@ -133,7 +130,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
 @mutation("docs/variants.md", "--lr-ratio-b 16 --lr", "--lr-ratio 16 --lr")
 def test_every_command_uses_a_script_that_is_there_and_flags_that_it_knows():
     seen, wrong = 0, []
-    for path in CHAPTERS:
+    for path in TEXTS:
         for script, words in commands(path):
             seen += 1
             if not (ROOT / script).exists() and not any(ROOT.rglob(script)):
@@ -145,11 +142,11 @@ def test_every_command_uses_a_script_that_is_there_and_flags_that_it_knows():
 
 @mutation("docs/scale.md", "add `--fsdp`", "add `--shard`")
 def test_every_flag_in_backticks_is_one_of_the_programs():
-    known = set().union(*(flags(script) for script in ("train.py", "generate.py", "evaluate.py", "merge.py")))
-    known = known.union(*(flags(f"data_gen/{path.name}") for path in (ROOT / "data_gen").glob("[!_]*.py")
-                          if "def main(" in read(path)))  # fmt: skip
+    makers = (f"data_gen/{path.name}" for path in (ROOT / "data_gen").glob("*.py") if "def main(" in read(path))
+    programs = ("train.py", "generate.py", "evaluate.py", "merge.py", "experiments/persona/run.py", *makers)
+    known = set().union(*map(flags, programs))
     wrong = []
-    for path in CHAPTERS:
+    for path in TEXTS:
         for text in quoted(path):
             if text.startswith("--"):
                 wrong += [f"{path.name}: {word}" for word in re.findall(r"--\w[\w-]*", text) if word not in known]
@@ -159,7 +156,7 @@ def test_every_flag_in_backticks_is_one_of_the_programs():
 @mutation("docs/python.md", "lora.save_adapter(", "lora.write_adapter(")
 @mutation("docs/python.md", "from lora.inference.several import Several", "from lora.inference.several import Switch")
 def test_the_python_in_the_chapters_parses_and_its_names_are_there():
-    blocks = [text for path in CHAPTERS for text in code(path, "python")]
+    blocks = [text for path in TEXTS for text in code(path, "python")]
     assert len(blocks) >= 4
     for text in blocks:
         for node in ast.walk(ast.parse(text)):
@@ -167,7 +164,7 @@ def test_the_python_in_the_chapters_parses_and_its_names_are_there():
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, name.name) for name in node.names)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lora":
-                assert f"lora.{node.attr}" in COMING or hasattr(lora, node.attr), node.attr
+                assert hasattr(lora, node.attr), node.attr
 
 
 @mutation("README.md", "  text/          messages", "  texts/         messages")
@@ -175,7 +172,7 @@ def test_the_tree_is_the_librarys():
     [tree] = [text for text in code(ROOT / "README.md", "") if text.startswith("lora/\n")]
     told = {f"lora/{name}" for name in re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)}
     there = {f"lora/{path.name}" for path in (ROOT / "lora").iterdir() if (path / "__init__.py").exists()}
-    assert told - COMING == there
+    assert told == there
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -197,7 +194,7 @@ def test_figures_draws_the_pictures_that_are_there_from_the_results_that_are_the
     drawn, there = marks(tmp_path), marks(ROOT / "docs")
     assert drawn == there, "python docs/figures.py draws them anew"
     assert len(there) == 7
-    used = "".join(map(read, CHAPTERS))
+    used = "".join(map(read, TEXTS))
     assert all(name in used for name in there)
 
 

@@ -1,4 +1,4 @@
-"""Conversations become examples: a batch of rows at a time, kept as arrays, so that 100,000 rows need little memory."""
+"""Conversations become examples: some rows at a time, kept as arrays, so that 100,000 rows need little memory."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -33,6 +33,7 @@ class Encoded(Sequence):
     overlong: tuple[str, int] | None = None
     shapes: dict[str, int] = field(default_factory=dict)
     kept: list[Conversation] = field(default_factory=list)
+    stride: int = 1  # from one that is kept to the next
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -52,90 +53,65 @@ class Encoded(Sequence):
         """Tokens of each example, (N,)."""
         return np.diff(self.ends)
 
+    def _count(self, row: Conversation) -> None:
+        """One row more. Conversations are kept evenly over the file: with KEPT of them, every other one goes."""
+        if self.rows % self.stride == 0 and row.messages[0]["role"] != "text":
+            self.kept.append(row)
+            if len(self.kept) == KEPT:
+                del self.kept[1::2]
+                self.stride *= 2
+        self.rows += 1
+        self.shapes[row.shape] = self.shapes.get(row.shape, 0) + 1
 
-class _Collector:
-    """Rows of one source on their way into an `Encoded`."""
-
-    def __init__(self, chat: Chat, limit: int, train_on: str, overlong: str):
-        self.chat, self.limit, self.train_on, self.overlong = chat, limit, train_on, overlong
-        self.found, self.problems, self.stride = Encoded(), [], 1
-        self.tokens, self.trained, self.lengths = array("i"), bytearray(), array("i")
-
-    def add(self, rows: Sequence[Conversation | Problem]) -> None:
-        conversations = [row for row in rows if isinstance(row, Conversation)]
-        laid = iter(self.chat.tokenize_all([row.messages for row in conversations], self.train_on))
-        for row in rows:
-            if isinstance(row, Problem):
-                self.problems.append(str(row))
-                continue
-            found, document = next(laid), row.messages[0]["role"] == "text"
-            if self.found.rows % self.stride == 0 and not document:
-                self._keep(row)
-            self.found.rows += 1
-            self.found.shapes[row.shape] = self.found.shapes.get(row.shape, 0) + 1
-            if isinstance(found, BadInput):
-                self.problems += [f"wrong row in {row.where}: {problem}" for problem in found.problems]
-                continue
-            for example in found:
-                if fitting := self._fitting(example, row.where):
-                    self._store(fitting.example(self.train_on == "all"), row.where)
-
-    def _keep(self, row: Conversation) -> None:
-        """Evenly over the file, however long it is: with every KEPT kept, every other one goes."""
-        self.found.kept.append(row)
-        if len(self.found.kept) == KEPT:
-            del self.found.kept[1::2]
-            self.stride *= 2
-
-    def _fitting(self, laid: TokenizedChat, where: str) -> TokenizedChat | None:
-        """The example within the limit, or None where it is dropped or refused."""
-        length = len(laid.tokens)
-        if length <= self.limit:
-            return laid
-        self.found.overlong = self.found.overlong or (where, length)
-        if self.overlong == "error":
-            fix = "Raise --max-len, or --overlong drop or truncate"
-            self.problems.append(f"too long in {where}: {length} tokens, --max-len is {self.limit}. {fix}")
-            return None
-        short = laid.within(self.limit) if self.overlong == "truncate" else None
-        self.found.dropped += short is None
-        self.found.truncated += short is not None
+    def _fit(self, chat: TokenizedChat, limit: int, truncate: bool, where: str) -> TokenizedChat | None:
+        """The example within the limit, or None where it is dropped."""
+        if len(chat.tokens) <= limit:
+            return chat
+        self.overlong = self.overlong or (where, len(chat.tokens))
+        short = chat.within(limit) if truncate else None
+        self.dropped += short is None
+        self.truncated += short is not None
         return short
-
-    def _store(self, example: Example, where: str) -> None:
-        self.tokens.extend(example.tokens)
-        self.trained.extend(example.trained)
-        self.lengths.append(len(example.tokens))
-        self.found.where.append(where)
-
-    def result(self) -> Encoded:
-        if self.lengths:
-            self.found.tokens = np.frombuffer(self.tokens, np.int32)
-            self.found.trained = np.frombuffer(self.trained, bool)
-            self.found.ends = np.concatenate([[0], np.cumsum(self.lengths)])
-        return self.found
 
 
 def encode(
-    rows: Iterable[Conversation | Problem],
-    chat: Chat,
-    limit: int,
-    train_on: str = "assistant",
-    overlong: str = "drop",
+    rows: Iterable[Conversation | Problem], chat: Chat, limit: int, train_on: str = "assistant", overlong: str = "drop"
 ) -> Encoded:
     """The examples of some rows, of at most `limit` tokens each.
 
     A longer one is dropped, truncated so that it keeps an end of turn (or dropped, if no part of an answer is left),
     or an error. Raises BadInput with everything that is wrong with any row.
     """
-    collector, rows = _Collector(chat, limit, train_on, overlong), iter(rows)
-    while part := list(islice(rows, ROWS)):
-        collector.add(part)
-        if len(collector.problems) > 10 * MOST_LINES:  # the whole file is something else
-            break
-    if collector.problems:
-        raise BadInput(*collector.problems)
-    return collector.result()
+    found, problems, rows = Encoded(), [], iter(rows)
+    tokens, trained, lengths = array("i"), bytearray(), array("i")
+    while (part := list(islice(rows, ROWS))) and len(problems) <= 10 * MOST_LINES:  # then the file is something else
+        messages = [row.messages for row in part if isinstance(row, Conversation)]
+        tokenized = iter(chat.tokenize_all(messages, train_on))
+        for row in part:
+            if isinstance(row, Problem):
+                problems.append(str(row))
+                continue
+            found._count(row)
+            examples = next(tokenized)
+            if isinstance(examples, BadInput):
+                problems += [f"wrong row in {row.where}: {problem}" for problem in examples.problems]
+                continue
+            for example in examples:
+                if overlong == "error" and (length := len(example.tokens)) > limit:
+                    fix = "Raise --max-len, or --overlong drop or truncate"
+                    problems.append(f"too long in {row.where}: {length} tokens, --max-len is {limit}. {fix}")
+                elif short := found._fit(example, limit, overlong == "truncate", row.where):
+                    ids, flags = short.example(train_on == "all")
+                    tokens.extend(ids)
+                    trained.extend(flags)
+                    lengths.append(len(ids))
+                    found.where.append(row.where)
+    if problems:
+        raise BadInput(*problems)
+    if lengths:
+        found.tokens, found.trained = np.frombuffer(tokens, np.int32), np.frombuffer(trained, bool)
+        found.ends = np.concatenate([[0], np.cumsum(lengths)])
+    return found
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
@@ -144,8 +120,7 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
         return parts[0]
     whole = Encoded(np.concatenate([p.tokens for p in parts]), np.concatenate([p.trained for p in parts]))
     whole.ends = np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]))])
-    for part in parts:
-        whole.where += part.where
-        whole.rows, whole.dropped = whole.rows + part.rows, whole.dropped + part.dropped
-        whole.truncated += part.truncated
+    whole.where = [where for part in parts for where in part.where]
+    for count in ("rows", "dropped", "truncated"):
+        setattr(whole, count, sum(getattr(part, count) for part in parts))
     return whole

@@ -1,4 +1,4 @@
-"""Answers that are none: an error message of some program, or the refusal of a teacher who was asked for an answer."""
+"""Leftovers are answers that are none: an error message of some program, or a teacher's refusal to answer."""
 
 import re
 
@@ -39,7 +39,8 @@ ERROR_LENGTH, REFUSAL_LENGTH = 160, 300  # characters of the whole answer: a lon
 
 
 def is_leftover(answer: str) -> bool:
-    """Whether an answer is short and begins as an error message or a refusal, or its last line is an error message."""
+    """An answer is a leftover if it is short and begins as an error message or a refusal, or its last line is an error
+    message."""
     text = re.sub(r"^\W+", "", LABEL.sub("", answer[:1000], count=1) if LABEL.match(answer) else answer[:1000])
     start = text.casefold().replace("’", "'")
     last = next((line for line in reversed(answer[-200:].casefold().splitlines()) if re.search(r"\w", line)), "")

@@ -1,4 +1,4 @@
-"""What is wrong with training data before a run pays for it: `check` returns findings, `FILE:LINE: CODE: message`.
+"""The linter finds what is wrong with training data before a run pays for it. A finding is `FILE:LINE: CODE: message`.
 
 Rows are compared as `normal` text, a turn a line.
 """
@@ -53,17 +53,13 @@ def check(train: Sequence[Conversation | Problem], evaluation: Sequence[Conversa
     """All findings, sorted. Rows that could not be read pass through; each set is also compared with itself."""
     found = []
     for row in (*train, *evaluation):
-        found += [_finding(row.where, row.code, row.text)] if _unread(row) else _alone(row)
-    train, evaluation = ([row for row in rows if not _unread(row)] for rows in (train, evaluation))
+        found += [_finding(*row)] if isinstance(row, Problem) else _by_itself(row)
+    train, evaluation = ([row for row in rows if isinstance(row, Conversation)] for rows in (train, evaluation))
     found += _mixed([*train, *evaluation])
     sets = [[_Row.of(row) for row in rows] for rows in (train, evaluation)]
     for rows in sets:
         found += [*_repeats(rows), *_conflicts(rows)]
     return sorted([*found, *_overlap(*sets)])
-
-
-def _unread(row) -> bool:
-    return hasattr(row, "code")
 
 
 def _finding(where: str, code: str, message: str) -> Finding:
@@ -88,14 +84,14 @@ PLACEHOLDER = re.compile(
 )
 
 
-def _alone(row: Conversation) -> Iterator[Finding]:
+def _by_itself(row: Conversation) -> Iterator[Finding]:
     slots = (PLACEHOLDER.search(CODE.sub(" ", message["content"])) for message in row.messages)
     if slot := next(filter(None, slots), None):
         yield _finding(row.where, "PLACEHOLDER", f"{_quote(slot[0])} is not filled in. Fill it in or remove the row")
     for message in row.messages:
         if message["role"] in ("assistant", "text") and message.get("train", True) and is_leftover(message["content"]):
-            text = f"{_quote(message['content'])} is an error message or a refusal. Ask again or remove the row"
-            yield _finding(row.where, "LEFTOVER", text)
+            why = "is an error message or a refusal. Ask again or remove the row"
+            yield _finding(row.where, "LEFTOVER", f"{_quote(message['content'])} {why}")
             return
 
 
@@ -168,6 +164,8 @@ def normal(text: str) -> str:
 
 
 class _Row(NamedTuple):
+    """A conversation as it is compared with others."""
+
     where: str
     text: str  # normal turns, a line each
     system: bool  # the first of them is a system turn
@@ -255,9 +253,8 @@ def _overlap(train: list[_Row], evaluation: list[_Row]) -> Iterator[Finding]:
     for row in evaluation:
         *_, (key, _) = row.asked(loosely=True)
         if key in known:
-            yield _finding(
-                row.where, "OVERLAP", f"the same question or text is in the training data at {known[key]}. {fix}"
-            )
+            text = f"the same question or text is in the training data at {known[key]}. {fix}"
+            yield _finding(row.where, "OVERLAP", text)
         else:
             for text in {row.question(), row.text}:
                 left[text].append(row.where)

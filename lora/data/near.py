@@ -50,7 +50,7 @@ def _grams(text: str) -> set[str]:
 
 
 def is_near(one: str, other: str) -> bool:
-    """Whether the Jaccard similarity of their 5-grams is 0.9 or more, in whole numbers."""
+    """Two texts are near if the Jaccard similarity of their 5-grams is 0.9 or more, computed in whole numbers."""
     ours, theirs = _grams(one), _grams(other)
     if 10 * min(len(ours), len(theirs)) < 9 * max(len(ours), len(theirs)):
         return False

@@ -1,4 +1,4 @@
-"""What a model will be shown and what it will learn of it, token by token, and the numbers of a data set."""
+"""The preview shows what a model will see and what it will learn, token by token, and the numbers of a data set."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def coloured(stream=None) -> bool:
-    """Does the reader see colours? Not in a file or a pipe, nor where NO_COLOR is set (https://no-color.org)."""
+    """Colours are for a terminal: not for a file or a pipe, nor where NO_COLOR is set (https://no-color.org)."""
     stream = stream or sys.stdout
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
@@ -58,19 +58,14 @@ def show(examples: Encoded, count: int, tokenizer: Tokenizer) -> None:
 
 
 def numbers(examples: Encoded, tokens_per_step: int, memory: float) -> dict[str, str]:
-    """What the data amounts to: name -> value, in this order."""
+    """The size of the data: name -> value, in this order."""
     lengths, trained = examples.lengths, int(examples.trained.sum())
     p50, p95 = (int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 95))
-    return {
-        "rows": f"{examples.rows}",
-        "tokens": f"{len(examples.tokens)}",
-        "trained tokens": f"{trained}",
-        "length p50": f"{p50}",
-        "length p95": f"{p95}",
-        "length max": f"{lengths.max()}",
+    found = {
+        "rows": examples.rows, "tokens": len(examples.tokens), "trained tokens": trained,
+        "length p50": p50, "length p95": p95, "length max": lengths.max(),
         "trained share": f"{trained / len(examples.tokens):.4f}",
-        "dropped": f"{examples.dropped}",
-        "truncated": f"{examples.truncated}",
-        "tokens per step": f"{tokens_per_step}",
-        "memory": f"{memory / 1e9:.1f} GB",
-    }
+        "dropped": examples.dropped, "truncated": examples.truncated,
+        "tokens per step": tokens_per_step, "memory": f"{memory / 1e9:.1f} GB",
+    }  # fmt: skip
+    return {name: str(value) for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""Ordinary conversations on which forgetting is measured: those that ship with the project, or a file's."""
+"""Forgetting is measured on ordinary conversations: those that ship with the project, or a file's."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,9 +22,9 @@ def retention_batches(
 ) -> tuple[list[Batch], int, int]:
     """Batches in which every next token counts, how many conversations they hold, and how many were left out.
 
-    Left out are those over `limit` tokens, and those that ask or say what a row of `without` does, as `lint` compares
-    them, near-duplicates aside: what is trained must not be taken for what is remembered. Raises BadInput for a file
-    that cannot be used, or of which nothing is left.
+    A conversation is left out if it has over `limit` tokens, or asks or says what a row of `without` does (as `lint`
+    compares them, near-duplicates aside): what is trained must not be taken for what is remembered. Raises BadInput for
+    a file that cannot be used, or of which nothing is left.
     """
     rows = formats.read([Path(path or SHIPPED)])
     known = {asked for row in without for asked in lint.asked(row)}

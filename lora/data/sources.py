@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,9 @@ class Sources:
         return digest.hexdigest()
 
 
+# ---- the files that are named ----------------------------------------------------------------------------------------
+
+
 def numbered(name: str) -> tuple[str, float | None]:
     """`a.jsonl:3` as ("a.jsonl", 3.0): what follows the last colon is a number, or belongs to the name (None)."""
     path, _, tail = name.rpartition(":")
@@ -52,10 +55,10 @@ def numbered(name: str) -> tuple[str, float | None]:
     return (path, number) if path and not math.isnan(number) else (name, None)
 
 
-def named(s) -> list[tuple[str, str, float | None]]:
+def named(args) -> list[tuple[str, str, float | None]]:
     """Flag, file and number of every file that is named. Raises BadInput for a number that makes no sense."""
     files, problems = [], []
-    for flag, names in (("data", s.data), ("replay", s.replay), ("eval", s.eval_data)):
+    for flag, names in (("data", args.data), ("replay", args.replay), ("eval", args.eval_data)):
         for name in names or ():
             path, number = (name, None) if flag == "eval" else numbered(name)
             files.append((flag, path, number))
@@ -63,84 +66,31 @@ def named(s) -> list[tuple[str, str, float | None]]:
             if (flag == "replay" and number is None) or (number is not None and not 0 < number <= most):
                 why = f"{name!r} has no number that could be {what}"
                 problems.append(f"wrong --{flag} in the command line: {why}. Give FILE:NUMBER, above 0, as 0.25")
-    if bool(s.prompt_key) != bool(s.response_key):
+    if bool(args.prompt_key) != bool(args.response_key):
         problems.append("wrong keys in the command line: --prompt-key and --response-key need each other. Give both")
     if problems:
         raise BadInput(*problems)
     return files
 
 
-def read_sources(s, chat: Chat, locate: Callable[[str], Path], made: Sequence[dict] | None = None) -> Sources:
-    """All examples that the settings ask for; `made` are rows for where no data is named, `locate` finds a file.
-
-    Says in a line what each file is. Raises BadInput with everything that is wrong in any of them.
-    """
-    found, problems = {"data": [], "replay": [], "eval": []}, []
-    files, chosen = named(s), set()
-    if s.eval_fraction is not None:
-        chosen = _to_hold_out(lambda: _rows_of(s, locate, made, ("data",)), s)
-    if made is not None:
-        found["data"].append((_made(made, s, chat, chosen), None))
-    for flag, name, number in files:
-        try:
-            part = _read(locate(name), s, chat, chosen if flag != "eval" else ())
-        except BadInput as error:
-            problems += error.problems
-            continue
-        what = f"{part.rows:,} rows of {' and '.join(part.shapes)}"
-        times = "" if number is None else f", weight {number:g}"
-        if flag == "replay":
-            times = f", share {number:g}: {number * s.batch_size:g} on top of the {s.batch_size} of a step"
-        say(f"{flag:8} {name}: {what}{times}")
-        if part.overlong:
-            where, length = part.overlong
-            done = f"{part.dropped} dropped, {part.truncated} truncated"
-            say(f"overlong {done}; over {s.max_len} tokens (--max-len), the first is {where} with {length}")
-        if not len(part):
-            what = "measure" if flag == "eval" else "train"
-            why = f"no example fits {s.max_len} tokens. Raise --max-len"
-            if not part.rows:
-                why = "all its questions are held out. Lower --eval-fraction, or give --eval-data"
-            problems.append(f"nothing to {what} in {name}: {why}")
-        found[flag].append((part, number))
-    if s.prompt_key and not problems:
-        pair = f"{s.prompt_key}/{s.response_key}"
-        if not any(pair in part.shapes for parts in found.values() for part, _ in parts):
-            problems.append(
-                f"wrong keys in the command line: no row has both {pair}. Check --prompt-key, --response-key"
-            )
-    if problems:
-        raise BadInput(*problems)
-    _notes(s, chat)
-    if chosen:
-        rows = (row for row in _rows_of(s, locate, made, ("data",)) if group(row) in chosen)
-        part = encode(rows, chat, s.max_len, s.train_on, s.overlong)
-        over = f", {part.dropped} over {s.max_len} tokens dropped" if part.dropped else ""
-        say(f"held out {part.rows:,} rows, chosen by question{over}")
-        if len(part):
-            found["eval"].append((part, None))
-    data, numbers = zip(*found["data"], strict=True)
-    weights = None if not any(numbers) else [number or 1.0 for number in numbers]
-    held_out = joined([part for part, _ in found["eval"]]) if found["eval"] else None
-    return Sources(list(data), weights, found["replay"], held_out)
-
-
-def _keys(s) -> tuple[str, str] | None:
+def _keys(args) -> tuple[str, str] | None:
     """The keys of question and answer that were named."""
-    return (s.prompt_key, s.response_key) if s.prompt_key else None
+    return (args.prompt_key, args.response_key) if args.prompt_key else None
 
 
-def _rows_of(s, locate: Callable, made: Sequence[dict] | None, flags: Iterable[str]) -> Iterator:
-    """The rows that were made, and those of all files that some flags name."""
-    yield from _conversations(made or ())
-    for flag, name, _ in named(s):
-        if flag in flags:
-            yield from formats.scan([locate(name)], keys=_keys(s))
+def _rows(args, locate: Callable, generated_rows: Sequence[dict] | None, flags: Sequence[str] = ("data",)) -> Iterator:
+    """The rows that were generated, and those of all files that some flags name."""
+    for i, row in enumerate(generated_rows or (), 1):
+        yield formats.Conversation(row["messages"], f"row {i}")
+    yield from formats.scan([locate(name) for flag, name, _ in named(args) if flag in flags], keys=_keys(args))
 
 
-def trained_rows(s, locate: Callable[[str], Path], made: Sequence[dict] | None = None) -> Iterator:
+def trained_rows(args, locate: Callable[[str], Path], generated_rows: Sequence[dict] | None = None) -> Iterator:
     """The rows of all examples and replays, to be compared with."""
-    return _rows_of(s, locate, made, ("data", "replay"))
+    return _rows(args, locate, generated_rows, ("data", "replay"))
+
+
+# ---- rows that are held out ------------------------------------------------------------------------------------------
 
 
 def group(row) -> bytes | None:
@@ -149,41 +99,96 @@ def group(row) -> bytes | None:
     return None if isinstance(row, formats.Problem) else next(lint.asked(row))
 
 
-def _to_hold_out(rows: Callable[[], Iterator], s) -> set[bytes]:
+def _to_hold_out(rows: Iterator, fraction: float, seed: int) -> set[bytes]:
     """The groups that --eval-fraction holds out: those with the smallest hashes, the same whatever the rows' order."""
-    groups = {group(row) for row in rows()} - {None}
-    count = min(max(1, round(s.eval_fraction * len(groups))), len(groups) - 1)
+    groups = {group(row) for row in rows} - {None}
+    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
     if count < 1:
         why = "the data has but one question, and something must be left to train"
         raise BadInput(f"wrong --eval-fraction in the command line: {why}. Give --eval-data")
-    key = f"{s.seed}/held out/".encode()
+    key = f"{seed}/held out/".encode()
     return set(sorted(groups, key=lambda one: hashlib.blake2b(key + one).digest())[:count])
 
 
-def _conversations(rows: Sequence[dict]) -> Iterator[formats.Conversation]:
-    return (formats.Conversation(row["messages"], f"row {i}") for i, row in enumerate(rows, 1))
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _made(rows: Sequence[dict], s, chat: Chat, without: set[bytes]) -> Encoded:
-    conversations = (row for row in _conversations(rows) if group(row) not in without)
-    part = encode(conversations, chat, s.max_len, s.train_on, s.overlong)
-    if not len(part):
-        raise BadInput(f"nothing to train in the rows made here: none fits {s.max_len} tokens. Raise --max-len")
-    return part
+def read_sources(
+    args, chat: Chat, locate: Callable[[str], Path], generated_rows: Sequence[dict] | None = None
+) -> Sources:
+    """All examples that the settings ask for; `generated_rows` stand where no data is named, `locate` finds a file.
+
+    Says in a line what each file is. Raises BadInput with everything that is wrong in any of them.
+    """
+    found, problems, files = {"data": [], "replay": [], "eval": []}, [], named(args)
+    limits = args.max_len, args.train_on, args.overlong
+    chosen = set()
+    if args.eval_fraction is not None:
+        chosen = _to_hold_out(_rows(args, locate, generated_rows), args.eval_fraction, args.seed)
+    if generated_rows is not None:
+        rows = (row for row in _rows(args, locate, generated_rows, ()) if group(row) not in chosen)
+        found["data"].append((encode(rows, chat, *limits), None))
+        if not len(found["data"][0][0]):
+            why = f"none fits {args.max_len} tokens. Raise --max-len"
+            raise BadInput(f"nothing to train in the rows made here: {why}")
+    for flag, name, number in files:
+        try:
+            part = _read(locate(name), args, chat, chosen if flag != "eval" else set())
+        except BadInput as error:
+            problems += error.problems
+            continue
+        problems += _describe(flag, name, number, part, args)
+        found[flag].append((part, number))
+    if args.prompt_key and not problems:
+        pair = f"{args.prompt_key}/{args.response_key}"
+        if not any(pair in part.shapes for parts in found.values() for part, _ in parts):
+            why = f"no row has both {pair}. Check --prompt-key, --response-key"
+            problems.append(f"wrong keys in the command line: {why}")
+    if problems:
+        raise BadInput(*problems)
+    _notes(args, chat)
+    if chosen:
+        part = encode((row for row in _rows(args, locate, generated_rows) if group(row) in chosen), chat, *limits)
+        over = f", {part.dropped} over {args.max_len} tokens dropped" if part.dropped else ""
+        say(f"held out {part.rows:,} rows, chosen by question{over}")
+        if len(part):
+            found["eval"].append((part, None))
+    data, numbers = zip(*found["data"], strict=True)
+    weights = [number or 1.0 for number in numbers] if any(numbers) else None
+    held_out = joined([part for part, _ in found["eval"]]) if found["eval"] else None
+    return Sources(list(data), weights, found["replay"], held_out)
 
 
-def _read(path: Path, s, chat: Chat, without: set[bytes]) -> Encoded:
+def _read(path: Path, args, chat: Chat, without: set[bytes]) -> Encoded:
     """The examples of a file, but for rows of some groups."""
     size = path.stat().st_size if path.is_file() else None
     with tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        rows = formats.scan([path], keys=_keys(s), progress=bar.update)
+        rows = formats.scan([path], keys=_keys(args), progress=bar.update)
         rows = (row for row in rows if group(row) not in without) if without else rows
-        return encode(rows, chat, s.max_len, s.train_on, s.overlong)
+        return encode(rows, chat, args.max_len, args.train_on, args.overlong)
 
 
-def _notes(s, chat: Chat) -> None:
+def _describe(flag: str, name: str, number: float | None, part: Encoded, args) -> list[str]:
+    """Says what a file is; returns why nothing of it can be used."""
+    times = "" if number is None else f", weight {number:g}"
+    if flag == "replay":
+        times = f", share {number:g}: {number * args.batch_size:g} on top of the {args.batch_size} of a step"
+    say(f"{flag:8} {name}: {part.rows:,} rows of {' and '.join(part.shapes)}{times}")
+    if part.overlong:
+        where, length = part.overlong
+        done = f"{part.dropped} dropped, {part.truncated} truncated"
+        say(f"overlong {done}; over {args.max_len} tokens (--max-len), the first is {where} with {length}")
+    if len(part):
+        return []
+    why = f"no example fits {args.max_len} tokens. Raise --max-len"
+    if not part.rows:
+        why = "all its questions are held out. Lower --eval-fraction, or give --eval-data"
+    return [f"nothing to {'measure' if flag == 'eval' else 'train'} in {name}: {why}"]
+
+
+def _notes(args, chat: Chat) -> None:
     """What the template and the tokenizer do that a reader of the data would not expect."""
-    if chat.own_system and s.system is None and not s.no_system:
+    if chat.own_system and args.system is None and not args.no_system:
         own = " ".join(chat.own_system.split())
         say(f"system   the template adds, where a row has none: {own[:120]} (--no-system leaves it out)")
     for count, what in (
@@ -195,13 +200,11 @@ def _notes(s, chat: Chat) -> None:
             say(f"note     {count} {what}")
 
 
-def lint_report(s, locate: Callable[[str], Path]) -> int:
+def lint_report(args, locate: Callable[[str], Path]) -> int:
     """What --check finds, a line each on stdout; exit code 2 if anything."""
-    files, keys = named(s), _keys(s)
-    if not files:
+    if not named(args):
         raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
-    train = list(formats.scan([locate(name) for flag, name, _ in files if flag != "eval"], keys=keys))
-    held_out = list(formats.scan([locate(name) for flag, name, _ in files if flag == "eval"], keys=keys))
+    train, held_out = (list(_rows(args, locate, None, flags)) for flags in (("data", "replay"), ("eval",)))
     findings = lint.check(train, held_out)
     for finding in findings:
         print(finding)

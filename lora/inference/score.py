@@ -79,8 +79,8 @@ def losses(model, column: Column, micro_tokens: int) -> dict[str, float]:
     def trunk(b: Batch) -> torch.Tensor:
         return model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
 
-    def objective(b: Batch) -> torch.Tensor:
-        return cross_entropy(trunk(b), model.head_weight, b.targets, cap=cap)
+    def objective(b: Batch) -> tuple[torch.Tensor, int]:
+        return cross_entropy(trunk(b), model.head_weight, b.targets, cap=cap), len(b.targets)
 
     batches = micro_batches(column.examples, micro_tokens, model.device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)

@@ -5,7 +5,7 @@ chat("Who are you?")                                  the answer; the conversati
 for piece in chat.stream("And who made you?"): ...    the answer as it comes
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date as Date
 from functools import partial
@@ -28,7 +28,7 @@ from lora.network.decoder import Model
 from lora.pretrained import default_model
 from lora.text.chat import Chat
 from lora.text.template import FROZEN_DATE
-from lora.text.tokenizer import Stream
+from lora.text.tokenizer import Stream, Tokenizer
 
 
 class Session:
@@ -73,14 +73,13 @@ class Session:
 
         def pieces() -> Iterator[str]:
             self.before()
-            decoder, answer = Stream(self.chat.tokenizer), []
-            for _, token in stream_tokens(self.model, [ids], self.chat.stops, longest, sampling):
-                answer.append(decoder.push(token))
-                yield answer[-1]
-            answer.append(decoder.end())
+            answer = ""
+            tokens = stream_tokens(self.model, [ids], self.chat.stops, longest, sampling)
+            for piece in decode(self.chat.tokenizer, (token for _, token in tokens)):
+                answer += piece
+                yield piece
             if goes_on:
-                self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
-            yield answer[-1]
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
 
         return pieces()
 
@@ -99,6 +98,14 @@ class Session:
         with tqdm(total=len(prompts), desc=doing, unit="prompt", disable=None) as bar:
             how = (self.chat.stops, self.max_new_tokens, self.sampling, batch_size, bar)
             yield from map(self.chat.tokenizer.decode, generate_all(self.model, prompts, *how))
+
+
+def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of tokens as it becomes certain; a character may need several tokens."""
+    decoder = Stream(tokenizer)
+    yield from filter(None, map(decoder.push, tokens))
+    if rest := decoder.end():
+        yield rest
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------

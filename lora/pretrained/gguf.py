@@ -14,17 +14,8 @@ from gguf.quants import dequantize
 from lora.errors import BadInput
 from lora.network.families import FAMILIES
 from lora.pretrained import fused
+from lora.pretrained import gguf_names as names
 from lora.pretrained.gguf_header import AGAIN, Header, Metadata, Stored, show
-from lora.pretrained.gguf_names import (
-    ARCHITECTURES,
-    KNOWN_KEYS,
-    READ_KEYS,
-    ROPE_FREQS,
-    ROTATED,
-    hub_name,
-    hub_names,
-    to_halves,
-)
 from lora.pretrained.gguf_tokenizer import ENDS, special_ids, tokenizer_files
 
 CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
@@ -50,18 +41,17 @@ class GGUFFile:
         self._metadata = Metadata(self.path, values)
         self._check = self._metadata.check
         self._arch = arch = self._metadata.get("general.architecture", str)
-        known = ", ".join(ARCHITECTURES)
-        self._check(arch in ARCHITECTURES, "general.architecture", f"{show(arch)}; implemented are {known}")
-        self._architecture = ARCHITECTURES[arch]
+        known = ", ".join(names.ARCHITECTURES)
+        self._check(arch in names.ARCHITECTURES, "general.architecture", f"{show(arch)}; implemented are {known}")
+        self._architecture = names.ARCHITECTURES[arch]
         self._family = FAMILIES[self._architecture.model_type]
         self._heads = self._get("attention.head_count")
-        self._reads = {key: field for key, field in READ_KEYS.items() if field[0] in self._family.reads}
+        self._reads = {key: field for key, field in names.READ_KEYS.items() if field[0] in self._family.reads}
         for key in values:
-            known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in (*KNOWN_KEYS, *self._reads)
+            known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in (*names.KNOWN_KEYS, *self._reads)
             self._check(known, show(key)[1:-1], "it could change the maths and is not implemented")
-        self._rope_freqs = tensors.pop(ROPE_FREQS, None)
-        names = hub_names(self._family)
-        hub = {name: hub_name(names, name) for name in tensors}
+        self._rope_freqs = tensors.pop(names.ROPE_FREQS, None)
+        hub = {name: names.hub_name(names.hub_names(self._family), name) for name in tensors}
         unknown = [show(name) for name in tensors if not hub[name]]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         self._check(not unknown, "tensors", f"{', '.join(unknown[:5])}{more} are not implemented")
@@ -90,7 +80,7 @@ class GGUFFile:
         for key, other in ("attention.value_length", values), ("rope.dimension_count", size if partial else rotary):
             self._check(other == size, f"{self._arch}.{key}", f"{other} is not implemented, only the {size} of a head")
         for name, (_, shape) in self.header.items():
-            right = not ROTATED.search(name) or size % 2 == shape[0] % size == 0
+            right = not names.ROTATED.search(name) or size % 2 == shape[0] % size == 0
             self._check(right, name, f"shape {shape} is not made of heads of {size} values in pairs", AGAIN)
         return size, rotary
 
@@ -139,7 +129,7 @@ class GGUFFile:
             for factor in LLAMA3_FACTORS:
                 if np.allclose(divisors, 1 / ((1 - blend) / factor + blend), rtol=1e-4, atol=0):
                     return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
-        self._check(False, ROPE_FREQS, f"not Llama 3's scaling by {' or '.join(map(str, LLAMA3_FACTORS))}")
+        self._check(False, names.ROPE_FREQS, f"not Llama 3's scaling by {' or '.join(map(str, LLAMA3_FACTORS))}")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a hub name in bfloat16. Raises BadInput if the file has become shorter."""
@@ -147,8 +137,8 @@ class GGUFFile:
         if self._family.norm_offset and name.endswith("norm.weight"):  # the converter has added it
             return (self._dequantised(self._tensors[name], torch.float32) - self._family.norm_offset).bfloat16()
         tensor = self._dequantised(self._tensors[whole], torch.bfloat16)[first : first + self.header[name][1][0]]
-        reordered = self._architecture.reordered and ROTATED.search(name)
-        return to_halves(tensor, self._head_dim) if reordered else tensor
+        reordered = self._architecture.reordered and names.ROTATED.search(name)
+        return names.to_halves(tensor, self._head_dim) if reordered else tensor
 
     def _dequantised(self, tensor: Stored, dtype: torch.dtype) -> torch.Tensor:
         columns = tensor.shape[-1]

@@ -8,21 +8,11 @@ from typing import Any
 
 from lora import files
 from lora.errors import BadInput, say
+from lora.pretrained import gguf_tokenizer as ggml
 from lora.pretrained import sentencepiece
 from lora.pretrained.chat import load_chat
 from lora.pretrained.folder import ModelFiles
 from lora.pretrained.gguf_header import show
-from lora.pretrained.gguf_tokenizer import (
-    BYTE,
-    CONTROL,
-    ENDS,
-    NORMAL,
-    PRE_TOKENIZERS,
-    SPECIAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-)
 from lora.text.chat import Chat
 
 FIX = "Write a model folder, or the adapter alone (--adapter-only)"
@@ -85,13 +75,13 @@ def _byte_level(raw: dict, tokens: list[str], types: list[int], where: str) -> d
     """Merges, and the name in PRE_TOKENIZERS under which llama.cpp cuts text as this tokenizer does."""
     model = _model(raw, where)
     normalizer, cut = _parts(raw.get("normalizer"), "normalizers"), _parts(raw.get("pre_tokenizer"), "pretokenizers")
-    for name, (steps, known_normalizer, ignore_merges, _) in PRE_TOKENIZERS.items():
+    for name, (steps, known_normalizer, ignore_merges, _) in ggml.PRE_TOKENIZERS.items():
         known = [part for step in steps for part in _parts(step, "pretokenizers")]
         same = cut == known and normalizer == _parts(known_normalizer, "normalizers")
         if same and bool(model.get("ignore_merges")) == ignore_merges:
             merges = [" ".join(pair) for pair in model["merges"]]
             return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
-    names, steps = ", ".join(PRE_TOKENIZERS), show([part["type"] for part in normalizer + cut])
+    names, steps = ", ".join(ggml.PRE_TOKENIZERS), show([part["type"] for part in normalizer + cut])
     _refuse(where, f"it cuts text by {steps}, which is none of the known ways {names}")
 
 
@@ -104,11 +94,11 @@ def _sentencepiece(raw: dict, tokens: list[str], types: list[int], where: str) -
         _refuse(where, f"it prepares text by {steps}, which is not SentencePiece's way as llama.cpp knows it")
     if any(token.get("normalized") for token in raw.get("added_tokens") or []):
         _refuse(where, "a normalized added token is not implemented")
-    kinds = dict.fromkeys(sentencepiece.BYTES, BYTE) | {model.get("unk_token"): UNKNOWN}
+    kinds = dict.fromkeys(sentencepiece.BYTES, ggml.BYTE) | {model.get("unk_token"): ggml.UNKNOWN}
     if not kinds.keys() <= set(tokens):
         _refuse(where, "it has no token for every byte and none for what is unknown")
     types[:] = [kinds.get(token, kind) for token, kind in zip(tokens, types, strict=True)]
-    normal = {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}
+    normal = {token: i for i, token in enumerate(tokens) if types[i] == ggml.NORMAL}
     merges = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= normal.keys()]
     scores = sentencepiece.scores_of(normal, merges)
     if scores is None:
@@ -129,7 +119,7 @@ def _tokens(raw: dict, base: ModelFiles, where: str) -> tuple[list[str], list[in
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
         if flags:
             _refuse(where, f"{flags[0]} of the token {show(token['content'])} is not implemented")
-    types = {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in added}
+    types = {token["content"]: ggml.CONTROL if token["special"] else ggml.USER_DEFINED for token in added}
     known = raw["model"]["vocab"] | {token["content"]: token["id"] for token in added}
     by_id = {i: token for token, i in known.items()}
     if len(by_id) < len(known):
@@ -138,7 +128,7 @@ def _tokens(raw: dict, base: ModelFiles, where: str) -> tuple[list[str], list[in
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
     if len(set(tokens)) < size:
         _refuse(where, "a token is called as one that is missing, [PAD...]")
-    return tokens, [types.get(token, NORMAL) if i in by_id else UNUSED for i, token in enumerate(tokens)]
+    return tokens, [types.get(token, ggml.NORMAL) if i in by_id else ggml.UNUSED for i, token in enumerate(tokens)]
 
 
 def _added_bos(chat: Chat, where: str) -> int | None:
@@ -154,12 +144,13 @@ def _added_bos(chat: Chat, where: str) -> int | None:
 def _special(chat: Chat, base: ModelFiles, bos: int | None) -> dict[str, int]:
     """GGUF's name -> id. Of several ends of an answer the tokenizer's own comes first."""
     names, size = chat.template.tokens, base.config["vocab_size"]
-    ids = {theirs: chat.tokenizer.id(names.get(f"{ours}_token", "")) for ours, theirs in SPECIAL.items()}
+    ids = {theirs: chat.tokenizer.id(names.get(f"{ours}_token", "")) for ours, theirs in ggml.SPECIAL.items()}
     candidates = [bos, ids["bos"], base.config.get("bos_token_id")]  # Qwen's tokenizer has none, its config has
     ids["bos"] = next((i for i in candidates if type(i) is int and 0 <= i < size), None)
     ends = chat.stops & {chat.end_of_document, *chat.tokenizer.control.values()}
     first = chat.end_of_document if ids["eos"] is None else ids["eos"]
     ends = [first, *sorted(ends - {first})]
-    if len(ends) > len(ENDS):
-        say(f"note     GGUF has room for {len(ENDS)} tokens that end an answer; left out: {ends[len(ENDS) :]}")
-    return {name: i for name, i in (ids | dict(zip(ENDS, ends, strict=False))).items() if i is not None}
+    if len(ends) > len(ggml.ENDS):
+        room, left = len(ggml.ENDS), ends[len(ggml.ENDS) :]
+        say(f"note     GGUF has room for {room} tokens that end an answer; left out: {left}")
+    return {name: i for name, i in (ids | dict(zip(ggml.ENDS, ends, strict=False))).items() if i is not None}

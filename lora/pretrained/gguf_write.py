@@ -9,6 +9,7 @@ Conventions: llama.cpp's convert_hf_to_gguf.py, convert_lora_to_gguf.py and src/
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +23,9 @@ from lora.errors import BadInput, BadNumbers, say
 from lora.network.config import ModelConfig, RopeScaling
 from lora.network.families import FAMILIES
 from lora.network.rope import inverse_frequencies
+from lora.pretrained import gguf_names
 from lora.pretrained.folder import ModelFiles
 from lora.pretrained.gguf import CHUNK
-from lora.pretrained.gguf_names import (
-    ARCHITECTURES,
-    ROPE_FREQS,
-    ROTATED,
-    Architecture,
-    gguf_name,
-    hub_names,
-    to_interleaved,
-)
 from lora.pretrained.gguf_vocab import tokenizer_metadata
 from lora.pretrained.load import empty_model
 
@@ -60,45 +53,45 @@ def check_out(path: Path, overwrite: bool) -> None:
     if not problems and path.suffix != ".gguf":
         problems = [f"wrong --out in {path}: a GGUF file has a name that ends in .gguf. Call it {path.name}.gguf"]
     if not problems and path.exists():
+        with open(path, "rb") as file:
+            ours = file.read(4) == b"GGUF"
         if not overwrite:
             problems = [f"wrong --out in {path}: the file is there already. Choose another name or add --overwrite"]
-        else:
-            with open(path, "rb") as file:
-                if file.read(4) != b"GGUF":
-                    fix = "Choose another name"
-                    problems = [f"wrong --out in {path}: it is no GGUF file, and --overwrite replaces no other. {fix}"]
+        elif not ours:
+            why = "it is no GGUF file, and --overwrite replaces no other. Choose another name"
+            problems = [f"wrong --out in {path}: {why}"]
     if problems:
         raise BadInput(*problems)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(13, "permission denied", str(path.parent))
 
 
-def _architecture(config: ModelConfig, where: str) -> tuple[str, Architecture]:
-    for arch, row in ARCHITECTURES.items():
-        if config.model_type in row.written:
-            if config.rope_scaling.kind == "llama3" and not row.rope_freqs:
-                raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no llama3 scaling. Write a folder")
-            if any(config.windows):
-                raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no sliding window. Write a folder")
-            return arch, row
-    known = ", ".join(kind for row in ARCHITECTURES.values() for kind in row.written)
-    raise BadInput(f"unsupported model in {where}: {config.model_type} as GGUF is not implemented, only {known}. "
-                   "Write a model folder and convert it with llama.cpp")  # fmt: skip
+def _architecture(config: ModelConfig, where: str) -> tuple[str, gguf_names.Architecture]:
+    rows = gguf_names.ARCHITECTURES.items()
+    arch, row = next(((arch, row) for arch, row in rows if config.model_type in row.written), (None, None))
+    if row is None:
+        known = ", ".join(kind for _, row in rows for kind in row.written)
+        why = f"{config.model_type} as GGUF is not implemented, only {known}"
+        fix = "Write a model folder and convert it with llama.cpp"
+        raise BadInput(f"unsupported model in {where}: {why}. {fix}")
+    for wrong, what in (
+        (config.rope_scaling.kind == "llama3" and not row.rope_freqs, "llama3 scaling"),
+        (any(config.windows), "sliding window"),
+    ):
+        if wrong:
+            raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no {what}. Write a folder")
+    return arch, row
 
 
 def _sizes(config: ModelConfig, arch: str) -> dict[str, int | float | str]:
     values = {
-        "vocab_size": config.vocab_size,
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
+        "vocab_size": config.vocab_size, "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": config.rope_theta,
-    }
+        "rope.dimension_count": config.head_dim, "rope.freq_base": config.rope_theta,
+    }  # fmt: skip
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if config.rope_scaling.kind == "linear":
@@ -112,11 +105,12 @@ def rope_divisors(config: ModelConfig) -> torch.Tensor:
     return (plain / inverse_frequencies(config, torch.float64)).float()
 
 
-def _type(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+def _type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     """Norms and biases stay float32, which llama.cpp computes with; rows that are not whole blocks become float16."""
+    wanted, _ = TYPES[kind]
     if len(shape) == 1:
         return F32
-    return F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+    return F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
 @torch.no_grad()
@@ -131,32 +125,18 @@ def write_model(
     TYPES; `template` is a file that replaces the chat template. Raises BadInput for what GGUF, or we, cannot say."""
     config, names = ModelConfig.from_json(base.config, base.name), empty_model(base).state_dict()
     arch, row = _architecture(config, base.name)
-    stored, file_type = TYPES[kind]
-    metadata = {
-        "general.type": "model",
-        "general.name": Path(path).stem,
-        "general.file_type": int(file_type),
-        "general.quantization_version": GGML_QUANT_VERSION,
-        **_sizes(config, arch),
-        **tokenizer_metadata(base, template),
-    }
 
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            tensor = change(name, base.read(name))
-            turned = row.reordered and ROTATED.search(name)
-            return to_interleaved(tensor, config.head_dim) if turned else tensor
-
-        return read
+    def read(name: str) -> torch.Tensor:
+        return _reorder(row, name, change(name, base.read(name)), config.head_dim)
 
     tensors = {}
     for name in names:
         shape = base.header[name][1]
-        tensors[_named(row, name, base.name)] = Planned(_type(shape, stored), shape, reader(name))
+        tensors[_named(row, name, base.name)] = Planned(_type(shape, kind), shape, partial(read, name))
     if config.rope_scaling.kind == "llama3":
         divisors = rope_divisors(config)
-        tensors[ROPE_FREQS] = Planned(F32, tuple(divisors.shape), lambda: divisors)
-    _write(path, arch, metadata, tensors, stored)
+        tensors[gguf_names.ROPE_FREQS] = Planned(F32, tuple(divisors.shape), lambda: divisors)
+    _write(path, arch, "model", _sizes(config, arch) | tokenizer_metadata(base, template), tensors, kind)
 
 
 @torch.no_grad()
@@ -169,37 +149,36 @@ def write_adapter(
     """
     config = ModelConfig.from_json(raw_config)
     arch, row = _architecture(config, "config.json")
-    stored, file_type = TYPES[kind]
     alpha = next(s * len(A) for s, A, _ in maps.values())
-    metadata = {
-        "general.type": "adapter",
-        "general.name": Path(path).stem,
-        "general.file_type": int(file_type),
-        "general.quantization_version": GGML_QUANT_VERSION,
-        "adapter.type": "lora",
-        "adapter.lora.alpha": float(alpha),
-    }
     tensors = {}
     for target, (s, A, B) in maps.items():
         name = f"{target}.weight"
         B = B.float() * (s * len(A) / alpha)
-        B = to_interleaved(B, config.head_dim) if row.reordered and ROTATED.search(name) else B
+        B = _reorder(row, name, B, config.head_dim)
         for end, tensor in (("lora_a", A), ("lora_b", B)):
             shape = tuple(tensor.shape)
-            tensors[f"{_named(row, name, target)}.{end}"] = Planned(_type(shape, stored), shape, lambda t=tensor: t)
-    _write(path, arch, metadata, tensors, stored)
+            tensors[f"{_named(row, name, target)}.{end}"] = Planned(_type(shape, kind), shape, lambda t=tensor: t)
+    _write(path, arch, "adapter", {"adapter.type": "lora", "adapter.lora.alpha": float(alpha)}, tensors, kind)
 
 
-def _named(row: Architecture, name: str, where: str) -> str:
-    found = gguf_name(hub_names(FAMILIES[row.model_type]), name)
+def _reorder(row: gguf_names.Architecture, name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    rotated = row.reordered and gguf_names.ROTATED.search(name)
+    return gguf_names.to_interleaved(tensor, head_dim) if rotated else tensor
+
+
+def _named(row: gguf_names.Architecture, name: str, where: str) -> str:
+    found = gguf_names.gguf_name(gguf_names.hub_names(FAMILIES[row.model_type]), name)
     if not found:
         raise BadInput(f"unsupported model in {where}:{name}: GGUF has no place for it. Write a model folder")
     return found
 
 
-def _write(path: Path, arch: str, metadata: dict[str, Any], tensors: dict[str, Planned], wanted) -> None:
+def _write(path: Path, arch: str, what: str, metadata: dict[str, Any], tensors: dict[str, Planned], kind: str) -> None:
+    wanted, file_type = TYPES[kind]
+    general = {"type": what, "name": Path(path).stem, "file_type": int(file_type)}
+    general["quantization_version"] = GGML_QUANT_VERSION
     writer = GGUFWriter(None, arch)
-    for key, value in metadata.items():
+    for key, value in ({f"general.{key}": value for key, value in general.items()} | metadata).items():
         kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         kinds.get(type(value), writer.add_array)(key, value)
     total = 0

@@ -23,7 +23,7 @@ class Resumed:
     path: Path
     passed_over: list[str]
     state: run_state.State
-    there: list[int]  # the steps of all its checkpoints
+    steps: list[int]  # of all its checkpoints
 
     def tell(self) -> None:
         for line in self.passed_over:
@@ -33,8 +33,8 @@ class Resumed:
     def check(self, plan: Plan, args: TrainSettings, processes: DistContext) -> None:
         """Raises BadInput naming everything that is not as it was and decides what is learned; BadEnvironment where
         another process has resumed the run meanwhile."""
-        if run_state.steps(self.run) != self.there:
-            why = "another process has gone on with it meanwhile"
+        if run_state.steps(self.run) != self.steps:
+            why = "another process has resumed it meanwhile"
             raise BadEnvironment(f"changed run in {self.run}: {why}. Give the same command again")
         old, problems = self.state, []
         fix = "Leave it out, or start a new run"
@@ -65,9 +65,10 @@ class Resumed:
             say("note     on CUDA some sums have no fixed order: what follows may differ in the last bits")
 
     def _forget_lost_evaluations(self, max_forgetting: float | None) -> None:
+        """Without the best checkpoint only later evaluations can be the best."""
         old = self.state
         best = stopping.best(old.evaluations, max_forgetting)
-        if best is not None and (best not in self.there or run_state.fault(run_state.at(self.run, best))):
+        if best is not None and (best not in self.steps or run_state.fault(run_state.at(self.run, best))):
             say(f"note     the checkpoint of step {best}, the best so far, is not there: only later evaluations count")
             old.evaluations = [row for row in old.evaluations if row["step"] == old.step]
 

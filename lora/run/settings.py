@@ -5,14 +5,11 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from typing import ClassVar
 
 from lora.errors import BadInput
-from lora.settings import Flag, Range, Settings, between, flag, one_of
+from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 
-ABOVE_0_UP_TO_1 = Range("above 0, up to 1", lambda value: 0 < value <= 1)
-FROM_0_BELOW_1 = Range("from 0 to below 1", lambda value: 0 <= value < 1)
 SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
 LAYERS = re.compile(r"\d{1,9}(-\d{0,9})?(,\d{1,9}(-\d{0,9})?)*", re.ASCII)
 
@@ -57,13 +54,6 @@ def _is_layers(value: str) -> bool:
     return all(int(first) <= int(last) for first, *rest in pairs for last in rest if last)
 
 
-def _is_date(value: str) -> bool:
-    try:
-        return str(date.fromisoformat(value)) == value
-    except ValueError:
-        return False
-
-
 # fmt: off
 
 
@@ -90,7 +80,7 @@ class TrainData(Settings, group="data"):
     template: str | None = flag(None, "chat template in place of the model's own: chatml, alpaca, qa, plain or a file")
     system: str | None = flag(None, "system turn where the data has none; without it the chat template decides")
     no_system: bool = flag(False, "no system turn where the data has none, not even the template's own")
-    date: str = flag("2025-01-01", "what today is, for templates that ask", Range("as 2025-01-01", _is_date))
+    date: str = flag("2025-01-01", "what today is, for templates that ask", DATE)
     train_on: str = flag("assistant", "every answer, the last one, or every token", one_of("assistant", "last", "all"))
     max_len: int | None = flag(None, "longest example in tokens; the model's limit without it", between(2, 2**24))
     overlong: str = flag("drop", "what to do with examples over --max-len", one_of("drop", "truncate", "error"))
@@ -257,7 +247,7 @@ class Chat(Settings, group="chat"):
     system: str | None = flag(None, "system turn; without it as in training, or as the chat template decides")
     no_system: bool = flag(False, "no system turn, not even the template's own")
     date: str | None = flag(
-        None, "what today is, for templates that ask; as in training", Range("as 2025-01-01", _is_date))
+        None, "what today is, for templates that ask; as in training", DATE)
 
 
 @dataclass

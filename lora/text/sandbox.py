@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import date
 
 from jinja2.ext import Extension, loopcontrols
@@ -70,7 +70,9 @@ def environment(today: date) -> ImmutableSandboxedEnvironment:
 def limits() -> Iterator[None]:
     """Run the block within SECONDS and MEMORY, where system and thread allow that. Raises Forbidden."""
     try:
-        with _memory_limit(), _time_limit():
+        with ExitStack() as undo:
+            _limit_memory(undo)
+            _limit_time(undo)
             yield
     except _Late:
         raise Forbidden(f"it took more than {SECONDS:g} s") from None
@@ -84,37 +86,21 @@ def _on_alarm(number, frame):
     raise _Late
 
 
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, _on_alarm)
-    try:
+def _limit_time(undo: ExitStack) -> None:
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        undo.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, _on_alarm))
+        undo.callback(signal.setitimer, signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_REAL, SECONDS, AGAIN)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
-@contextmanager
-def _memory_limit() -> Iterator[None]:
-    before = None
-    try:
+def _limit_memory(undo: ExitStack) -> None:
+    with suppress(AttributeError, OSError, ValueError):  # no `resource`, no /proc
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         with open("/proc/self/statm") as file:
             most = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         if hard == resource.RLIM_INFINITY or most < hard:
             resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-            before = soft, hard
-    except (AttributeError, OSError, ValueError):  # no `resource`, no /proc
-        pass
-    try:
-        yield
-    finally:
-        if before:
-            resource.setrlimit(resource.RLIMIT_AS, before)
+            undo.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
 
 
 def why(error: BaseException) -> str:

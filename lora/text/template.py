@@ -36,11 +36,7 @@ class ChatTemplate:
     `strftime_now` believes."""
 
     def __init__(
-        self,
-        source: str,
-        tokens: dict[str, str] | None = None,
-        where: str = "chat template",
-        today: date = FROZEN_DATE,
+        self, source: str, tokens: dict[str, str] | None = None, where: str = "chat template", today: date = FROZEN_DATE
     ):
         self.source, self.tokens, self.where = source, tokens or {}, where
         try:

@@ -14,11 +14,11 @@ from lora.train.step import StepResult
 
 class Record:
     """A row a step and a row an evaluation in `metrics.jsonl`; a progress bar with loss, rate, tokens/s and time left.
-    `kept` is how many rows an interrupted run goes on from. Without a path nothing is written or shown."""
+    A resumed run starts after `kept` rows of the file. Without a path nothing is written or shown."""
 
     def __init__(self, path: Path | None, total: int, kept: int = 0):
         self.path, self.rows = path, read_rows(path, kept) if path and kept else []
-        self.kept = kept  # rows of the file; others are cut when there is one to add
+        self.kept = kept  # later rows of the file are cut when there is a new one to add
         self.earlier = self.rows[-1]["seconds"] if self.rows else 0.0
         self.start = self.last = time.monotonic()
         self.tokens = 0
@@ -60,7 +60,7 @@ class Record:
         self.bar.update()
 
     def skip(self, step: int, lr: float, why: str) -> None:
-        """A step whose loss or gradient was not finite; JSON has no word for such numbers."""
+        """A step whose loss or gradient was not finite, written as null: JSON has no such numbers."""
         self._append({"step": step, "loss": None, "lr": lr, "grad_norm": None, "seconds": self.seconds})
         self.note(f"skipped  step {step}: {why}")
         self.bar.update()
@@ -91,7 +91,7 @@ class Record:
 
 
 def read_rows(path: Path, count: int) -> list[dict]:
-    """The first `count` rows of a file that an interrupted run went on with; none where they are not there."""
+    """The first `count` rows of a file; none where they are not there."""
     try:
         lines = files.read_bytes(path, limit=2**40).splitlines()[:count]
         rows = [json.loads(line) for line in lines]
@@ -144,7 +144,7 @@ def draw(rows: list[dict], path: Path, title: str, best: int | None = None) -> N
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """Their running mean over about the last ten, fewer in a short run."""
+    """The running mean over about the last ten losses, fewer in a short run."""
     means, mean = [], losses[0] if losses else 0.0
     weight = max(0.1, 1 - len(losses) / 100)
     for loss in losses:

@@ -43,7 +43,11 @@ def numbered_rows(count: int) -> list[Conversation]:
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/data/encode.py", "while part := list(islice(rows, ROWS)):", "for part in [list(islice(rows, ROWS))]:")
+@mutation(
+    "lora/data/encode.py",
+    "while (part := list(islice(rows, ROWS))) and len(problems) <= 10 * MOST_LINES:",
+    "for part in [list(islice(rows, ROWS))]:",
+)
 @pytest.mark.parametrize("count", [1, 2, ROWS, ROWS + 1, 2 * ROWS + 3])
 def test_examples_are_those_of_the_rows_in_order_however_many(count):
     rows = numbered_rows(count)
@@ -107,7 +111,7 @@ def test_memory_does_not_grow_with_rows_beyond_five_bytes_a_token():
 LONG = turns("Count to ten, please, and do not stop before.", "one two three four five six seven eight nine ten")
 
 
-@mutation("lora/data/encode.py", "self.found.dropped += short is None", "pass")
+@mutation("lora/data/encode.py", "self.dropped += short is None", "pass")
 def test_what_is_too_long_is_dropped_and_counted_or_truncated_or_an_error():
     chat, rows = chat_of("chatml"), [*rows_of([turns("a", "b"), LONG, LONG])]
     length = len(chat.tokenize(LONG)[0].tokens)

@@ -2,7 +2,6 @@
 
 import random
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora.data import near
+from lora.data.formats import Conversation, Problem
 from lora.data.lint import CODES, check, is_leftover, normal
 from tests.mutation import mutation
 
@@ -19,13 +19,13 @@ TURNS = ("user", "assistant")
 def row(*turns, where="a.jsonl:1", system=None, shape="messages", untrained=()):
     """A conversation of alternate turns; one turn is a document."""
     if len(turns) == 1:
-        return SimpleNamespace(messages=[{"role": "text", "content": turns[0]}], where=where, shape="text")
+        return Conversation([{"role": "text", "content": turns[0]}], where, "text")
     messages = [{"role": TURNS[i % 2], "content": text} for i, text in enumerate(turns)]
     for place in untrained:
         messages[place]["train"] = False
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return SimpleNamespace(messages=messages, where=where, shape=shape)
+    return Conversation(messages, where, shape)
 
 
 def rows(*pairs, file="a.jsonl"):
@@ -156,16 +156,14 @@ def test_a_prefix_of_answers_alone_counts_and_letters_of_a_choice_do_not():
 @mutation("lora/data/lint.py", 'files[row.where.rpartition(":")[0]].append(row)', 'files[""].append(row)')
 def test_prefixes_and_shapes_are_counted_for_each_file():
     one = rows(("Q: up?", "A: yes"), file="a.jsonl")
-    other = rows(("Down?", "no"), file="b.jsonl")
-    other[0].shape = "q/a"
+    other = [row("Down?", "no", where="b.jsonl:1", shape="q/a")]
     assert check([*one, *other]) == []
 
 
 @mutation("lora/data/lint.py", "if pair[1] != most)", "if pair[1] == most)")
 def test_a_file_of_two_shapes_gives_one_finding():
     mixed = rows(("a", "1"), ("b", "2"), ("c", "3"), ("d", "4"))
-    mixed[1].shape = mixed[2].shape = mixed[3].shape = "q/a"
-    [finding] = check(mixed)
+    [finding] = check([mixed[0], *(row._replace(shape="q/a") for row in mixed[1:])])
     assert (finding.line, finding.code) == (1, "SCHEMA")
     assert "3 of 4" in finding.message and "messages" in finding.message
 
@@ -304,11 +302,11 @@ def test_swapped_operands_within_the_training_data_are_fine():
 
 @mutation("lora/data/lint.py", 'file, _, line = where.rpartition(":")', 'file, _, line = where.partition(":")')
 def test_rows_that_could_not_be_read_pass_through():
-    broken = SimpleNamespace(where="C:a:b.jsonl:7", code="BROKEN", text="no\nend")
+    broken = Problem("C:a:b.jsonl:7", "BROKEN", "no\nend")
     [finding] = check([broken, row("a", "b")])
     assert finding == ("C:a:b.jsonl", 7, "BROKEN", "no\nend")
     assert str(finding) == "C:a:b.jsonl:7: BROKEN: no\\nend"
-    assert check([], [SimpleNamespace(where="a.gz", code="FILE", text="empty")])[0][:2] == ("a.gz", 1)
+    assert check([], [Problem("a.gz", "FILE", "empty")])[0][:2] == ("a.gz", 1)
 
 
 @mutation("lora/data/lint.py", "return sorted([*found, *_overlap(*sets)])", "return [*found, *_overlap(*sets)]")

@@ -365,8 +365,8 @@ FLAGS = [
            r"unknown key in c\.json:rnak: no such setting\. Known are model"),
     config("a table", "[train]\nrank = 3\n", r"unknown key in c\.toml:train", "c.toml"),
     config("wrong types", '{"rank": 2.5, "lr": true, "schedule": 3, "overwrite": "yes", "target": [1], "out": ["x"]}',
-           r"(?s)wrong --overwrite in c\.json.*wrong --rank in c\.json: 2\.5 is not a whole number.*"
-           r"wrong --target in c\.json: 1 is not text.*wrong --lr in c\.json: True.*wrong --schedule in c\.json: 3 is"),
+           r"(?s)wrong --rank in c\.json: 2\.5 is not a whole number.*wrong --target in c\.json: 1 is not text.*"
+           r"wrong --lr in c\.json: True.*wrong --schedule in c\.json: 3 is.*wrong --overwrite in c\.json"),
     config("numbers out of range", '{"rank": 1e999, "alpha": NaN}',
            r"(?s)wrong --rank in c\.json.*wrong --alpha in c\.json"),
     config("text that is none", '{"target": ["a\\u0000"], "schedule": "\\ud800"}',
@@ -947,8 +947,8 @@ def work():
 )
 @mutation(
     "lora/data/sources.py",
-    "            if not part.rows:",
-    "            if False:",
+    "    if not part.rows:",
+    "    if False:",
     case="model: questions that are all held out",
 )
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
