@@ -27,7 +27,7 @@ from lora.inference import score, several
 from lora.inference.prompts import holds_answers
 from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
-from lora.pretrained import hub
+from lora.pretrained import default_model, hub
 from lora.run.settings import EvaluateSettings
 
 TASK_ROWS = 60
@@ -40,7 +40,9 @@ def main(argv=None) -> int:
     rows = check(args, names)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
-    checkpoint = pretrained.find(args.model or (passport.base_of(args.adapter[0]) if args.adapter else hub.DEFAULT))
+    checkpoint = pretrained.find(
+        args.model or (passport.base_of(args.adapter[0]) if args.adapter else default_model.NAME)
+    )
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(args.device)
     dtype, _ = machine.choose_dtype(args.dtype, device)
