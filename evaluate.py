@@ -27,6 +27,7 @@ from lora.inference import score, several
 from lora.inference.prompts import holds_answers
 from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
+from lora.methods import sft
 from lora.pretrained import default_model, hub
 from lora.run.settings import EvaluateSettings
 
@@ -66,7 +67,7 @@ def main(argv=None) -> int:
         if column.adapter:
             store.load(model, column.adapter)
             warn_if_unchanged(model, column.adapter)
-        figures[column.name] = score.losses(model, column, args.micro_tokens)
+        figures[column.name] = score.losses(model, sft.loss, column, args.micro_tokens)
         if not args.no_generate:
             merge(model)  # answers come from rounded sums, as those of generate.py do
             ids = score.likeliest_answers(model, column, args.batch_size, args.max_new_tokens)
