@@ -88,7 +88,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: floa
         return plain.attend(q, k, v, window, cap)
     if cap or (window and window < len(k)):
         return windowed_attention.attend(q, k, v, window, cap)
-    short = q.device.type == "cpu" and len(k) <= SHORT
+    short = q.device.type in ("cpu", "meta") and len(k) <= SHORT
     return plain.attend(q, k, v) if short else flash_attention.attend(q, k, v)
 
 

@@ -97,7 +97,7 @@ class _Causal(torch.autograd.Function):
                 result[:, start:stop] = _unstack(P @ values[:, :stop], group.B, stop - start)
                 if keep:
                     kept.append(P)
-            out.index_copy_(0, group.index, result.flatten(0, 1))
+            out.index_copy_(0, group.index.to(out.device), result.flatten(0, 1))
         ctx.lengths = lengths
         ctx.save_for_backward(q, k, v, out[:T], *kept)
         return out[:T]

@@ -1,5 +1,6 @@
 """The adapter that a run makes: what its flags or --init-adapter say of it, checked against the base on `meta`."""
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -7,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from lora import pretrained
-from lora.adapter import passport, store
-from lora.adapter.inject import lora_layers
+from lora.adapter import passport, peft_config, store
+from lora.adapter.inject import inject, lora_layers
 from lora.adapter.targets import NoMatch, find_targets, first_match, path_endswith
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
@@ -61,6 +62,15 @@ def ranks(args: TrainSettings, empty: Model) -> dict[str, int]:
     if problems:
         raise BadInput(*problems)
     return found
+
+
+def on_meta(args: TrainSettings, empty: Model) -> Model:
+    """A copy of a model on `meta` as the run trains it: in its dtype, and patched. `lora.train.memory` counts by it."""
+    model = copy.deepcopy(empty).to(getattr(torch, args.dtype)).train()
+    if args.full:
+        return model.requires_grad_()
+    inject(model, **arguments(args, given=True))
+    return model
 
 
 def table(args: TrainSettings, empty: Model, targets: dict[str, int]) -> Iterator[str]:
@@ -117,7 +127,7 @@ def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
         raise BadInput(*problems)
     if not args.no_verify:
         passport.verify(args.init_adapter, base.name, base.header, base.read, layers)
-    names = store.target_modules(trial)
+    names = peft_config.target_modules(trial)
     vars(args).update(its, target=names if isinstance(names, list) else [f"re:{names}"])
     if problems := args.contradictions():
         raise BadInput(*problems)

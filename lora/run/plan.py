@@ -41,6 +41,7 @@ class Plan:
     base: pretrained.ModelFiles
     chat: Chat
     empty: Model  # on `meta`
+    on_meta: Model  # the same, patched
     targets: dict[str, int]  # path -> rank
     sources: Sources
     why_dtype: str
@@ -100,7 +101,7 @@ class Plan:
 
     def _counted(self, args: TrainSettings) -> tuple:
         """What `lora.train.memory` counts with."""
-        return self.empty, self.targets, args, self.examples.lengths, self.per_step
+        return self.on_meta, args, self.examples.lengths, self.per_step
 
     def memory(self, args: TrainSettings) -> float:
         """Bytes that the run is expected to take at its peak."""
@@ -197,8 +198,9 @@ def make_plan(
     per_step = math.ceil(per_step / processes.size)
     remembered = _retention_batches(args, chat, sources, generated_rows, limit, processes.device)
     return Plan(
-        base, chat, empty, targets, sources, why_dtype, per_epoch, total, warmup, step_tokens, per_step, remembered
-    )
+        base, chat, empty, adapter.on_meta(args, empty), targets, sources, why_dtype, per_epoch, total, warmup,
+        step_tokens, per_step, remembered,
+    )  # fmt: skip
 
 
 def _retention_batches(args, chat: Chat, sources: Sources, generated_rows, limit: int, device) -> list | None:

@@ -17,6 +17,7 @@ from lora.adapter import store
 from lora.adapter.inject import disabled, inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merge, merge_and_unload, unmerge
+from lora.adapter.peft_config import LoRAConfig
 from lora.adapter.targets import find_targets
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
 from lora.ops.fast_decoding import for_decoding
@@ -338,7 +339,7 @@ class Nested(nn.Module):
         self.a["a"]["fc"] = nn.Linear(3, 3)
 
 
-@mutation("lora/adapter/store.py", 'return path if alone else f"^{re.escape(path)}"', "return path")
+@mutation("lora/adapter/peft_config.py", 'return path if alone else f"^{re.escape(path)}"', "return path")
 @pytest.mark.parametrize("rank_pattern", [{"re:fc": 1}, {"re:a.fc": 1}, {"re:a.a.fc": 1, "re:a.fc": 3}], ids=str)
 def test_layers_of_different_ranks_and_alphas_come_back(tmp_path, rank_pattern):
     model, other = Nested(), Nested()
@@ -360,7 +361,7 @@ def with_patterns(folder, ranks, alphas) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": ranks, "alpha_pattern": alphas}))
 
 
-@mutation("lora/adapter/store.py", "if not NAMES_ALONE.fullmatch(key):", "if False:")
+@mutation("lora/adapter/peft_config.py", "if not NAMES_ALONE.fullmatch(key):", "if False:")
 @pytest.mark.parametrize("key", [".*q_proj", "model.layers.[0-3].q", "(a+)+$", "q_proj|k_proj", "q_proj?", "\\w+"])
 def test_a_pattern_that_is_more_than_names_is_refused_by_name(tmp_path, key):
     store.save(patched(LoRALinear, torch.float32), tmp_path)
@@ -384,11 +385,11 @@ def test_a_pattern_with_a_value_out_of_range_is_refused(tmp_path, ranks, alphas)
      ("^layers.0.self_attn.q_proj", False), ("q_proj$", True), (r"0\.self_attn\.q_proj", True), ("proj", False)],
 )  # fmt: skip
 def test_a_key_matches_whole_names_at_the_end_of_a_path_as_in_peft(key, expected):
-    of = store.LoRAConfig(4, 8, ranks={key: 2, "v_proj": 3}, alphas={"up_proj": 1}).of()
+    at = LoRAConfig(4, 8, rank_pattern={key: 2, "v_proj": 3}, alpha_pattern={"up_proj": 1}).at
     path = "model.layers.0.self_attn.q_proj"
-    assert of(path) == (2 if expected else 4, 8)
+    assert at(path) == (2 if expected else 4, 8)
     assert bool(re.match(rf"(.*\.)?({key})$", path)) is expected  # peft.utils.other.get_pattern_key
-    assert of(path.replace("q_", "v_")) == (3, 8) and of("up_proj") == (4, 1)
+    assert at(path.replace("q_", "v_")) == (3, 8) and at("up_proj") == (4, 1)
 
 
 # ---- LoRA+ -----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from tests.helpers import (
     tiny_model,
 )
 from tests.mutation import mutation
-from tests.train.test_memory import arguments, kept_bytes, name_of, settings
+from tests.train.test_memory import arguments, name_of, saved_bytes
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -381,7 +381,7 @@ def test_a_result_that_was_half_replaced_when_it_was_killed_is_no_model(tmp_path
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/train/memory.py", " * (not s.full or size < 4)", "")
+@mutation("lora/train/memory.py", " * (not args.full or size < 4)", "")
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
     model = tiny_model(F32)
@@ -398,13 +398,11 @@ def test_weights_masters_gradients_and_moments_are_counted_to_the_byte(dtype):
     assert found["weights"] + found["adapter and optimizer"] == sum(own.values())
 
 
+@mutation("lora/run/adapter.py", "return model.requires_grad_()", "return model")
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_what_blocks_keep_is_what_autograd_saves(dtype):
-    model = tiny_model(F32, hidden_size=48, intermediate_size=112, head_dim=8)
+def test_what_is_counted_on_meta_is_to_the_byte_what_autograd_saves(dtype):
+    shape, lengths = {"hidden_size": 48, "intermediate_size": 112, "head_dim": 8}, [90, 40, 1]
+    model = tiny_model(F32, **shape).train()
     AllWeights(model, dtype)
-    c, lengths = model.config, [90, 40, 1]
-    targets = dict.fromkeys((name.removesuffix(".weight") for name, _ in model.named_parameters() if "proj" in name), 0)
-    found = sum(memory.kept(c, targets, settings(dtype=name_of(dtype), full=True, rank=0), lengths))
-    beside = sum(lengths) * (2 * c.head_dim * dtype.itemsize + 4 * (c.hidden_size + 1) + 8)  # as for adapters; tokens
-    saved = kept_bytes(model, lengths) - beside
-    assert abs(found - saved) < 0.1 * saved
+    on_meta, *_ = arguments(shape=shape, dtype=name_of(dtype), full=True)
+    assert sum(memory.saved_by_blocks(on_meta, tuple(lengths))) == saved_bytes(model, lengths)
