@@ -27,7 +27,8 @@ from lora.inference import score, several
 from lora.inference.prompts import holds_answers
 from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
-from lora.pretrained import hub
+from lora.methods import sft
+from lora.pretrained import default_model, hub
 from lora.run.settings import EvaluateSettings
 
 TASK_ROWS = 60
@@ -40,7 +41,9 @@ def main(argv=None) -> int:
     rows = check(args, names)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
-    checkpoint = pretrained.find(args.model or (passport.base_of(args.adapter[0]) if args.adapter else hub.DEFAULT))
+    checkpoint = pretrained.find(
+        args.model or (passport.base_of(args.adapter[0]) if args.adapter else default_model.NAME)
+    )
     say(f"model    {checkpoint.described}")
     device = machine.choose_device(args.device)
     dtype, _ = machine.choose_dtype(args.dtype, device)
@@ -64,7 +67,7 @@ def main(argv=None) -> int:
         if column.adapter:
             store.load(model, column.adapter)
             warn_if_unchanged(model, column.adapter)
-        figures[column.name] = score.losses(model, column, args.micro_tokens)
+        figures[column.name] = score.losses(model, sft.loss, column, args.micro_tokens)
         if not args.no_generate:
             merge(model)  # answers come from rounded sums, as those of generate.py do
             ids = score.likeliest_answers(model, column, args.batch_size, args.max_new_tokens)
@@ -106,7 +109,7 @@ def write_predictions(folder: Path, rows: list[Row], predictions: dict[str, list
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------
 
 
-def check(args, names: dict[str, str | None]) -> list[Row]:
+def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
     """The rows to score. Raises BadInput with everything that is wrong with the flags and files."""
     problems = []
     if bool(args.data) == bool(args.task):
@@ -128,7 +131,7 @@ def check(args, names: dict[str, str | None]) -> list[Row]:
     return rows[: args.rows]
 
 
-def read_rows(args, problems: list[str]) -> list[Row]:
+def read_rows(args: EvaluateSettings, problems: list[str]) -> list[Row]:
     """The rows of --data, or those that --task makes; what is wrong with them is added to `problems`."""
     rows = []
     for path in args.data or []:
@@ -152,7 +155,7 @@ def read_rows(args, problems: list[str]) -> list[Row]:
     return rows
 
 
-def unwritable(args, names: dict[str, str | None]) -> list[str]:
+def unwritable(args: EvaluateSettings, names: dict[str, str | None]) -> list[str]:
     """Why the results could not be written where they are to go."""
     inputs = [Path(path) for path in (*(args.data or []), *filter(None, [args.retention]))]
     problems, outputs, folder = [], [("--out", Path(args.out))] if args.out else [], predictions_folder(args)
@@ -181,13 +184,15 @@ def is_report(path: Path) -> bool:
         return False
 
 
-def predictions_folder(args) -> Path | None:
+def predictions_folder(args: EvaluateSettings) -> Path | None:
     if args.predictions or args.no_generate or not args.out:
         return Path(args.predictions) if args.predictions else None
     return Path(args.out).with_name(Path(args.out).name.removesuffix(".json") + ".predictions")
 
 
-def make_column(name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, args) -> score.Column:
+def make_column(
+    name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, args: EvaluateSettings
+) -> score.Column:
     """What is scored in a column. Raises BadInput for an adapter or a row that does not fit."""
     told = {"system": False if args.no_system else args.system, "template": args.template, "date": args.date}
     chat = try_adapter(empty, name, adapter, checkpoint, not args.no_verify, **told)
@@ -199,7 +204,7 @@ def make_column(name: str, adapter: str | None, checkpoint, empty, rows: list[Ro
     return score.Column(name, adapter, chat, examples, prompts, retention)
 
 
-def grade(rows: list[Row], texts: list[str], args) -> tuple[dict[str, float], list[dict]]:
+def grade(rows: list[Row], texts: list[str], args: EvaluateSettings) -> tuple[dict[str, float], list[dict]]:
     """Shares of right answers, and of a task the first wrong line of every answer that has one."""
     if not args.task:
         return {"exact_match": score.exact_matches(rows, texts)}, []

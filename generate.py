@@ -49,7 +49,7 @@ def main(argv=None) -> int:
     return 0
 
 
-def told(args) -> dict:
+def told(args: GenerateSettings) -> dict:
     """What the flags say of the model, the chat and the sampling, as a session is opened with it."""
     names = ("device", "dtype", "template", "date", "max_new_tokens", *(field.name for field in fields(Sampling)))
     system = False if args.no_system else args.system
@@ -59,7 +59,7 @@ def told(args) -> dict:
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------
 
 
-def check(args) -> None:
+def check(args: GenerateSettings) -> None:
     problems = []
     if args.prompt is not None and args.prompts is not None:
         problems.append("contradiction in the command line: --prompt and --prompts. Give one of them")
@@ -81,7 +81,7 @@ def check(args) -> None:
         raise BadInput(*problems)
 
 
-def read_prompts(args) -> list[tuple[list[dict], str]] | None:
+def read_prompts(args: GenerateSettings) -> list[tuple[list[dict], str]] | None:
     """(messages, where) of every prompt; None for a chat."""
     if args.prompt is None:
         return None if args.prompts is None else prompts.read(args.prompts)
@@ -104,7 +104,7 @@ def show(session: Session, messages: list[dict], where: str) -> str:
     return "".join(pieces)
 
 
-def answer_all(session: Session, asked, args) -> int:
+def answer_all(session: Session, asked, args: GenerateSettings) -> int:
     """Write `{prompt, prediction}` for every prompt: to --out when all are there, else to stdout as they come."""
     answers = session.answers([session.encode(*prompt) for prompt in asked], args.batch_size)
     texts = (messages[-1]["content"] for messages, _ in asked)
@@ -117,7 +117,7 @@ def answer_all(session: Session, asked, args) -> int:
     return 0
 
 
-def compare(sessions: dict[str, Session], asked, args) -> int:
+def compare(sessions: dict[str, Session], asked, args: GenerateSettings) -> int:
     """Print the answers of all to the same prompts, as a table."""
     found = {}
     for name, session in sessions.items():

@@ -90,7 +90,7 @@ def main(argv=None) -> int:
     return 0
 
 
-def write_folder(out: Path, checkpoint, model, template: bytes, args) -> None:
+def write_folder(out: Path, checkpoint, model, template: bytes, args: MergeSettings) -> None:
     """The merged model as a folder, with a card and the receipt of what merging changed. Raises BadNumbers, and leaves
     no folder, where that is beyond --tolerance."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -127,7 +127,7 @@ def tell_system(adapter: str) -> None:
         say("note     it was trained without a system turn; the template may add its own: give --no-system")
 
 
-def check(args) -> None:
+def check(args: MergeSettings) -> None:
     gguf, named = args.format == "gguf", str(args.out).endswith(".gguf")
     cases = (
         ("--gguf-type", args.gguf_type and not gguf, "only GGUF files have such types. Add --format gguf"),
@@ -182,7 +182,7 @@ def own_template(checkpoint: pretrained.ModelFiles) -> str | None:
         return None
 
 
-def receipt_prompts(checkpoint, model, args) -> list[list[int]]:
+def receipt_prompts(checkpoint, model, args: MergeSettings) -> list[list[int]]:
     """Ids of what the receipt compares: --prompts, or the retention conversations; none where there is no receipt."""
     if "tokenizer.json" not in checkpoint.files():
         say(f"note     there is no receipt: {checkpoint.name} has no tokenizer.json")

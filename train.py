@@ -42,10 +42,6 @@ NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gi
 
 
 def main(argv=None) -> int:
-    return run(check_settings, argv)
-
-
-def check_settings(argv) -> int:
     """What the flags say, by themselves and together; then the run, in one process or several."""
     args, resumed = TrainSettings.resolve(argv, __doc__), None
     if args.check:
@@ -180,4 +176,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    distributed.leave(run(main))

@@ -32,7 +32,7 @@ from bench import machine, memory  # noqa: E402
 from lora import files, pretrained  # noqa: E402
 from lora.adapter import passport, store  # noqa: E402
 from lora.adapter.inject import inject, lora_layers  # noqa: E402
-from lora.pretrained import hub  # noqa: E402
+from lora.pretrained import default_model  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "decode_speed.json"
 PROMPT, NEW, ROWS = 64, 128, 8
@@ -67,7 +67,7 @@ class Bench:
 
     def __init__(self, folder: Path, chosen):
         self.folder, self.chosen, self.count = folder, chosen, 0
-        self.base = folder / "base" if chosen.smoke else hub.default_model()
+        self.base = folder / "base" if chosen.smoke else default_model.folder()
         if chosen.smoke:
             self.base.mkdir()
             memory.write_model(memory.run(2, 64, 96, 4, 2), self.base)

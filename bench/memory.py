@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from lora import files  # noqa: E402
 from lora.network.config import ModelConfig  # noqa: E402
 from lora.network.decoder import Model  # noqa: E402
-from lora.pretrained import hub  # noqa: E402
+from lora.pretrained import default_model  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "memory.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -69,7 +69,7 @@ def write_model(shape, folder: Path) -> None:
     }  # fmt: skip
     files.write_json(folder / "config.json", config)
     for name in TOKENIZER:
-        files.write_bytes(folder / name, files.read_bytes(hub.default_model() / name))
+        files.write_bytes(folder / name, files.read_bytes(default_model.folder() / name))
     with torch.device("meta"):
         empty = Model(ModelConfig.from_json(config)).state_dict()
     random = torch.Generator().manual_seed(0)

@@ -31,7 +31,7 @@ from bench import machine, train_speed  # noqa: E402
 from lora import device, files, ops, pretrained  # noqa: E402
 from lora.adapter.inject import inject  # noqa: E402
 from lora.data import batch  # noqa: E402
-from lora.pretrained import hub  # noqa: E402
+from lora.pretrained import default_model  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
 
@@ -72,14 +72,14 @@ STEPS = 2  # different ones, each met by all variants before the first is timed
 
 
 def some_steps(count: int) -> list[list[Example]]:
-    tokenizer = pretrained.load_chat(pretrained.find(str(hub.default_model()))).tokenizer
+    tokenizer = pretrained.load_chat(pretrained.find(str(default_model.folder()))).tokenizer
     text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
     steps = train_speed.make_steps(train_speed.WORKLOADS["short"], text, count, seed="techniques")
     return [[Example(*example) for example in step] for step in steps]
 
 
 def adapted():
-    model = pretrained.load_model(pretrained.find(str(hub.default_model())), torch.bfloat16)
+    model = pretrained.load_model(pretrained.find(str(default_model.folder())), torch.bfloat16)
     torch.manual_seed(0)
     inject(model)
     for name, p in model.named_parameters():

@@ -36,7 +36,7 @@ from lora import (  # noqa: E402
 from lora.adapter import store  # noqa: E402
 from lora.adapter.inject import inject, lora_layers  # noqa: E402
 from lora.adapter.targets import GROUPS  # noqa: E402
-from lora.pretrained import hub  # noqa: E402
+from lora.pretrained import default_model  # noqa: E402
 from lora.run.settings import TrainSettings  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "train_speed.json"
@@ -99,7 +99,7 @@ class Bench:
     def __init__(self, folder: Path, threads: int, smoke: bool):
         self.folder, self.threads, self.count = folder, threads, 0
         self.probe_seconds = 0.02 if smoke else 0.5
-        self.base = folder / "base" if smoke else hub.default_model()
+        self.base = folder / "base" if smoke else default_model.folder()
         if smoke:
             self.base.mkdir()
             memory.write_model(memory.run(2, 64, 96, 4, 2), self.base)

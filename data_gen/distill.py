@@ -1,7 +1,8 @@
-"""Answers in somebody's style, from a teacher that sees a few of theirs: easier to learn for a small model than theirs.
+"""Answers in a person's style from a teacher that is shown a few of that person's answers.
 
-For every new row a prompt shows some question/answer pairs as examples and asks another question of the same data,
-whose own answer is never shown: a teacher that sees it copies it. The row is that question with the teacher's answer.
+A small model learns them more easily than the person's own. Each prompt shows some question/answer pairs and asks
+another question of the same data. It never shows that question's own answer, which the teacher would copy. The question
+with the teacher's answer is a new row.
 """
 
 import hashlib
@@ -260,7 +261,7 @@ def rows_of(prompts: Prompts, replies: Iterator[Reply], counts: Counter) -> Iter
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def story(argv) -> None:
+def run(argv) -> None:
     about = "Questions of a file answered by a teacher in the style of that file's answers."
     parser = errors.Parser(prog="data_gen/distill.py", description=about)
     add = parser.add_argument
@@ -319,7 +320,7 @@ def kept_out(counts: Counter) -> str:
 
 
 def main(argv=None) -> int:
-    return errors.run(story, argv)
+    return errors.run(run, argv)
 
 
 if __name__ == "__main__":

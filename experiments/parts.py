@@ -32,9 +32,9 @@ from lora import (  # noqa: E402
     files,
     pretrained,
 )
-from lora.pretrained import hub  # noqa: E402
+from lora.pretrained import default_model  # noqa: E402
 
-MODEL = hub.DEFAULT
+MODEL = default_model.NAME
 
 
 class Part(NamedTuple):

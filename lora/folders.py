@@ -1,4 +1,4 @@
-"""Folders of results: made whole or while others look on, locked, checked before anything is computed, cleaned up."""
+"""Folders of results: written whole, or filled while others read them; locked, checked before a run, cleaned up."""
 
 import errno
 import os

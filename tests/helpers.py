@@ -119,9 +119,9 @@ def as_true_as(
     """`assert as_true_as(ours, theirs, truth)`: our error is at most `factor` times theirs and `floor`.
 
     This compares float32 or bfloat16 where both sides round: how far rounding goes depends on the weights drawn and on
-    the processor's order of summation, and `theirs` meets both. `truth` is formed in float64, by something that shares
-    no code with ours. Two orders of summation of one formula stay within a factor of 4 (the largest in 1,280 random
-    models was 3.3); the floor is 16 roundings in float32.
+    the processor's order of summation, and `theirs` meets both. `truth` is formed in float64, by something that does
+    not share what is to be proved. Two orders of summation of one formula stay within a factor of 4 (the largest in
+    1,280 random models was 3.3); the floor is 16 roundings in float32.
     """
     mine, other = error(ours, truth), error(theirs, truth)
     print(f"error {mine:.3g}, theirs {other:.3g}, at most {factor * other + floor:.3g} is allowed")

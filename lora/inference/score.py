@@ -1,7 +1,8 @@
 """Figures of a model, or of a model with an adapter, on rows with known answers; and the table of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from lora.data.encode import Encoded, encode
 from lora.errors import BadInput
 from lora.inference import answers, prompts
 from lora.inference.generate import GREEDY, generate_all
-from lora.ops import cross_entropy
 from lora.text.chat import Chat
 from lora.train.evaluate import Retention, mean_loss
 
@@ -72,20 +72,17 @@ def encode_rows(rows: list[Row], chat: Chat, limit: int, with_prompts: bool) -> 
     return examples, [prompts.encode(chat, limit, row.asked, row.conversation.where) for row in asked]
 
 
-def losses(model, column: Column, micro_tokens: int) -> dict[str, float]:
-    """Loss on the rows and, for an adapter, what it changed elsewhere."""
+def losses(model, loss: Callable, column: Column, micro_tokens: int) -> dict[str, float]:
+    """Loss on the rows, by a method's `loss`, and, for an adapter, what it changed elsewhere."""
     cap = model.config.final_logit_softcapping
 
     def trunk(b: Batch) -> torch.Tensor:
         return model.trunk(b.tokens, b.lengths)[b.trained]  # (N, D)
 
-    def objective(b: Batch) -> tuple[torch.Tensor, int]:
-        return cross_entropy(trunk(b), model.head_weight, b.targets, cap=cap), len(b.targets)
-
     batches = micro_batches(column.examples, micro_tokens, model.device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
     with merged_head(model):
-        figures = {"loss": mean_loss(objective, bar)}
+        figures = {"loss": mean_loss(partial(loss, model), bar)}
         if column.retention:
             found = Retention(trunk, lambda: model.head_weight, column.retention, lambda: disabled(model), cap)()
             figures |= {f"retention_{key}": value for key, value in found._asdict().items()}

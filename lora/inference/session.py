@@ -25,7 +25,7 @@ from lora.inference import several
 from lora.inference.generate import GREEDY, Sampling, generate_all, stream_tokens
 from lora.inference.prompts import encode
 from lora.network.decoder import Model
-from lora.pretrained import hub
+from lora.pretrained import default_model
 from lora.text.chat import Chat
 from lora.text.template import FROZEN_DATE
 from lora.text.tokenizer import Stream, Tokenizer
@@ -131,7 +131,7 @@ def open_session(
     of `Sampling`. Raises LoraError for what cannot be used and, if `verify`, for another base than the adapter's.
     """
     how = Sampling(**sampling)
-    checkpoint = pretrained.find(str(model or (passport.base_of(adapter) if adapter else hub.DEFAULT)))
+    checkpoint = pretrained.find(str(model or (passport.base_of(adapter) if adapter else default_model.NAME)))
     say(f"model    {checkpoint.described}")
     place = machine.choose_device(device)
     chat = load_chat(checkpoint, adapter, system, template, date, verify)

@@ -1,6 +1,6 @@
 """Linears that a family stores as one tensor, the rows of each below those of the one before.
 
-A checkpoint offers each under a name of its own, so that loading, adapters and merging know of no such tensor; only a
+Model files offer each under a name of its own, so that loading, adapters and merging know of no such tensor; only a
 merged model is written as the family has it.
 """
 
@@ -13,7 +13,7 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def _parts(config: ModelConfig, name: str) -> list[str]:
-    """`...self_attn.qkv_proj.weight` -> `...self_attn.q_proj.weight` and so on; of any other name none."""
+    """`...self_attn.qkv_proj.weight` -> `...self_attn.q_proj.weight` and so on; none for any other name."""
     for stem, parts in config.fused:
         block, _ = stem.split(".")
         if f".{stem}." in name:

@@ -9,15 +9,15 @@ from lora import files
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
-from lora.pretrained import hub
+from lora.pretrained import default_model, hub
 from lora.pretrained.folder import ModelFiles, ModelFolder
 
 
 def find(model: str) -> ModelFiles:
     """A folder, a `.gguf` file, `smollm2-135m-instruct`, or a hub id `owner/name`; fetched where it is not here yet."""
     path = Path(model)
-    if model == hub.DEFAULT:
-        return ModelFolder(hub.default_model())
+    if model == default_model.NAME:
+        return ModelFolder(default_model.folder())
     if path.suffix == ".gguf" or files.is_regular(path):
         from lora.pretrained.gguf import GGUFFile  # its package takes as long to import as a model to load
 
@@ -27,7 +27,9 @@ def find(model: str) -> ModelFiles:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(("./", "../", "/")):
         folder = hub.hub_model(model)
         return ModelFolder(folder, name=model, described=f"hub {model} at {folder.name[:12]}")
-    raise BadInput(f"no model in {model}: no such folder. Give a folder, owner/name, a .gguf file or {hub.DEFAULT}")
+    raise BadInput(
+        f"no model in {model}: no such folder. Give a folder, owner/name, a .gguf file or {default_model.NAME}"
+    )
 
 
 def empty_model(base: ModelFiles) -> Model:

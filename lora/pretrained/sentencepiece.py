@@ -1,6 +1,6 @@
 """SentencePiece's BPE in its two forms: scores of tokens (GGUF), and a list of merges (tokenizer.json).
 
-SentencePiece joins those two neighbours whose joint token has the highest score. A list of merges does the same where
+It joins the two adjacent tokens whose joint token has the highest score. A list of merges does the same where
 it has every pair of tokens that makes a token, the pairs of one token in a row, and the highest score first.
 """
 

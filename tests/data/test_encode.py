@@ -55,8 +55,8 @@ def test_examples_are_those_of_the_rows_in_order_however_many(count):
     assert len(found) == found.rows == count and found.where == [row.where for row in rows]
     assert found.shapes == {"messages": count} and found.dropped == found.truncated == 0
     for i in {0, count // 2, count - 1, min(ROWS, count - 1)}:
-        [laid] = chat_of("chatml").tokenize(rows[i].messages)
-        assert found[i] == laid.example()
+        [tokenized] = chat_of("chatml").tokenize(rows[i].messages)
+        assert found[i] == tokenized.example()
     assert found.lengths.tolist() == [len(example.tokens) for example in found]
     with pytest.raises(IndexError):
         found[count]
@@ -152,8 +152,8 @@ def test_every_example_fits_and_every_row_is_an_example_or_dropped(limit, overlo
 @hypothesis_settings(max_examples=80, **CALM)
 @given(st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6))
 def test_a_preview_shows_every_token_once_and_marks_exactly_the_trained_ones(texts):
-    [laid] = chat_of("chatml").tokenize(turns(*texts[: len(texts) // 2 * 2]))
-    example = laid.example()
+    [tokenized] = chat_of("chatml").tokenize(turns(*texts[: len(texts) // 2 * 2]))
+    example = tokenized.example()
     shown = preview.lines(example, byte_level(), False)
     assert all(line[:2] in ("+ ", "  ") and line.isprintable() for line in shown)
     flags = [line[0] == "+" for line in shown for _ in line[2:].split("│")]
@@ -165,8 +165,8 @@ def test_a_preview_shows_every_token_once_and_marks_exactly_the_trained_ones(tex
 
 
 def test_a_preview_by_hand():
-    [laid] = chat_of("chatml").tokenize(turns("Hi 日", "one\ntwo <|im_end|>"))
-    found = preview.lines(laid.example(), byte_level(), False)
+    [tokenized] = chat_of("chatml").tokenize(turns("Hi 日", "one\ntwo <|im_end|>"))
+    found = preview.lines(tokenized.example(), byte_level(), False)
     text = ["".join(line[2:].split("│")).replace("…", "") for line in found]
     header, end = "<|im_start|>assistant⏎", "two <|im_end|><|im_end|>"
     assert text == ["<|im_start|>user⏎", "Hi 日<|im_end|>⏎", header, "one⏎", end, "⏎"]
@@ -345,8 +345,8 @@ def test_a_built_in_template_begins_as_the_tokenizer_begins_texts(tmp_path):
         chat = load_chat(ModelFolder(base), system, name)
         ids = chat.prompt(turns("Hi"))
         assert ids[0] == 0 and ids.count(0) == 1
-        [laid] = chat.tokenize(turns("Hi", "Hello."))
-        assert laid.tokens[: len(ids)] == ids and laid.tokens[laid.answers[0][1] - 1] == 2
+        [tokenized] = chat.tokenize(turns("Hi", "Hello."))
+        assert tokenized.tokens[: len(ids)] == ids and tokenized.tokens[tokenized.answers[0][1] - 1] == 2
 
 
 @mutation(

@@ -1,5 +1,6 @@
 """Prompts that never show the answer, and a teacher that is asked nothing twice by an endpoint that misbehaves."""
 
+import gc
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import closing
@@ -573,6 +575,20 @@ def test_the_key_is_sent_and_appears_nowhere(distilled, tmp_path):
     assert "Your key is [key]." in done.answers and "bad request with" in done.err
     for text in (done.out, done.err, *(path.read_text(errors="replace") for path in tmp_path.iterdir())):
         assert KEY[:12] not in text
+
+
+@mutation("data_gen/endpoint.py", "[task.exception() for task in done]", "(task.exception() for task in done)")
+def test_an_error_that_several_questions_have_at_once_is_said_once(distilled, caplog):
+    at_once = threading.Barrier(8)
+
+    def script(prompt, attempt):
+        at_once.wait(10)
+        return wrong(401)
+
+    with TeacherServer(script) as server:
+        done = distilled(server, concurrency=8)
+    gc.collect()  # asyncio tells then of errors that nobody has looked at
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and not caplog.records
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

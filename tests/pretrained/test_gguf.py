@@ -77,8 +77,8 @@ def path(tmp_path):
 def refused(path):
     """The one line with which a file is refused, everything in it having been looked at."""
     with pytest.raises(BadInput) as caught:
-        checkpoint = GGUFFile(path)
-        checkpoint.files()
+        base = GGUFFile(path)
+        base.files()
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value) and path.name in str(caught.value)
     return str(caught.value)
 
@@ -114,9 +114,9 @@ def test_every_type_reads_as_the_packages_dequantisation_of_the_same_bytes(path,
     for data in candidates:
         expected = torch.from_numpy(dequantize(data, kind)).to(torch.bfloat16)
         write(path, sizes={"embedding_length": 512}, tensors={"token_embd.weight": (data, kind)})
-        checkpoint = GGUFFile(path)
-        got = checkpoint.read("model.embed_tokens.weight")
-        assert checkpoint.header["model.embed_tokens.weight"] == ("BF16", (20, 512))
+        base = GGUFFile(path)
+        got = base.read("model.embed_tokens.weight")
+        assert base.header["model.embed_tokens.weight"] == ("BF16", (20, 512))
         assert got.dtype == torch.bfloat16 and torch.equal(got, expected) and got.unique().numel() > 2
     if kind.name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1"):
         assert (got.float() - torch.from_numpy(original)).abs().max() < 0.3
@@ -153,9 +153,9 @@ def test_llamas_q_and_k_get_back_the_row_order_the_converter_changed_and_nothing
         moved = arch == "llama" and name[0] in QK
         stored[f"blk.1.attn_{name}"] = converters_permutation(data, QK[name[0]][1]) if moved else data
         assert not moved or not np.array_equal(stored[f"blk.1.attn_{name}"], data)
-    checkpoint = GGUFFile(write(path, arch, tensors=stored))
+    base = GGUFFile(write(path, arch, tensors=stored))
     for name, data in originals.items():
-        got = checkpoint.read(f"model.layers.1.self_attn.{name.replace('.', '_proj.')}")
+        got = base.read(f"model.layers.1.self_attn.{name.replace('.', '_proj.')}")
         assert torch.equal(got.float(), torch.from_numpy(data)), name
 
 
@@ -179,8 +179,8 @@ def test_tensors_have_hub_names_and_shapes_out_by_in(path):
     tensors = {name: np.zeros((i + 1) * HEAD_DIM, np.float32) for i, name in enumerate(HUB_NAMES)}
     for name in ("token_embd.weight", "blk.11.ffn_down.weight"):
         tensors[name] = np.zeros((40, 8), np.float32)
-    checkpoint = GGUFFile(write(path, tensors=tensors))
-    assert checkpoint.header == {hub: ("BF16", tensors[name].shape) for name, hub in HUB_NAMES.items()}
+    base = GGUFFile(write(path, tensors=tensors))
+    assert base.header == {hub: ("BF16", tensors[name].shape) for name, hub in HUB_NAMES.items()}
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_unknown_tensors_are_refused_by_name(path, name):
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_bad_input(path):
-    checkpoint = GGUFFile(write(path))
+    base = GGUFFile(write(path))
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(BadInput, match="shorter"):
-        checkpoint.read("model.embed_tokens.weight")
+        base.read("model.embed_tokens.weight")
 
 
 def test_a_file_that_shrinks_while_its_header_is_read_is_bad_input(path, monkeypatch):
@@ -234,10 +234,10 @@ CONFIG = {
 
 
 def test_a_llama_file_gives_a_llama_config(path):
-    checkpoint = GGUFFile(write(path))
-    assert checkpoint.config == CONFIG and checkpoint.path == path and checkpoint.name == str(path)
-    assert "1e-05" in json.dumps(checkpoint.config)  # not the nearest float32, 9.999999747378752e-06
-    assert ModelConfig.from_json(checkpoint.config).head_dim == HEAD_DIM
+    base = GGUFFile(write(path))
+    assert base.config == CONFIG and base.path == path and base.name == str(path)
+    assert "1e-05" in json.dumps(base.config)  # not the nearest float32, 9.999999747378752e-06
+    assert ModelConfig.from_json(base.config).head_dim == HEAD_DIM
 
 
 def test_a_qwen2_file_gives_a_qwen2_config(path):
@@ -312,13 +312,13 @@ def with_divisors(divisors, **sizes):
 def test_the_scaling_of_llama3_is_recovered_from_its_divisors(path, factor):
     divisors = llama3_divisors(factor)
     assert len(set(divisors.tolist())) > 4  # the blend is there, not only its ends
-    checkpoint = GGUFFile(write(path, **with_divisors(divisors)))
-    assert checkpoint.config["rope_scaling"] == {
+    base = GGUFFile(write(path, **with_divisors(divisors)))
+    assert base.config["rope_scaling"] == {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    assert "rope_freqs.weight" not in checkpoint.header
-    scaled = inverse_frequencies(ModelConfig.from_json(checkpoint.config), torch.float64, "cpu")
+    assert "rope_freqs.weight" not in base.header
+    scaled = inverse_frequencies(ModelConfig.from_json(base.config), torch.float64, "cpu")
     plain = 500000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     assert torch.allclose(scaled, plain / torch.from_numpy(divisors).double(), rtol=1e-5, atol=0)
 
@@ -677,12 +677,12 @@ def valid(tmp_path_factory):
 
 
 def everything(path):
-    """Use all of a checkpoint."""
-    checkpoint = GGUFFile(path)
-    for name in checkpoint.header:
-        checkpoint.read(name)
-    json.dumps(checkpoint.config), checkpoint.files()
-    return checkpoint
+    """Use all of a base."""
+    base = GGUFFile(path)
+    for name in base.header:
+        base.read(name)
+    json.dumps(base.config), base.files()
+    return base
 
 
 def test_a_file_cut_anywhere_is_refused(path, valid):

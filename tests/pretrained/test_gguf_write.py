@@ -198,9 +198,9 @@ def test_every_tensor_is_there_once_under_its_name_in_llama_cpps_row_order_round
 def test_a_bf16_model_read_back_is_the_same_bit_for_bit(models, tmp_path, case):
     folder = models(case)
     back, there = GGUFFile(written(folder, tmp_path / "a.gguf")), pretrained.find(str(folder))
-    ours, theirs = (ModelConfig.from_json(checkpoint.config) for checkpoint in (back, there))
+    ours, theirs = (ModelConfig.from_json(base.config) for base in (back, there))
     assert ours == replace(theirs, model_type=ours.model_type) and ours.model_type in (theirs.model_type, "llama")
-    ours, theirs = (pretrained.load_model(checkpoint) for checkpoint in (back, there))
+    ours, theirs = (pretrained.load_model(base) for base in (back, there))
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     assert torch.equal(ours(some_tokens(vocab=290)), theirs(some_tokens(vocab=290)))
@@ -268,11 +268,11 @@ def with_tokenizer(tmp_path):
 @pytest.mark.parametrize("pre", PRE)
 def test_a_tokenizer_read_back_gives_the_ids_of_the_one_that_was_written(with_tokenizer, tmp_path, trained, pre):  # noqa: F811
     reference = FastTokenizer.from_str(trained[pre][0].to_str())
-    checkpoint = with_tokenizer(reference.to_str())
-    metadata = tokenizer_metadata(checkpoint)
+    base = with_tokenizer(reference.to_str())
+    metadata = tokenizer_metadata(base)
     assert metadata["tokenizer.ggml.pre"] == pre and len(metadata["tokenizer.ggml.tokens"]) == 420
     tensors = {"token_embd.weight": gguf_write.Planned(TYPE.F32, (420, 32), lambda: torch.zeros(420, 32))}
-    sizes = gguf_write._sizes(ModelConfig.from_json(checkpoint.config), "llama")
+    sizes = gguf_write._sizes(ModelConfig.from_json(base.config), "llama")
     gguf_write._write(tmp_path / "a.gguf", "llama", "model", sizes | metadata, tensors, "f32")
     back = FastTokenizer.from_str(GGUFFile(tmp_path / "a.gguf").files()["tokenizer.json"].decode())
     for text in STRINGS:
@@ -350,8 +350,8 @@ def test_a_token_before_every_text_is_the_bos_that_is_added(with_tokenizer):
     ],
 )  # fmt: skip
 def test_ids_of_special_tokens_are_the_settings_then_the_configs(with_tokenizer, settings, config, ids):
-    checkpoint = with_tokenizer(bytes_level(), settings=settings | {"chat_template": cli.CHATML}, **config)
-    metadata = tokenizer_metadata(checkpoint)
+    base = with_tokenizer(bytes_level(), settings=settings | {"chat_template": cli.CHATML}, **config)
+    metadata = tokenizer_metadata(base)
     found = {key.split(".")[2].removesuffix("_token_id"): value for key, value in metadata.items() if "_id" in key}
     assert found == ids
 
@@ -487,9 +487,9 @@ def test_the_base_and_the_adapter_file_sum_to_the_merged_file(merged, tmp_path):
 @pytest.mark.parametrize("case", ["llama", "llama with biases", "llama with wide heads", "qwen2"])
 def test_ranks_and_scales_that_differ_are_folded_into_b(models, tmp_path, case):
     """As rsLoRA and rank patterns have them: layer i has rank 2 + i and counts 0.3 (1 + i) times."""
-    base = written(models(case), tmp_path / "base.gguf", "f32")
-    checkpoint = pretrained.find(str(models(case)))
-    model = pretrained.load_model(checkpoint, torch.float32)
+    base_file = written(models(case), tmp_path / "base.gguf", "f32")
+    base = pretrained.find(str(models(case)))
+    model = pretrained.load_model(base, torch.float32)
     generator = torch.Generator().manual_seed(3)
     maps, sums = {}, {}
     targets = [path for path, module in model.named_modules() if type(module) is torch.nn.Linear]
@@ -498,7 +498,7 @@ def test_ranks_and_scales_that_differ_are_folded_into_b(models, tmp_path, case):
         A, B = torch.randn(2 + i, weight.shape[1], generator=generator), torch.randn(len(weight), 2 + i)
         maps[path] = 0.3 * (1 + i), A, B
         sums[f"{path}.weight"] = weight.double() + 0.3 * (1 + i) * B.double() @ A.double()
-    gguf_write.write_adapter(checkpoint.config, tmp_path / "adapter.gguf", maps)
+    gguf_write.write_adapter(base.config, tmp_path / "adapter.gguf", maps)
     config = config_of(models(case))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     expected = {}
@@ -507,7 +507,7 @@ def test_ranks_and_scales_that_differ_are_folded_into_b(models, tmp_path, case):
         turned = config["model_type"] == "llama" and name.split(".")[-2] in heads
         values = tensor.double().numpy()
         expected[theirs] = converters_permutation(values, heads[name.split(".")[-2]]) if turned else values
-    assert near(applied(base, tmp_path / "adapter.gguf"), expected, 1e-6)
+    assert near(applied(base_file, tmp_path / "adapter.gguf"), expected, 1e-6)
 
 
 def test_the_types_of_an_adapter_file_are_those_asked_for(merged, tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import cli
+from tests.mutation import mutation
 from tests.scripts.test_commands import shard
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -31,6 +32,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.asked: list[tuple[str, str]] = []
         self.says_no: dict[str, tuple[int, str]] = {}  # path -> status and error code
         self.cut: dict[str, int] = {}  # file -> bytes it sends before it breaks off
+        self.commit = COMMIT
         self.lies = False  # about sha256
         self.silent = threading.Event()
 
@@ -68,8 +70,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         info = re.fullmatch(r"api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(/revision/\w+)?", path)
         if info and info[1] in hub.repos:
             return self.send(200, json.dumps(self.describe(info[1])).encode(), {"Content-Type": "application/json"})
+        tree = re.fullmatch(r"api/models/([^/]+/[^/]+)/tree/\w+", path)
+        if tree and tree[1] in hub.repos:
+            return self.send(200, json.dumps(self.tree(tree[1])).encode(), {"Content-Type": "application/json"})
         file = re.fullmatch(r"((?:datasets/)?[^/]+/[^/]+)/resolve/(\w+)/(.+)", path)
-        if file and file[2] in (COMMIT, "main") and file[3] in hub.repos.get(file[1], {}):
+        if file and file[2] in (hub.commit, "main") and file[3] in hub.repos.get(file[1], {}):
             return self.send_file(hub.repos[file[1]][file[3]], file[3])
         self.send(404, b"", {"X-Error-Code": "EntryNotFound" if file and file[1] in hub.repos else "RepoNotFound"})
 
@@ -81,10 +86,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 sha256 = "0" * 64 if self.server.lies else hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
             siblings.append(entry)
-        return {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+        return {
+            "id": repo,
+            "modelId": repo,
+            "sha": self.server.commit,
+            "private": False,
+            "tags": [],
+            "siblings": siblings,
+        }
+
+    def tree(self, repo: str) -> list[dict]:
+        """Its files, as the hub's other description of a repository has them."""
+        return [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in self.server.repos[repo].items()
+        ]
 
     def send_file(self, data: bytes, name: str):
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": self.server.commit,
+            "Accept-Ranges": "bytes",
+        }
         begin = int((re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["", "0"])[1])
         status = 200
         if begin:
@@ -138,6 +161,7 @@ def expected(tmp_path_factory):
 SMALL = {"config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
+@mutation("lora/pretrained/hub.py", "allow_patterns=wanted(repo, info)", "allow_patterns=None")
 def test_a_hub_id_answers_as_the_folder_and_only_what_is_read_is_fetched(hub, tmp_path, expected):
     done = ask(tmp_path, hub.env(tmp_path / "cache"))
     assert done.code == 0 and done.out == expected, done.err
@@ -161,6 +185,7 @@ def test_a_second_run_downloads_nothing(hub, tmp_path, expected):
     assert done.code == 0 and done.out == expected and hub.files_of("GET") == set()
 
 
+@mutation("lora/pretrained/hub.py", "files.write_bytes(main, info.sha.encode())", "pass")
 def test_what_was_fetched_once_works_without_the_hub(hub, tmp_path, expected):
     env = hub.env(tmp_path / "cache")
     assert ask(tmp_path, env).code == 0
@@ -181,6 +206,7 @@ def test_an_adapter_made_on_a_hub_model_remembers_its_id(hub, tmp_path):
     assert done.code == 0 and "model    hub owner/tiny at " in done.err, done.err
 
 
+@mutation("lora/pretrained/hub.py", "except _library().errors.GatedRepoError:", "except ZeroDivisionError:")
 @pytest.mark.parametrize(
     ("path", "status", "code", "message"),
     [
@@ -223,6 +249,18 @@ def test_a_repository_without_weights(hub, tmp_path):
     assert done.code == 2 and re.search(r"no weights in hub owner/data: there is no model\.safetensors", done.errors[0])
 
 
+@mutation("lora/pretrained/hub.py", "revision=info.sha,", 'revision="main",')
+def test_an_update_that_breaks_off_leaves_what_was_there_before(hub, tmp_path, expected):
+    env = hub.env(tmp_path / "cache")
+    assert ask(tmp_path, env).code == 0
+    hub.commit = COMMIT[::-1]
+    hub.repos["owner/tiny"]["model.safetensors"] += b" "
+    hub.cut["model.safetensors"] = 5000
+    assert ask(tmp_path, env, before=impatient).code == 3
+    offline = ask(tmp_path, env | {"HF_HUB_OFFLINE": "1"})
+    assert offline.code == 0 and offline.out == expected, offline.err
+
+
 def impatient():
     """The client waits a second before it tries again, five times."""
     time.sleep = lambda seconds: None
@@ -234,7 +272,7 @@ def test_a_download_that_breaks_off_is_told_and_the_next_run_completes_it(hub, t
     done = ask(tmp_path, env, before=impatient)
     assert done.code == 3 and done.out == "" and "Traceback" not in done.err
     [line] = done.errors
-    assert re.fullmatch(r"error: download failed in hub owner/tiny/model\.safetensors: .*\. Run again; .*", line)
+    assert re.fullmatch(r"error: download failed in hub owner/tiny: .*5000 bytes.*\. Run again; .*", line)
     hub.cut.clear()
     done = ask(tmp_path, env)
     assert done.code == 0 and done.out == expected, done.err
@@ -257,9 +295,10 @@ def small_default(folder, seconds=5.0):
     """In the child: the default model is the tiny one, it lives in `folder`, and there is no package index."""
 
     def before():
-        from lora.pretrained import hub
+        from lora.pretrained import default_model
 
-        hub.WEIGHTS, hub.HUB_ID, hub.HUB_SECONDS = folder / "weights", "owner/tiny", seconds
+        default_model.WEIGHTS, default_model.HUB_ID = folder / "weights", "owner/tiny"
+        default_model.HUB_SECONDS = seconds
         sys.executable = str(folder / "no-python")
 
     (folder / "no-python").write_text("#!/bin/sh\necho 'ERROR: no index' >&2\nexit 1\n")
@@ -287,6 +326,7 @@ def nothing_left(folder):
     assert list((folder / "weights").iterdir()) == []
 
 
+@mutation("lora/pretrained/default_model.py", "if name in stated and files.sha256(copy) != stated[name]:", "if False:")
 def test_a_sha256_other_than_the_stated_one_is_refused(hub, tmp_path):
     hub.lies = True
     with nothing_left(tmp_path):
@@ -299,7 +339,7 @@ def test_a_download_of_the_default_model_that_breaks_off_leaves_nothing(hub, tmp
     before = small_default(tmp_path)
     with nothing_left(tmp_path):
         done = ask(tmp_path, hub.env(tmp_path / "cache"), model=DEFAULT, before=lambda: [before(), impatient()])
-    assert done.code == 3 and "download failed in hub owner/tiny/model.safetensors" in done.errors[0]
+    assert done.code == 3 and "download failed in hub owner/tiny: " in done.errors[0]
 
 
 def test_a_hub_that_never_answers_is_given_up_after_hub_seconds(hub, tmp_path):

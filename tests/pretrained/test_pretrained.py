@@ -294,8 +294,8 @@ def test_a_folder_without_config_or_weights_is_bad_input(tmp_path):
 
 def test_find_takes_a_folder_and_names_what_it_does_not_find(tmp_path):
     path = folder_of(tmp_path / "m", tensors_of(tiny_model(torch.float32)))
-    checkpoint = find(str(path))
-    assert isinstance(checkpoint, ModelFolder) and checkpoint.name == str(path)
+    base = find(str(path))
+    assert isinstance(base, ModelFolder) and base.name == str(path)
     for name in ("nosuch", "./no/such", "../nosuch/x", "/no/such/folder", "a/b/c", "x y/z"):
         with pytest.raises(BadInput, match="no model in"):
             find(name)

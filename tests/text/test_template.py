@@ -413,7 +413,7 @@ THOUGHTS = turns(
 )
 
 
-def laid(name: str, messages, train_on: str = "assistant"):
+def examples_of(name: str, messages, train_on: str = "assistant"):
     return [part.example(train_on == "all") for part in chat_of(name).tokenize(messages, train_on)]
 
 
@@ -422,7 +422,7 @@ def laid(name: str, messages, train_on: str = "assistant"):
 def test_where_the_template_rewrites_earlier_turns_every_answer_becomes_an_example_as_generation_sees_it():
     chat, decode = chat_of("qwen3"), byte_level().decode
     before = chat.split
-    examples = laid("qwen3", THOUGHTS)
+    examples = examples_of("qwen3", THOUGHTS)
     assert chat.split == before + 1
     wanted = [
         "<think>\nShort.\n</think>\n\nHello.",
@@ -442,7 +442,7 @@ def test_where_the_template_rewrites_earlier_turns_every_answer_becomes_an_examp
 def test_ids_before_every_answer_are_the_generation_prompt_where_earlier_turns_are_rewritten(messages):
     chat = chat_of("qwen3")
     places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    examples = laid("qwen3", messages)
+    examples = examples_of("qwen3", messages)
     assert len(examples) == len(places)
     for place, (tokens, trained) in zip(places, examples, strict=True):
         ((begin, end),) = runs(trained)
@@ -451,10 +451,10 @@ def test_ids_before_every_answer_are_the_generation_prompt_where_earlier_turns_a
 
 
 def test_the_last_answer_alone_needs_no_split():
-    [whole] = laid("qwen3", THOUGHTS, "last")
-    assert whole == laid("qwen3", THOUGHTS)[-1]
+    [whole] = examples_of("qwen3", THOUGHTS, "last")
+    assert whole == examples_of("qwen3", THOUGHTS)[-1]
     only = [m if i == 3 else {**m, "train": False} if m["role"] == "assistant" else m for i, m in enumerate(THOUGHTS)]
-    assert laid("qwen3", only) == laid("qwen3", THOUGHTS)[1:2]  # nothing after a turn that only it needs
+    assert examples_of("qwen3", only) == examples_of("qwen3", THOUGHTS)[1:2]  # nothing after a turn that only it needs
 
 
 # ---- what to train ---------------------------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ TALK = turns("Hi", "Hello.", "And?", "No.", "Bye", "See you!", "one more", syste
 
 
 def said(name: str, messages, train_on: str) -> list[str]:
-    [(tokens, trained)] = laid(name, messages, train_on)
+    [(tokens, trained)] = examples_of(name, messages, train_on)
     return [byte_level().decode(tokens[begin:end]) for begin, end in runs(trained)]
 
 
@@ -471,15 +471,18 @@ def said(name: str, messages, train_on: str) -> list[str]:
 def test_train_on_chooses_every_answer_the_last_one_or_every_token():
     assert said("chatml", TALK, "assistant") == ["Hello.", "No.", "See you!"]
     assert said("chatml", TALK, "last") == ["See you!"]
-    [(tokens, trained)] = laid("chatml", TALK, "all")
-    assert all(trained) and tokens == laid("chatml", TALK, "last")[0].tokens == laid("chatml", TALK)[0].tokens
+    [(tokens, trained)] = examples_of("chatml", TALK, "all")
+    assert (
+        all(trained)
+        and tokens == examples_of("chatml", TALK, "last")[0].tokens == examples_of("chatml", TALK)[0].tokens
+    )
 
 
 @mutation("lora/text/chat.py", "trained[begin:end] = [False] * (end - begin)", "pass")
 def test_an_answer_marked_not_to_train_is_context_only():
     marked = [{**m, "train": False} if m["content"] in ("Hello.", "See you!") else m for m in TALK]
     assert said("chatml", marked, "assistant") == said("chatml", marked, "last") == ["No."]
-    assert laid("chatml", marked)[0].tokens == laid("chatml", TALK)[0].tokens
+    assert examples_of("chatml", marked)[0].tokens == examples_of("chatml", TALK)[0].tokens
     everything = "".join(said("chatml", marked, "all"))
     assert "Hello." not in everything and "See you!" not in everything and "No." in everything and "Bye" in everything
 
@@ -490,7 +493,7 @@ def test_a_document_is_all_trained_between_what_the_tokenizer_adds_and_the_end()
     chat, tokenizer = chat_of("chatml"), byte_level()
     text = "Once upon\n a time. <|im_end|> 日本"
     before = chat.guarded
-    [(tokens, trained)] = laid("chatml", [{"role": "text", "content": text}])
+    [(tokens, trained)] = examples_of("chatml", [{"role": "text", "content": text}])
     assert all(trained) and chat.guarded == before + 1
     assert tokenizer.decode(tokens) == text and controls(chat, tokens) == [tokenizer.id("<|endoftext|>")] == tokens[-1:]
     raw = json.loads(byte_level_json())
@@ -578,8 +581,8 @@ def test_an_unknown_word_in_an_answer_does_not_end_it():
     source = "{% for m in messages %}{{ m.role }} : {{ m.content }}<end>{% endfor %}" + (
         "{% if add_generation_prompt %}assistant : {% endif %}"
     )
-    [laid] = chat_with(source, Tokenizer(fast.to_str().encode())).tokenize(turns("a", "b zzz c"))
-    assert laid.tokens[slice(*laid.answers[0])] == [5, 0, 6, 1]
+    [tokenized] = chat_with(source, Tokenizer(fast.to_str().encode())).tokenize(turns("a", "b zzz c"))
+    assert tokenized.tokens[slice(*tokenized.answers[0])] == [5, 0, 6, 1]
 
 
 @mutation("lora/text/answers.py", 'if train_on == "all" and not masked <= found:', "if False:")
@@ -597,8 +600,8 @@ def test_what_is_encoded_grows_with_the_turns_and_not_with_their_square(monkeypa
     monkeypatch.setattr(
         chat.tokenizer, "encode_all", lambda texts: sizes.append(sum(map(len, texts))) or encode_all(texts)
     )
-    [laid] = chat.tokenize(turns(*(f"turn {i}" for i in range(200))))
-    assert len(laid.answers) == 100 and sizes[0] < 2 * len(byte_level().spell(laid.tokens))
+    [tokenized] = chat.tokenize(turns(*(f"turn {i}" for i in range(200))))
+    assert len(tokenized.answers) == 100 and sizes[0] < 2 * len(byte_level().spell(tokenized.tokens))
 
 
 def test_a_row_larger_than_a_template_may_write_is_bad_input(monkeypatch):
