@@ -20,7 +20,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up, activation):
         ctx.activation = ACTIVATIONS[activation]
         ctx.save_for_backward(gate, up)
-        return ctx.activation(gate) * up
+        return ctx.activation(gate).mul_(up)  # in place: a third fewer bytes at once
 
     @staticmethod
     @once_differentiable
