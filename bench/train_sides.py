@@ -127,7 +127,7 @@ def padded(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def matmul_seconds(side: Ours, examples: list[Example]) -> float:
-    """Of a step's frozen products alone: x Wᵀ and G W for every adapted Linear at the micro-batches' row counts, after
+    """Seconds of a step's frozen products alone: x Wᵀ and G W for every adapted Linear at the micro-batches' row counts, after
     the last attention those of trained rows, and the head's two in the loss's chunks. No gradient goes beyond the
     first layer's q, k and v."""
     from lora.ops.loss import ROWS

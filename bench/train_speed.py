@@ -140,7 +140,7 @@ class Bench:
 
 
 def parity(ours: dict, peer: dict) -> dict[str, float]:
-    """Of two runs: losses of all steps; the gradient of the first, its norm, the relative error of the tensor that
+    """What two runs differ by: losses of all steps; the gradient of the first, its norm, the relative error of the tensor that
     differs most, 1 - cosine of all of it and of the worst tensor."""
     rows = list(zip(ours["rows"], peer["rows"], strict=True))
     pairs = [(ours["gradients"][name].double(), theirs.double()) for name, theirs in peer["gradients"].items()]

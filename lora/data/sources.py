@@ -28,7 +28,7 @@ class Sources:
 
     @cached_property
     def examples(self) -> Encoded:
-        """Of all sources, one behind the other: what `batch.steps` counts through."""
+        """The examples of all sources, one source behind the other, as `order.steps` counts them."""
         return joined([*self.data, *(part for part, _ in self.replays)])
 
     def fingerprint(self) -> str:

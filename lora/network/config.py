@@ -100,6 +100,7 @@ class _Reader:
         return None if value is None else self.number(field, default, raw={field: value}, **limits)
 
     def config(self) -> ModelConfig:
+        """The whole config, with all problems raised together. It is long because it is a table, a line a field."""
         kind = self.raw.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             why = OTHERS.get(kind) if isinstance(kind, str) else None
