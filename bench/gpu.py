@@ -117,7 +117,8 @@ def child(folder: Path, job: dict, limit: float) -> dict:
 
 
 def parity(run: dict, reference: dict) -> dict[str, float]:
-    """What sides differ by in the first step: loss, gradient norm, the cosine of the whole gradient and of the tensor that differs most."""
+    """What sides differ by in the first step: loss, gradient norm, the cosine of the whole gradient, and that of the
+    tensor that differs most."""
     a, b = run["rows"][0], reference["rows"][0]
     products = {}  # per tensor: x·x, y·y, x·y
     for name, y in reference["gradient"].items():

@@ -53,7 +53,7 @@ def evaluated(number: int) -> bool:
 
 
 def flags(evaluated: bool) -> list[str]:
-    """The flags of one of the two runs that are made again and again. Ten examples in fours: epochs end within the run."""
+    """The flags of the two runs that are made again and again. Ten examples in fours: epochs end within the run."""
     words = f"--max-steps {STEPS} --batch-size 4 --save-every 3 --keep 2 --dropout 0.1 --rank 4 --lr 0.02"
     held_out = "--eval-fraction 0.2 --eval-every 10" if evaluated else ""
     inputs = ["--model", str(cli.model_folder()), "--data", str(cli.data_file())]

@@ -127,12 +127,11 @@ def padded(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def matmul_seconds(side: Ours, examples: list[Example]) -> float:
-    """Seconds of a step's frozen products alone: x Wᵀ and G W for every adapted Linear at the micro-batches' row counts, after
-    the last attention those of trained rows, and the head's two in the loss's chunks. No gradient goes beyond the
-    first layer's q, k and v."""
-    from lora.ops.loss import ROWS
-
+    """Seconds of a step's frozen products alone, no more of them than a step needs: x Wᵀ and G W for every adapted
+    Linear, after the last attention for the trained positions only, and the head's two in the loss's chunks. No
+    gradient goes beyond the first layer's q, k and v."""
     from lora.adapter.inject import lora_layers
+    from lora.ops.fast_cross_entropy import ROWS
 
     head = side.model.head_weight
     weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0

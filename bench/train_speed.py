@@ -140,8 +140,8 @@ class Bench:
 
 
 def parity(ours: dict, peer: dict) -> dict[str, float]:
-    """What two runs differ by: losses of all steps; the gradient of the first, its norm, the relative error of the tensor that
-    differs most, 1 - cosine of all of it and of the worst tensor."""
+    """What two runs differ by: losses of all steps; the gradient of the first, its norm, the relative error of the
+    tensor that differs most, 1 - cosine of all of it and of the worst tensor."""
     rows = list(zip(ours["rows"], peer["rows"], strict=True))
     pairs = [(ours["gradients"][name].double(), theirs.double()) for name, theirs in peer["gradients"].items()]
     whole = [torch.cat([tensor.flatten() for tensor in side]) for side in zip(*pairs, strict=True)]

@@ -97,7 +97,7 @@ OTHERS = {
     "qwen": "the first Qwen computes by code that comes with the model, which is never run. Use Qwen1.5 (qwen2)",
     "gemma3": "it also reads pictures. Use a model of text alone, such as gemma-3-1b-it (gemma3_text)",
 }
-# Of one model_type and another architecture: field, value, why.
+# One model_type, another architecture: field, value, why.
 TRAPS = {
     "baichuan": (
         ("max_position_embeddings", None, "Baichuan-13B has ALiBi in the place of RoPE", "Give Baichuan-7B"),

@@ -73,7 +73,7 @@ class Plain(nn.Module):
 
 
 def logits(model, tokens=None):
-    """Of ours, of transformers', of PEFT's wrapper round either, or of a plain module."""
+    """Logits of our model, of transformers', of PEFT's wrapper round either, or of a plain module."""
     inner = getattr(model, "base_model", SimpleNamespace(model=model)).model if is_peft(model) else model
     with torch.no_grad():
         if isinstance(inner, Plain):

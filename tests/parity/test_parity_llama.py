@@ -50,7 +50,7 @@ def llama_cpp(path, adapter=None):
 
 @torch.no_grad()
 def sure_of(model, ids, found):
-    """Of a greedy continuation, the tokens before the first at which we hesitate, and what we would have said there."""
+    """A greedy continuation up to the first token at which we hesitate, and what we would have said there."""
     top = model(torch.tensor(ids + found))[len(ids) - 1 : -1].topk(2)
     sure = (top.values[:, 0] - top.values[:, 1] >= MARGIN).int().cumprod(0).sum()
     return found[:sure], top.indices[:sure, 0].tolist()

@@ -220,7 +220,7 @@ def test_a_merged_folder_of_every_family_loads_in_transformers_and_theirs_here(t
 
 @pytest.mark.parametrize("kind", [kind for kind in NEW if kind != "baichuan"])
 def test_an_adapter_of_every_family_gives_the_same_logits_in_peft(tmp_path, kind):
-    """Of families that fuse, on the Linears that are no part of a fused one."""
+    """For families that fuse: adapters on the Linears that are no part of a fused one."""
     raw = family_config(kind)
     ours, reference = pair(raw, 0)
     tokens = some_tokens(40, raw["vocab_size"])

@@ -435,7 +435,7 @@ print(*(size // 10**6 for size in given))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
 @pytest.mark.parametrize("enough, least, most", [(2e8, 150, 250), (8e9, -20, 20)])
 def test_above_what_is_enough_holes_between_blocks_are_given_back_but_not_at_every_call(enough, least, most):
-    """Of 400 MB every other block is free: 200 MB between blocks in use."""
+    """Every other block of 400 MB is free: 200 MB between blocks in use."""
     words = [sys.executable, "-c", HOLES.format(enough=enough)]
     found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=cli.ROOT)
     first, again = map(int, found.stdout.split())
