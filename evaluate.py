@@ -41,18 +41,16 @@ def main(argv=None) -> int:
     rows = check(args, names)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
-    checkpoint = pretrained.find(
-        args.model or (passport.base_of(args.adapter[0]) if args.adapter else default_model.NAME)
-    )
-    say(f"model    {checkpoint.described}")
+    base = pretrained.find(args.model or (passport.base_of(args.adapter[0]) if args.adapter else default_model.NAME))
+    say(f"model    {base.described}")
     device = machine.choose_device(args.device)
     dtype, _ = machine.choose_dtype(args.dtype, device)
     args.device, args.dtype = device.type, str(dtype).removeprefix("torch.")  # as the report has them
-    empty = pretrained.empty_model(checkpoint)
+    empty = pretrained.empty_model(base)
     columns, problems = [], []
     for name, adapter in names.items():
         with collecting(problems):
-            columns.append(make_column(name, adapter, checkpoint, empty, rows, device, args))
+            columns.append(make_column(name, adapter, base, empty, rows, device, args))
     if problems:
         raise BadInput(*dict.fromkeys(problems))
     if not args.no_generate and args.max_new_tokens is None:
@@ -61,7 +59,7 @@ def main(argv=None) -> int:
     say(f"rows     {len(rows):,}" + ("" if args.no_generate else f", answers of up to {args.max_new_tokens} tokens"))
 
     # ---- one model; each adapter is put on it and taken off again
-    model = pretrained.load_model(checkpoint, dtype, device)
+    model = pretrained.load_model(base, dtype, device)
     figures, predictions, faults = {}, {}, {}
     for column in columns:
         if column.adapter:
@@ -86,7 +84,7 @@ def main(argv=None) -> int:
         report = {
             "figures": figures,
             "rows": len(rows),
-            "model": {"name": checkpoint.name, "source": checkpoint.described},
+            "model": {"name": base.name, "source": base.described},
             "adapters": {name: adapter for name, adapter in names.items() if adapter},
             "settings": args.to_save(),
             "machine": dict(torch=torch.__version__, threads=torch.get_num_threads(), device=where, dtype=args.dtype),
@@ -191,11 +189,11 @@ def predictions_folder(args: EvaluateSettings) -> Path | None:
 
 
 def make_column(
-    name: str, adapter: str | None, checkpoint, empty, rows: list[Row], device, args: EvaluateSettings
+    name: str, adapter: str | None, base, empty, rows: list[Row], device, args: EvaluateSettings
 ) -> score.Column:
     """What is scored in a column. Raises BadInput for an adapter or a row that does not fit."""
     told = {"system": False if args.no_system else args.system, "template": args.template, "date": args.date}
-    chat = try_adapter(empty, name, adapter, checkpoint, not args.no_verify, **told)
+    chat = try_adapter(empty, name, adapter, base, not args.no_verify, **told)
     limit, retention = empty.config.max_position_embeddings, []
     examples, prompts = score.encode_rows(rows, chat, limit, with_prompts=not args.no_generate)
     if adapter and not args.no_retention:

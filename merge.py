@@ -55,22 +55,22 @@ def main(argv=None) -> int:
         folders.check_apart(out, [Path(args.adapter)])
         folders.check_out(out, args.overwrite, ("config.json",), [*WROTE, *pretrained.shards(out)])
     store.read_config(args.adapter)
-    checkpoint = pretrained.find(args.model or passport.base_of(args.adapter))
-    say(f"model    {checkpoint.described}")
-    folders.check_apart(out, [Path(args.adapter), *([checkpoint.path] if hasattr(checkpoint, "path") else [])])
+    base = pretrained.find(args.model or passport.base_of(args.adapter))
+    say(f"model    {base.described}")
+    folders.check_apart(out, [Path(args.adapter), *([base.path] if hasattr(base, "path") else [])])
 
     # ---- on `meta` the base has no memory; only the adapter's tensors are real
-    model = pretrained.empty_model(checkpoint)
+    model = pretrained.empty_model(base)
     store.load(model, args.adapter)
     layers = lora_layers(model)
     if not args.no_verify:
-        passport.verify(args.adapter, checkpoint.name, checkpoint.header, checkpoint.read, layers)
+        passport.verify(args.adapter, base.name, base.header, base.read, layers)
     template = passport.template_of(args.adapter)
     source = files.read_bytes(template, pretrained.TEMPLATE_LIMIT) if template else b""
     ChatTemplate(source.decode("utf-8-sig", "replace"), where=template or "")  # it can be read
     if args.adapter_only:
-        gguf_write.write_adapter(checkpoint.config, out, low_rank_maps(layers, args.adapter), args.gguf_type or "f32")
-        if source and source.decode(errors="replace") != own_template(checkpoint):
+        gguf_write.write_adapter(base.config, out, low_rank_maps(layers, args.adapter), args.gguf_type or "f32")
+        if source and source.decode(errors="replace") != own_template(base):
             say(f"note     the file has no chat template, and the base's is another. Give llama-server --jinja "
                 f"--chat-template-file {template}")  # fmt: skip
         say(f"saved    {out}, the adapter of {len(layers)} tensors")
@@ -78,43 +78,43 @@ def main(argv=None) -> int:
 
     # ---- the base, tensor by tensor, each with what the adapter adds to it
     if args.format == "gguf":
-        with progress(checkpoint) as bar:
+        with progress(base) as bar:
             change = changer(layers, torch.float32, bar)  # rounded once, from the sum in float32
-            gguf_write.write_model(checkpoint, out, change, args.gguf_type or "f16", template)
+            gguf_write.write_model(base, out, change, args.gguf_type or "f16", template)
     else:
-        write_folder(out, checkpoint, model, source, args)
+        write_folder(out, base, model, source, args)
     tell_system(args.adapter)
-    say(f"saved    {out}, {len(layers)} of {len(checkpoint.header)} tensors merged")
+    say(f"saved    {out}, {len(layers)} of {len(base.header)} tensors merged")
     if args.push is not None:
         print(push.push(out, args.push))
     return 0
 
 
-def write_folder(out: Path, checkpoint, model, template: bytes, args: MergeSettings) -> None:
+def write_folder(out: Path, base, model, template: bytes, args: MergeSettings) -> None:
     """The merged model as a folder, with a card and the receipt of what merging changed. Raises BadNumbers, and leaves
     no folder, where that is beyond --tolerance."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    device, compared = machine.choose_device(args.device), receipt_prompts(checkpoint, model, args)
+    device, compared = machine.choose_device(args.device), receipt_prompts(base, model, args)
     if compared:
         receipt.check_room(model, machine.free_memory(device))
     with folders.new_folder(out, args.overwrite) as folder:
-        with progress(checkpoint) as bar:
-            pretrained.write_model(checkpoint, folder, changer(lora_layers(model), dtype, bar), dtype)
+        with progress(base) as bar:
+            pretrained.write_model(base, folder, changer(lora_layers(model), dtype, bar), dtype)
         if template:  # the one it was trained with
             files.write_bytes(folder / passport.TEMPLATE, template)
         lines = []
         if compared:
             written = pretrained.ModelFolder(folder, str(out))
-            found = receipt.make(checkpoint, args.adapter, written, compared, device)
+            found = receipt.make(base, args.adapter, written, compared, device)
             lines = receipt.rows(found)
             print(receipt.table(lines))
             receipt.check(found, args.tolerance, out, args.adapter)
             receipt.write(folder, found, args.tolerance)
-        card.write_merged(folder, out.name, checkpoint, card.made_in(args.adapter), lines)
+        card.write_merged(folder, out.name, base, card.made_in(args.adapter), lines)
 
 
-def progress(checkpoint) -> tqdm:
-    return tqdm(total=len(checkpoint.header), desc="merging", unit="tensor", leave=False, disable=None)
+def progress(base) -> tqdm:
+    return tqdm(total=len(base.header), desc="merging", unit="tensor", leave=False, disable=None)
 
 
 def tell_system(adapter: str) -> None:
@@ -175,20 +175,20 @@ def low_rank_maps(layers: dict[str, LoRALinear], folder: str) -> dict[str, tuple
     return {path: (layer.scaling, *layer.factors()) for path, layer in layers.items()}
 
 
-def own_template(checkpoint: pretrained.ModelFiles) -> str | None:
+def own_template(base: pretrained.ModelFiles) -> str | None:
     try:
-        return pretrained.load_chat(checkpoint).template.source
+        return pretrained.load_chat(base).template.source
     except BadInput:  # it has none
         return None
 
 
-def receipt_prompts(checkpoint, model, args: MergeSettings) -> list[list[int]]:
+def receipt_prompts(base, model, args: MergeSettings) -> list[list[int]]:
     """Ids of what the receipt compares: --prompts, or the retention conversations; none where there is no receipt."""
-    if "tokenizer.json" not in checkpoint.files():
-        say(f"note     there is no receipt: {checkpoint.name} has no tokenizer.json")
+    if "tokenizer.json" not in base.files():
+        say(f"note     there is no receipt: {base.name} has no tokenizer.json")
         return []
-    bare = passport.template_of(args.adapter) is None and own_template(checkpoint) is None
-    chat = load_chat(checkpoint, args.adapter, template="plain" if bare else None, verify=not args.no_verify)
+    bare = passport.template_of(args.adapter) is None and own_template(base) is None
+    chat = load_chat(base, args.adapter, template="plain" if bare else None, verify=not args.no_verify)
     limit = model.config.max_position_embeddings
     if args.no_receipt:  # only now: the chat was compared with the adapter's passport
         return []

@@ -86,24 +86,24 @@ def combine(args) -> int:
     terms = read_terms(args.combine)
     adapters = [folder for folder, _ in terms]
     with output_place(out, args, [Path(folder) for folder in adapters]):
-        checkpoint = pretrained.find(args.model or common_base(adapters, args.no_verify))
-        say(f"model    {checkpoint.described}")
+        base = pretrained.find(args.model or common_base(adapters, args.no_verify))
+        say(f"model    {base.described}")
 
         # ---- on `meta` the base has no memory; only the adapters' tensors are real
-        model, parts = pretrained.empty_model(checkpoint), []
+        model, parts = pretrained.empty_model(base), []
         for folder, weight in terms:
-            layers = dry_load(model, folder, checkpoint, not args.no_verify, torch.float64)
+            layers = dry_load(model, folder, base, not args.no_verify, torch.float64)
             parts.append((weight, {path: algebra.folded(layer) for path, layer in layers.items()}))
             ranks = described({path: layer.rank for path, layer in layers.items()})
             say(f"adapter  {weight:g} × {folder}, {ranks}")
             if passport.read(folder) is None:
-                say(f"warning: {folder} has no passport; it is taken for an adapter of {checkpoint.name}")
+                say(f"warning: {folder} has no passport; it is taken for an adapter of {base.name}")
         maps = algebra.combine(parts)
         if args.rank is not None or args.energy is not None:
             bar = tqdm(maps.items(), desc="cutting", unit="linear", leave=False, disable=None)
             maps = tell_cut({p: algebra.cut(algebra.svd_of_product(A, B), args.rank, args.energy) for p, (A, B) in bar})
         chat, template = shared_chat(adapters)
-        return write(model, maps, args, checkpoint, chat, template)
+        return write(model, maps, args, base, chat, template)
 
 
 def shared_chat(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
@@ -200,7 +200,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + more
 
 
-def write(model, maps: dict[str, algebra.Factors], args, checkpoint, chat: dict, template: bytes | None) -> int:
+def write(model, maps: dict[str, algebra.Factors], args, base, chat: dict, template: bytes | None) -> int:
     """Write the adapter's folder, as a training run would leave one."""
     algebra.patch(model, maps)
     layers = lora_layers(model)
@@ -209,11 +209,11 @@ def write(model, maps: dict[str, algebra.Factors], args, checkpoint, chat: dict,
     except NotFinite as error:
         why = f"{error.place} has values too large for float32. Use smaller weights"
         raise BadNumbers(f"not finite in {args.out}: {why}") from None
-    papers = passport.make(checkpoint.name, checkpoint.header, checkpoint.read, layers, chat)
+    papers = passport.make(base.name, base.header, base.read, layers, chat)
     with folders.new_folder(Path(args.out), args.overwrite) as folder:
         if template is not None:
             files.write_bytes(folder / passport.TEMPLATE, template)
-        card.write_adapter(folder, Path(args.out).name, checkpoint, None)
-        store.save(model, folder, checkpoint.hub_id, papers, "CAUSAL_LM")
+        card.write_adapter(folder, Path(args.out).name, base, None)
+        store.save(model, folder, base.hub_id, papers, "CAUSAL_LM")
     say(f"saved    {args.out}, {described({path: layer.rank for path, layer in layers.items()})}")
     return 0

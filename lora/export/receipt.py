@@ -102,7 +102,7 @@ def make(base: ModelFiles, adapter: Path, written: ModelFiles, prompts: Iterable
 
 @torch.no_grad()
 def measure(model: Model, written: ModelFiles, prompts: Iterable[list[int]]) -> Receipt:
-    """Compare `model`, a float32 base with its adapter unmerged, with the checkpoint `written` of the same structure.
+    """Compare `model`, a float32 base with its adapter unmerged, with the model `written` of the same structure.
 
     There is never a second model: at the end `model` is unloaded and holds the weights of `written`.
     """

@@ -131,15 +131,15 @@ def open_session(
     of `Sampling`. Raises LoraError for what cannot be used and, if `verify`, for another base than the adapter's.
     """
     how = Sampling(**sampling)
-    checkpoint = pretrained.find(str(model or (passport.base_of(adapter) if adapter else default_model.NAME)))
-    say(f"model    {checkpoint.described}")
+    base = pretrained.find(str(model or (passport.base_of(adapter) if adapter else default_model.NAME)))
+    say(f"model    {base.described}")
     place = machine.choose_device(device)
-    chat = load_chat(checkpoint, adapter, system, template, date, verify)
-    net = pretrained.load_model(checkpoint, machine.choose_dtype(dtype, place)[0], place)
+    chat = load_chat(base, adapter, system, template, date, verify)
+    net = pretrained.load_model(base, machine.choose_dtype(dtype, place)[0], place)
     if adapter:
         store.load(net, adapter)
         if verify:
-            passport.verify(adapter, checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(net))
+            passport.verify(adapter, base.name, base.header, base.read, lora_layers(net))
         warn_if_unchanged(net, adapter)
         merge_and_unload(net)  # plain Linears again: the adapter costs nothing from here on
         say(f"adapter  {adapter}")
@@ -166,19 +166,19 @@ def open_sessions(
     (messages, where), before the model is loaded.
     """
     how = Sampling(**sampling), max_new_tokens
-    checkpoint = pretrained.find(model or several.common_base(adapters, not verify))
-    say(f"model    {checkpoint.described}")
+    base = pretrained.find(model or several.common_base(adapters, not verify))
+    say(f"model    {base.described}")
     place = machine.choose_device(device)
-    empty = pretrained.empty_model(checkpoint)
+    empty = pretrained.empty_model(base)
     names, chats, problems = several.column_names(adapters), {}, []
     for name, adapter in names.items():
         with collecting(problems):
-            chats[name] = try_adapter(empty, name, adapter, checkpoint, verify, system, template, date)
+            chats[name] = try_adapter(empty, name, adapter, base, verify, system, template, date)
             for messages, where in asked:
                 encode(chats[name], empty.config.max_position_embeddings, messages, where)
     if problems:
         raise BadInput(*dict.fromkeys(problems))
-    net = pretrained.load_model(checkpoint, machine.choose_dtype(dtype, place)[0], place)
+    net = pretrained.load_model(base, machine.choose_dtype(dtype, place)[0], place)
     sets = several.Several(net)
     for name, adapter in names.items():
         if adapter:
@@ -192,7 +192,7 @@ def try_adapter(
     empty: nn.Module,
     name: str,
     adapter: str | None,
-    checkpoint: pretrained.ModelFiles,
+    base: pretrained.ModelFiles,
     verify: bool = True,
     system: str | bool | None = None,
     template: str | None = None,
@@ -201,12 +201,12 @@ def try_adapter(
     """Try an adapter on the base on `meta`, and return its chat. Raises BadInput where it does not fit."""
     if adapter:
         say(f"adapter  {name}: {adapter}")
-        several.dry_load(empty, adapter, checkpoint, verify)
-    return load_chat(checkpoint, adapter, system, template, date, verify)
+        several.dry_load(empty, adapter, base, verify)
+    return load_chat(base, adapter, system, template, date, verify)
 
 
 def load_chat(
-    checkpoint: pretrained.ModelFiles,
+    base: pretrained.ModelFiles,
     adapter: str | Path | None = None,
     system: str | bool | None = None,
     template: str | None = None,
@@ -225,9 +225,9 @@ def load_chat(
             say(f"system   as in training: {' '.join(system.split())[:100]}")
     template = template or (passport.template_of(adapter) if adapter else None)
     today = Date.fromisoformat(date or trained.get("date") or str(FROZEN_DATE))
-    chat = pretrained.load_chat(checkpoint, system, template, today)
+    chat = pretrained.load_chat(base, system, template, today)
     if adapter:
-        passport.verify_chat(adapter, checkpoint.name, chat.tokenizer, chat.template.source, not verify)
+        passport.verify_chat(adapter, base.name, chat.tokenizer, chat.template.source, not verify)
     return chat
 
 

@@ -60,17 +60,17 @@ def common_base(adapters: Sequence[str], insist: bool = False) -> str:
 
 
 def dry_load(
-    empty: nn.Module, adapter: str, checkpoint, verify: bool = True, dtype: torch.dtype = torch.float32
+    empty: nn.Module, adapter: str, base, verify: bool = True, dtype: torch.dtype = torch.float32
 ) -> dict[str, LoRALinear]:
     """The layers of an adapter, as `store.load` puts them on a base on `meta`, which is left as it was.
 
-    Raises BadInput where the adapter does not fit, or, if `verify`, where the checkpoint is not its base.
+    Raises BadInput where the adapter does not fit, or, if `verify`, where this base is not the one that it was trained on.
     """
     store.load(empty, adapter, dtype)
     layers = lora_layers(empty)
     try:
         if verify:
-            passport.verify(adapter, checkpoint.name, checkpoint.header, checkpoint.read, layers)
+            passport.verify(adapter, base.name, base.header, base.read, layers)
     finally:
         unload(empty)
     return layers

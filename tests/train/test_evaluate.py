@@ -370,7 +370,7 @@ def both(folder: Path, *argv):
     """                pass
 """,
 )
-@mutation("evaluate.py", "try_adapter(empty, name, adapter, checkpoint,", "try_adapter(empty, name, None, checkpoint,")
+@mutation("evaluate.py", "try_adapter(empty, name, adapter, base,", "try_adapter(empty, name, None, base,")
 def test_base_and_adapters_side_by_side_are_each_as_if_alone(tmp_path):
     _, report = both(tmp_path, "--data", cli.data_file())
     figures = report["figures"]
