@@ -64,7 +64,7 @@ def dry_load(
 ) -> dict[str, LoRALinear]:
     """The layers of an adapter, as `store.load` puts them on a base on `meta`, which is left as it was.
 
-    Raises BadInput where the adapter does not fit, or, if `verify`, where this base is not the one that it was trained on.
+    Raises BadInput where the adapter does not fit, or, if `verify`, where it was trained on another base.
     """
     store.load(empty, adapter, dtype)
     layers = lora_layers(empty)
