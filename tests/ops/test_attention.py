@@ -174,7 +174,7 @@ def test_documents_in_rectangles_equal_each_alone_with_their_gradients(lengths, 
         assert close(ours, wanted, TOL)
 
 
-@mutation("lora/ops/fast_attention.py", "q.element_size() <= _Causal.KEPT", "q.element_size() <= 10**12")
+@mutation("lora/ops/fast_attention.py", "q.element_size() <= _Causal.KEPT_BYTES", "q.element_size() <= 10**12")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_weights_are_formed_again_and_change_no_bit(dtype):
     tensors = [x.detach().to(dtype).requires_grad_() for x in some_heads([40, 90])]
