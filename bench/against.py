@@ -26,8 +26,8 @@ def one(tree: Path, workload: str) -> None:
     shape = train_speed.WORKLOADS[workload]
     with tempfile.TemporaryDirectory() as folder:
         bench = train_speed.Bench(Path(folder), 2, False)
-        license_ids = train_speed.pretrained.load_chat(train_speed.pretrained.find(str(bench.base))).tokenizer
-        text = license_ids.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))  # the same in both
+        tokenizer = train_speed.pretrained.load_chat(train_speed.pretrained.find(str(bench.base))).tokenizer
+        text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))  # the same in both
         steps = train_speed.make_steps(shape, text, shape.warm + shape.steps, workload)
         run = bench.child("ours", steps=steps, micro=0)
     seconds = [row["seconds"] for row in run["rows"][shape.warm :]]
