@@ -29,7 +29,7 @@ from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
 from lora.methods import sft
 from lora.pretrained import default_model, hub
-from lora.run.settings import EvaluateSettings
+from lora.run.use_settings import EvaluateSettings
 
 TASK_ROWS = 60
 ROOM, LEAST_TOKENS = 1.5, 48  # an answer may be so many times the longest target, and so long at least

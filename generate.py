@@ -24,7 +24,7 @@ from lora.inference import prompts, several
 from lora.inference.columns import table
 from lora.inference.generate import Sampling
 from lora.inference.session import Session, open_session, open_sessions
-from lora.run.settings import GenerateSettings
+from lora.run.use_settings import GenerateSettings
 
 
 def main(argv=None) -> int:

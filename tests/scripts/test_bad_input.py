@@ -23,7 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora.run.settings import GenerateSettings, MergeSettings, TrainSettings
+from lora.run.settings import TrainSettings
+from lora.run.use_settings import GenerateSettings, MergeSettings
 from lora.settings import Flag
 from tests import cli
 from tests.mutation import mutation
