@@ -1,4 +1,4 @@
-"""Every flag of the commands that use what was trained: GenerateSettings, EvaluateSettings, MergeSettings."""
+"""Every flag of the commands after train.py: a typed class for each command, inherited from a class for each group."""
 
 # ruff: noqa: RUF009
 
