@@ -66,11 +66,11 @@ def main(argv=None) -> int:
     if not args.no_verify:
         passport.verify(args.adapter, base.name, base.header, base.read, layers)
     template = passport.template_of(args.adapter)
-    source = files.read_bytes(template, pretrained.TEMPLATE_LIMIT) if template else b""
-    ChatTemplate(source.decode("utf-8-sig", "replace"), where=template or "")  # it can be read
+    source = files.read_template(template).encode() if template else b""
+    ChatTemplate(source.decode(), where=template or "")  # it can be read
     if args.adapter_only:
         gguf_write.write_adapter(base.config, out, low_rank_maps(layers, args.adapter), args.gguf_type or "f32")
-        if source and source.decode(errors="replace") != own_template(base):
+        if source and source.decode() != own_template(base):
             say(f"note     the file has no chat template, and the base's is another. Give llama-server --jinja "
                 f"--chat-template-file {template}")  # fmt: skip
         say(f"saved    {out}, the adapter of {len(layers)} tensors")

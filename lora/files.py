@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from lora.errors import BadInput, Refused
 
 JSON_LIMIT = 256 * 2**20  # bytes; the largest tokenizer.json files have about 35 MB
+TEMPLATE_LIMIT = 2**20
 
 # safetensors dtype name -> torch dtype; a model may hold others, but we do not compute with them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -180,6 +181,21 @@ def read_json(path: Path, data: bytes | None = None) -> dict:
     if not isinstance(value, dict):
         raise BadInput(f"wrong JSON in {path}: expected an object, found {type(value).__name__}. Repair it")
     return value
+
+
+def read_template(path: Path, data: bytes | None = None) -> str | None:
+    """The chat template in a file: all of it; or of a JSON file what `chat_template` says, a text or the one called
+    "default" in a list of several, None where it says neither. Raises BadInput for what is no text."""
+    data = read_bytes(path, TEMPLATE_LIMIT if Path(path).suffix != ".json" else JSON_LIMIT) if data is None else data
+    if Path(path).suffix != ".json":
+        return data.decode("utf-8-sig", "replace")
+    source = read_json(path, data).get("chat_template")
+    if isinstance(source, list):  # "tool_use" and the like are the others
+        named = (one for one in source if isinstance(one, dict) and one.get("name") == "default")
+        source = next((one.get("template") for one in named), None)
+    if isinstance(source, str) and any("\ud800" <= c <= "\udfff" for c in source):
+        raise BadInput(f"wrong text in {path}: half a surrogate pair, which is no character. Repair it")
+    return source if isinstance(source, str) else None
 
 
 class Safetensors:

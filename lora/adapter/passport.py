@@ -30,6 +30,7 @@ from lora.adapter.inject import disabled
 from lora.errors import BadInput, say
 
 FORMAT, TEMPLATE = 1, "chat_template.jinja"
+TOKENIZERS_TEMPLATE = ("chat_template.json", "tokenizer_config.json")  # what PEFT's users have in its place
 ADAPTER = (TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
 UNUSED = re.compile(r"\[PAD\d+\]")  # ids without a token, as llama.cpp's converter names them
 
@@ -130,9 +131,10 @@ def base_of(folder: Path) -> str:
 
 
 def template_of(folder: Path) -> str | None:
-    """The file of the chat template that an adapter was trained with; None where it brings none."""
-    path = Path(folder) / TEMPLATE
-    return str(path) if path.exists() else None
+    """The file of the chat template that an adapter was trained with; None where it brings none. Other programs write
+    it into the tokenizer's files, which count as they do beside a model."""
+    paths = (Path(folder) / name for name in (TEMPLATE, *TOKENIZERS_TEMPLATE))
+    return next((str(path) for path in paths if path.exists() and files.read_template(path) is not None), None)
 
 
 def verify(folder: Path, name: str, header: dict, read_tensor: Callable, paths: Iterable[str]) -> None:

@@ -110,7 +110,7 @@ def shared_chat(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
     """Chat (system turn, date) and template that all adapters were trained with; a warning where they differ."""
     chats = [(passport.read(adapter) or {}).get("chat") or {} for adapter in adapters]
     found = [passport.template_of(adapter) for adapter in adapters]
-    templates = [path and files.read_bytes(path, pretrained.TEMPLATE_LIMIT) for path in found]
+    templates = [path and files.read_template(path).encode() for path in found]
     for values, what, flag in ((chats, "system turns or dates", "--system"), (templates, "templates", "--template")):
         if any(value != values[0] for value in values):
             say(f"warning: the adapters were trained with different {what}; none is kept, give {flag} where it is used")
@@ -131,7 +131,7 @@ def extract(args) -> int:
         names = shared_names(model, pretrained.empty_model(tuned), base, tuned)
         paths, cuts, others = {f"{path}.weight": path for path in linears(model)}, {}, []
         for name in tqdm(names, desc="extracting", unit="tensor", leave=False, disable=None):
-            W, W_tuned = base.read(name), tuned.read(name)
+            W, W_tuned = base.read(name, base.widest), tuned.read(name, tuned.widest)
             wide = torch.promote_types(W.dtype, W_tuned.dtype)
             if torch.equal(W.to(wide), W_tuned.to(wide)):
                 continue

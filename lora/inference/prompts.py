@@ -39,7 +39,7 @@ def encode(chat: Chat, limit: int, messages: list[dict], where: str) -> list[int
     the positions of the model."""
     if not all(is_utf8(message["content"]) for message in messages):
         raise BadInput(f"wrong encoding in {where}: not UTF-8. Convert it to UTF-8")
-    ids = chat.prompt(messages)
+    ids = chat.prompt(messages, where)
     if len(ids) >= limit:
         raise BadInput(f"prompt too long in {where}: {len(ids)} tokens, the model has room for {limit}. Shorten it")
     return ids

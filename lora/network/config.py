@@ -111,7 +111,8 @@ class _Reader:
             if self.raw.get(field) == value:
                 self.wrong(field, why, fix)
         for field, neutral in NEUTRAL.items():
-            if field in self.raw and field not in family.reads and not any(self.raw[field] == n for n in neutral):
+            known = field not in self.raw or field in (*family.reads, *family.unused)
+            if not known and not any(self.raw[field] == n for n in neutral):
                 self.wrong(field, f"{json.dumps(self.raw[field])[:60]} is not implemented")
         field, activation = family.activation
         activation = self.raw.get(field) or activation

@@ -15,6 +15,7 @@ class Family:
     that all have. Sources: the configuration and model classes of transformers; for Baichuan its own."""
 
     reads: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()  # fields that its configuration has and nobody computes with, the reference neither
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     num_key_value_heads: int | None = None  # as many as there are heads
@@ -48,8 +49,7 @@ GEMMA = {
     "activation": ("hidden_activation", "gelu_pytorch_tanh"),
 }  # fmt: skip
 READ_BY_GEMMA = (
-    "attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping",
-    "final_logit_softcapping",
+    "attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping",
 )  # fmt: skip
 READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -77,12 +77,13 @@ FAMILIES = {
         fused=(("self_attn.qkv_proj", Q_K_V), ("mlp.gate_up_proj", GATE_UP)),
     ),
     "gemma2": Family(
-        reads=READ_BY_GEMMA, max_position_embeddings=8192, sliding_window_pattern=2,
+        reads=(*READ_BY_GEMMA, "attn_logit_softcapping"), max_position_embeddings=8192, sliding_window_pattern=2,
         attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **GEMMA,
     ),
     "gemma3_text": Family(
-        reads=(*READ_BY_GEMMA, "rope_local_base_freq", "sliding_window_pattern"), max_position_embeddings=131072,
-        sliding_window_pattern=6, rope_theta=1000000.0, rope_local_base_freq=10000.0, qk_norm=True, **GEMMA,
+        reads=(*READ_BY_GEMMA, "rope_local_base_freq", "sliding_window_pattern"), unused=("attn_logit_softcapping",),
+        max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1000000.0, rope_local_base_freq=10000.0,
+        qk_norm=True, **GEMMA,
     ),
     "glm4": Family(
         reads=("attention_bias", "partial_rotary_factor"), max_position_embeddings=131072, rms_norm_eps=1.5625e-7,

@@ -1,11 +1,11 @@
 """Base models on disk: hub folders, GGUF files, the default model; read strictly, written again."""
 
-from lora.pretrained.chat import TEMPLATE_LIMIT, load_chat
+from lora.pretrained.chat import load_chat
 from lora.pretrained.folder import SIDECARS, WEIGHTS, ModelFiles, ModelFolder, shards
 from lora.pretrained.load import empty_model, find, load_model
 from lora.pretrained.write import write_model
 
 __all__ = [
-    "SIDECARS", "TEMPLATE_LIMIT", "WEIGHTS", "ModelFiles", "ModelFolder", "empty_model", "find", "load_chat",
+    "SIDECARS", "WEIGHTS", "ModelFiles", "ModelFolder", "empty_model", "find", "load_chat",
     "load_model", "shards", "write_model",
 ]  # fmt: skip

@@ -12,8 +12,6 @@ from lora.text.chat import Chat
 from lora.text.template import BUILT_IN, FROZEN_DATE, ChatTemplate
 from lora.text.tokenizer import Tokenizer
 
-TEMPLATE_LIMIT = 2**20  # bytes
-
 
 def load_chat(
     base: ModelFiles, system: str | bool | None = None, template: str | None = None, today: date = FROZEN_DATE
@@ -26,12 +24,12 @@ def load_chat(
     special = _special_tokens(base.name, settings)
     eos = _ends(config, settings, special, tokenizer)
     if template is None:
-        where, source = _own_template(base.name, beside, settings)
+        where, source = _own_template(base.name, beside)
     else:
         if special.get("eos_token") not in tokenizer.control and eos:
             special["eos_token"] = tokenizer.token(eos[0]) or ""
         where, source = _given_template(base.name, template, tokenizer, special)
-    if not isinstance(source, str):
+    if source is None:
         fix = f"Give an instruct or chat model, or --template {', '.join(BUILT_IN)} or a file"
         raise BadInput(f"no chat template in {base.name}: it seems to be a base model. {fix}")
     _no_half_characters(source, where)
@@ -45,11 +43,7 @@ SETTINGS = (*SPECIAL_FILES, "generation_config.json")
 def _tokenizer(name: str, beside: dict[str, bytes], config: ModelConfig) -> Tokenizer:
     if "tokenizer.json" not in beside:
         raise BadInput(f"no tokenizer in {name}: there is no tokenizer.json. Convert it with its original library")
-    tokenizer = Tokenizer(beside["tokenizer.json"], f"{name}/tokenizer.json")
-    if tokenizer.size > config.vocab_size:
-        why = f"{tokenizer.size} tokens, the model has {config.vocab_size}"
-        raise BadInput(f"wrong tokenizer in {name}/tokenizer.json: {why}. Give the tokenizer of this model")
-    return tokenizer
+    return Tokenizer(beside["tokenizer.json"], f"{name}/tokenizer.json", config.vocab_size)
 
 
 def _special_tokens(name: str, settings: dict[str, dict]) -> dict[str, str]:
@@ -72,22 +66,16 @@ def _ends(config: ModelConfig, settings: dict, special: dict[str, str], tokenize
     return list(dict.fromkeys(i for i in eos if type(i) is int and 0 <= i < config.vocab_size))
 
 
-def _own_template(name: str, beside: dict[str, bytes], settings: dict[str, dict]) -> tuple[str, object]:
+def _own_template(name: str, beside: dict[str, bytes]) -> tuple[str, str | None]:
     """The file that has the model's template, and its source."""
     if "chat_template.jinja" in beside:
         return f"{name}/chat_template.jinja", beside["chat_template.jinja"].decode(errors="replace")
-    file = "tokenizer_config.json"
-    if "chat_template.json" in beside:
-        file = "chat_template.json"
-        settings = {file: files.read_json(Path(name) / file, beside[file])}
-    source = settings.get(file, {}).get("chat_template")
-    if isinstance(source, list):  # several by name; "default" is the one for chats
-        named = (one for one in source if isinstance(one, dict) and one.get("name") == "default")
-        source = next((one.get("template") for one in named), None)
-    return f"{name}/{file}", source
+    file = "chat_template.json" if "chat_template.json" in beside else "tokenizer_config.json"
+    where = Path(name) / file
+    return str(where), files.read_template(where, beside[file]) if file in beside else None
 
 
-def _given_template(name: str, template: str, tokenizer: Tokenizer, special: dict[str, str]) -> tuple[str, str]:
+def _given_template(name: str, template: str, tokenizer: Tokenizer, special: dict[str, str]) -> tuple[str, str | None]:
     """A built-in template, or one in a file, as `--template` names it."""
     if template in BUILT_IN:
         where = f"--template {template}"
@@ -97,7 +85,7 @@ def _given_template(name: str, template: str, tokenizer: Tokenizer, special: dic
         return where, _header(tokenizer, special) + BUILT_IN[template]
     if not Path(template).exists() and "." not in template:
         raise BadInput(f"unknown template in the command line: {template}. Give {', '.join(BUILT_IN)} or a file")
-    return template, files.read_bytes(Path(template), TEMPLATE_LIMIT).decode("utf-8-sig", "replace")
+    return template, files.read_template(Path(template))
 
 
 def _header(tokenizer: Tokenizer, special: dict[str, str]) -> str:

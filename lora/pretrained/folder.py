@@ -20,15 +20,21 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 class ModelFiles(Protocol):
     """A model that is not loaded yet. `header` maps a tensor's name to its dtype name and shape, `config` is the raw
-    config.json, `hub_id` what others call the model; `files()` are those beside the weights."""
+    config.json, `hub_id` what others call the model; `files()` are those beside the weights.
+
+    `read` gives a tensor in the header's dtype, or in the one asked for. `widest` is one that loses nothing of the
+    file, where the header's does: a GGUF file is a bf16 model to all that fingerprints and writes it.
+    """
 
     name: str
     hub_id: str
     described: str
     config: dict
     header: dict[str, tuple[str, tuple[int, ...]]]
+    widest: torch.dtype | None
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor: ...
     def files(self) -> dict[str, bytes]: ...
 
 
@@ -37,6 +43,8 @@ class ModelFolder:
 
     Raises BadInput for what is missing or broken, Refused for pickles and for paths that lead out of the folder.
     """
+
+    widest = None
 
     def __init__(self, path: Path, name: str | None = None, described: str | None = None):
         self.path = Path(path)
@@ -82,14 +90,17 @@ class ModelFolder:
             raise BadInput(*(f"missing weights in {path}: named in {index}. Download it" for path in missing))
         return names
 
-    def read(self, name: str) -> torch.Tensor:
-        whole = name not in self._parts
-        return self._file_of[name].read(name) if whole else self.read_rows(name, 0, self.header[name][1][0])
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if name in self._parts:
+            return self.read_rows(name, 0, self.header[name][1][0], dtype)
+        tensor = self._file_of[name].read(name)
+        return tensor.to(dtype or tensor.dtype)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Some rows of a tensor, without reading the others."""
         whole, first = self._parts.get(name, (name, 0))
-        return self._file_of[whole].read_rows(whole, first + start, first + stop)
+        tensor = self._file_of[whole].read_rows(whole, first + start, first + stop)
+        return tensor.to(dtype or tensor.dtype)
 
     def shard_of(self, name: str) -> str:
         """The file a tensor is in."""

@@ -1,4 +1,7 @@
-"""A GGUF file as a hub folder: config, tokenizer, chat template, and tensors under hub names, dequantised to bf16.
+"""A GGUF file as a hub folder: config, tokenizer, chat template, and tensors under hub names, dequantised.
+
+Its values are float32 until they are rounded, once, to the dtype that a run computes in; what names no dtype (hashes,
+a folder written from it) takes it for a bf16 model.
 
 Nothing in the file is trusted: every count and length is checked against the bytes that remain before it is used.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -30,6 +33,8 @@ class GGUFFile:
     `config` is a hub config.json; `header` maps a hub name to ("BF16", shape), a Linear's shape being (out, in).
     """
 
+    widest = torch.float32
+
     def __init__(self, path: Path | str):
         self.path = Path(path)
         if not self.path.is_file():
@@ -60,7 +65,7 @@ class GGUFFile:
         self._head_dim, self._rotary_dim = self._head_sizes()
         rows = self.header.get("model.embed_tokens.weight", ("", (0,)))[1][0]
         self._check(rows > 0, "token_embd.weight", "it is missing", AGAIN)
-        self.config = self._config(rows, special_ids(self._metadata, rows))
+        self.config = self._config(rows, special_ids(self._metadata))
         self.header, self._parts = fused.split(self.config, self.header, str(path))
 
     def _get(self, key: str, kind: type = int, default=None):
@@ -131,28 +136,35 @@ class GGUFFile:
                     return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
         self._check(False, names.ROPE_FREQS, f"not Llama 3's scaling by {' or '.join(map(str, LLAMA3_FACTORS))}")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of a hub name in bfloat16. Raises BadInput if the file has become shorter."""
-        whole, first = self._parts.get(name, (name, 0))
-        if self._family.norm_offset and name.endswith("norm.weight"):  # the converter has added it
-            return (self._dequantised(self._tensors[name], torch.float32) - self._family.norm_offset).bfloat16()
-        tensor = self._dequantised(self._tensors[whole], torch.bfloat16)[first : first + self.header[name][1][0]]
-        reordered = self._architecture.reordered and names.ROTATED.search(name)
-        return names.to_halves(tensor, self._head_dim) if reordered else tensor
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor of a hub name in `dtype`, by default bfloat16. Raises BadInput if the file has become shorter."""
+        return self.read_rows(name, 0, self.header[name][1][0], dtype)
 
-    def _dequantised(self, tensor: Stored, dtype: torch.dtype) -> torch.Tensor:
-        columns = tensor.shape[-1]
-        values = torch.empty(math.prod(tensor.shape) // columns, columns, dtype=dtype)
-        row_bytes = tensor.size // len(values)
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Some rows of a tensor, `read` without the others where they lie together in the file."""
+        (whole, first), dtype = self._parts.get(name, (name, 0)), dtype or torch.bfloat16
+        if self._architecture.reordered and names.ROTATED.search(name):
+            return names.to_halves(self._dequantised(self._tensors[name], dtype), self._head_dim)[start:stop]
+        if self._family.norm_offset and name.endswith("norm.weight"):  # the converter has added it
+            tensor = self._dequantised(self._tensors[name], torch.float32)
+            return (tensor - self._family.norm_offset).to(dtype)[start:stop]
+        return self._dequantised(self._tensors[whole], dtype, first + start, first + stop)
+
+    def _dequantised(self, tensor: Stored, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Its values, or some of its rows; of a matrix no others are read."""
+        columns, matrix = tensor.shape[-1], len(tensor.shape) == 2
+        count = math.prod(tensor.shape) // columns
+        first, last = (start, count if stop is None else stop) if matrix else (0, count)
+        values, row_bytes = torch.empty(last - first, columns, dtype=dtype), tensor.size // count
         with open(self.path, "rb") as file, np.errstate(all="ignore"):  # not mapped: truncation would kill the process
-            file.seek(tensor.offset)
+            file.seek(tensor.offset + first * row_bytes)
             for rows in values.split(max(1, CHUNK // columns)):
                 data = bytearray(len(rows) * row_bytes)
                 if file.readinto(data) != len(data):
                     raise BadInput(f"broken GGUF file in {self.path}: it became shorter while it was read. {AGAIN}")
                 data = np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
                 rows.copy_(torch.from_numpy(dequantize(data, tensor.type)))
-        return values.view(tensor.shape)
+        return values if matrix else values.view(tensor.shape)[start:stop]
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json. Raises BadInput."""

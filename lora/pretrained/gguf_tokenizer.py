@@ -40,11 +40,9 @@ PRE_TOKENIZERS = {
 }
 
 
-def special_ids(metadata: Metadata, rows: int) -> dict[str, int | None]:
-    """GGUF's name of a special token -> its id, of a model with so many embeddings."""
-    key, count = "tokenizer.ggml.tokens", len(metadata.get("tokenizer.ggml.tokens", list, []))
-    metadata.check(count <= rows, key, f"{count:,} tokens, but {rows:,} embeddings", AGAIN)
-    ids = {}
+def special_ids(metadata: Metadata) -> dict[str, int | None]:
+    """GGUF's name of a special token -> its id."""
+    ids, count = {}, len(metadata.get("tokenizer.ggml.tokens", list, []))
     for name in (*SPECIAL.values(), *ENDS[1:]):
         ids[name] = i = metadata.values.get(key := f"tokenizer.ggml.{name}_token_id")
         right = i is None or (type(i) is int and 0 <= i < count)
@@ -58,7 +56,7 @@ def tokenizer_files(metadata: Metadata, config: dict) -> dict[str, bytes]:
     model, pre = get("tokenizer.ggml.model", str), get("tokenizer.ggml.pre", str, "missing")
     why = f"{show(model)} with {show(pre)}; implemented is 'gpt2' with {', '.join(PRE_TOKENIZERS)}, and 'llama'"
     check(model == "llama" or (model == "gpt2" and pre in PRE_TOKENIZERS), "tokenizer.ggml.pre", why)
-    ids, tokens = special_ids(metadata, config["vocab_size"]), get("tokenizer.ggml.tokens", list, [])
+    ids, tokens = special_ids(metadata), get("tokenizer.ggml.tokens", list, [])
     named = {f"{name}_token": ids[theirs] for name, theirs in SPECIAL.items()}
     settings = {name: tokens[i] for name, i in named.items() if i is not None}
     add_bos = get("tokenizer.ggml.add_bos_token", bool, model == "llama" or PRE_TOKENIZERS[pre][-1])

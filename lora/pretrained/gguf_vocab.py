@@ -125,6 +125,8 @@ def _tokens(raw: dict, base: ModelFiles, where: str) -> tuple[list[str], list[in
     if len(by_id) < len(known):
         _refuse(where, "two tokens have one id")
     size = base.config["vocab_size"]
+    if any(i >= size for i in raw["model"]["vocab"].values()):
+        _refuse(where, f"the model has {size} embeddings, and tokens that others join to have higher ids")
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
     if len(set(tokens)) < size:
         _refuse(where, "a token is called as one that is missing, [PAD...]")
@@ -148,6 +150,7 @@ def _special(chat: Chat, base: ModelFiles, bos: int | None) -> dict[str, int]:
     candidates = [bos, ids["bos"], base.config.get("bos_token_id")]  # Qwen's tokenizer has none, its config has
     ids["bos"] = next((i for i in candidates if type(i) is int and 0 <= i < size), None)
     ends = chat.stops & {chat.end_of_document, *chat.tokenizer.control.values()}
+    ids = {name: None if i is None or i >= size else i for name, i in ids.items()}
     first = chat.end_of_document if ids["eos"] is None else ids["eos"]
     ends = [first, *sorted(ends - {first})]
     if len(ends) > len(ggml.ENDS):

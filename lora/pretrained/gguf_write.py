@@ -127,7 +127,7 @@ def write_model(
     arch, row = _architecture(config, base.name)
 
     def read(name: str) -> torch.Tensor:
-        return _reorder(row, name, change(name, base.read(name)), config.head_dim)
+        return _reorder(row, name, change(name, base.read(name, base.widest)), config.head_dim)
 
     tensors = {}
     for name in names:

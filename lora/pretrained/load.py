@@ -78,7 +78,7 @@ def load_model(base: ModelFiles | str, dtype: torch.dtype = torch.float32, devic
     base = find(base) if isinstance(base, str) else base
     model, weights, problems = empty_model(base), {}, []
     for name in model.state_dict():
-        weights[name] = base.read(name).to(device=device, dtype=dtype)
+        weights[name] = base.read(name, dtype).to(device)
         if not torch.isfinite(weights[name].sum()) and not torch.isfinite(weights[name]).all():
             problems.append(f"wrong tensor in {base.name}:{name}: values that are not finite. Download it again")
     if problems:

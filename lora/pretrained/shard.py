@@ -52,14 +52,13 @@ def shard(model: Model, device) -> Model:
 @torch.no_grad()
 def _fill(model: Model, base: ModelFiles) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    read_rows = getattr(base, "read_rows", lambda name, start, stop: base.read(name)[start:stop])
     parameters = dict(model.named_parameters())
     broken = torch.zeros(len(parameters), device=model.device)  # by name, so that all processes raise the same error
     for i, (name, parameter) in enumerate(parameters.items()):
         mine = parameter.to_local()  # (rows / N, ...), the last ranks' perhaps fewer or none
         start = rank * ceil(len(parameter) / size)
         if len(mine):
-            mine.copy_(read_rows(name, start, start + len(mine)))
+            mine.copy_(base.read_rows(name, start, start + len(mine), mine.dtype))
             broken[i] = not torch.isfinite(mine.sum()) and not torch.isfinite(mine).all()
     dist.all_reduce(broken)
     names = [name for name, count in zip(parameters, broken.tolist(), strict=True) if count]

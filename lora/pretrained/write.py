@@ -17,7 +17,7 @@ def write_model(
     change: Callable[[str, torch.Tensor], torch.Tensor],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model folder: `change(name, tensor)` gives the tensor to write, in `dtype` (by default the tensor's own).
+    """Write a model folder: `change(name, tensor)` gives the tensor to write, in `dtype` (by default the header's).
 
     Weights are cut into files as the base's are, and what its family fuses is fused again; config, tokenizer and
     template go along.
@@ -33,7 +33,7 @@ def write_model(
         headers.setdefault(shard_of(parts[0]), {})[whole] = (kind, shape)
 
     def read(whole: str) -> torch.Tensor:
-        parts = [change(name, base.read(name)) for name in layout[whole]]
+        parts = [change(name, base.read(name, base.widest)) for name in layout[whole]]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return tensor.to(files.DTYPES[kinds[whole]])
 

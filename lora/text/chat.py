@@ -56,6 +56,10 @@ class TokenizedChat(NamedTuple):
         return TokenizedChat(tokens, [*answers[:-1], (begin, limit)], masked)
 
 
+class WithoutRow(BadInput):
+    """A text has a token that the tokenizer knows and the model has no embedding for."""
+
+
 class Chat:
     """A tokenizer with a chat template: `prompt` for generation, `tokenize` for training, which agree by construction.
 
@@ -77,6 +81,8 @@ class Chat:
             self.end_of_turn = probe.tokens[probe.answers[0][1] - 1]
         except Rewritten:  # it can still be talked to
             pass
+        except WithoutRow as error:
+            raise BadInput(f"chat template in {template.where}: {error}") from None
         self.stops = {*eos, self.end_of_turn}
         self.cuts = 0  # texts in which the tokenizer would have fused an answer with the prompt before it
         self.guarded = 0  # conversations with text that spells a control token
@@ -87,10 +93,13 @@ class Chat:
         """The system turn that the template inserts where the messages have none, as rendered; "" for none."""
         return self._renderer.own_system
 
-    def prompt(self, messages: Sequence[dict]) -> list[int]:
-        """Ids of a conversation up to where the next answer begins."""
+    def prompt(self, messages: Sequence[dict], where: str = "this conversation") -> list[int]:
+        """Ids of a conversation up to where the next answer begins. Raises BadInput, naming `where`."""
         text = self._renderer.prompt(messages)
-        ids = self._place_answers(text, borders.encode(text, self.tokenizer)).tokens
+        try:
+            ids = self._place_answers(text, borders.encode(text, self.tokenizer)).tokens
+        except WithoutRow as error:
+            raise BadInput(f"wrong prompt in {where}: {error}") from None
         if not ids:
             why = "it writes nothing for this conversation, so no answer can begin"
             raise BadInput(f"chat template in {self.template.where}: {why}. Repair or replace it")
@@ -155,6 +164,7 @@ class Chat:
                 tokens.insert(last, self.end_of_turn)
                 added += 1
             spans[answer.turn] = (first, last + 1)
+        self._check_rows(tokens)
         answers, masked = ([spans[turn] for turn in spans if turn in turns] for turns in (text.trained, text.masked))
         return TokenizedChat(tokens, answers, masked)
 
@@ -169,7 +179,12 @@ class Chat:
             tokens.append(self.end_of_document)
         if len(tokens) < 2:
             raise BadInput("a document of which the tokenizer keeps nothing. Remove it")
+        self._check_rows(tokens)
         return [TokenizedChat(tokens, [(0, len(tokens))], [])]
+
+    def _check_rows(self, tokens: list[int]) -> None:
+        if problem := self.tokenizer.without_row(tokens):
+            raise WithoutRow(problem)
 
 
 def _or_error(make, *given):

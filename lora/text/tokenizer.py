@@ -12,12 +12,13 @@ BROKEN = "\ufffd"  # what bytes that are no character (yet) are decoded to
 
 class Tokenizer:
     """A `tokenizer.json`. `control` maps the text of every special token (`<|im_end|>`) to its id, `control_pattern`
-    finds them in a text; `fingerprint` is the file's sha256.
+    finds them in a text; `fingerprint` is the file's sha256; `rows` is how many embeddings the model has, None where
+    that is enough for all tokens.
 
     Raises BadInput for a file that is no tokenizer; `where` names it.
     """
 
-    def __init__(self, data: bytes, where: str = "tokenizer.json"):
+    def __init__(self, data: bytes, where: str = "tokenizer.json", rows: int | None = None):
         try:
             self._fast = FastTokenizer.from_str(data.decode("utf-8-sig"))
             self._fast.no_truncation()
@@ -32,6 +33,7 @@ class Tokenizer:
                 raise
             why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise BadInput(f"broken tokenizer in {where}: {why}. Download the file again") from None
+        self.rows = rows if rows is not None and rows < self.size else None
         self.control = {token.content: i for i, token in added.items() if token.special}
         strings = sorted(self.control, key=len, reverse=True)
         self.control_pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
@@ -75,6 +77,13 @@ class Tokenizer:
 
     def id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
+
+    def without_row(self, ids: list[int]) -> str | None:
+        """What is wrong with the first of these ids that the model has no embedding for, if there is one."""
+        first = next((i for i in ids if i >= self.rows), None) if self.rows is not None else None
+        if first is None:
+            return None
+        return f"the token {self.token(first)!r} has id {first}, the model has {self.rows} embeddings. Leave it out"
 
 
 class Stream:

@@ -262,3 +262,58 @@ def test_a_change_of_any_one_kind_of_layer_is_seen(capsys, targets):
     warn_if_unchanged(model, "somewhere")
     assert "the adapter in somewhere changes nothing" in capsys.readouterr().err
     assert all(layer.enabled for layer in lora_layers(model).values())
+
+
+# ---- a template that another program left ----------------------------------------------------------------------------
+
+LOUD = cli.CHATML.replace("m.role", "m.role | upper").replace("assistant\n", "ASSISTANT\n")
+
+
+@mutation("lora/adapter/passport.py", "for name in (TEMPLATE, *TOKENIZERS_TEMPLATE))", "for name in (TEMPLATE,))")
+@mutation("lora/adapter/passport.py", '("chat_template.json", "tokenizer_config.json")', '("chat_template.json",)')
+@mutation("lora/files.py", 'if isinstance(one, dict) and one.get("name") == "default")', "if isinstance(one, dict))")
+@mutation("merge.py", "source = files.read_template(template).encode()", "source = files.read_bytes(template)")
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.json"])
+@pytest.mark.parametrize("form", ["text", "list"])
+def test_a_template_in_the_tokenizers_files_of_an_adapter_is_the_one_it_was_trained_with(work, place, form):
+    """As TRL, LLaMA-Factory and Unsloth save an adapter with its tokenizer."""
+    plain = ok(use("generate", work))
+    (work / "adapter/chat_template.jinja").write_text(LOUD)
+    expected = ok(use("generate", work))
+    (work / "adapter/chat_template.jinja").unlink()
+    assert ok(use("generate", work)) == plain != expected
+    value = LOUD if form == "text" else [{"name": "tool_use", "template": "x"}, {"name": "default", "template": LOUD}]
+    (work / "adapter" / place).write_text(json.dumps({"chat_template": value, "eos_token": "<|im_end|>"}))
+    assert passport.template_of(work / "adapter") == str(work / "adapter" / place)
+    for script in ("generate", "evaluate", "merge", "train"):
+        done = use(script, work)
+        assert done.code == 0 and "another chat template" in done.err, script
+        assert script != "generate" or done.out == expected
+    assert (work / "merged/chat_template.jinja").read_text() == LOUD
+
+
+@mutation("lora/adapter/passport.py", "(TEMPLATE, *TOKENIZERS_TEMPLATE))", "(*TOKENIZERS_TEMPLATE, TEMPLATE))")
+def test_templates_of_an_adapter_count_in_the_order_of_a_models(work):
+    def template():
+        path = passport.template_of(work / "adapter")
+        return path and path.rsplit("/", 1)[-1]
+
+    (work / "adapter/chat_template.jinja").unlink()
+    (work / "adapter/tokenizer_config.json").write_text(json.dumps({"eos_token": "x", "chat_template": None}))
+    assert template() is None
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        (work / "adapter" / name).write_text(json.dumps({"chat_template": LOUD}))
+        assert template() == name
+    (work / "adapter/chat_template.jinja").write_text(LOUD)
+    assert template() == "chat_template.jinja"
+
+
+@mutation("lora/files.py", "if isinstance(source, str) and any(", "if False and any(")
+@ALL
+@pytest.mark.parametrize("text", ["{", '{"chat_template": "\\ud800"}', '{"chat_template": "{% for"}'], ids=range(3))
+def test_a_broken_template_in_the_tokenizers_files_of_an_adapter_is_bad_input(work, script, text):
+    (work / "adapter/chat_template.jinja").unlink()
+    (work / "adapter/tokenizer_config.json").write_text(text)
+    done = use(script, work)
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code == 2 and len(lines) == 1 and "adapter/tokenizer_config.json" in lines[0]

@@ -283,6 +283,19 @@ def test_a_config_that_would_compute_something_else_is_refused_by_field(field, f
     ), str(refused.value)
 
 
+@mutation("lora/network/families.py", 'unused=("attn_logit_softcapping",),', "")
+@mutation(
+    "lora/network/families.py",
+    'reads=(*READ_BY_GEMMA, "rope_local_base_freq", "sliding_window_pattern"), unused',
+    'reads=(*READ_BY_GEMMA, "attn_logit_softcapping", "rope_local_base_freq", "sliding_window_pattern"), unused',
+)
+def test_gemma_3_stores_a_cap_of_its_attention_that_nobody_computes_with():
+    raw = REAL["google/gemma-3-1b-it"]["config"] | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    config = ModelConfig.from_json(raw)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (None, 30)
+    assert ModelConfig.from_json(raw | {"model_type": "gemma2"}).attn_logit_softcapping == 50
+
+
 def test_every_field_that_is_not_implemented_has_a_refused_value():
     for field, neutral in NEUTRAL.items():
         ModelConfig.from_json(changed(LLAMA, **{field: neutral[0]}))

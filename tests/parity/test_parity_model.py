@@ -22,6 +22,7 @@ else:
 from lora import files
 from lora.adapter import store
 from lora.adapter.inject import lora_layers
+from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model, rope_table
 from lora.network.families import FAMILIES
@@ -86,6 +87,33 @@ def agree(ours: torch.Tensor, reference, look, *given) -> bool:
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
+
+
+STRANGE = {  # fields that some families compute with, and values that change what they compute
+    "attn_logit_softcapping": 3.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 7, "sliding_window": 5,
+    "use_sliding_window": True, "attention_bias": True, "mlp_bias": True, "qkv_bias": True, "max_window_layers": 1,
+    "partial_rotary_factor": 0.5, "rope_local_base_freq": 77.0, "no_rope_layer_interval": 3, "use_qk_norm": True,
+    "sliding_window_pattern": 3, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "silu", "logit_scale": 0.5,
+    "embedding_multiplier": 3.0, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "no_rope_layers": [0, 1, 0], "rope_interleaved": True, "embd_pdrop": 0.1, "original_max_position_embeddings": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", STRANGE)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", *(kind for kind in NEW if kind != "baichuan")])
+def test_a_field_changes_what_it_changes_in_the_reference_or_is_refused(kind, field):
+    """Gemma 3 stores `attn_logit_softcapping`, and transformers never computes with it."""
+    raw = family_config(kind) if kind in NEW else tiny_config(model_type=kind)
+    value = STRANGE[field]
+    raw[field] = (value * 9)[: raw["num_hidden_layers"]] if isinstance(value, list) else value
+    try:
+        ModelConfig.from_json(raw)
+    except BadInput as error:
+        assert f":{field}: " in str(error)
+        return
+    ours, reference = pair(raw, 0)
+    tokens = some_tokens(31, ours.config.vocab_size)
+    assert agree(ours(tokens), reference, seen_as_they_say, tokens)
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -3,10 +3,12 @@
 The files are written by the gguf package's writer, or byte by byte where they lie.
 """
 
+import itertools
 import json
 import math
 import os
 import random
+import string
 import struct
 import time
 import tracemalloc
@@ -23,11 +25,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
+from lora.adapter import passport
+from lora.adapter.merge import merged_weight
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
+from lora.network.decoder import Model
 from lora.network.rope import inverse_frequencies
-from lora.pretrained import gguf, gguf_header
+from lora.pretrained import ModelFolder, gguf, gguf_header, load_chat, load_model, write_model
 from lora.pretrained.gguf import GGUFFile
+from tests.helpers import far, same, snapshot
+from tests.mutation import mutation
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 32, 4, 2, 8, 64, 2
 SIZES = {
@@ -103,6 +110,11 @@ def finite_bytes(kind, rows, columns, generator):
     return blocks[:wanted].reshape(rows, -1)
 
 
+@mutation(
+    "lora/pretrained/gguf.py",
+    "return self._dequantised(self._tensors[whole], dtype, first + start, first + stop)",
+    "return self._dequantised(self._tensors[whole], torch.bfloat16, first + start, first + stop).to(dtype)",
+)
 @pytest.mark.parametrize("kind", [kind for kind in GGMLQuantizationType if can_dequantise(kind)], ids=lambda k: k.name)
 def test_every_type_reads_as_the_packages_dequantisation_of_the_same_bytes(path, kind, monkeypatch):
     monkeypatch.setattr(gguf, "CHUNK", 3 * 512)  # several chunks, the last one shorter
@@ -118,6 +130,9 @@ def test_every_type_reads_as_the_packages_dequantisation_of_the_same_bytes(path,
         got = base.read("model.embed_tokens.weight")
         assert base.header["model.embed_tokens.weight"] == ("BF16", (20, 512))
         assert got.dtype == torch.bfloat16 and torch.equal(got, expected) and got.unique().numel() > 2
+        for dtype in (torch.float32, torch.float16, torch.float64):  # rounded once, to what a run computes in
+            wide = base.read("model.embed_tokens.weight", dtype)
+            assert wide.dtype == dtype and torch.equal(wide, torch.from_numpy(dequantize(data, kind)).to(dtype))
     if kind.name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1"):
         assert (got.float() - torch.from_numpy(original)).abs().max() < 0.3
 
@@ -159,6 +174,32 @@ def test_llamas_q_and_k_get_back_the_row_order_the_converter_changed_and_nothing
         assert torch.equal(got.float(), torch.from_numpy(data)), name
 
 
+def small_model(kind):
+    """Tensors of a whole small file, matrices of type `kind`; and their values in float32, as the package has them."""
+    stored, meant = {}, {}
+    for name, shape in WHOLE.items():
+        data = np.random.default_rng(sum(map(ord, name))).standard_normal(shape).astype(np.float32)
+        data = 1 + data / 4 if "norm" in name else data / shape[-1] ** 0.5
+        packed = quantize(data, kind) if len(shape) > 1 else data
+        stored[name] = (packed, kind) if len(shape) > 1 else data
+        meant[name] = torch.from_numpy(dequantize(packed, kind).copy() if len(shape) > 1 else data)
+    return stored, meant
+
+
+WHOLE = {"token_embd.weight": (64, HIDDEN), "output_norm.weight": (HIDDEN,)} | {
+    f"blk.{i}.{name}": shape
+    for i in range(LAYERS)
+    for name, shape in {
+        "attn_norm.weight": (HIDDEN,), "ffn_norm.weight": (HIDDEN,),
+        "attn_q.weight": (HEADS * HEAD_DIM, HIDDEN), "attn_q.bias": (HEADS * HEAD_DIM,),
+        "attn_k.weight": (KV_HEADS * HEAD_DIM, HIDDEN), "attn_k.bias": (KV_HEADS * HEAD_DIM,),
+        "attn_v.weight": (KV_HEADS * HEAD_DIM, HIDDEN), "attn_v.bias": (KV_HEADS * HEAD_DIM,),
+        "attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
+        "ffn_gate.weight": (INNER, HIDDEN), "ffn_up.weight": (INNER, HIDDEN), "ffn_down.weight": (HIDDEN, INNER),
+    }.items()
+}  # fmt: skip
+
+
 HUB_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -173,6 +214,93 @@ HUB_NAMES = {
     "blk.11.ffn_up.bias": "model.layers.11.mlp.up_proj.bias",
     "blk.11.ffn_down.weight": "model.layers.11.mlp.down_proj.weight",
 }
+
+
+@mutation("lora/pretrained/load.py", "base.read(name, dtype).to(device)", "base.read(name).to(device, dtype)")
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q5_0"])
+def test_a_float32_model_has_every_value_of_its_file_and_computes_with_it(path, kind):
+    stored, meant = small_model(GGMLQuantizationType[kind])
+    model = load_model(GGUFFile(write(path, "qwen2", tensors=stored)), torch.float32)
+    truth = Model(model.config)
+    hub = HUB_NAMES | {"blk.11.ffn_up.weight": "model.layers.11.mlp.up_proj.weight"}
+    for name, end in itertools.product("qkv", ("weight", "bias")):
+        hub[f"blk.11.attn_{name}.{end}"] = f"model.layers.11.self_attn.{name}_proj.{end}"
+    values = {}
+    for name, tensor in meant.items():
+        layer = name.split(".")[1]
+        values[hub[name.replace(f".{layer}.", ".11.")].replace(".11.", f".{layer}.")] = tensor
+    truth.load_state_dict(values, strict=True)
+    assert same(snapshot(truth), snapshot(model))
+    tokens = torch.arange(40) % 64
+    with torch.no_grad():
+        logits, rounded = model(tokens), load_model(GGUFFile(path), torch.bfloat16).float()(tokens)
+        assert torch.equal(logits, truth(tokens)) and far(rounded, logits, 1e-6)
+
+
+@mutation(
+    "lora/pretrained/gguf.py",
+    "tensor = self._dequantised(self._tensors[name], torch.float32)",
+    "tensor = self._dequantised(self._tensors[name], dtype)",
+)
+def test_what_a_converter_added_to_gemmas_norms_is_subtracted_in_float32(path):
+    stored = np.random.default_rng(0).uniform(0.5, 1.5, HIDDEN).astype(np.float32)
+    base = GGUFFile(write(path, "gemma2", tensors=TENSORS | {"output_norm.weight": stored}))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        got = base.read("model.norm.weight", dtype)
+        assert got.dtype == dtype and torch.equal(got, torch.from_numpy(stored - 1).to(dtype))
+
+
+@mutation(
+    "lora/pretrained/gguf.py",
+    "first, last = (start, count if stop is None else stop) if matrix else (0, count)",
+    "first, last = 0, count",
+)
+@pytest.mark.parametrize("arch", ["phi3", "llama", "gemma2"])
+def test_some_rows_of_a_tensor_are_those_of_the_whole_and_part_of_a_fused_one_holds_no_other(path, arch):
+    rows = {"attn_qkv": (HEADS + 2 * KV_HEADS) * HEAD_DIM, "ffn_up": 2 * INNER}
+    names = {"phi3": rows, "llama": {"attn_q": HEADS * HEAD_DIM, "ffn_down": INNER}, "gemma2": {"ffn_up": INNER}}[arch]
+    tensors = {f"blk.0.{name}.weight": random_bf16(count, HIDDEN) for name, count in names.items()}
+    norm = {"output_norm.weight": random_bf16(HIDDEN)}
+    base = GGUFFile(write(path, arch, tensors=TENSORS | tensors | norm))
+    assert len(base.header) == {"phi3": 7, "llama": 4, "gemma2": 3}[arch]
+    for name, (_, shape) in base.header.items():
+        whole = base.read(name, torch.float32)
+        assert tuple(whole.shape) == shape and whole.untyped_storage().nbytes() == 4 * whole.numel()
+        for start, stop in ((0, 3), (5, 6), (4, shape[0]), (7, 7)):
+            assert torch.equal(base.read_rows(name, start, stop, torch.float32), whole[start:stop])
+    if arch == "phi3":
+        q, k = (base.read(f"model.layers.0.self_attn.{name}_proj.weight").float() for name in "qk")
+        assert torch.equal(torch.cat([q, k]), torch.from_numpy(tensors["blk.0.attn_qkv.weight"][: len(q) + len(k)]))
+
+
+@mutation("lora/pretrained/write.py", "base.read(name, base.widest)", "base.read(name)")
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_a_merged_file_is_the_sum_in_float32_rounded_once(path, tmp_path, dtype):
+    stored, meant = small_model(GGMLQuantizationType.F32)
+    metadata = tokenizer_metadata("smollm", TINY, [("h", "e")])
+    base = GGUFFile(write(path, "qwen2", metadata=metadata, tensors=stored))
+    delta = torch.randn(HEADS * HEAD_DIM, HIDDEN, generator=torch.Generator().manual_seed(1)) / 100
+    target, out = "model.layers.1.self_attn.q_proj.weight", tmp_path / "out"
+    out.mkdir()
+    write_model(base, out, lambda name, W: merged_weight(W, delta, dtype) if name == target else W, dtype)
+    exact, written = meant["blk.1.attn_q.weight"] + delta, ModelFolder(out)
+    kind = dtype or torch.bfloat16
+    assert torch.equal(written.read(target), exact.to(kind))
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
+    assert torch.equal(written.read("model.norm.weight"), meant["output_norm.weight"].to(kind))
+    twice = (meant["blk.1.attn_q.weight"].bfloat16() + delta).to(kind)
+    assert not torch.equal(twice, exact.to(kind))
+
+
+def test_fingerprints_of_a_file_are_those_of_its_bf16_values_whatever_a_run_computes_in(path):
+    """Adapters that were trained when files were read as bf16 belong to the same base."""
+    stored, meant = small_model(GGMLQuantizationType.Q8_0)
+    base = GGUFFile(write(path, "qwen2", tensors=stored))
+    load_model(base, torch.float32)
+    as_bf16 = {"model.embed_tokens.weight": meant["token_embd.weight"].bfloat16()}
+    expected = passport.contents(as_bf16.get, as_bf16)
+    assert passport.contents(base.read, as_bf16) == expected
+    assert {kind for kind, _ in base.header.values()} == {"BF16"}
 
 
 def test_tensors_have_hub_names_and_shapes_out_by_in(path):
@@ -350,7 +478,6 @@ NO_MODEL = {"tensors": {"output_norm.weight": np.zeros(HIDDEN, np.float32)}}
         ({"sizes": {"attention.layer_norm_rms_epsilon": "small"}}, "layer_norm_rms_epsilon"),
         ({"metadata": VOCABULARY | {"tokenizer.ggml.eos_token_id": 60}}, "tokenizer.ggml.eos_token_id"),
         ({"metadata": VOCABULARY | {"tokenizer.ggml.bos_token_id": "t1"}}, "tokenizer.ggml.bos_token_id"),
-        ({"metadata": {"tokenizer.ggml.tokens": ["t"] * 65}}, "65 tokens"),
         ({"metadata": {"tokenizer.ggml.tokens": [1, 2]}}, "tokenizer.ggml.tokens"),
         ({"tensors": TENSORS | {"blk.0.attn_q.weight": np.zeros((12, HIDDEN), np.float32)}}, "q_proj"),
         ({"tensors": TENSORS | bias("blk.0.attn_k.bias"), "sizes": {"attention.key_length": 1}}, "k_proj"),
@@ -434,6 +561,21 @@ def tokenizer_metadata(pre, vocabulary, merges, **more):
 
 TINY = {"<|im_start|>": 0, "<|im_end|>": 1, "h": 2, "e": 3, "he": 4, "Ġ": 5}
 EMBEDDINGS = {"token_embd.weight": np.zeros((410, HIDDEN), np.float32)}
+
+
+@mutation("lora/pretrained/chat.py", "and 0 <= i < config.vocab_size))", "and 0 <= i))")
+def test_a_file_may_have_more_tokens_than_embeddings_and_ends_by_those_that_it_has(path):
+    letters = ["<|im_start|>", "<|im_end|>", *string.ascii_lowercase, "he", "Ġ"]
+    metadata = tokenizer_metadata("smollm", {token: i for i, token in enumerate(letters)}, [("h", "e")])
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    metadata["tokenizer.chat_template"] = template + "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    metadata |= {"tokenizer.ggml.eos_token_id": 29, "tokenizer.ggml.eot_token_id": 1}
+    tensors = {"token_embd.weight": np.zeros((29, HIDDEN), np.float32)}
+    chat = load_chat(GGUFFile(write(path, metadata=metadata, tensors=tensors)))
+    assert chat.tokenizer.size == 30 and chat.tokenizer.rows == 29 and chat.stops == {1}
+    assert chat.prompt([{"role": "user", "content": "he"}]) == [0, 28, 1, 0]
+    with pytest.raises(BadInput, match="has id 29, the model has 29 embeddings"):
+        chat.prompt([{"role": "user", "content": "h e"}])
 
 
 def files_of(path, metadata, **change):

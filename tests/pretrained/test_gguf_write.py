@@ -173,8 +173,8 @@ def rounded(values, kind):
 
 @mutation(
     "lora/pretrained/gguf_write.py",
-    "return _reorder(row, name, change(name, base.read(name)), config.head_dim)",
-    "return change(name, base.read(name))",
+    "return _reorder(row, name, change(name, base.read(name, base.widest)), config.head_dim)",
+    "return change(name, base.read(name, base.widest))",
 )
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
 @every_case

@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from lora import files, folders
+from lora.data.encode import encode
+from lora.data.formats import Conversation
 from lora.errors import BadEnvironment, BadInput, Refused
+from lora.inference.prompts import encode as encode_prompt
 from lora.pretrained import ModelFolder, empty_model, find, load_chat, load_model, write_model
 from tests.helpers import same, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
@@ -350,6 +353,7 @@ def test_the_chat_template_comes_from_its_file_else_from_the_tokenizer_config(tm
     assert load_chat(ModelFolder(chat_folder(tmp_path / "b", {"chat_template": named}))).template.source == CHATML
     path = chat_folder(tmp_path / "c")
     (path / "chat_template.json").write_text(json.dumps({"chat_template": SMOLLM2}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
     assert load_chat(ModelFolder(path)).template.source == SMOLLM2
     (path / "chat_template.jinja").write_text(CHATML)
     assert load_chat(ModelFolder(path)).template.source == CHATML
@@ -362,10 +366,60 @@ def test_a_base_model_without_a_chat_template_is_bad_input(tmp_path, template):
         load_chat(ModelFolder(chat_folder(tmp_path / "m", settings)))
 
 
-def test_a_tokenizer_that_is_missing_broken_or_too_large_is_bad_input(tmp_path):
-    path = chat_folder(tmp_path / "m", vocab_size=byte_level().size - 1)
-    with pytest.raises(BadInput, match=f"{byte_level().size} tokens, the model has {byte_level().size - 1}"):
+def turns(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@mutation("lora/text/tokenizer.py", "if i >= self.rows), None)", "if i > self.rows), None)")
+@mutation("lora/text/chat.py", """        self._check_rows(tokens)
+        answers, masked""", "        answers, masked")  # fmt: skip
+@mutation("lora/text/chat.py", """        self._check_rows(tokens)
+        return""", "        return")  # fmt: skip
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_only_where_a_text_has_it(tmp_path):
+    """Gemma 3 of 270M and 1B: 262,145 tokens, 262,144 embeddings."""
+    rows = byte_level().size - 1
+    assert byte_level().token(rows) == "<think>" and "<think>" not in byte_level().control
+    chat = load_chat(ModelFolder(chat_folder(tmp_path / "m", vocab_size=rows)))
+    whole = load_chat(ModelFolder(chat_folder(tmp_path / "n", vocab_size=rows + 1)))
+    right = [turns("Hi", "Hello."), [{"role": "text", "content": "Once."}]]
+    wrong = [turns("Hi", "<think>"), turns("a <think> b", "c"), [{"role": "text", "content": "<think>"}]]
+    assert [chat.tokenize(row) for row in right] == [whole.tokenize(row) for row in right]
+    what = f"the token '<think>' has id {rows}, the model has {rows} embeddings"
+    with pytest.raises(BadInput) as caught:
+        encode([Conversation(row, f"rows.jsonl:{n}", "x") for n, row in enumerate(right + wrong, 1)], chat, 999)
+    assert [problem.split(". ")[0] for problem in caught.value.problems] == [
+        f"wrong row in rows.jsonl:{n}: {what}" for n in (3, 4, 5)
+    ]
+    assert len(encode([Conversation(row, "x", "x") for row in right + wrong], whole, 999)) == 5
+    assert encode_prompt(chat, 999, turns("Hi", "")[:1], "--prompt")
+    with pytest.raises(BadInput, match=rf"^wrong prompt in --prompt: {what}\. Leave it out$"):
+        encode_prompt(chat, 999, turns("a <think> b", "")[:1], "--prompt")
+    with pytest.raises(BadInput, match=r"^wrong prompt in this conversation: "):
+        chat.prompt(turns("<think>", "")[:1])
+
+
+@mutation(
+    "lora/text/chat.py",
+    'raise BadInput(f"chat template in {template.where}: {error}") from None',
+    "raise",
+)
+def test_a_template_of_tokens_without_embedding_is_refused_by_its_name(tmp_path):
+    template = CHATML.replace("<|im_start|>", "<think>")
+    path = chat_folder(tmp_path / "m", {"chat_template": template}, vocab_size=byte_level().size - 1)
+    with pytest.raises(BadInput, match=r"^chat template in .*tokenizer_config.json: the token '<think>' has id"):
         load_chat(ModelFolder(path))
+
+
+def test_an_end_without_an_embedding_ends_nothing(tmp_path):
+    """As a pad or eos id that was added to a tokenizer and never to its model."""
+    rows, settings = byte_level().size - 1, {"chat_template": CHATML, "eos_token": "<think>", "pad_token": "<think>"}
+    path = chat_folder(tmp_path / "m", settings, {"eos_token_id": [4, rows]}, vocab_size=rows, eos_token_id=[0, rows],
+                       pad_token_id=rows)  # fmt: skip
+    assert load_chat(ModelFolder(path)).stops == {0, 4, 2}
+
+
+def test_a_tokenizer_that_is_missing_or_broken_is_bad_input(tmp_path):
+    path = chat_folder(tmp_path / "m")
     (path / "tokenizer.json").write_bytes(byte_level_json()[:-50])
     with pytest.raises(BadInput, match="broken tokenizer"):
         load_chat(ModelFolder(path))
@@ -497,7 +551,7 @@ def test_writing_holds_one_tensor_at_a_time_and_reads_each_once(tmp_path):
     source = ModelFolder(folder_of(tmp_path / "m", tensors_of(tiny_model(torch.float32))))
     living, counts, read = [], [], source.read
 
-    def counted(name):
+    def counted(name, dtype=None):
         counts.append(sum(reference() is not None for reference in living))
         tensor = read(name)
         living.append(weakref.ref(tensor))

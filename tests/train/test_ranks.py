@@ -564,8 +564,8 @@ def test_a_gguf_file_can_be_sharded_too():
 
 @mutation(
     "lora/pretrained/folder.py",
-    "return self._file_of[whole].read_rows(whole, first + start, first + stop)",
-    "return self._file_of[whole].read(whole)[first + start : first + stop]",
+    "tensor = self._file_of[whole].read_rows(whole, first + start, first + stop)",
+    "tensor = self._file_of[whole].read(whole)[first + start : first + stop]",
 )
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 def test_no_rank_ever_holds_or_reads_the_whole_base(tmp_path):
