@@ -63,7 +63,7 @@ def main(argv=None) -> int:
     figures, predictions, faults = {}, {}, {}
     for column in columns:
         if column.adapter:
-            store.load(model, column.adapter)
+            store.load(model, column.adapter, read=base.read)
             warn_if_unchanged(model, column.adapter)
         figures[column.name] = score.losses(model, sft.loss, column, args.micro_tokens)
         if not args.no_generate:

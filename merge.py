@@ -61,7 +61,7 @@ def main(argv=None) -> int:
 
     # ---- on `meta` the base has no memory; only the adapter's tensors are real
     model = pretrained.empty_model(base)
-    store.load(model, args.adapter)
+    store.load(model, args.adapter, read=base.read)
     layers = lora_layers(model)
     if not args.no_verify:
         passport.verify(args.adapter, base.name, base.header, base.read, layers)

@@ -155,8 +155,8 @@ def counted_reads(path: Path) -> Callable[[], None]:
         alive, most, total = set(), [0], [0]
         read = pretrained.ModelFolder.read
 
-        def watched(self, name):
-            tensor = read(self, name)
+        def watched(self, name, dtype=None):
+            tensor = read(self, name, dtype)
             total[0] += 1
             alive.add(total[0])
             weakref.finalize(tensor.untyped_storage(), alive.discard, total[0])

@@ -9,7 +9,7 @@ A field that says anything else about the maths is refused by name. https://hugg
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 from lora import files
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
+from lora.adapter.peft_tensors import MERGE, WEIGHTS
 from lora.adapter.targets import linears, path_endswith
 from lora.adapter.variants import KINDS, kind_of
 from lora.errors import BadInput
@@ -36,17 +37,15 @@ HARMLESS = {
 }  # fmt: skip
 NEUTRAL = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only"),  # `load` knows whether there is one
     **{name: (True, False, None) for kind in KINDS for name in kind.fields},
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 # Why others are not, and the way out, where there is more to say
 CHANGED = "the base was changed when the adapter was made. Convert it to a plain LoRA with PEFT: save_pretrained(..., "
 CHANGED += "path_initial_model_for_weight_conversion=...)"
-MERGE = "Merge it into its base with PEFT, or train without"
 REASONS = {
     "init_lora_weights": CHANGED,
-    "bias": f"biases are never trained here. {MERGE}",
     "lora_bias": f"biases are never trained here. {MERGE}",
     "modules_to_save": f"it brings whole layers. {MERGE}",
     "trainable_token_indices": f"it brings rows of the embedding. {MERGE}",
@@ -71,14 +70,15 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     kind: type[LoRALinear] = LoRALinear
+    bias: str = "none"
 
-    def at(self, path: str) -> tuple[int, float]:
-        """Rank and alpha of the layer at `path`. The first key that matches the end of a path counts, as in PEFT."""
-        return _first(self.rank_pattern, path, self.rank), _first(self.alpha_pattern, path, self.alpha)
+    def at(self, *paths: str) -> tuple[int, float]:
+        """Rank and alpha of the layer at these paths. The first key that matches the end of one counts, as in PEFT."""
+        return _first(self.rank_pattern, paths, self.rank), _first(self.alpha_pattern, paths, self.alpha)
 
 
-def _first(pattern: Mapping[str, float], path: str, usual: float) -> float:
-    return next((value for key, value in pattern.items() if _at_end(key).match(path)), usual)
+def _first(pattern: Mapping[str, float], paths: Iterable[str], usual: float) -> float:
+    return next((value for key, value in pattern.items() if any(map(_at_end(key).match, paths))), usual)
 
 
 @cache
@@ -142,20 +142,32 @@ def read_config(folder: Path) -> LoRAConfig:
             hint = "It is a whole model, with nothing to merge: give it as --model"
         raise BadInput(f"missing adapter in {folder}: there is no {CONFIG}. {hint}")
     raw = files.read_json(path)
-    if problems := [f"{what} adapter in {path}:{key}: {why}" for what, key, why in _problems(raw)]:
+    if "peft_type" not in raw and raw.keys() & {"fine_tune_type", "lora_parameters"}:
+        fix = "Fuse it there (mlx_lm.fuse) and give the model, or convert it to PEFT's form"
+        raise BadInput(f"unsupported adapter in {path}: it is MLX's, which holds A and B the other way round. {fix}")
+    if problems := [f"{what} adapter in {path}:{key}: {why}" for what, key, why in _problems(raw, folder)]:
         raise BadInput(*problems)
     targets, base = raw["target_modules"], raw.get("base_model_name_or_path")
     others = any(raw.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform"))
     targets = () if others or isinstance(targets, str) else tuple(targets)  # a pattern is never run: it may take long
     patterns = (raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
     dropout, base = raw.get("lora_dropout", 0.0), base if isinstance(base, str) else ""
-    return LoRAConfig(raw["r"], raw["lora_alpha"], dropout, targets, base, *patterns, kind_of(raw))
+    bias, kind = raw.get("bias") or "none", kind_of(raw)
+    return LoRAConfig(raw["r"], raw["lora_alpha"], dropout, targets, base, *patterns, kind, bias)
 
 
-def _problems(raw: dict) -> Iterator[tuple[str, str, str]]:
+def has_copies(modules, folder: Path) -> bool:
+    """Is a tensor of each of these in the file? Then it is known there whether it was trained or is the base's own."""
+    names = files.Safetensors(path).header if (path := Path(folder) / WEIGHTS).exists() else ()
+    return isinstance(modules, list) and all(any(f".{module}." in f".{name}" for name in names) for module in modules)
+
+
+def _problems(raw: dict, folder: Path) -> Iterator[tuple[str, str, str]]:
     """Kind, field, and why with what to do, of all that is not as it should be."""
     for key, value in raw.items():
         neutral = NEUTRAL.get(key, (None, False, 0, "", [], {}))
+        if key == "modules_to_save" and value and has_copies(value, folder):
+            continue
         if key not in HARMLESS and not any(value == n and type(value) is type(n) for n in neutral):
             why = f": {REASONS[key]}" if key in REASONS else ". Use a plain LoRA"
             yield "unsupported", key, f"{value!r} is not implemented{why}"

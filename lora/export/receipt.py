@@ -92,7 +92,7 @@ def make(base: ModelFiles, adapter: Path, written: ModelFiles, prompts: Iterable
     """The receipt for `written`, merged from `base` and an adapter's folder. Raises BadEnvironment without memory."""
     try:
         model = load_model(base, torch.float32, device)
-        store.load(model, adapter)
+        store.load(model, adapter, read=base.read)
         return measure(model, written, prompts)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

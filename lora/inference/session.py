@@ -137,7 +137,7 @@ def open_session(
     chat = load_chat(base, adapter, system, template, date, verify)
     net = pretrained.load_model(base, machine.choose_dtype(dtype, place)[0], place)
     if adapter:
-        store.load(net, adapter)
+        store.load(net, adapter, read=base.read)
         if verify:
             passport.verify(adapter, base.name, base.header, base.read, lora_layers(net))
         warn_if_unchanged(net, adapter)
@@ -182,7 +182,7 @@ def open_sessions(
     sets = several.Several(net)
     for name, adapter in names.items():
         if adapter:
-            sets.add(name, adapter)
+            sets.add(name, adapter, base.read)
             sets.switch(name)
             warn_if_unchanged(net, adapter)
     return {name: Session(net, chat, *how, partial(sets.switch, name, merged=True)) for name, chat in chats.items()}

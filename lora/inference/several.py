@@ -66,7 +66,7 @@ def dry_load(
 
     Raises BadInput where the adapter does not fit, or, if `verify`, where it was trained on another base.
     """
-    store.load(empty, adapter, dtype)
+    store.load(empty, adapter, dtype, base.read)
     layers = lora_layers(empty)
     try:
         if verify:
@@ -88,10 +88,10 @@ class Several:
         self.sets: dict[str, dict[str, LoRALinear]] = {BASE: {}}
         self.placed = BASE, False
 
-    def add(self, name: str, folder: str) -> None:
+    def add(self, name: str, folder: str, read: store.Read | None = None) -> None:
         """Read an adapter; the base is in place afterwards. Raises BadInput as `store.load`."""
         self.switch(BASE)
-        store.load(self.model, folder)
+        store.load(self.model, folder, read=read)
         self.sets[name] = lora_layers(self.model)
         unload(self.model)
 

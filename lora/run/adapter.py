@@ -100,7 +100,7 @@ def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
     """
     trial = pretrained.empty_model(base)
     wanted = list(ranks(args, trial))
-    config = store.load(trial, args.init_adapter)  # strict about every tensor, before any weights are loaded
+    config = store.load(trial, args.init_adapter, read=base.read)  # strict about every tensor
     layers = lora_layers(trial)
     its = {
         "rank": config.rank,

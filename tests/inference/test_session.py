@@ -48,7 +48,9 @@ def as_flags(keywords: dict) -> list:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/inference/session.py", "store.load(net, adapter)", "store.read_config(adapter)", case="greedy")
+@mutation(
+    "lora/inference/session.py", "store.load(net, adapter, read=base.read)", "store.read_config(adapter)", case="greedy"
+)
 @mutation(
     "lora/inference/session.py", "ids, sampling = self.encode(messages, where), replace(self.sampling, **sampling)",
     "ids, sampling = self.encode(messages, where), self.sampling", case="drawn",

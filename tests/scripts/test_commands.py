@@ -224,7 +224,7 @@ def test_without_data_it_learns_an_identity(tmp_path):
 # ---- generate.py -----------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/inference/session.py", "store.load(net, adapter)", "store.read_config(adapter)")
+@mutation("lora/inference/session.py", "store.load(net, adapter, read=base.read)", "store.read_config(adapter)")
 def test_an_adapter_remembers_its_base_and_changes_the_answer(tmp_path):
     base = answer("Hello.", "--model", cli.model_folder(), cwd=tmp_path)
     adapted = answer("Hello.", "--adapter", cli.adapter_folder(), cwd=tmp_path)
