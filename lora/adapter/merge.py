@@ -62,13 +62,23 @@ def unmerge(model: nn.Module) -> None:
         layer.merged_weight = None
 
 
+def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | None) -> None:
+    """The plain Linear at `path`, with W' in place of `weight` if it has changed. A head whose tensor was also the
+    embedding's is no longer tied to it then, and transformers' config has to say so, or its files contradict it."""
+    if weight is not None:
+        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+            if sum(parameter is layer.base.weight for parameter in every) > 1:
+                model.config.tie_word_embeddings = False
+        layer.base.weight = nn.Parameter(weight, requires_grad=False)
+    model.set_submodule(path, layer.base)
+
+
 @torch.no_grad()
 def unload(model: nn.Module) -> nn.Module:
     """Put plain Linears back, holding W' where a layer was merged and W where it was not; returns the model."""
     for path, layer in lora_layers(model).items():
-        if layer.merged:
-            layer.base.weight = nn.Parameter(layer.merged_weight, requires_grad=False)
-        model.set_submodule(path, layer.base)
+        put(model, path, layer, layer.merged_weight)
     return model
 
 
@@ -84,6 +94,5 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         if not torch.isfinite(merged_weight(layer.base.weight, layer.delta())).all():
             raise NotFinite(path, "the merged weight; ", FIX)
     for path, layer in layers.items():
-        layer.base.weight = nn.Parameter(merged_weight(layer.base.weight, layer.delta()), requires_grad=False)
-        model.set_submodule(path, layer.base)
+        put(model, path, layer, merged_weight(layer.base.weight, layer.delta()))
     return model

@@ -25,6 +25,7 @@ FLAGS = {  # that a mode takes
 }
 MOST_NAMES = 5  # of tensors that one line lists
 MOST_WEIGHT = 1e6
+VOCABULARY = ("lm_head.weight", "model.embed_tokens.weight")  # they get rows where tokens are added
 
 
 def find_mode(args) -> str:
@@ -128,8 +129,8 @@ def extract(args) -> int:
     with output_place(out, args, [source.path for source in (base, tuned) if hasattr(source, "path")]):
         say(f"base     {base.described}\ntuned    {tuned.described}")
         model = pretrained.empty_model(base)
-        names = shared_names(model, pretrained.empty_model(tuned), base, tuned)
-        paths, cuts, others = {f"{path}.weight": path for path in linears(model)}, {}, []
+        names, others = shared_names(model, pretrained.empty_model(tuned), base, tuned)
+        paths, cuts, resized = {f"{path}.weight": path for path in linears(model)}, {}, bool(others)
         for name in tqdm(names, desc="extracting", unit="tensor", leave=False, disable=None):
             W, W_tuned = base.read(name, base.widest), tuned.read(name, tuned.widest)
             wide = torch.promote_types(W.dtype, W_tuned.dtype)
@@ -147,27 +148,36 @@ def extract(args) -> int:
             raise BadInput(f"nothing to extract in {tuned.name}: {why}. Give the base and a model tuned from it")
         if others:
             say(f"warning: an adapter cannot hold what changed outside the Linears' weights: {listed(others)}")
+            if resized:
+                say("warning: tokens that only the tuned model knows mean nothing to the base with this adapter")
         template = None
         with suppress(BadInput):  # a base model has none
             template = pretrained.load_chat(tuned).template.source.encode()
         return write(model, tell_cut(cuts), args, base, {}, template)
 
 
-def shared_names(model, other, base, tuned) -> list[str]:
-    """The tensor names of two models. Raises BadInput where names or shapes differ; warns of another config."""
+def shared_names(model, other, base, tuned) -> tuple[list[str], list[str]]:
+    """The tensor names of two models, and with their sizes those of the vocabulary that have other rows, or that only
+    one has. Raises BadInput where other names or shapes differ; warns of another config."""
     ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, other))
+    differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    other_rows = {
+        name: f"{name} ({theirs[name][0] if name in theirs else 'no'} rows, the base has {ours.get(name, ('none',))[0]})"
+        for name in differing
+        if name in VOCABULARY and model.config.hidden_size == other.config.hidden_size
+    }
     problems = [
         f"different models in {base.name} and {tuned.name}: {name} is {ours.get(name, 'missing')} and "
         f"{theirs.get(name, 'missing')}. Give a base and a model tuned from it"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
+        for name in differing
+        if name not in other_rows
     ]
     if problems:
         raise BadInput(*problems)
     fields = [key for key, value in vars(model.config).items() if value != getattr(other.config, key)]
     if fields:
         say(f"warning: the models' configs differ in {', '.join(fields)}, which an adapter does not change")
-    return list(ours)
+    return [name for name in ours if name not in other_rows], list(other_rows.values())
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora.errors import BadInput
-from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS
+from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, quantised
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
 
@@ -113,7 +113,10 @@ class _Reader:
         for field, neutral in NEUTRAL.items():
             known = field not in self.raw or field in (*family.reads, *family.unused)
             if not known and not any(self.raw[field] == n for n in neutral):
-                self.wrong(field, f"{json.dumps(self.raw[field])[:60]} is not implemented")
+                why, fix = f"{json.dumps(self.raw[field])[:60]} is not implemented", "Give another model"
+                if "quantization" in field or field == "compression_config":
+                    why, fix = quantised(self.raw, self.where.removesuffix("/config.json"))
+                self.wrong(field, why, fix)
         field, activation = family.activation
         activation = self.raw.get(field) or activation
         if not isinstance(activation, str) or activation not in ACTIVATIONS:

@@ -1,5 +1,7 @@
 """The table of supported model families: what the fields of a `config.json` mean in each where they are absent."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 Q_K_V, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -98,6 +100,26 @@ OTHERS = {
     "qwen": "the first Qwen computes by code that comes with the model, which is never run. Use Qwen1.5 (qwen2)",
     "gemma3": "it also reads pictures. Use a model of text alone, such as gemma-3-1b-it (gemma3_text)",
 }
+# How the names of quantised models end, whose weights are not read.
+QUANTISED = re.compile(
+    r"([-_.](unsloth|dynamic|quantized))*[-_.](bnb[-_.]?[48]bit|gptq|awq|fp8|nf4|mxfp4|[48][-_.]?bit|int[48]|w\d+a\d+)"
+    r"([-_.](int[48]|[48]bit|dynamic|marlin|g?\d+|mlx))*$",
+    re.IGNORECASE,
+)
+
+
+def quantised(raw: Mapping, name: str) -> tuple[str, str]:
+    """What quantised a model, and what to give in its place: the model that it was made from, by one of its names."""
+    said = raw.get("quantization_config") or raw.get("quantization") or raw.get("compression_config")
+    method = (
+        said.get("quant_method") or ("MLX" if "group_size" in said else None) if isinstance(said, Mapping) else None
+    )
+    named = [str(raw.get("_name_or_path") or ""), name.rsplit("/", 1)[-1] if name.startswith("/") else name]
+    plain = next((QUANTISED.sub("", other) for other in named if QUANTISED.search(other)), named[0])
+    fix = f"Give the model that it was made from{f', {plain}' if plain else ''}"
+    return f"its weights are quantised{f' by {method}' if method else ''}, which is not implemented", fix
+
+
 # One model_type, another architecture: field, value, why.
 TRAPS = {
     "baichuan": (
@@ -117,6 +139,8 @@ NEUTRAL = {
     "use_bidirectional_attention": (False, None),
     "no_rope_layers": (None,),
     "quantization_config": (None,),
+    "quantization": (None,),  # MLX's
+    "compression_config": (None,),
     "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
     "use_qk_norm": (False, None),

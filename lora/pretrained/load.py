@@ -9,8 +9,13 @@ from lora import files
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
+from lora.network.families import QUANTISED, quantised
 from lora.pretrained import default_model, hub
 from lora.pretrained.folder import ModelFiles, ModelFolder
+
+# tensors that only quantised weights have: bitsandbytes', GPTQ's and AWQ's, FP8's, MLX's
+PACKED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv",
+          ".weight_packed")  # fmt: skip
 
 
 def find(model: str) -> ModelFiles:
@@ -25,6 +30,9 @@ def find(model: str) -> ModelFiles:
     if path.is_dir():
         return ModelFolder(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(("./", "../", "/")):
+        if QUANTISED.search(model):
+            why, fix = quantised({}, model)
+            raise BadInput(f"unsupported model in hub {model}: {why}. {fix}")
         folder = hub.hub_model(model)
         return ModelFolder(folder, name=model, described=f"hub {model} at {folder.name[:12]}")
     raise BadInput(
@@ -42,6 +50,9 @@ def empty_model(base: ModelFiles) -> Model:
         model = Model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems, header = [], base.header
+    if packed := next((name for name in header if name.endswith(PACKED)), None):
+        why, fix = quantised(base.config, base.name)
+        raise BadInput(f"unsupported model in {base.name}:{packed}: {why}. {fix}")
     for name in sorted(expected.keys() | header.keys() - _leftovers(base, config)):
         if name not in header:
             problems.append(f"missing tensor in {base.name}:{name}: the config asks for it. Download it again")

@@ -329,6 +329,31 @@ def test_extracting_at_full_rank_is_exact_and_names_what_an_adapter_cannot_hold(
     )
 
 
+@mutation("lora/export/derive.py", "        if name in VOCABULARY and model", "        if False and model")
+@mutation("lora/export/derive.py", "            if resized:", "            if False:")
+@pytest.mark.parametrize("rows", [307, 290], ids=["added", "cut"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_extracting_leaves_the_vocabulary_of_a_model_with_other_rows_and_names_it(tmp_path, rows, tied):
+    """Tokens were added before it was tuned: the Linears are extracted, and where the rest went is said."""
+    base, folder = (cli.write_model(tmp_path / name, tie_word_embeddings=tied) for name in ("base", "tuned"))
+    random, names = torch.Generator().manual_seed(7), load_file(folder / "model.safetensors")
+    vocabulary = [name for name in names if "embed_tokens" in name or "lm_head" in name]
+    resized = dict.fromkeys(vocabulary, lambda t: torch.cat([t, t])[:rows].contiguous())
+    noise = {n: lambda t: t + 0.1 * torch.randn(t.shape, generator=random) for n in names if "_proj" in n}
+    change(folder, **resized, **noise)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    done = merge(tmp_path, "--extract", "base", "tuned", "--rank", 1000, out="out")
+    before, after = (load_file(path / "model.safetensors") for path in (base, folder))
+    linear = {name for name in names if "_proj" in name}
+    expected = {name.removesuffix(".weight"): after[name].double() - before[name].double() for name in linear}
+    assert same_deltas(deltas(tmp_path / "out", base), expected) and len(expected) == 14
+    assert len(vocabulary) == 2 - tied
+    for name in vocabulary:
+        assert f"{name} ({rows} rows, the base has 300)" in done.err
+    assert "tokens that only the tuned model knows mean nothing to the base with this adapter" in done.err
+
+
 def test_extracting_never_holds_two_models(work, tuned, tmp_path):
     """Tensors are counted as they are read, and again when nobody holds them any more."""
 

@@ -1,6 +1,7 @@
 """Merged is the adapter's sum in one rounding, unmerged is the base bit for bit, and a refusal changes nothing."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -441,10 +442,8 @@ def test_unloading_a_merged_model_leaves_a_plain_one_with_the_same_bits(dtype):
 
 @mutation(
     "lora/adapter/merge.py",
-    """        if layer.merged:
-            layer.base.weight = nn.Parameter(layer.merged_weight, requires_grad=False)""",
-    "        layer.base.weight = nn.Parameter((layer.base.weight + layer.delta())"
-    ".to(layer.base.weight.dtype), requires_grad=False)",
+    "put(model, path, layer, layer.merged_weight)",
+    "put(model, path, layer, (layer.base.weight + layer.delta()).to(layer.base.weight.dtype))",
 )
 @DTYPES
 def test_unloading_without_merging_leaves_the_base(dtype):
@@ -522,3 +521,39 @@ def test_merging_and_unloading_refuses_a_sum_that_overflows():
     with pytest.raises(ValueError, match=f"^not finite in {path}: the merged weight"):
         merge_and_unload(model)
     assert same(before, state(model))
+
+
+class Tied(nn.Module):
+    """A head that is the embedding, as transformers ties it, and a config that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=True)
+        self.embed_tokens, self.fc, self.lm_head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens):
+        return self.lm_head(self.fc(self.embed_tokens(tokens)))
+
+
+@mutation(
+    "lora/adapter/merge.py",
+    "                model.config.tie_word_embeddings = False",
+    "                pass",
+    case="merged",
+)
+@mutation("lora/adapter/merge.py", "if sum(parameter is layer.base.weight for parameter in every) > 1:", "if True:")
+@pytest.mark.parametrize("how", ["merged", "unloaded", "only unloaded"])
+def test_a_head_that_was_the_embedding_is_no_longer_tied_to_it_once_it_is_merged(how):
+    for targets, untied in ((["fc"], False), (["lm_head"], how != "only unloaded")):
+        model, before = patched(Tied(), targets=targets), Tied()
+        before.load_state_dict({name.replace(".base", ""): t for name, t in model.state_dict().items()
+                                if "lora_" not in name})  # fmt: skip
+        tokens = torch.arange(9)
+        expected = (before if how == "only unloaded" else model)(tokens)
+        if how == "unloaded":
+            merge(model)
+        model = merge_and_unload(model) if how == "merged" else unload(model)
+        assert close(model(tokens), expected, 1e-5) and model.config.tie_word_embeddings is not untied
+        assert (model.lm_head.weight is model.embed_tokens.weight) is not untied
+        assert torch.equal(model.embed_tokens.weight, before.embed_tokens.weight)

@@ -283,6 +283,37 @@ def test_a_config_that_would_compute_something_else_is_refused_by_field(field, f
     ), str(refused.value)
 
 
+QUANTISED = {  # a name -> of what it was made
+    "unsloth/Llama-3.2-1B-bnb-4bit": "unsloth/Llama-3.2-1B",
+    "unsloth/gemma-3-1b-it-unsloth-bnb-4bit": "unsloth/gemma-3-1b-it",
+    "Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4": "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-7B-Instruct-AWQ": "Qwen/Qwen2.5-7B-Instruct",
+    "owner/Llama-3.2-1B-Instruct-FP8-dynamic": "owner/Llama-3.2-1B-Instruct",
+    "owner/Llama-3.2-3B-Instruct-quantized.w8a8": "owner/Llama-3.2-3B-Instruct",
+    "owner/Qwen2.5-0.5B-Instruct-4bit": "owner/Qwen2.5-0.5B-Instruct",
+    "/models/Llama-3.2-1B-bnb-4bit": "Llama-3.2-1B",
+    "Qwen/Qwen3-4B": "",
+}
+
+
+@mutation("lora/network/families.py", "(bnb[-_.]?[48]bit|gptq|", "(gptq|", case="unsloth/Llama-3.2-1B-bnb-4bit")
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("field", ["quantization_config", "quantization"])
+def test_a_quantised_model_is_refused_with_the_name_of_the_one_it_was_made_from(name, field):
+    value = {"quant_method": "bitsandbytes", "load_in_4bit": True} if field[12:] else {"group_size": 64, "bits": 4}
+    with pytest.raises(BadInput) as refused:
+        ModelConfig.from_json(LLAMA | {field: value}, f"{name}/config.json")
+    [problem] = refused.value.problems
+    plain = QUANTISED[name]
+    by = "bitsandbytes" if field[12:] else "MLX"
+    why = f"its weights are quantised by {by}, which is not implemented. Give the model that it was made from"
+    assert problem == f"unsupported model in {name}/config.json:{field}: {why}{f', {plain}' if plain else ''}"
+    if not plain:
+        raw = LLAMA | {field: value, "_name_or_path": "Qwen/Qwen3-4B-Base"}
+        with pytest.raises(BadInput, match=r"made from, Qwen/Qwen3-4B-Base$"):
+            ModelConfig.from_json(raw, f"{name}/config.json")
+
+
 @mutation("lora/network/families.py", 'unused=("attn_logit_softcapping",),', "")
 @mutation(
     "lora/network/families.py",

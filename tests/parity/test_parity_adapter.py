@@ -10,14 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
-from lora.adapter.merge import merge, unload
+from lora.adapter.merge import merge, merge_and_unload, unload
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
+from lora.network.config import ModelConfig
+from lora.network.decoder import Model
+from lora.pretrained import ModelFolder, load_model
 from tests.helpers import (
     close,
     far,
@@ -30,6 +33,7 @@ from tests.helpers import (
     tiny_config,
     tiny_model,
 )
+from tests.network.test_families import family_config
 
 if os.environ.get("LORA_PARITY") == "1":
     import peft
@@ -202,7 +206,6 @@ def test_every_default_of_peft_is_read(tmp_path):
     [
         {"bias": "lora_only"},
         {"lora_bias": True},
-        {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [1]},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
@@ -210,9 +213,10 @@ def test_every_default_of_peft_is_read(tmp_path):
     ids=short,
 )
 def test_pefts_variants_are_refused_by_name(tmp_path, fields):
-    peft_patched(theirs(), **fields).save_pretrained(tmp_path)
+    family = "qwen2" if "bias" in fields else "llama"  # a model with biases
+    peft_patched(theirs(family), **fields).save_pretrained(tmp_path)
     with pytest.raises(store.BadInput) as caught:
-        store.load(theirs(), tmp_path)
+        store.load(theirs(family), tmp_path)
     assert any(f"{store.CONFIG}:{next(iter(fields))}: " in problem for problem in caught.value.problems)
 
 
@@ -513,3 +517,92 @@ def test_ten_adamw_steps_equal_pefts(tmp_path):
     ours, expected = torch.tensor(losses[:10]), torch.tensor(losses[10:])
     assert close(ours, expected, 1e-3) and ours[-1] < ours[0] - 0.5
     assert close(logits(model.eval()), logits(other.eval()), 1e-2)
+
+
+# ---- files as other programs leave them ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"]], ids=str)
+def test_a_merged_head_that_was_tied_is_saved_as_one_of_its_own(tmp_path, targets):
+    """By transformers, and read by transformers and by us."""
+    model = theirs(tie_word_embeddings=True)
+    model.tie_weights()
+    before = logits(model)
+    inject(model, 5, 8, targets=targets)
+    randomise_adapter(model)
+    adapted = logits(model)
+    merge_and_unload(model).save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = load_model(ModelFolder(tmp_path))
+    assert close(logits(again), adapted, TOL) and close(logits(ours), adapted, TOL) and far(adapted, before, TOL)
+
+
+def tiny_phi3(dtype=torch.float32):
+    raw = family_config("phi3")
+    config = transformers.Phi3Config(**{key: value for key, value in raw.items() if key != "model_type"})
+    model = randomise(transformers.Phi3ForCausalLM(config)).to(dtype).eval()
+    ours = Model(ModelConfig.from_json(raw))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        fused = next((stem for stem in parts if stem in name), None)
+        names = [name.replace(fused, part) for part in parts[fused]] if fused else [name]
+        sizes = [len(ours.state_dict()[name]) for name in names if name in ours.state_dict()]
+        state |= dict(zip(names, tensor.split(sizes), strict=True)) if sizes else {}
+    ours.load_state_dict(state, strict=True)
+    return model, ours.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"rank_pattern": {"qkv_proj": 3}}], ids=short)
+def test_an_adapter_of_phi_3s_fused_linears_gives_pefts_logits(tmp_path, fields):
+    model, ours = tiny_phi3()
+    base = logits(ours, some_tokens(31, ours.config.vocab_size))
+    adapted = peft_patched(model, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], **fields)
+    adapted.save_pretrained(tmp_path)
+    store.load(ours, tmp_path)
+    tokens = some_tokens(31, ours.config.vocab_size)
+    assert close(logits(ours, tokens), logits(adapted, tokens), TOL) and far(logits(ours, tokens), base, TOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": "lora_only"},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+    ],
+    ids=short,
+)
+def test_what_peft_saves_beside_an_adapter_and_never_trained_is_left_out(tmp_path, fields, dtype):
+    """On a bf16 base whose head has numbers that float16 rounds."""
+    model = theirs(dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight[:, :3] *= 1e-6
+    ours = tiny_model(torch.bfloat16, head_dim=6)
+    ours.load_state_dict(model.state_dict(), strict=True)
+    fields = {"target_modules": ["q_proj", "v_proj"]} | fields
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=5, lora_alpha=8, task_type="CAUSAL_LM", **fields))
+    randomise_peft(adapted.to(dtype)).save_pretrained(tmp_path)
+    kept = [name for name in load_file(tmp_path / store.WEIGHTS) if "lora_" not in name]
+    assert bool(kept) == ("bias" not in fields)
+    base = copy.deepcopy(ours)
+    store.load(ours, tmp_path, read=base.state_dict().get)
+    assert set(lora_layers(ours)) == peft_paths(adapted)
+    for name in kept:  # and what was trained is not
+        tensors = load_file(tmp_path / store.WEIGHTS)
+        save_file(tensors | {name: tensors[name] * 1.01}, tmp_path / store.WEIGHTS)
+        with pytest.raises(store.BadInput, match=name):
+            store.load(base, tmp_path, read=copy.deepcopy(base).state_dict().get)
+
+
+def test_the_state_dict_of_a_whole_peft_model_is_its_adapter_and_the_base(tmp_path):
+    """As a trainer saves it that knows nothing of adapters."""
+    adapted = peft_patched(theirs())
+    adapted.save_pretrained(tmp_path)
+    store.load(expected := ours_like(theirs()), tmp_path)
+    save_file({f"module.{name}": t.clone() for name, t in adapted.state_dict().items()}, tmp_path / store.WEIGHTS)
+    store.load(ours := ours_like(theirs()), tmp_path)
+    assert same(snapshot(expected), snapshot(ours)) and close(logits(ours), logits(adapted), TOL)
