@@ -162,7 +162,7 @@ def shared_names(model, other, base, tuned) -> tuple[list[str], list[str]]:
     ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, other))
     differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     other_rows = {
-        name: f"{name} ({theirs[name][0] if name in theirs else 'no'} rows, the base has {ours.get(name, ('none',))[0]})"
+        name: f"{name} ({theirs.get(name, [0])[0]} rows, the base has {ours.get(name, [0])[0]})"
         for name in differing
         if name in VOCABULARY and model.config.hidden_size == other.config.hidden_size
     }

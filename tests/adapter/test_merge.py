@@ -417,10 +417,8 @@ def test_merging_inside_a_disabled_block_takes_effect_after_it():
 
 @mutation(
     "lora/adapter/merge.py",
-    """        if layer.merged:
-            layer.base.weight""",
-    """        if False:
-            layer.base.weight""",
+    "put(model, path, layer, layer.merged_weight)",
+    "put(model, path, layer, None)",
 )
 @DTYPES
 def test_unloading_a_merged_model_leaves_a_plain_one_with_the_same_bits(dtype):
@@ -470,13 +468,13 @@ def test_an_unloaded_model_can_be_patched_again():
 
 @mutation(
     "lora/adapter/merge.py",
-    "nn.Parameter(merged_weight(layer.base.weight, layer.delta()), requires_grad=False)",
-    "nn.Parameter(layer.base.weight + layer.delta().to(layer.base.weight.dtype), requires_grad=False)",
+    "put(model, path, layer, merged_weight(layer.base.weight, layer.delta()))",
+    "put(model, path, layer, layer.base.weight + layer.delta().to(layer.base.weight.dtype))",
 )
 @mutation(
     "lora/adapter/merge.py",
-    "nn.Parameter(merged_weight(layer.base.weight, layer.delta()), requires_grad=False)",
-    "nn.Parameter(merged_weight(layer.weight, layer.delta()), requires_grad=False)",
+    "put(model, path, layer, merged_weight(layer.base.weight, layer.delta()))",
+    "put(model, path, layer, merged_weight(layer.weight, layer.delta()))",
 )
 @DTYPES
 @pytest.mark.parametrize("before", ["adapting", "merged", "merged in part"])
