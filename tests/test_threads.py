@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora import threads
+from tests import cli
 from tests.mutation import mutation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,24 +77,21 @@ def test_cores_are_named_only_where_the_runtime_can_bind_to_them(unset, monkeypa
 @linux
 @mutation("lora/text/tokenizer.py", "        with threads.unbound():", "        if True:")
 def test_the_threads_of_the_tokenizer_may_run_on_every_core():
-    code = (
-        BOUND
-        + """
+    path = cli.model_folder() / "tokenizer.json"
+    code = f"""{BOUND}
 from lora.text.tokenizer import Tokenizer
-from tests import cli
-tokenizer = Tokenizer((cli.model_folder() / "tokenizer.json").read_bytes())
-before = tasks()
+tokenizer, before = Tokenizer(open({str(path)!r}, "rb").read()), tasks()
 tokenizer.encode_all(["a text"] * 100)
 print(json.dumps([before[os.getpid()] == tasks()[os.getpid()], [c for t, c in tasks().items() if t not in before]]))
 """
-    )
     main_stays, started = run(code, TOKENIZERS_PARALLELISM="true")
     assert main_stays and started and all(cores == sorted(threads.ALL) for cores in started)
 
 
 STARTS = {
     "gpu": "from lora import device; torch.cuda.is_available = lambda: True; device.choose_device('cuda')",
-    "compiler": "from lora.network import compiled; from tests.helpers import tiny_model; compiled.compile_blocks(tiny_model())",
+    "compiler": "from lora.network.compiled import compile_blocks; from tests.helpers import tiny_model; "
+    "compile_blocks(tiny_model())",
 }
 
 
