@@ -49,10 +49,13 @@ SPELLINGS = {
 
 
 @mutation("lora/adapter/peft_tensors.py", "(\\.(?!bias$)[^.]+)??(", "(")
-@mutation("lora/adapter/peft_tensors.py", "(base_model\\.model|module|", "(module|", case="the prefix twice")
-@mutation("lora/adapter/peft_tensors.py", "|_orig_mod|", "|", case="a compiled model")
+@mutation("lora/adapter/peft_tensors.py", "(base_model\\.model|module|", "(module|", case="lora-the prefix twice")
+@mutation("lora/adapter/peft_tensors.py", "|_orig_mod|", "|", case="lora-a compiled model")
 @mutation(
-    "lora/adapter/peft_tensors.py", "_(fsdp|checkpoint)_wrapped_module", "_fsdp_wrapped_module", case="checkpointing"
+    "lora/adapter/peft_tensors.py",
+    "_(fsdp|checkpoint)_wrapped_module",
+    "_fsdp_wrapped_module",
+    case="lora-checkpointing",
 )
 @pytest.mark.parametrize("change", SPELLINGS.values(), ids=SPELLINGS)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -104,7 +107,9 @@ def phi3(kind="phi3"):
 
 
 @mutation("lora/adapter/peft_tensors.py", 'if not end.startswith("lora_A"):', "if False:")
-@mutation("lora/adapter/peft_tensors.py", "rows = tensor.split(sizes)", "rows = tensor.split(sizes[::-1])", case="phi3")
+@mutation(
+    "lora/adapter/peft_tensors.py", "rows = tensor.split(sizes)", "rows = tensor.split(sizes[::-1])", case="names-phi3"
+)
 @pytest.mark.parametrize("kind", ["phi3", "baichuan", "glm4"])
 @pytest.mark.parametrize("form", ["names", "pattern", "ranks"])
 def test_an_adapter_of_fused_linears_adds_the_same_numbers(tmp_path, kind, form):

@@ -296,7 +296,12 @@ QUANTISED = {  # a name -> of what it was made
 }
 
 
-@mutation("lora/network/families.py", "(bnb[-_.]?[48]bit|gptq|", "(gptq|", case="unsloth/Llama-3.2-1B-bnb-4bit")
+@mutation(
+    "lora/network/families.py",
+    "(bnb[-_.]?[48]bit|gptq|",
+    "(gptq|",
+    case="quantization_config-unsloth/Llama-3.2-1B-bnb-4bit",
+)
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("field", ["quantization_config", "quantization"])
 def test_a_quantised_model_is_refused_with_the_name_of_the_one_it_was_made_from(name, field):
