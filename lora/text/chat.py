@@ -82,7 +82,8 @@ class Chat:
         except Rewritten:  # it can still be talked to
             pass
         except WithoutRow as error:
-            raise BadInput(f"chat template in {template.where}: {error}") from None
+            what = str(error).replace("Leave it out", "Give the tokenizer of this model")
+            raise BadInput(f"chat template in {template.where}: {what}") from None
         self.stops = {*eos, self.end_of_turn}
         self.cuts = 0  # texts in which the tokenizer would have fused an answer with the prompt before it
         self.guarded = 0  # conversations with text that spells a control token
@@ -184,7 +185,7 @@ class Chat:
 
     def _check_rows(self, tokens: list[int]) -> None:
         if problem := self.tokenizer.without_row(tokens):
-            raise WithoutRow(problem)
+            raise WithoutRow(f"{problem}. Leave it out")
 
 
 def _or_error(make, *given):

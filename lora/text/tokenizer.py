@@ -85,7 +85,7 @@ class Tokenizer:
         first = next((i for i in ids if i >= self.rows), None) if self.rows is not None else None
         if first is None:
             return None
-        return f"the token {self.token(first)!r} has id {first}, the model has {self.rows} embeddings. Leave it out"
+        return f"the token {self.token(first)!r} has id {first}, the model has {self.rows} embeddings"
 
 
 class Stream:
