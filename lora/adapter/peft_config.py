@@ -37,7 +37,7 @@ HARMLESS = {
 }  # fmt: skip
 NEUTRAL = {
     "peft_type": ("LORA",),
-    "bias": ("none", "all", "lora_only"),  # `load` knows whether there is one
+    "bias": ("none", "all", "lora_only", None),  # `load` knows whether there is one
     **{name: (True, False, None) for kind in KINDS for name in kind.fields},
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }

@@ -25,6 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper round the model
 WRAPPERS = re.compile(r"(?<![^.])(base_model\.model|module|_orig_mod|_(fsdp|checkpoint)_wrapped_module)\.")
 COPIES = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.(weight|bias)$)")
+HEAD = f"{PREFIX}lm_head.base_layer.weight"  # the base's own, which PEFT saves beside an adapter on it
 SMALLEST = 2.0**-24  # of float16: programs round what is below it in more than one way
 MERGE = "Merge it into its base with PEFT, or train without"
 
@@ -53,23 +54,26 @@ def read_tensors(
     are in the model, and left out.
     """
     ends = sorted(known or LoRALinear.shapes(1, 1, 1))
-    file, problems, tensors, copies = files.Safetensors(find_weights(folder)), [], {}, {}
-    paths = set(linears(model)) | {whole for whole, _ in fused(model)} if model else set()
-    state = model.state_dict() if model else {}
+    file, problems, called, copies, tensors = files.Safetensors(find_weights(folder)), [], {}, {}, {}
+    paths, state = set(), {}
+    if model is not None:
+        paths, state = {*linears(model), *(whole for whole, _ in fused(model))}, model.state_dict()
     for name, (dtype, _) in file.header.items():
         ours, copied = own_name(name, ends, paths), copy_of(name, model, state)
         if copied:
             copies[name] = copied
-        elif ours is None or (model is None and ours != name.removeprefix(PREFIX)):
+        elif model is None and name == HEAD:
+            continue
+        elif ours is None or (model is None and name != PREFIX + ours):
             problems.append(f"extra tensor in {file.path}:{name}: {extra(name, model)}")
-        elif ours in tensors:
+        elif ours in called:
             problems.append(f"extra tensor in {file.path}:{name}: {ours} is there twice. Keep one adapter in a file")
         elif dtype not in files.DTYPES:
             fix = "Save it as F32 or BF16"
             problems.append(f"wrong tensor in {file.path}:{name}: dtype {dtype} is not supported. {fix}")
         else:
-            tensors[ours] = name
-    for ours, name in tensors.items() if not problems else ():
+            called[ours] = name
+    for ours, name in called.items() if not problems else ():
         tensors[ours] = file.read(name)
         if not torch.isfinite(tensors[ours]).all():
             problems.append(f"wrong tensor in {file.path}:{name}: values that are not finite. Train the adapter again")
@@ -77,7 +81,7 @@ def read_tensors(
         problems += _unlike(file, name, copied, state[copied], read)
     if problems:
         raise BadInput(*problems)
-    return split(tensors, model) if model else tensors
+    return tensors if model is None else split(tensors, model)
 
 
 def own_name(name: str, ends: Sequence[str], paths: set[str]) -> str | None:
@@ -126,7 +130,7 @@ def _unlike(file: files.Safetensors, name: str, copied: str, ours: torch.Tensor,
     ours = read(copied) if read else ours.detach()
     if shape == expected and (ours.is_meta or same_numbers(file.read(name), ours.cpu(), read is not None)):
         return []
-    if name.endswith("lm_head.base_layer.weight"):
+    if name == HEAD:
         return [f"another head in {file.path}:{name}: not this base's. Give the base it was trained on"]
     what = "a bias, and biases are never trained here" if name.endswith(".bias") else "a tensor other than the base's"
     if shape[1:] == expected[1:] and shape != expected and len(shape) == 2:

@@ -77,7 +77,7 @@ def saved_dora(folder):
     return model
 
 
-@mutation("lora/adapter/peft_tensors.py", "        elif ours in tensors:", "        elif False:")
+@mutation("lora/adapter/peft_tensors.py", "        elif ours in called:", "        elif False:")
 def test_two_adapters_in_one_file_are_not_taken_for_one(tmp_path):
     saved(tmp_path)
     change_tensors(tmp_path, lambda t: t.update({k.replace(".weight", ".b.weight"): v + 1 for k, v in t.items()}))
@@ -153,7 +153,7 @@ def test_a_fused_tensor_of_another_size_is_refused_by_its_name(tmp_path):
 
 # ---- whole tensors beside the adapter --------------------------------------------------------------------------------
 
-HEAD = f"{PREFIX}lm_head.base_layer.weight"
+HEAD = peft_tensors.HEAD
 
 
 def with_tensors(folder, **tensors):
@@ -189,6 +189,18 @@ def test_the_bases_head_that_peft_saves_beside_an_adapter_on_it_must_be_this_mod
             store.load(base().to(place), tmp_path, read=read)
         [problem] = caught.value.problems
         assert problem.startswith(f"another head in {tmp_path / store.WEIGHTS}:{HEAD}: ")
+
+
+@mutation("lora/adapter/peft_tensors.py", "        elif model is None and name == HEAD:", "        elif False:")
+def test_an_adapter_is_read_without_its_base_as_well_and_the_bases_head_is_no_part_of_it(tmp_path):
+    """As it is before it is uploaded."""
+    saved(tmp_path, ("lm_head", "q_proj"))
+    expected = store.read_tensors(tmp_path)
+    with_tensors(tmp_path, **{HEAD: torch.ones(131, 24)})
+    assert same(store.read_tensors(tmp_path), expected) and len(expected) == 6
+    rename(tmp_path, SPELLINGS["no prefix"])  # PEFT would not find them
+    with pytest.raises(BadInput, match="extra tensor"):
+        store.read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("through", [torch.float32, torch.bfloat16, torch.float16], ids=str)
