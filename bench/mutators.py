@@ -1,5 +1,6 @@
 """Random mutations of bytes, of JSON, of headers and of chat templates, for bench/mutated_inputs.py."""
 
+import copy
 import json
 import random
 import struct
@@ -122,24 +123,29 @@ def paths(value: object, path: tuple = ()):
             yield from paths(child, (*path, key))
 
 
+def other(chosen: random.Random) -> object:
+    return copy.deepcopy(chosen.choice(VALUES))  # it may be changed in its turn
+
+
 def changed(value: object, chosen: random.Random) -> object:
+    """A value of which one node is another, gone, moved or nested."""
     path = chosen.choice(list(paths(value)))
     if not path:
-        return chosen.choice([value, value, [value], {"a": value}, chosen.choice(VALUES)])
+        return chosen.choice([value, value, [value], {"a": value}, other(chosen)])
     parent = value
     for key in path[:-1]:
         parent = parent[key]
     key, old = path[-1], parent[path[-1]]
     match chosen.randrange(8):
         case 0 | 1 | 2:
-            parent[key] = chosen.choice(VALUES)
+            parent[key] = other(chosen)
         case 3:
             del parent[key]
         case 4:
             if isinstance(parent, dict):
-                parent[chosen.choice(KEYS)] = chosen.choice((old, chosen.choice(VALUES)))
+                parent[chosen.choice(KEYS)] = chosen.choice((copy.deepcopy(old), other(chosen)))
             else:
-                parent.insert(key, chosen.choice((old, chosen.choice(VALUES))))
+                parent.insert(key, chosen.choice((copy.deepcopy(old), other(chosen))))
         case 5:
             parent[key] = [old]
         case 6:
