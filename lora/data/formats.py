@@ -93,6 +93,11 @@ def scan(
             yield Problem(str(path), "FILE", "no examples, the file is empty. Give JSON objects in lines, or a list")
 
 
+def plain_shape(shape: str) -> str:
+    """A shape without what became of leading answers."""
+    return shape.partition(", ")[0]
+
+
 def _conversation(
     where: str, value: object, answered: bool, keys: Keys | None, leading: str, unused: Callable
 ) -> Conversation | Problem:
@@ -139,7 +144,8 @@ def _turns(value: dict, keys: Keys | None, answered: bool) -> tuple[object, dict
             return _pair(value, prompt, None), ROLES, prompt
     found = ", ".join(list(value)[:8])[:200] or "none"
     known = ", ".join(("messages", "conversations", *("/".join(pair) for pair in PAIRS), "text"))
-    raise _Wrong(f"its keys are {found}. Known are {known}; others by --prompt-key and --response-key", "UNKNOWN")
+    others = "others by --prompt-key and --response-key" if answered else "generate.py has --prompt-key for others"
+    raise _Wrong(f"its keys are {found}. Known are {known}; {others}", "UNKNOWN")
 
 
 def _text(value: dict, key: str) -> str:
