@@ -122,12 +122,10 @@ def encode(
                 continue
             for example in examples:
                 if overlong == "error" and (length := len(example.tokens)) > limit:
-                    why, fix = f"the model takes at most {most}", "Give --overlong drop, truncate or split"
+                    why, fix = f"the model takes at most {most}", "Give"
                     if may_be_raised(limit, most):
-                        why, fix = (
-                            f"--max-len is {limit}",
-                            "Raise --max-len, or give --overlong drop, truncate or split",
-                        )
+                        why, fix = f"--max-len is {limit}", "Raise --max-len, or give"
+                    fix = f"{fix} --overlong drop, truncate or split"
                     problems.append(f"too long in {row.where}: {length} tokens, {why}. {fix}")
                     continue
                 for part in found._fit(example, limit, overlong, row.where, row.messages[0]["role"] == "text"):

@@ -19,7 +19,8 @@ NOT_TRAINED = ("masked", "ignore_loss", "no_loss")  # the other way round
 GOOD = ("label", "kto_tag")  # true marks a good answer, false a bad one
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "think", "cot", "chain_of_thought")
 
-_TOOLS = ("which is not trained here", "Put it into the content, or remove it")
+_TOOLS = ("and calls of tools are not trained here", "Write them into the text, or remove it")
+_BESIDE = ("which is not trained here", "Put it into the content, or remove it")
 _MEDIA = ("which a model of text does not see", "Remove the row, or describe it in the text")
 _TOKENS = ("which is not read here", "Give the text, and remove it")
 _TEMPLATE = ("which is for the chat template", "Remove it, and give --template-arg NAME=VALUE for the whole run")
@@ -34,12 +35,12 @@ REFUSED = {
     "chat_template": ("which is not used here", "Remove it, and give --template FILE for the whole run"),
     "documents": ("which would not be learned", "Put them into the question"),
     **dict.fromkeys(("train_detail", "training_detail", "mask"), _PART),
-    **dict.fromkeys(("reasoning_details", "thinking_blocks", "refusal"), _TOOLS),
+    **dict.fromkeys(("reasoning_details", "thinking_blocks", "refusal"), _BESIDE),
 }
 OF_A_ROW = REFUSED.keys() - {"refusal"}  # there it is what a data set knows of the row
 KNOWN = {"role", "content", "from", "value", *TRAINED, *NOT_TRAINED, *GOOD, *THOUGHTS, *REFUSED}  # of a message
 
-REJECTED = ("rejected", "preferred_output", "non_preferred_output")  # and what begins with rejected_
+PREFERENCE = ("chosen", "rejected", "preferred_output", "non_preferred_output")  # and what begins with rejected_
 ASKED = ("prompt", "question", "instruction", "input", "query")  # where a preference row may have its question
 
 
@@ -57,7 +58,7 @@ def refused_in_row(row: dict, used: tuple = ()) -> str | None:
     for field, value in row.items():
         if field in used or says_nothing(value):
             continue
-        if field in REJECTED or field.startswith("rejected_"):
+        if field in PREFERENCE or field.startswith("rejected_"):
             if not used:
                 return _preference(row, field)
         elif field in THOUGHTS:
@@ -67,14 +68,14 @@ def refused_in_row(row: dict, used: tuple = ()) -> str | None:
     return None
 
 
-def _preference(row: dict, rejected: str) -> str:
+def _preference(row: dict, field: str) -> str:
     asked = next((key for key in ASKED if isinstance(row.get(key), str)), None)
     fix = 'Write the good answers as {"messages": [...]}'
     if asked and isinstance(row.get("chosen"), str):
         fix = f"Give --prompt-key {asked} --response-key chosen to train the chosen ones"
     elif "chosen" not in row and "preferred_output" not in row:
-        fix = f"Remove {rejected} to train the answer beside it"
-    pair = "chosen, rejected" if rejected == "rejected" and "chosen" in row else rejected
+        fix = f"Remove {field} to train the answer beside it"
+    pair = ", ".join(key for key in PREFERENCE if key in row) or field
     return f"a preference row ({pair}), which is not trained here. {fix}"
 
 

@@ -201,9 +201,8 @@ def _describe(flag: str, name: str, number: float | None, part: Encoded, args, m
 def _none_fits(args, most: int | None) -> str:
     if may_be_raised(args.max_len, most):
         return f"no example fits {args.max_len} tokens. Raise --max-len"
-    return (
-        f"no example fits {args.max_len} tokens, and the model takes no more. Give --overlong truncate, or shorter rows"
-    )
+    fix = "Shorten the rows" if args.overlong == "truncate" else "Give --overlong truncate"
+    return f"no example fits {args.max_len} tokens, and the model takes no more. {fix}"
 
 
 def _notes(args, chat: Chat) -> None:

@@ -195,7 +195,7 @@ DATA = [
     data("nothing to learn", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
          '"train": false}]}\n', r"nothing to train"),
     data("an overlong row where none may be", turns(("user", "a " * 300), ("assistant", "b")),
-         r"too long in chats\.jsonl:1: \d+ tokens, the model takes at most 256\. Give --overlong", "--overlong", "error"),
+         r"too long in chats\.jsonl:1: \d+ tokens, the model takes at most 256\. Give --over", "--overlong", "error"),
     data("no answer is left", turns(("user", "a " * 300), ("assistant", "b")),
          r"nothing to train in chats\.jsonl: no example fits 256", "--overlong", "truncate"),
     data("named keys that no row has", '{"x": "a", "y": "b"}\n', r"its keys are x, y\. .*--prompt-key",
