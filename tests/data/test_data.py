@@ -374,8 +374,8 @@ BAD = [
 ]
 
 
-@mutation("lora/data/formats.py", 'if "chosen" in value and "rejected" in value:', "if False:")
-@mutation("lora/data/formats.py", '("tool_calls", "function_call", "reasoning_content")', "()")
+@mutation("lora/data/formats.py", "if why := foreign_fields.refused_in_row(value, used):", "if False:")
+@mutation("lora/data/foreign_fields.py", '"functions", "tool_calls", "function_call"', '"functions"')
 @pytest.mark.parametrize(("line", "why"), BAD, ids=[f"{i}" for i in range(len(BAD))])
 def test_a_bad_line_is_named_by_file_and_line_and_says_why(tmp_path, line, why):
     good = json.dumps({"messages": PAIR}).encode()
