@@ -14,7 +14,6 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from lora.run.use_settings import EvaluateSettings
 
 from data_gen import multiply
 from lora import device as machine
@@ -30,6 +29,7 @@ from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
 from lora.methods import sft
 from lora.pretrained import default_model, hub
+from lora.run.use_settings import EvaluateSettings
 
 TASK_ROWS = 60
 ROOM, LEAST_TOKENS = 1.5, 48  # an answer may be so many times the longest target, and so long at least

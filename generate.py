@@ -18,14 +18,13 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from lora.run.use_settings import GenerateSettings
-
 from lora import files
 from lora.errors import BadInput, say
 from lora.inference import prompts, several
 from lora.inference.columns import table
 from lora.inference.generate import Sampling
 from lora.inference.session import Session, open_session, open_sessions
+from lora.run.use_settings import GenerateSettings
 
 
 def main(argv=None) -> int:

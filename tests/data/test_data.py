@@ -53,15 +53,9 @@ UNTRAINED = [USER, {**ANSWER, "train": False}, USER, ANSWER]
 SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 
 
-@mutation(
-    "lora/data/formats.py",
-    "for pair in [*history, [question, value[answer]]]",
-    "for pair in [[question, value[answer]], *history]",
-)
-@mutation("lora/data/formats.py", "(train is False or weight == 0)", "(train is False)")
-@mutation(
-    "lora/data/formats.py", "*turns] if system and isinstance(turns, list) else turns", "*turns] if False else turns"
-)
+@mutation("lora/data/formats.py", "texts[:0] = [", "texts[len(texts) :] = [")
+@mutation("lora/data/formats.py", "and trained is False else {}", 'and message.get("train") is False else {}')
+@mutation("lora/data/formats.py", "for text in sorted(texts)),", "for text in ()),")
 @pytest.mark.parametrize(
     ("row", "messages", "shape"),
     [
@@ -109,7 +103,9 @@ def test_every_accepted_shape_becomes_messages(tmp_path, row, messages, shape):
     assert read([path]) == [(messages, f"{path}:1", shape)]
 
 
-@mutation("lora/data/formats.py", "if value.get(key) and key not in used:", "if False:")
+@mutation(
+    "lora/data/formats.py", "if key not in used and not foreign_fields.says_nothing(value.get(key)):", "if False:"
+)
 @pytest.mark.parametrize("row", [{"messages": PAIR}, {"prompt": [USER], "completion": [ANSWER]}], ids=["one", "two"])
 @pytest.mark.parametrize("more", [{"history": [["a", "b"]]}, {"input": "x"}, {"context": "x"}], ids=str)
 def test_what_would_be_lost_beside_messages_is_refused(tmp_path, row, more):
@@ -127,8 +123,8 @@ def test_history_and_messages_are_one_form(tmp_path):
 
 @mutation(
     "lora/data/formats.py",
-    "if keys and keys[0] in value and keys[1] in value:",
-    "if keys and keys[0] in value and keys[1] in value and not any(a in value for a, _ in PAIRS):",
+    "if keys and all(key in value for key in keys if key)",
+    "if keys and all(key in value for key in keys if key) and not any(a in value for a, _ in PAIRS)",
 )
 def test_any_pair_of_keys_can_be_named(tmp_path):
     path = written(

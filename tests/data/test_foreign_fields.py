@@ -43,7 +43,7 @@ def refused(tmp_path, row, **how) -> str:
 # ---- what must be text -----------------------------------------------------------------------------------------------
 
 
-@mutation("lora/data/formats.py", "if not isinstance(value[key], str):", "if False:", case="a list")
+@mutation("lora/data/formats.py", "if not isinstance(value[key], str):", "if False:", case="instruction-a list")
 @pytest.mark.parametrize("kind", NO_TEXT)
 @pytest.mark.parametrize("key", ["instruction", "output", "prompt", "completion", "q", "a", "问", "答", "text"])
 def test_what_is_no_text_is_refused_by_the_name_of_its_field(tmp_path, key, kind):

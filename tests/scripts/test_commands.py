@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora.run.use_settings import GenerateSettings, MergeSettings
 from safetensors.torch import load_file
 
 from lora.run.settings import TrainSettings
+from lora.run.use_settings import GenerateSettings, MergeSettings
 from tests import cli
 from tests.mutation import mutation
 
