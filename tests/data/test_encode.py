@@ -137,8 +137,8 @@ def test_what_is_too_long_is_dropped_and_counted_or_truncated_or_an_error():
     (20, None, "--max-len is 20. Raise --max-len, or give --overlong drop, truncate or split"),
     (20, 30, "--max-len is 20. Raise --max-len, or give --overlong drop, truncate or split"),
     (20, 20, "the model takes at most 20. Give --overlong drop, truncate or split"),
-])  # fmt: skip
-@mutation("lora/data/encode.py", "return most is None or limit < most", "return True", case="20-20")
+], ids=["unknown", "more", "no more"])  # fmt: skip
+@mutation("lora/data/encode.py", "return most is None or limit < most", "return True", case="no more")
 def test_raising_max_len_is_advised_only_where_the_model_takes_more(limit, most, fix):
     with pytest.raises(BadInput) as raised:
         encode(rows_of([LONG]), chat_of("chatml"), limit, overlong="error", most=most)
