@@ -199,6 +199,8 @@ class Settings:
 
 
 def _read(path: Path) -> dict:
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise BadInput(f"wrong file in {path}: YAML. Write the settings as TOML or JSON")
     if path.suffix.lower() != ".toml":
         return files.read_json(path)
     try:

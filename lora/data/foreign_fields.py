@@ -4,20 +4,15 @@ They are those of OpenAI's fine-tuning, TRL, LLaMA-Factory, ms-swift, axolotl, X
 of messages alike. A field that says nothing (null, "", [], {}) is as good as none.
 """
 
-TRAINED = (
-    "train",
-    "training",
-    "trainable",
-    "loss",
-    "loss_weight",
-    "loss_mask",
-    "loss_scale",
-    "weight",
-    "sample_weight",
-)
-NOT_TRAINED = ("masked", "ignore_loss", "no_loss")  # the other way round
+import re
+
+TRAINED = ("train", "training", "trainable", "do_train", "compute_loss", "loss", "loss_weight", "loss_mask", "loss_scale",
+           "weight", "sample_weight")  # fmt: skip
+NOT_TRAINED = ("masked", "is_masked", "ignore_loss", "no_loss")  # the other way round
 GOOD = ("label", "kto_tag")  # true marks a good answer, false a bad one
+JUDGED = ("score", "reward", "rating", "is_correct", "correct", "finish_reason")  # rows by it; nobody trains by it
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "think", "cot", "chain_of_thought")
+MEDIA = re.compile("(image|img|video|audio|picture|photo)s?(_?(path|url|file|token|byte|base64)s?)?")
 
 _TOOLS = ("and calls of tools are not trained here", "Write them into the text, or remove it")
 _BESIDE = ("which is not trained here", "Put it into the content, or remove it")
@@ -28,8 +23,7 @@ _PART = ("and only whole answers are learned or left out", 'Remove it, or write 
 _THOUGHTS = ("which would not be learned", 'Write the row as messages, with it as "reasoning_content" of the answer')
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id"), _TOOLS),
-    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio", "image_url", "objects"), _MEDIA),
-    **dict.fromkeys(("image_path", "image_paths", "pixel_values", "bbox"), _MEDIA),
+    **dict.fromkeys(("objects", "bbox", "pixel_values"), _MEDIA),
     **dict.fromkeys(("input_ids", "labels", "assistant_masks", "completion_mask"), _TOKENS),
     **dict.fromkeys(("chat_template_kwargs", "enable_thinking", "thinking_budget", "reasoning_effort"), _TEMPLATE),
     "chat_template": ("which is not used here", "Remove it, and give --template FILE for the whole run"),
@@ -40,7 +34,13 @@ REFUSED = {
 OF_A_ROW = REFUSED.keys() - {"refusal"}  # there it is what a data set knows of the row
 KNOWN = {"role", "content", "from", "value", *TRAINED, *NOT_TRAINED, *GOOD, *THOUGHTS, *REFUSED}  # of a message
 
-PREFERENCE = ("chosen", "rejected", "preferred_output", "non_preferred_output")  # and what begins with rejected_
+PREFERENCE = (
+    "chosen",
+    "rejected",
+    "preference",
+    "preferred_output",
+    "non_preferred_output",
+)  # and what begins with rejected_
 ASKED = ("prompt", "question", "instruction", "input", "query")  # where a preference row may have its question
 
 
@@ -63,8 +63,8 @@ def refused_in_row(row: dict, used: tuple = ()) -> str | None:
                 return _preference(row, field)
         elif field in THOUGHTS:
             return f"it has {field}, {'. '.join(_THOUGHTS)}"
-        elif field in OF_A_ROW and value not in ("[]", "{}"):  # written as JSON in a text
-            return f"it has {field}, {'. '.join(REFUSED[field])}"
+        elif (field in OF_A_ROW or MEDIA.fullmatch(field)) and value not in ("[]", "{}"):  # written as JSON in a text
+            return f"it has {field}, {'. '.join(REFUSED.get(field, _MEDIA))}"
     return None
 
 
@@ -81,9 +81,9 @@ def _preference(row: dict, field: str) -> str:
 
 def refused_in_message(message: dict, name: str) -> str | None:
     """Why a message cannot be used, and what to do."""
-    for field in REFUSED:
-        if not says_nothing(message.get(field)):
-            return f"{name} has {field}, {'. '.join(REFUSED[field])}"
+    for field, value in message.items():
+        if (field in REFUSED or MEDIA.fullmatch(field)) and not says_nothing(value):
+            return f"{name} has {field}, {'. '.join(REFUSED.get(field, _MEDIA))}"
     return None
 
 
@@ -128,6 +128,7 @@ def thoughts(message: dict, name: str) -> str:
     return next(iter(found), "")
 
 
-def unknown(message: dict) -> list[str]:
-    """Fields with a value that nothing here reads."""
-    return [field for field, value in message.items() if field not in KNOWN and not says_nothing(value)]
+def unread(row: dict, messages: list[dict], used: tuple = ()) -> set[str]:
+    """Fields with a value that nothing here reads: all of messages, and of the row those that judge its answer."""
+    found = {field for field in JUDGED if field not in used and not says_nothing(row.get(field))}
+    return found | {field for m in messages for field in m if field not in KNOWN and not says_nothing(m[field])}

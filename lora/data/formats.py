@@ -83,7 +83,7 @@ def scan(
 
     `keys` are those of question and answer in rows that have both (of a prompt, the answer's is None). An answer that
     `leading` finds before the first question is an error, dropped, or kept as context. `progress` hears how many bytes
-    have been read, `unused` of fields of messages that nothing reads. Raises BadInput for a file that cannot be opened.
+    have been read, `unused` of fields that nothing reads. Raises BadInput for a file that cannot be opened.
     """
     for path in paths:
         row = None
@@ -117,7 +117,7 @@ def _conversation(
                 raise _Wrong(f"its {field} leaves nothing to train. Remove the row, or {field}")
             if not any(m["role"] in ("assistant", "text") and "train" not in m for m in messages):
                 raise _Wrong("nothing to train, there is no assistant turn to learn. Add an answer")
-        for field in {field for turn in turns for field in foreign_fields.unknown(turn)}:
+        for field in foreign_fields.unread(value, turns, used):
             unused(where, field)
         return Conversation(messages, where, shape + LEADING[leading] if led else shape)
     except _Wrong as wrong:

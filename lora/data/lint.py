@@ -29,7 +29,7 @@ CODES = {  # code -> what it means; first what a row is itself, then what it is 
     "PLACEHOLDER": "a slot such as [NAME] or {{name}} was never filled in (code between backticks may have some)",
     "LEFTOVER": "the answer is an error message or a refusal that a teacher left",
     "PREFIX": "some questions or answers of the file begin with 问：, 答：, Q:, User: or the like, and others do not",
-    "FIELD": "messages have a field with a value that is not learned",
+    "FIELD": "rows or their messages have a field with a value that nothing here reads",
     "SCHEMA": "the file has rows of more than one shape",
     "DUPLICATE": "all turns are those of another row, but for case, white space and punctuation",
     "NEAR-DUPLICATE": "90 % or more of its 5-grams of characters are those of another row (Jaccard)",
@@ -56,7 +56,7 @@ def check(
     unused: Sequence[tuple[str, str]] = (),
 ) -> list[Finding]:
     """All findings, sorted. Rows that could not be read pass through; each set is also compared with itself; `unused`
-    are places of rows, and a field of their messages that nothing reads."""
+    are places of rows, and a field that nothing reads."""
     found = []
     for row in (*train, *evaluation):
         found += [_finding(*row)] if isinstance(row, Problem) else _by_itself(row)
@@ -125,8 +125,8 @@ def _unused(unused: Sequence[tuple[str, str]]) -> Iterator[Finding]:
         rows[where.rpartition(":")[0], field].append(where)
     for (_, field), places in rows.items():
         count = f"{len(places)} row{'s' if len(places) > 1 else ''}"
-        fix = "Remove it, or put it into the content"
-        yield _finding(places[0], "FIELD", f"messages of {count} have {_quote(field)}, which is not learned. {fix}")
+        fix = "Remove it, put it into the content, or leave out rows by it"
+        yield _finding(places[0], "FIELD", f"{count} with {_quote(field)}, which is not learned. {fix}")
 
 
 def _labels(row: Conversation, role: str) -> set[str]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lora import files
-from lora.data import formats
+from lora.data import file_kinds, formats
 from lora.errors import BadInput
 from lora.text.chat import Chat
 
@@ -19,6 +19,8 @@ def read(path: str, key: str | None = None) -> list[tuple[list[dict], str]]:
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
+        if kind := file_kinds.of_bytes(data, path):
+            raise BadInput(str(formats.Problem(path, *kind))) from None
         raise BadInput(f"wrong encoding in {path}: not UTF-8 at byte {error.start}. Convert it to UTF-8") from None
     found = [(line.rstrip("\r"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not found:

@@ -203,11 +203,14 @@ BESIDE = {
     "audios": ["a.wav"], "audio": {"path": "a.wav"}, "objects": {"bbox": []}, "input_ids": [1], "labels": [1],
     "chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False, "documents": ["d"], "mask": "User",
     "reasoning": "Because.", "thinking": "Because.", "reasoning_content": "Because.", "cot": "Because.",
+    "image_url": "u", "video_paths": ["v"], "preference": "rejected", "chosen": "x", "rejected_x": "x",
     "history": [["a", "b"]], "input": "x", "context": "x", "query": "x",
 }  # fmt: skip
 
 
-@mutation("lora/data/foreign_fields.py", "elif field in OF_A_ROW and", "elif False and", case="images")
+@mutation(
+    "lora/data/foreign_fields.py", "(field in OF_A_ROW or MEDIA.fullmatch(field)) and", "False and", case="images"
+)
 @mutation("lora/data/foreign_fields.py", "elif field in THOUGHTS:", "elif False:", case="reasoning")
 @pytest.mark.parametrize("field", BESIDE)
 def test_what_would_not_be_learned_beside_a_row_is_refused_by_name(tmp_path, field):
@@ -296,18 +299,21 @@ def test_nothing_is_left_of_a_conversation_that_is_only_a_leading_answer(tmp_pat
 # ---- what --check says -----------------------------------------------------------------------------------------------
 
 
-@mutation("lora/data/foreign_fields.py", "if field not in KNOWN and not says_nothing(value)", "if False")
-def test_check_names_fields_of_messages_that_nothing_reads_with_their_count(tmp_path, capsys):
+@mutation("lora/data/foreign_fields.py", "if field not in KNOWN and not says_nothing(m[field])", "if False")
+@mutation("lora/data/foreign_fields.py", "for field in JUDGED if", "for field in () if")
+def test_check_names_fields_that_nothing_reads_with_their_count(tmp_path, capsys):
     rows = []
     for i in range(3):
         answer = {**ANSWER, "content": f"{i * 7919} x", "citations": ["a"] if i < 2 else [], "thinking": "Hm."}
-        rows.append({"messages": [{**USER, "content": f"Question {i}", "name": "Ann", "id": None}, answer]})
+        rows.append(
+            {"messages": [{**USER, "content": f"Question {i}", "name": "Ann", "id": None}, answer], "reward": i}
+        )
     path = written(tmp_path / "a.jsonl", *rows)
     assert lint_report(TrainSettings.resolve(["--data", str(path), "--check"], ""), lambda name: path) == 2
     found = [line for line in capsys.readouterr().out.splitlines() if ": FIELD: " in line]
-    what = "which is not learned. Remove it, or put it into the content"
-    assert found == [f'{path}:1: FIELD: messages of {n} rows have "{field}", {what}'
-                     for n, field in ((2, "citations"), (3, "name"))]  # fmt: skip
+    what = "which is not learned. Remove it, put it into the content, or leave out rows by it"
+    expected = ((2, "citations"), (3, "name"), (3, "reward"))
+    assert found == [f'{path}:1: FIELD: {n} rows with "{field}", {what}' for n, field in expected]
 
 
 def test_problems_are_those_of_the_rows_alone(tmp_path):
