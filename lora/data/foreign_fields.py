@@ -6,8 +6,8 @@ of messages alike. A field that says nothing (null, "", [], {}) is as good as no
 
 import re
 
-TRAINED = ("train", "training", "trainable", "do_train", "compute_loss", "loss", "loss_weight", "loss_mask", "loss_scale",
-           "weight", "sample_weight")  # fmt: skip
+TRAINED = ("train", "training", "trainable", "do_train", "compute_loss", "loss", "loss_mask", "loss_scale",
+           "loss_weight", "weight", "sample_weight")  # fmt: skip
 NOT_TRAINED = ("masked", "is_masked", "ignore_loss", "no_loss")  # the other way round
 GOOD = ("label", "kto_tag")  # true marks a good answer, false a bad one
 JUDGED = ("score", "reward", "rating", "is_correct", "correct", "finish_reason")  # rows by it; nobody trains by it
