@@ -32,6 +32,8 @@ class Encoded(Sequence):
     truncated: int = 0
     overlong: tuple[str, int] | None = None
     shapes: dict[str, int] = field(default_factory=dict)
+    missing: int = 0  # answers of which the template leaves something out
+    first_missing: tuple[str, str] | None = None  # the place of the first one, and what
     kept: list[Conversation] = field(default_factory=list)
     stride: int = 1  # from one that is kept to the next
 
@@ -62,6 +64,11 @@ class Encoded(Sequence):
                 self.stride *= 2
         self.rows += 1
         self.shapes[row.shape] = self.shapes.get(row.shape, 0) + 1
+
+    def _count_missing(self, chat: TokenizedChat, where: str) -> None:
+        self.missing += len(chat.missing)
+        if chat.missing and not self.first_missing:
+            self.first_missing = where, chat.missing[0]
 
     def _fit(self, chat: TokenizedChat, limit: int, truncate: bool, where: str) -> TokenizedChat | None:
         """The example within the limit, or None where it is dropped."""
@@ -97,6 +104,7 @@ def encode(
                 problems += [f"wrong row in {row.where}: {problem}" for problem in examples.problems]
                 continue
             for example in examples:
+                found._count_missing(example, row.where)
                 if overlong == "error" and (length := len(example.tokens)) > limit:
                     fix = "Raise --max-len, or --overlong drop or truncate"
                     problems.append(f"too long in {row.where}: {length} tokens, --max-len is {limit}. {fix}")

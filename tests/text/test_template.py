@@ -492,9 +492,9 @@ def test_an_answer_marked_not_to_train_is_context_only():
 def test_a_document_is_all_trained_between_what_the_tokenizer_adds_and_the_end():
     chat, tokenizer = chat_of("chatml"), byte_level()
     text = "Once upon\n a time. <|im_end|> 日本"
-    before = chat.guarded
+    before = chat.documents
     [(tokens, trained)] = examples_of("chatml", [{"role": "text", "content": text}])
-    assert all(trained) and chat.guarded == before + 1
+    assert all(trained) and chat.documents == before + 1
     assert tokenizer.decode(tokens) == text and controls(chat, tokens) == [tokenizer.id("<|endoftext|>")] == tokens[-1:]
     raw = json.loads(byte_level_json())
     begin = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
