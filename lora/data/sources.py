@@ -204,7 +204,7 @@ def _notes(args, chat: Chat) -> None:
         (chat.documents, f"documents spell {spelled}, which {'are read as tokens' if chat.control_tokens else fix}"),
         (
             chat.foreign.total(),
-            f"times documents spell {foreign}: no control tokens of this tokenizer, so they stay text",
+            f"times documents spell {foreign}, which this tokenizer has no tokens for; it stays text",
         ),
         (chat.cuts, "examples are cut into tokens where the answer begins, as in generation"),
         (chat.split, "rows became an example for each answer, because the template rewrites earlier turns"),

@@ -18,7 +18,7 @@ from lora.text.answers import Rendered, Renderer, Rewritten
 from lora.text.template import OUTPUT, ChatTemplate
 from lora.text.tokenizer import Tokenizer
 
-CONTROL_LIKE = re.compile(r"<\|[\w/-]{1,30}\|>|<｜[^<>｜]{1,30}｜>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
+CONTROL_LIKE = re.compile(r"<\|[\w/-]{1,30}\|>|<｜[^<>｜]{1,30}｜>|<(?:start|end)_of_turn>")  # of any model
 
 
 class Example(NamedTuple):
@@ -183,8 +183,8 @@ class Chat:
         if len(text) > OUTPUT:
             raise BadInput(f"a document of over {OUTPUT >> 20} M characters. Cut it")
         spelled = self.tokenizer.control_pattern.findall(text)
-        self.spelled.update(set(spelled))
-        self.foreign.update(set(CONTROL_LIKE.findall(text)) - {*spelled})
+        self.spelled.update(dict.fromkeys(spelled, 1))
+        self.foreign.update(dict.fromkeys((s for s in CONTROL_LIKE.findall(text) if s not in spelled), 1))
         self.documents += bool(spelled)
         tokens = self.tokenizer.encode_document(text, self.control_tokens)
         ended = self.control_tokens and spelled and text.rstrip().endswith(spelled[-1])

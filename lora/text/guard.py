@@ -29,8 +29,7 @@ def guard_messages(messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list
     read, guard = [{key: value for key, value in m.items() if key != "train"} for m in messages], ""
     if any(tokenizer.control_pattern.search(text) for text in _texts(messages)):
         [guard] = free_characters(messages, 1)
-        for message in read:
-            message |= {key: tokenizer.mark(text, guard) for key, text in message.items() if isinstance(text, str)}
+        read = [{k: tokenizer.mark(v, guard) if isinstance(v, str) else v for k, v in m.items()} for m in read]
     return read, guard
 
 

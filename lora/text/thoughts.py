@@ -10,7 +10,7 @@ END = 200  # characters of a prompt that are looked at
 def behind(prompt: str, answer: str) -> str:
     """The answer without its thought, where the prompt ends with an empty one."""
     empty = EMPTY.search(prompt[-END:])
-    return answer.rpartition(_closing(empty))[2] if empty else answer
+    return answer.rpartition(_closing(empty))[2].lstrip("\n") if empty else answer
 
 
 def continued(prompt: str, answer: str) -> str | None:
