@@ -94,10 +94,10 @@ class Chat:
         self.cuts = 0  # texts in which the tokenizer would have fused an answer with the prompt before it
         self.guarded = 0  # conversations with text that spells a control token
         self.split = 0  # conversations of which the template rewrites earlier turns: an example for each answer
-        self.unclosed = 0  # and of them, those that do not close the thought that their prompt opens
-        self.documents = 0  # that spell a control token
-        self.spelled, self.foreign = Counter(), Counter()  # which, and those of other models: in how many documents
-        self.joined = 0  # examples of a prompt and an answer that the template writes otherwise together
+        self.joined = 0  # examples put together, because the template never writes prompt and answer so
+        self.unclosed = 0  # those of them whose answer does not close the thought that its prompt opens
+        self.documents = 0  # documents that spell a control token
+        self.spelled, self.foreign = Counter(), Counter()  # which, and which of other models: in how many documents
 
     @property
     def own_system(self) -> str:
