@@ -49,9 +49,7 @@ KINDS = {"right": {"rstrip": True}, "left": {"lstrip": True}, "both": {"lstrip":
          "first": {"first": True}, "first right": {"first": True, "rstrip": True}}  # fmt: skip
 
 
-@mutation(
-    "lora/text/guard.py", "pieces.append(tokenizer.mark(match[0], guard))", "pieces.append(match[0])", case="right"
-)
+@mutation("lora/text/guard.py", "pieces.append(tokenizer.mark(match[0], guard))", "pieces.append(match[0])")
 @mutation("lora/text/guard.py", 'encode_marked("".join(pieces), guard)', 'encode("".join(pieces))'
           )  # fmt: skip
 def test_a_row_that_spells_a_control_token_keeps_the_line_end_beside_it_and_the_template_takes_its_own():
