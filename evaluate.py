@@ -4,9 +4,9 @@ python evaluate.py --adapter weights/heron --data held-out.jsonl                
 python evaluate.py --adapter weights/a weights/b --task multiply --out m2.json   a task that grades itself
 """
 
-from lora.errors import quiet_imports, run
+from lora.errors import before_imports, run
 
-quiet_imports(__name__)
+before_imports(__name__)
 
 import os
 import sys

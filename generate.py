@@ -7,9 +7,9 @@ python generate.py --adapter weights/a weights/b                               a
 python generate.py --adapter weights/a weights/b --compare --prompt "Hello."   the base's answer, a's and b's
 """
 
-from lora.errors import quiet_imports, run
+from lora.errors import before_imports, run
 
-quiet_imports(__name__)
+before_imports(__name__)
 
 import json
 import shutil

@@ -7,9 +7,9 @@ python merge.py --combine weights/a:0.7 weights/b:-0.3 --out weights/c         0
 python merge.py --extract BASE TUNED --rank 16 --out weights/c                 what a full fine-tune changed
 """
 
-from lora.errors import quiet_imports, run
+from lora.errors import before_imports, run
 
-quiet_imports(__name__)
+before_imports(__name__)
 
 import sys
 from pathlib import Path
