@@ -114,7 +114,6 @@ def test_an_answer_follows_the_generation_prompt_and_what_that_has_opened_is_not
 
 
 @mutation("lora/text/answers.py", "text = self._join(guarded[: i + 1], guard, answers.index(i) + 1)", "pass")
-@mutation("lora/text/answers.py", "answers = [*prompt.answers, self._answer(", "answers = [self._answer(")
 def test_a_system_turn_that_moves_to_the_last_question_stands_before_each_answer_as_in_generation():
     messages = turns("Hi", "Hello.", "And?", "No.", system="Be brief.")
     chat = chat_of("late system")
@@ -125,6 +124,15 @@ def test_a_system_turn_that_moves_to_the_last_question_stands_before_each_answer
     assert chat.joined == 2
     [whole] = chat.tokenize(messages[1:])  # in one, without the system turn
     assert len(whole.answers) == 2 and chat.joined == 2
+
+
+@mutation("lora/text/answers.py", "answers = [*prompt.answers, self._answer(", "answers = [self._answer(")
+def test_an_earlier_answer_is_cut_from_its_prompt_as_in_generation_where_a_later_one_is_put_together():
+    messages = turns("Hi", "Hello.", "And?", THOUGHT + "No.")
+    chat = chat_of("empty")
+    assert chat.tokenize(messages[:2])[0].answers and chat.cuts  # the tokenizer takes the last line end to the answer
+    [_, (before, said)] = examples(chat, messages)
+    assert before == chat.prompt(messages[:3]) and said == plain_ids("No.<|im_end|>") and chat.joined == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
