@@ -30,6 +30,7 @@ from lora.inference.session import try_adapter, warn_if_unchanged
 from lora.methods import sft
 from lora.pretrained import default_model, hub
 from lora.run.use_settings import EvaluateSettings
+from lora.text.template import read_arguments
 
 TASK_ROWS = 60
 ROOM, LEAST_TOKENS = 1.5, 48  # an answer may be so many times the longest target, and so long at least
@@ -195,6 +196,7 @@ def make_column(
 ) -> score.Column:
     """What is scored in a column. Raises BadInput for an adapter or a row that does not fit."""
     told = {"system": False if args.no_system else args.system, "template": args.template, "date": args.date}
+    told |= {"template_args": read_arguments(args.template_arg), "control_tokens": args.control_tokens}
     chat = try_adapter(empty, name, adapter, base, not args.no_verify, **told)
     limit, retention = empty.config.max_position_embeddings, []
     examples, prompts = score.encode_rows(rows, chat, limit, with_prompts=not args.no_generate)

@@ -25,6 +25,7 @@ from lora.inference.columns import table
 from lora.inference.generate import Sampling
 from lora.inference.session import Session, open_session, open_sessions
 from lora.run.use_settings import GenerateSettings
+from lora.text.template import read_arguments
 
 
 def main(argv=None) -> int:
@@ -53,7 +54,8 @@ def told(args: GenerateSettings) -> dict:
     """What the flags say of the model, the chat and the sampling, as a session is opened with it."""
     names = ("device", "dtype", "template", "date", "max_new_tokens", *(field.name for field in fields(Sampling)))
     system = False if args.no_system else args.system
-    return dict({name: getattr(args, name) for name in names}, system=system, verify=not args.no_verify)
+    told = {"system": system, "template_args": read_arguments(args.template_arg), "verify": not args.no_verify}
+    return {name: getattr(args, name) for name in names} | told
 
 
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------

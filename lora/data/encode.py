@@ -34,6 +34,8 @@ class Encoded(Sequence):
     split: int = 0
     overlong: tuple[str, int] | None = None
     shapes: dict[str, int] = field(default_factory=dict)
+    missing: int = 0  # answers of which the template leaves something out
+    first_missing: tuple[str, str] | None = None  # the place of the first one, and what
     kept: list[Conversation] = field(default_factory=list)
     stride: int = 1  # from one that is kept to the next
 
@@ -64,6 +66,11 @@ class Encoded(Sequence):
                 self.stride *= 2
         self.rows += 1
         self.shapes[row.shape] = self.shapes.get(row.shape, 0) + 1
+
+    def _count_missing(self, chat: TokenizedChat, where: str) -> None:
+        self.missing += len(chat.missing)
+        if chat.missing and not self.first_missing:
+            self.first_missing = where, chat.missing[0]
 
     def _fit(self, chat: TokenizedChat, limit: int, overlong: str, where: str, document: bool) -> list[TokenizedChat]:
         """The example within the limit: itself, cut short, in pieces, or none where it is dropped."""
@@ -121,6 +128,7 @@ def encode(
                 problems += [f"wrong row in {row.where}: {problem}" for problem in examples.problems]
                 continue
             for example in examples:
+                found._count_missing(example, row.where)
                 if overlong == "error" and (length := len(example.tokens)) > limit:
                     why, fix = f"the model takes at most {most}", "Give"
                     if may_be_raised(limit, most):

@@ -15,6 +15,7 @@ from lora.data.encode import Encoded, encode, joined, may_be_raised
 from lora.errors import BadInput, say
 from lora.text.chat import Chat
 
+MOST_NAMES = 5  # of control tokens that one line lists
 KEYS = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
 
 
@@ -190,6 +191,10 @@ def _describe(flag: str, name: str, number: float | None, part: Encoded, args, m
             f", {part.split} documents split" if part.split else ""
         )
         say(f"overlong {done}; over {args.max_len} tokens (--max-len), the first is {where} with {length}")
+    if part.first_missing:
+        where, text = part.first_missing
+        what = "answers are trained without what the template leaves out of them"
+        say(f"note     {part.missing} {what}; the first is {where}, without: {text[:60]}{'…' * (len(text) > 60)}")
     if len(part):
         return []
     why = _none_fits(args, most)
@@ -210,10 +215,19 @@ def _notes(args, chat: Chat) -> None:
     if chat.own_system and args.system is None and not args.no_system:
         own = " ".join(chat.own_system.split())
         say(f"system   the template adds, where a row has none: {own[:120]} (--no-system leaves it out)")
+    spelled, foreign = (", ".join(n for n, _ in c.most_common(MOST_NAMES)) for c in (chat.spelled, chat.foreign))
+    fix = "stay text, letter by letter; --control-tokens reads them as tokens, rows of messages train answers alone"
     for count, what in (
         (chat.guarded, "rows spell a control token in their text; it is kept as plain text"),
+        (chat.documents, f"documents spell {spelled}, which {'are read as tokens' if chat.control_tokens else fix}"),
+        (
+            chat.foreign.total(),
+            f"times documents spell {foreign}, which this tokenizer has no tokens for; it stays text",
+        ),
         (chat.cuts, "examples are cut into tokens where the answer begins, as in generation"),
         (chat.split, "rows became an example for each answer, because the template rewrites earlier turns"),
+        (chat.joined, "examples are put together, prompt and answer, because the template writes the whole otherwise"),
+        (chat.unclosed, "of these answers stand in the thought that the prompt opens; give them a thought and its end"),
     ):
         if count:
             say(f"note     {count} {what}")

@@ -5,6 +5,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lora.run.settings import TEMPLATE_ARG
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Settings, between, flag, one_of
 
 # fmt: off
@@ -19,6 +20,9 @@ class Chat(Settings, group="chat"):
     template: str | None = flag(None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own")
     system: str | None = flag(None, "system turn; without it as in training, or as the chat template decides")
     no_system: bool = flag(False, "no system turn, not even the template's own")
+    template_arg: list[str] | None = flag(
+        None, "switches of the chat template, as enable_thinking=false; values are JSON or text; as in training",
+        TEMPLATE_ARG)
     date: str | None = flag(
         None, "what today is, for templates that ask; as in training", DATE)
 
@@ -72,6 +76,8 @@ class EvaluateSettings(Hardware, Chat, group="evaluation"):
     response_key: str | None = flag(None, "key of the answer in rows of another shape")
     leading_answers: str = flag(
         "error", "an answer before the first question: drop it, or keep it as context", one_of("error", "drop", "keep"))
+    control_tokens: bool = flag(
+        False, "read the control tokens that documents spell as tokens; an adapter remembers it")
     task: str | None = flag(None, "a task that makes its own held-out rows and grades answers", one_of("multiply"))
     rows: int | None = flag(None, "so many rows; all of --data, 60 of --task", between(1, 10**6))
     digits: int = flag(2, "of multiply: numbers have up to so many digits", between(1, 9))

@@ -5,12 +5,16 @@ import json
 import pytest
 
 from lora.data import foreign_fields
+from lora.data.encode import encode
 from lora.data.formats import read
 from lora.data.sources import lint_report
 from lora.errors import BadInput
 from lora.run.settings import TrainSettings
+from lora.text.chat import Chat
+from lora.text.template import ChatTemplate
 from tests.data.test_data import ANSWER, PAIR, SYSTEM, USER, problems_of, written
 from tests.mutation import mutation
+from tests.text.test_template import BEGIN, byte_level, chat_of
 
 ROW = {"instruction": "Q", "output": "A"}
 NO_TEXT = {
@@ -263,6 +267,26 @@ def test_thoughts_under_two_names_are_one_or_refused(tmp_path):
     assert found.messages[1] == {**ANSWER, "reasoning_content": "Hm."}
     row["messages"][1]["thinking"] = "Ah."
     assert "which differ" in refused(tmp_path, row)
+
+
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@mutation("lora/text/guard.py", 'if key != "train"}', 'if key in ("role", "content")}')
+def test_thoughts_are_trained_where_the_template_writes_them_and_refused_where_it_does_not(tmp_path):
+    """A control token that they spell is text, as in the answer."""
+    row = {"messages": [USER, {**ANSWER, "thinking": "Hm <|im_end|>."}]}
+    rows = read([written(tmp_path / "a.jsonl", row)])
+    chat = Chat(byte_level(), ChatTemplate(THINKING, BEGIN, "here"), [0])
+    [example] = encode(rows, chat, 1000)
+    trained = [token for token, yes in zip(example.tokens, example.trained, strict=True) if yes]
+    assert chat.tokenizer.decode(trained) == "<think>Hm <|im_end|>.</think>Hello."
+    assert trained.count(chat.end_of_turn) == 1 and trained[-1] == chat.end_of_turn
+    with pytest.raises(BadInput, match=r"a\.jsonl:1: chat template in .*never reads reasoning_content of a message"):
+        encode(rows, chat_of("chatml"), 1000)
 
 
 # ---- conversations that begin with an answer -------------------------------------------------------------------------
