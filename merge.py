@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from lora.run.use_settings import MergeSettings
 from tqdm import tqdm
 
 from lora import device as machine
@@ -28,7 +27,8 @@ from lora.errors import BadInput, BadNumbers, collecting, say
 from lora.export import card, derive, push, receipt
 from lora.inference import prompts
 from lora.inference.session import load_chat
-from lora.text.template import ChatTemplate
+from lora.run.use_settings import MergeSettings
+from lora.text.template import ChatTemplate, spell_arguments
 
 WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
 
@@ -83,7 +83,7 @@ def main(argv=None) -> int:
             gguf_write.write_model(base, out, change, args.gguf_type or "f16", template)
     else:
         write_folder(out, base, model, source, args)
-    tell_system(args.adapter)
+    tell_chat(args.adapter)
     say(f"saved    {out}, {len(layers)} of {len(base.header)} tensors merged")
     if args.push is not None:
         print(push.push(out, args.push))
@@ -117,9 +117,14 @@ def progress(base) -> tqdm:
     return tqdm(total=len(base.header), desc="merging", unit="tensor", leave=False, disable=None)
 
 
-def tell_system(adapter: str) -> None:
-    """Say with which system turn the adapter was trained: no file of a merged model has a place for it."""
-    system = ((passport.read(adapter) or {}).get("chat") or {}).get("system")
+def tell_chat(adapter: str) -> None:
+    """Say with which system turn and switches of the template the adapter was trained: no file of a merged model has a
+    place for them."""
+    chat = (passport.read(adapter) or {}).get("chat") or {}
+    system = chat.get("system")
+    if arguments := spell_arguments(chat.get("template_args", {})):
+        say(f"note     it was trained with --template-arg {' '.join(arguments)[:100]}, which a merged model does not "
+            "remember: give it where the model is used")  # fmt: skip
     if isinstance(system, str):
         text = " ".join(system.split())[:100]
         say(f"note     it was trained with this system turn, which a merged model does not remember: {text}")
