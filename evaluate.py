@@ -20,7 +20,7 @@ from lora import device as machine
 from lora import files, pretrained
 from lora.adapter import passport, store
 from lora.adapter.merge import merge, unload, unmerge
-from lora.data import formats
+from lora.data import formats, sources
 from lora.data.retention import retention_batches
 from lora.errors import BadInput, collecting, say
 from lora.inference import score, several
@@ -114,6 +114,8 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
     if bool(args.data) == bool(args.task):
         what = "contradiction" if args.data else "nothing to score"
         problems.append(f"{what} in the command line: there must be --data or --task. Give one of them")
+    if bool(args.prompt_key) != bool(args.response_key):
+        problems.append(sources.KEYS)
     for off, flag in (("no_generate", "predictions"), ("no_retention", "retention")):
         if getattr(args, off) and getattr(args, flag):
             both = f"--{off.replace('_', '-')} and --{flag}"
@@ -135,7 +137,7 @@ def read_rows(args: EvaluateSettings, problems: list[str]) -> list[Row]:
     rows = []
     for path in args.data or []:
         with collecting(problems):
-            for conversation in formats.read([hub.dataset_file(path)]):
+            for conversation in formats.read([hub.dataset_file(path)], **sources.how(args)):
                 row = score.cut(conversation)
                 if not row and not args.no_generate:
                     fix = "Remove it or add --no-generate"

@@ -65,6 +65,8 @@ def check(args: GenerateSettings) -> None:
     problems = []
     if args.prompt is not None and args.prompts is not None:
         problems.append("contradiction in the command line: --prompt and --prompts. Give one of them")
+    if args.prompt_key is not None and args.prompts is None:
+        problems.append("wrong --prompt-key in the command line: it is for rows of --prompts. Add --prompts FILE")
     if args.system is not None and not prompts.is_utf8(args.system):
         problems.append("wrong encoding in --system: not UTF-8. Convert it to UTF-8")
     if args.adapter and (len(args.adapter) > 1 or args.compare):
@@ -86,7 +88,7 @@ def check(args: GenerateSettings) -> None:
 def read_prompts(args: GenerateSettings) -> list[tuple[list[dict], str]] | None:
     """(messages, where) of every prompt; None for a chat."""
     if args.prompt is None:
-        return None if args.prompts is None else prompts.read(args.prompts)
+        return None if args.prompts is None else prompts.read(args.prompts, args.prompt_key)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise BadInput("empty prompt in the command line: there is nothing to answer. Give --prompt TEXT")

@@ -184,7 +184,7 @@ def make_plan(
     targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
     limit = empty.config.max_position_embeddings
     args.max_len = min(args.max_len or limit, limit)
-    sources = sft.examples(args, chat, generated_rows)
+    sources = sft.examples(args, chat, generated_rows, limit)
 
     per_epoch = math.ceil(sum(map(len, sources.data)) / args.batch_size)
     if args.max_steps is None:
