@@ -96,7 +96,7 @@ class Renderer:
                 written = self.tokenizer.control_pattern.sub("", text.text[answer.begin : answer.end])
                 if answer.turn in text.trained and not written.strip():
                     why = f"it writes nothing for answer {number}"
-                    raise Rewritten(
+                    raise BadInput(
                         f"chat template in {self.template.where}: {why}. Change the turn, or give --template"
                     )
             text.missing = tuple(self._missing(text, guarded))

@@ -1,7 +1,7 @@
 """A chat template: a jinja program that writes a conversation as the model was taught to read it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cached_property
 
@@ -90,32 +90,33 @@ class ChatTemplate:
     ):
         self.source, self.tokens, self.where, self.arguments = source, tokens or {}, where, arguments or {}
         self._environment = sandbox.environment(today)
-        try:
-            with sandbox.limits():
-                self._template = self._environment.from_string(source)
-        except sandbox.Forbidden as error:
-            raise self._refused(error) from None
-        except Exception as error:
-            raise BadInput(f"broken chat template in {where}: {why(error)}. Repair or replace it") from None
-        if unknown := self.arguments.keys() - self.switches:
+        self._template = self._compile(self._environment.from_string)
+        if unknown := self.arguments and self.arguments.keys() - self.switches:
             has = f"it has {', '.join(sorted(self.switches))}" if self.switches else "it has none"
             raise BadInput(f"unknown --template-arg in {where}: no {', '.join(sorted(unknown))}; {has}. Leave it out")
 
     @cached_property
     def switches(self) -> set[str]:
         """The names that the template reads and nobody gives: what `arguments` may set."""
-        tree = self._environment.parse(self.source)
-        asked = {
-            n.node
-            for kind in (nodes.Test, nodes.Filter)
-            for n in tree.find_all(kind)
-            if n.name in ("defined", "default")
-        }
-        its_own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - {
-            getattr(n, "name", "") for n in asked
-        }
-        names = meta.find_undeclared_variables(tree) - its_own - self._environment.globals.keys()
-        return {name for name in names if is_switch(name)}
+        tree, undeclared = self._compile(self._find_undeclared)
+        kinds = [*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter)]
+        asked = {getattr(n.node, "name", "") for n in kinds if n.name in ("defined", "default")}  # before it sets them
+        its_own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - asked
+        return {name for name in undeclared - its_own - self._environment.globals.keys() if is_switch(name)}
+
+    def _find_undeclared(self, source: str) -> tuple[nodes.Template, set[str]]:
+        tree = self._environment.parse(source)
+        return tree, meta.find_undeclared_variables(tree)
+
+    def _compile(self, make: Callable):
+        """What `make` makes of the source, within the limits: jinja computes constants already when it compiles."""
+        try:
+            with sandbox.limits():
+                return make(self.source)
+        except sandbox.Forbidden as error:
+            raise self._refused(error) from None
+        except Exception as error:
+            raise BadInput(f"broken chat template in {self.where}: {why(error)}. Repair or replace it") from None
 
     def render(self, messages: Sequence[dict], generate: bool = False) -> str:
         """The conversation as one string; with `generate` it ends where an answer begins.

@@ -224,7 +224,15 @@ MARKS += "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
 @mutation("lora/text/left_out.py", 'return "".join(text.split())', "return text")
 @pytest.mark.parametrize("source", [CHATML, LLAMA2, LLAMA3, MISTRAL, QWEN3, OPENS, LATE, MARKS], ids=range(8))
 @pytest.mark.parametrize(
-    "answer", ["Hello.", "  Hello.\n\nMore.  ", "A: Hello.", THOUGHT + "Hello.", "A <s> b <|im_end|>"]
+    "answer",
+    [
+        "Hello.",
+        "  Hello.\n\nMore.  ",
+        "A: Hello.",
+        THOUGHT + "Hello.",
+        "<think>Hm.</think>Hello.",
+        "A <s> b <|im_end|>",
+    ],
 )
 def test_what_a_template_trims_or_writes_round_an_answer_is_nothing_left_out(source, answer):
     assert missing(source, "Hi", answer) == []

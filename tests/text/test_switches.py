@@ -6,6 +6,7 @@ import pytest
 
 import lora
 from lora.errors import BadInput
+from lora.text import sandbox
 from lora.text.template import ChatTemplate, is_argument, read_arguments, spell_arguments
 from tests import cli
 from tests.mutation import mutation
@@ -57,8 +58,20 @@ def test_what_every_rendering_is_given_is_no_switch():
     assert is_argument("enable_thinking=1") and is_argument("reasoning_effort=low")
 
 
-@mutation("lora/text/template.py", "- its_own - self._environment.globals.keys()", "- self._environment.globals.keys()")
-@mutation("lora/text/template.py", 'if n.name in ("defined", "default")', 'if n.name in ("defined",)')
+@mutation("lora/text/template.py", "tree, undeclared = self._compile(self._find_undeclared)",
+          "tree, undeclared = self._find_undeclared(self.source)")  # fmt: skip
+def test_switches_are_looked_for_within_the_limits_and_only_where_some_are_set(monkeypatch):
+    """Jinja computes a template's constants when it looks for names, too."""
+    entered, limits = [], sandbox.limits
+    monkeypatch.setattr(sandbox, "limits", lambda: entered.append(1) or limits())
+    ChatTemplate("{{ mood }}")
+    assert len(entered) == 1
+    ChatTemplate("{{ mood }}", arguments={"mood": 1})
+    assert len(entered) == 3
+
+
+@mutation("lora/text/template.py", "undeclared - its_own - self", "undeclared - self")
+@mutation("lora/text/template.py", 'if n.name in ("defined", "default")}', 'if n.name in ("defined",)}')
 def test_a_template_knows_its_switches_and_refuses_others_by_name():
     source = (
         "{% set mode = mode | default('x') %}{% if not think is defined %}{% set think = true %}{% endif %}"
