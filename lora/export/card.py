@@ -18,7 +18,7 @@ from lora import files
 from lora.adapter import passport
 from lora.errors import BadInput, one_line
 from lora.export.report import table
-from lora.pretrained import ModelFiles
+from lora.pretrained import ModelFiles, load_chat
 
 FILE, SETTINGS, METRICS = "README.md", "settings.json", "metrics.jsonl"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -67,7 +67,7 @@ model = AutoModelForCausalLM.from_pretrained(".")
 {% endif %}
 messages = [{{ system }}{"role": "user", "content": "Who are you?"}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**prompt, {{ ends }}max_new_tokens=100)[0]))
 ```
 {% for heading, lines in sections.items() %}
 
@@ -133,10 +133,18 @@ def _write(
         command=one_line(shlex.join(("python", *command))),
         system=turn,
         sections=(_sections(made) if made else {}) | (sections or {}),
+        ends=f"eos_token_id={stops}, " if (stops := _stops(folder, base) if adapter else []) else "",
         adapter=adapter,
         lora=lora,
     )
     files.write_bytes(Path(folder) / FILE, text.encode())
+
+
+def _stops(folder: Path, base: ModelFiles) -> list[int]:
+    """The ids that end an answer with the template in an adapter's folder, which its base's files need not name."""
+    with suppress(BadInput):  # no tokenizer, no template
+        return sorted(load_chat(base, template=passport.template_of(folder)).stops)
+    return []
 
 
 def code(text: object) -> str:
