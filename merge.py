@@ -53,6 +53,7 @@ def main(argv=None) -> int:
 
         gguf_write.check_out(out, args.overwrite)
     else:
+        out = files.behind_link(out)
         folders.check_place(out)
         folders.check_apart(out, [Path(args.adapter)])
         folders.check_out(out, args.overwrite, ("config.json",), [*WROTE, *pretrained.shards(out)])

@@ -143,7 +143,8 @@ def _write(
 def _stops(folder: Path, base: ModelFiles) -> list[int]:
     """The ids that end an answer with the template in an adapter's folder, which its base's files need not name."""
     with suppress(BadInput):  # no tokenizer, no template
-        return sorted(load_chat(base, template=passport.template_of(folder)).stops)
+        if hasattr(base, "files"):
+            return sorted(load_chat(base, template=passport.template_of(folder)).stops)
     return []
 
 

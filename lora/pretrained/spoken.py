@@ -1,7 +1,7 @@
 """What a training decided of the chat, in every file of a model that says it: the template, and what ends an answer.
 
 A folder has one template, in chat_template.jinja. The end of turn is added to the ids that end an answer in config.json
-and generation_config.json, where old ones stay, and `eos_token` of the tokenizer's settings is its name: so transformers
+and generation_config.json, where old ones stay, and `eos_token` of the tokenizer's settings names it: so transformers
 and vLLM stop where the training did.
 """
 

@@ -31,9 +31,7 @@ MADE = card.Made({"rank": 4, "data": ["/home/me/secret/chats.jsonl:2"], "system"
 
 
 def base_of(folder=None, hub_id="owner/base", **more):
-    return SimpleNamespace(
-        name="base", hub_id=hub_id, config={}, files=dict, **({"path": folder} if folder else {}), **more
-    )
+    return SimpleNamespace(hub_id=hub_id, **({"path": folder} if folder else {}), **more)
 
 
 def read(folder) -> tuple[dict, str]:

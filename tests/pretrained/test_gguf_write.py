@@ -337,6 +337,12 @@ def test_a_token_before_every_text_is_the_bos_that_is_added(with_tokenizer):
     assert metadata["tokenizer.ggml.add_bos_token"] is True and metadata["tokenizer.ggml.bos_token_id"] == 1
 
 
+@mutation(
+    "lora/pretrained/gguf_vocab.py",
+    'chat.tokenizer.id(Spoken.of(chat).eos_token or ""), chat.end_of_turn, ',
+    "",
+    case="settings5-config5-ids5",
+)
 @pytest.mark.parametrize(
     "settings, config, ids",
     [
