@@ -4,9 +4,9 @@ python evaluate.py --adapter weights/heron --data held-out.jsonl                
 python evaluate.py --adapter weights/a weights/b --task multiply --out m2.json   a task that grades itself
 """
 
-from lora.errors import quiet_imports, run
+from lora.errors import before_imports, run
 
-quiet_imports(__name__)
+before_imports(__name__)
 
 import os
 import sys
@@ -14,6 +14,7 @@ from math import ceil
 from pathlib import Path
 
 import torch
+from lora.run.use_settings import EvaluateSettings
 
 from data_gen import multiply
 from lora import device as machine
@@ -29,7 +30,6 @@ from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
 from lora.methods import sft
 from lora.pretrained import default_model, hub
-from lora.run.use_settings import EvaluateSettings
 
 TASK_ROWS = 60
 ROOM, LEAST_TOKENS = 1.5, 48  # an answer may be so many times the longest target, and so long at least

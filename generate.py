@@ -7,9 +7,9 @@ python generate.py --adapter weights/a weights/b                               a
 python generate.py --adapter weights/a weights/b --compare --prompt "Hello."   the base's answer, a's and b's
 """
 
-from lora.errors import quiet_imports, run
+from lora.errors import before_imports, run
 
-quiet_imports(__name__)
+before_imports(__name__)
 
 import json
 import shutil
@@ -18,13 +18,14 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+from lora.run.use_settings import GenerateSettings
+
 from lora import files
 from lora.errors import BadInput, say
 from lora.inference import prompts, several
 from lora.inference.columns import table
 from lora.inference.generate import Sampling
 from lora.inference.session import Session, open_session, open_sessions
-from lora.run.use_settings import GenerateSettings
 
 
 def main(argv=None) -> int:

@@ -7,15 +7,16 @@ python merge.py --combine weights/a:0.7 weights/b:-0.3 --out weights/c         0
 python merge.py --extract BASE TUNED --rank 16 --out weights/c                 what a full fine-tune changed
 """
 
-from lora.errors import quiet_imports, run
+from lora.errors import before_imports, run
 
-quiet_imports(__name__)
+before_imports(__name__)
 
 import shlex
 import sys
 from pathlib import Path
 
 import torch
+from lora.run.use_settings import MergeSettings
 from tqdm import tqdm
 
 from lora import device as machine
@@ -28,7 +29,6 @@ from lora.errors import BadInput, BadNumbers, collecting, say
 from lora.export import card, derive, push, receipt
 from lora.inference import prompts
 from lora.inference.session import load_chat
-from lora.run.use_settings import MergeSettings
 from lora.text.chat import Chat
 from lora.text.template import ChatTemplate
 

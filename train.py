@@ -6,9 +6,9 @@ python train.py --full                              every weight in place of an 
 python train.py --resume --out weights/chats        go on with a run that was stopped or killed
 """
 
-from lora.errors import quiet_imports, run
+from lora.errors import before_imports, run
 
-quiet_imports(__name__)
+before_imports(__name__)
 
 import shlex
 from itertools import islice

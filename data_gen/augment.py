@@ -18,9 +18,9 @@ from typing import NamedTuple
 if not __package__:  # run as a script: Python looks beside this file, and `lora` lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
-    from lora.errors import quiet_imports
+    from lora.errors import before_imports
 
-    quiet_imports(__name__)
+    before_imports(__name__)
 
 from tqdm import tqdm
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from lora import threads
 from lora.errors import BadEnvironment, BadInput
 
 ROUND = 32  # on a CPU a product is compiled for every number of rows anew, and kept: better few numbers
@@ -28,6 +29,8 @@ def choose_device(name: str) -> torch.device:
     if not here[name]:
         there = ", ".join(kind for kind, there in here.items() if there)
         raise BadInput(f"wrong --device in the command line: there is no {name} here. Give auto or one of: {there}")
+    if name != "cpu":
+        threads.unbind()  # a GPU's own threads are started from here
     return torch.device(name)
 
 

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 
+from lora import threads
+
 MOST_LINES = 20
 
 
@@ -116,9 +118,11 @@ def signals(handler):
             signal.signal(number, old)
 
 
-def quiet_imports(name: str) -> None:
-    """Called first by a script with its `__name__`: Ctrl-C while torch is being imported prints one line, exit 130."""
+def before_imports(name: str) -> None:
+    """Called first by a script with its `__name__`, before torch is imported: its threads get cores of their own, and
+    Ctrl-C meanwhile prints one line, exit 130."""
     if name == "__main__":
+        threads.bind()
         for number in STOP_CODES:
             signal.signal(number, _exit_now)
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import torch
 
-from lora import ops
+from lora import ops, threads
 from lora.network.decoder import Block, Model
 
 
 def compile_blocks(model: Model, **options) -> None:
     """From now on training runs compiled blocks, by `torch.compile` with `options`: made in the first step with `T`
     tokens a micro-batch, and once more, for any T, in the first with another number. Evaluations run as written."""
+    threads.unbind()  # the compiler's processes are started from here, as many as there are cores
     halves = torch.compile(before, **options), torch.compile(after, **options)
     for block in model.model.layers:
         block.forward = compiled_forward(block, *halves)

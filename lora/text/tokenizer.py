@@ -5,6 +5,7 @@ import re
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from lora import threads
 from lora.errors import BadInput
 
 BROKEN = "\ufffd"  # what bytes that are no character (yet) are decoded to
@@ -43,7 +44,8 @@ class Tokenizer:
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, on all cores."""
-        return [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        with threads.unbound():
+            return [encoded.ids for encoded in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which control strings are ordinary text."""

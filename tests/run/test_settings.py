@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from lora.run.use_settings import EvaluateSettings, GenerateSettings, MergeSettings
 from safetensors.torch import load_file
 
 from lora import settings
 from lora.run.settings import TrainSettings
-from lora.run.use_settings import EvaluateSettings, GenerateSettings, MergeSettings
 from tests import cli
 from tests.helpers import close
 from tests.mutation import mutation

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from lora.run.use_settings import GenerateSettings, MergeSettings
 from safetensors.torch import load_file, save_file
 
 from lora.run.settings import TrainSettings
-from lora.run.use_settings import GenerateSettings, MergeSettings
 from lora.settings import Flag
 from tests import cli
 from tests.mutation import mutation

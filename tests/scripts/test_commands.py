@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+from lora.run.use_settings import GenerateSettings, MergeSettings
 from safetensors.torch import load_file
 
 from lora.run.settings import TrainSettings
-from lora.run.use_settings import GenerateSettings, MergeSettings
 from tests import cli
 from tests.mutation import mutation
 
