@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-from lora.run.use_settings import MergeSettings
 from tqdm import tqdm
 
 from lora import device as machine
@@ -29,6 +28,7 @@ from lora.errors import BadInput, BadNumbers, collecting, say
 from lora.export import card, derive, push, receipt
 from lora.inference import prompts
 from lora.inference.session import load_chat
+from lora.run.use_settings import MergeSettings
 from lora.text.chat import Chat
 from lora.text.template import ChatTemplate
 
