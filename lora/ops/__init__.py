@@ -23,8 +23,8 @@ from lora.ops import (
 from lora.ops.plain import is_autocast, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
-    "attend", "attention", "cross_entropy", "linears", "logits", "lora_linear", "no_autocast", "rms_norm", "rotate",
-    "soft_cap", "swiglu", "use_plain", "wide",
+    "attend", "attention", "cross_entropy", "is_plain", "linears", "logits", "lora_linear", "no_autocast",
+    "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain", "wide",
 ]  # fmt: skip
 
 SHORT = 512  # up to so many keys the plain form is faster on a CPU than PyTorch's kernel; beyond, its T² memory hurts
@@ -35,6 +35,10 @@ def use_plain(on: bool = True) -> None:
     """From now on every formula runs as written: slower, and the same numbers up to rounding."""
     global _plain
     _plain = on
+
+
+def is_plain() -> bool:
+    return _plain
 
 
 def _as_written(x: Tensor) -> bool:
