@@ -87,3 +87,7 @@ def test_the_whole_decoder_trains_under_autocast():
     assert close(found[True][0], found[False][0], 1e-2)
     one, two = (torch.cat([g.flatten() for g in gradients.values()]) for _, gradients in found.values())
     assert F.cosine_similarity(one, two, dim=0) > 0.99
+    with cast(torch.bfloat16):  # as a model of other people's may have them: a head in bfloat16, states in float32
+        loss = ops.cross_entropy(hidden.detach().requires_grad_(), model.head_weight.bfloat16(), tokens.roll(-1))
+    loss.backward()
+    assert close(loss, found[False][0], 1e-2)

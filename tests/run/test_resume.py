@@ -424,7 +424,7 @@ def test_more_steps_with_a_falling_rate_are_refused(tmp_path, whole):
 
 @mutation("lora/run/resume.py", "and (other or not problems):", "and True:", case="--batch-size")
 @mutation("lora/run/resume.py", "and not data_flags.intersection(changed):", "and True:", case="--template")
-@pytest.mark.parametrize("words", [("--batch-size", 5), ("--template", "plain"), ("--max-len", 45), ("--epochs", 1)],
+@pytest.mark.parametrize("words", [("--batch-size", 2), ("--template", "plain"), ("--max-len", 45), ("--epochs", 1)],
                          ids=lambda words: words[0])  # fmt: skip
 def test_a_resume_names_what_was_changed_and_not_what_follows_from_it(tmp_path, words):
     """Another batch size makes other numbers of steps, another template other examples."""
