@@ -14,14 +14,13 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from lora.run.use_settings import EvaluateSettings
 
 from data_gen import multiply
 from lora import device as machine
 from lora import files, pretrained
 from lora.adapter import passport, store
 from lora.adapter.merge import merge, unload, unmerge
-from lora.data import formats
+from lora.data import formats, sources
 from lora.data.retention import retention_batches
 from lora.errors import BadInput, collecting, say
 from lora.inference import score, several
@@ -30,6 +29,8 @@ from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
 from lora.methods import sft
 from lora.pretrained import default_model, hub
+from lora.run.use_settings import EvaluateSettings
+from lora.text.template import read_arguments
 
 TASK_ROWS = 60
 ROOM, LEAST_TOKENS = 1.5, 48  # an answer may be so many times the longest target, and so long at least
@@ -113,6 +114,8 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
     if bool(args.data) == bool(args.task):
         what = "contradiction" if args.data else "nothing to score"
         problems.append(f"{what} in the command line: there must be --data or --task. Give one of them")
+    if bool(args.prompt_key) != bool(args.response_key):
+        problems.append(sources.KEYS)
     for off, flag in (("no_generate", "predictions"), ("no_retention", "retention")):
         if getattr(args, off) and getattr(args, flag):
             both = f"--{off.replace('_', '-')} and --{flag}"
@@ -134,7 +137,7 @@ def read_rows(args: EvaluateSettings, problems: list[str]) -> list[Row]:
     rows = []
     for path in args.data or []:
         with collecting(problems):
-            for conversation in formats.read([hub.dataset_file(path)]):
+            for conversation in formats.read([hub.dataset_file(path)], **sources.how(args)):
                 row = score.cut(conversation)
                 if not row and not args.no_generate:
                     fix = "Remove it or add --no-generate"
@@ -193,6 +196,7 @@ def make_column(
 ) -> score.Column:
     """What is scored in a column. Raises BadInput for an adapter or a row that does not fit."""
     told = {"system": False if args.no_system else args.system, "template": args.template, "date": args.date}
+    told |= {"template_args": read_arguments(args.template_arg), "control_tokens": args.control_tokens}
     chat = try_adapter(empty, name, adapter, base, not args.no_verify, **told)
     limit, retention = empty.config.max_position_embeddings, []
     examples, prompts = score.encode_rows(rows, chat, limit, with_prompts=not args.no_generate)

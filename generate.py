@@ -18,14 +18,14 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from lora.run.use_settings import GenerateSettings
-
 from lora import files
 from lora.errors import BadInput, say
 from lora.inference import prompts, several
 from lora.inference.columns import table
 from lora.inference.generate import Sampling
 from lora.inference.session import Session, open_session, open_sessions
+from lora.run.use_settings import GenerateSettings
+from lora.text.template import read_arguments
 
 
 def main(argv=None) -> int:
@@ -54,7 +54,8 @@ def told(args: GenerateSettings) -> dict:
     """What the flags say of the model, the chat and the sampling, as a session is opened with it."""
     names = ("device", "dtype", "template", "date", "max_new_tokens", *(field.name for field in fields(Sampling)))
     system = False if args.no_system else args.system
-    return dict({name: getattr(args, name) for name in names}, system=system, verify=not args.no_verify)
+    told = {"system": system, "template_args": read_arguments(args.template_arg), "verify": not args.no_verify}
+    return {name: getattr(args, name) for name in names} | told
 
 
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------
@@ -64,6 +65,8 @@ def check(args: GenerateSettings) -> None:
     problems = []
     if args.prompt is not None and args.prompts is not None:
         problems.append("contradiction in the command line: --prompt and --prompts. Give one of them")
+    if args.prompt_key is not None and args.prompts is None:
+        problems.append("wrong --prompt-key in the command line: it is for rows of --prompts. Add --prompts FILE")
     if args.system is not None and not prompts.is_utf8(args.system):
         problems.append("wrong encoding in --system: not UTF-8. Convert it to UTF-8")
     if args.adapter and (len(args.adapter) > 1 or args.compare):
@@ -85,7 +88,7 @@ def check(args: GenerateSettings) -> None:
 def read_prompts(args: GenerateSettings) -> list[tuple[list[dict], str]] | None:
     """(messages, where) of every prompt; None for a chat."""
     if args.prompt is None:
-        return None if args.prompts is None else prompts.read(args.prompts)
+        return None if args.prompts is None else prompts.read(args.prompts, args.prompt_key)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise BadInput("empty prompt in the command line: there is nothing to answer. Give --prompt TEXT")

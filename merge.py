@@ -30,7 +30,7 @@ from lora.inference import prompts
 from lora.inference.session import load_chat
 from lora.run.use_settings import MergeSettings
 from lora.text.chat import Chat
-from lora.text.template import ChatTemplate
+from lora.text.template import ChatTemplate, spell_arguments
 
 WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
 
@@ -84,7 +84,7 @@ def main(argv=None) -> int:
             gguf_write.write_model(base, out, change, args.gguf_type or "f16", template)
     else:
         write_folder(out, base, model, source.decode("utf-8-sig", "replace"), args)
-    tell_system(args.adapter)
+    tell_chat(args.adapter)
     say(f"saved    {out}, {len(layers)} of {len(base.header)} tensors merged")
     if args.push is not None:
         print(push.push(out, args.push))
@@ -133,9 +133,14 @@ def tell_server(base, template: str | None) -> None:
             f"{shlex.join(flags)}")  # fmt: skip
 
 
-def tell_system(adapter: str) -> None:
-    """Say with which system turn the adapter was trained: no file of a merged model has a place for it."""
-    system = ((passport.read(adapter) or {}).get("chat") or {}).get("system")
+def tell_chat(adapter: str) -> None:
+    """Say with which system turn and switches of the template the adapter was trained: no file of a merged model has a
+    place for them."""
+    chat = (passport.read(adapter) or {}).get("chat") or {}
+    system = chat.get("system")
+    if arguments := spell_arguments(chat.get("template_args", {})):
+        say(f"note     it was trained with --template-arg {' '.join(arguments)[:100]}, which a merged model does not "
+            "remember: give it where the model is used")  # fmt: skip
     if isinstance(system, str):
         text = " ".join(system.split())[:100]
         say(f"note     it was trained with this system turn, which a merged model does not remember: {text}")

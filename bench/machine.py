@@ -79,14 +79,14 @@ def _rate(call: Callable, seconds: float) -> float:
 
 def resident() -> int:
     """Bytes of this process that are in memory now; 0 where the system does not say."""
-    return _of_status("VmRSS")
+    return of_status("VmRSS")
 
 
 def peak() -> int:
     """Most bytes of this process so far. Where Linux counts them, not `ru_maxrss`: a child begins with its parent's."""
-    return _of_status("VmHWM") or device.peak_memory(torch.device("cpu"))
+    return of_status("VmHWM") or device.peak_memory(torch.device("cpu"))
 
 
-def _of_status(field: str) -> int:
+def of_status(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", _read("/proc/self/status"))
     return int(found[1]) * 1024 if found else 0

@@ -81,7 +81,7 @@ class Journal:
             raise BadEnvironment(f"no journal in {self.path}: {error}. Choose another --out") from None
         try:
             self._open(about)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             self.close()
             raise self._wrong(error) from None
         except BaseException:
@@ -95,7 +95,10 @@ class Journal:
         return self._row("select 1 from replies where key = ?", key) is not None
 
     def __getitem__(self, key: str) -> Reply:
-        return Reply(*self._row("select key, text, finish, tokens from replies where key = ?", key))
+        reply = self._row("select key, text, finish, tokens from replies where key = ?", key)
+        if [type(value) for value in reply] != [str, str, str, int]:
+            raise self._damaged(f"the answer to question {key} is no text")
+        return Reply(*reply)
 
     def fits(self, question: Question) -> bool:
         """Was the reply under this key given to this question?"""
@@ -113,7 +116,10 @@ class Journal:
         self.cost += cost
 
     def _row(self, query: str, *values) -> tuple | None:
-        return self._db.execute(query, values).fetchone()
+        try:
+            return self._db.execute(query, values).fetchone()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise self._wrong(error) from None
 
     def _open(self, about: dict) -> None:
         self._db.execute("pragma locking_mode = exclusive")  # the lock of the first transaction is kept
@@ -138,7 +144,10 @@ class Journal:
         [problem] = self._row("pragma integrity_check(1)")
         if problem != "ok" or os.path.getsize(self.path) < pages * size:
             raise self._damaged(" ".join(problem.split()) if problem != "ok" else "its end is missing")
-        first = {name: json.loads(value) for name, value in self._db.execute("select name, value from about")}
+        try:
+            first = {name: json.loads(value) for name, value in self._db.execute("select name, value from about")}
+        except (ValueError, TypeError, RecursionError):
+            raise self._damaged("its settings are no JSON") from None
         about = json.loads(json.dumps(about))
         changed = [
             f"{name} was {_shown(first.get(name))} and is {_shown(about.get(name))}"
@@ -156,9 +165,10 @@ class Journal:
         fix = "Rescue the answers with sqlite3's .recover, or delete it to ask all questions again"
         return BadInput(f"damaged journal in {self.path}: {why}. {fix}")
 
-    def _wrong(self, error: sqlite3.Error) -> BadInput | BadEnvironment:
-        """What kept the file from being opened, by SQLite's code for it. https://sqlite.org/rescode.html"""
-        code = error.sqlite_errorcode & 0xFF  # without the extension
+    def _wrong(self, error: sqlite3.Error | UnicodeDecodeError) -> BadInput | BadEnvironment:
+        """What kept the file from being opened or read, by SQLite's code for it. https://sqlite.org/rescode.html"""
+        # without the extension; Python's own errors have none: a text, or SQLite's message, is not UTF-8
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code == sqlite3.SQLITE_BUSY:
             fix = "Wait for it, or choose another --out"
             return BadInput(f"taken journal in {self.path}: another run is writing it. {fix}")

@@ -62,12 +62,11 @@ class Flag:
 
     name: str
     kind: type  # str, int, float, or bool for a switch
-    many: bool  # several values
+    many: bool  # several values; given again, the flag adds to them
     default: Any
     help: str
     range: Range
     group: str  # one of GROUPS, under which --help shows it
-    adds: bool = False  # given again, it adds to them; else the last one counts
     saved: bool = True  # part of settings.json: what was done, not where it was put
     free: bool = False  # may change when a run is resumed: nothing learned depends on it, or its content is compared
     bare: bool = False  # the flag may stand without a value, which is ""
@@ -151,7 +150,7 @@ class Settings:
             else:
                 default = "" if one.default is None else f" [{' '.join(one.default) if one.many else one.default}]"
                 how = {
-                    "action": "extend" if one.adds else "store",
+                    "action": "extend" if one.many else "store",
                     "nargs": "+" if one.many else "?" if one.bare else None,
                     "const": "" if one.bare else None,
                     "metavar": "TEXT" if one.kind is str else one.kind.__name__.upper(),
@@ -200,6 +199,8 @@ class Settings:
 
 
 def _read(path: Path) -> dict:
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise BadInput(f"wrong file in {path}: YAML. Write the settings as TOML or JSON")
     if path.suffix.lower() != ".toml":
         return files.read_json(path)
     try:

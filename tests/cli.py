@@ -224,9 +224,10 @@ def adapter_folder() -> Path:
 
 
 def train(out, *argv, cwd: Path, model: Path | None = None, data: Path | None = None, **how) -> "Result":
-    """A short run; later flags win."""
+    """A short run; later flags win, and with --data among them they alone are its data."""
     short = ("--max-steps", 2, "--rank", 4, "--lr", 0.05, *ON_CPU)
-    inputs = ("--model", model or model_folder(), "--data", data or data_file(), "--out", out)
+    given = () if "--data" in argv else ("--data", data or data_file())
+    inputs = ("--model", model or model_folder(), *given, "--out", out)
     return call("train", *inputs, *short, *argv, cwd=cwd, **how)
 
 

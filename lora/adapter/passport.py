@@ -5,6 +5,8 @@ base.structure        sha256 over the names, shapes and dtypes of all its tensor
 base.patched          sha256 over the bytes of the tensors the adapter changes
 chat.system           the system turn of rows without one: a text, null as the template decides, false for none
 chat.date             what templates that ask were told
+chat.template_args    what the template's switches were set to; not there without any
+chat.control_tokens   true where documents were read with the control tokens that they spell; else not there
 tokenizer.file        sha256 of tokenizer.json
 tokenizer.vocabulary  sha256 over what each id stands for
 template              sha256 of the chat template, which lies beside it as `chat_template.jinja`
@@ -112,6 +114,10 @@ def read(folder: Path) -> dict | None:
     chat = passport.setdefault("chat", {})
     if not isinstance(chat, dict) or not isinstance(chat.get("system") or "", str) or not _is_date(chat.get("date")):
         raise BadInput(f"broken passport in {path}:chat: system is no text or date no date. Train the adapter again")
+    template_args, control_tokens = chat.get("template_args", {}), chat.get("control_tokens", False)
+    if not isinstance(template_args, dict) or not isinstance(control_tokens, bool):
+        why = "template_args is no object or control_tokens not true or false"
+        raise BadInput(f"broken passport in {path}:chat: {why}. Train the adapter again")
     tokenizer, template = passport.get("tokenizer", {"file": "", "vocabulary": ""}), passport.get("template", "")
     marks = isinstance(tokenizer, dict) and [tokenizer.get("file"), tokenizer.get("vocabulary"), template]
     if not marks or not all(isinstance(mark, str) for mark in marks):

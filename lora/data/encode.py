@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from math import ceil
 
 import numpy as np
 
@@ -19,8 +20,8 @@ KEPT = 64  # conversations kept at most, to show some
 class Encoded(Sequence):
     """Examples as one long array of tokens (4 bytes each) and flags (1 byte), and what became of the rows.
 
-    `dropped` and `truncated` count examples that were longer than the limit; `overlong` is the first one's place and
-    length. `kept` are conversations from all over the file.
+    `dropped`, `truncated` and `split` count those that were longer than the limit; `overlong` is the first one's place
+    and length. `kept` are conversations from all over the file.
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -30,8 +31,11 @@ class Encoded(Sequence):
     rows: int = 0
     dropped: int = 0
     truncated: int = 0
+    split: int = 0
     overlong: tuple[str, int] | None = None
     shapes: dict[str, int] = field(default_factory=dict)
+    missing: int = 0  # answers of which the template leaves something out
+    first_missing: tuple[str, str] | None = None  # the place of the first one, and what
     kept: list[Conversation] = field(default_factory=list)
     stride: int = 1  # from one that is kept to the next
 
@@ -63,24 +67,51 @@ class Encoded(Sequence):
         self.rows += 1
         self.shapes[row.shape] = self.shapes.get(row.shape, 0) + 1
 
-    def _fit(self, chat: TokenizedChat, limit: int, truncate: bool, where: str) -> TokenizedChat | None:
-        """The example within the limit, or None where it is dropped."""
+    def _count_missing(self, chat: TokenizedChat, where: str) -> None:
+        self.missing += len(chat.missing)
+        if chat.missing and not self.first_missing:
+            self.first_missing = where, chat.missing[0]
+
+    def _fit(self, chat: TokenizedChat, limit: int, overlong: str, where: str, document: bool) -> list[TokenizedChat]:
+        """The example within the limit: itself, cut short, in pieces, or none where it is dropped."""
         if len(chat.tokens) <= limit:
-            return chat
+            return [chat]
         self.overlong = self.overlong or (where, len(chat.tokens))
-        short = chat.within(limit) if truncate else None
-        self.dropped += short is None
+        pieces = _pieces(chat, limit) if overlong == "split" and document else []
+        short = chat.within(limit) if overlong == "truncate" else None
+        self.split += bool(pieces)
         self.truncated += short is not None
-        return short
+        self.dropped += not (pieces or short)
+        return [short] if short else pieces
+
+
+def _pieces(document: TokenizedChat, limit: int) -> list[TokenizedChat]:
+    """A document in parts of about the same length, which hold every token once; the first of a part has nothing before
+    it that could predict it. None where a part would be a single token."""
+    n, tokens = len(document.tokens), document.tokens
+    count = ceil(n / limit)
+    parts = [tokens[i * n // count : (i + 1) * n // count] for i in range(count)]
+    return [TokenizedChat(part, [(0, len(part))], []) for part in parts] if n >= 2 * count else []
+
+
+def may_be_raised(limit: int, most: int | None) -> bool:
+    """Does the model, which takes `most` tokens (None: nobody knows), take more than this limit?"""
+    return most is None or limit < most
 
 
 def encode(
-    rows: Iterable[Conversation | Problem], chat: Chat, limit: int, train_on: str = "assistant", overlong: str = "drop"
+    rows: Iterable[Conversation | Problem],
+    chat: Chat,
+    limit: int,
+    train_on: str = "assistant",
+    overlong: str = "drop",
+    most: int | None = None,
 ) -> Encoded:
-    """The examples of some rows, of at most `limit` tokens each.
+    """The examples of some rows, of at most `limit` tokens each; the model's own limit is `most`.
 
     A longer one is dropped, truncated so that it keeps an end of turn (or dropped, if no part of an answer is left),
-    or an error. Raises BadInput with everything that is wrong with any row.
+    a document split into several (a conversation is dropped), or an error. Raises BadInput with everything that is
+    wrong with any row.
     """
     found, problems, rows = Encoded(), [], iter(rows)
     tokens, trained, lengths = array("i"), bytearray(), array("i")
@@ -97,11 +128,16 @@ def encode(
                 problems += [f"wrong row in {row.where}: {problem}" for problem in examples.problems]
                 continue
             for example in examples:
+                found._count_missing(example, row.where)
                 if overlong == "error" and (length := len(example.tokens)) > limit:
-                    fix = "Raise --max-len, or --overlong drop or truncate"
-                    problems.append(f"too long in {row.where}: {length} tokens, --max-len is {limit}. {fix}")
-                elif short := found._fit(example, limit, overlong == "truncate", row.where):
-                    ids, flags = short.example(train_on == "all")
+                    why, fix = f"the model takes at most {most}", "Give"
+                    if may_be_raised(limit, most):
+                        why, fix = f"--max-len is {limit}", "Raise --max-len, or give"
+                    fix = f"{fix} --overlong drop, truncate or split"
+                    problems.append(f"too long in {row.where}: {length} tokens, {why}. {fix}")
+                    continue
+                for part in found._fit(example, limit, overlong, row.where, row.messages[0]["role"] == "text"):
+                    ids, flags = part.example(train_on == "all")
                     tokens.extend(ids)
                     trained.extend(flags)
                     lengths.append(len(ids))
@@ -121,6 +157,8 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
     whole = Encoded(np.concatenate([p.tokens for p in parts]), np.concatenate([p.trained for p in parts]))
     whole.ends = np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]))])
     whole.where = [where for part in parts for where in part.where]
-    for count in ("rows", "dropped", "truncated"):
+    for shape in [shape for part in parts for shape in part.shapes]:
+        whole.shapes[shape] = sum(part.shapes.get(shape, 0) for part in parts)
+    for count in ("rows", "dropped", "truncated", "split"):
         setattr(whole, count, sum(getattr(part, count) for part in parts))
     return whole

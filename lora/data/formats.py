@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lora.data import foreign_fields
 from lora.data.jsonl import LIMIT, Problem, read_rows
 from lora.errors import MOST_LINES, BadInput
 
@@ -23,14 +24,25 @@ PAIRS = (("prompt", "completion"), ("question", "answer"), ("q", "a"), ("instruc
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
-# Fields of other tools, which would change what is learned: refused where they have a value.
-TOOLS = ("tools", "functions")  # of a row
-OF_A_QUESTION = ("history", "input", "context")  # of a row whose turns are not written out as messages
-OF_AN_ANSWER = ("tool_calls", "function_call", "reasoning_content")  # of a message
+OF_A_QUESTION = ("history", "input", "context", "query")  # of a row whose turns are not written out as messages
+SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns of a row
+KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+LEADING = {"drop": ", leading answers dropped", "keep": ", leading answers not trained"}  # added to a row's shape
+
+
+Keys = tuple[str, str | None]  # of question and answer
 
 
 class Conversation(NamedTuple):
-    """Messages {"role", "content"}, also "train": False; `file:line` to name them by; the shape of their row."""
+    """Messages {"role", "content"}, also "train": False and "reasoning_content"; `file:line` to name them by; the shape
+    of their row."""
 
     messages: list[dict]
     where: str
@@ -42,13 +54,15 @@ class _Wrong(Exception):
         self.text, self.code = text, code
 
 
-def read(paths: Sequence[Path], answered: bool = True, keys: tuple[str, str] | None = None) -> list[Conversation]:
+def read(
+    paths: Sequence[Path], answered: bool = True, keys: Keys | None = None, leading: str = "error"
+) -> list[Conversation]:
     """All conversations of some files, in order; with `answered`, each needs an answer to train.
 
     Raises BadInput with every bad line (the first 20 and a count).
     """
     found, problems = [], []
-    for row in scan(paths, answered, keys):
+    for row in scan(paths, answered, keys, leading=leading):
         (problems if isinstance(row, Problem) else found).append(row)
         if len(problems) > 10 * MOST_LINES:  # the whole file is something else
             break
@@ -60,46 +74,62 @@ def read(paths: Sequence[Path], answered: bool = True, keys: tuple[str, str] | N
 def scan(
     paths: Sequence[Path],
     answered: bool = True,
-    keys: tuple[str, str] | None = None,
+    keys: Keys | None = None,
     progress: Callable[[int], object] = lambda size: None,
+    leading: str = "error",
+    unused: Callable[[str, str], object] = lambda where, field: None,
 ) -> Iterator[Conversation | Problem]:
     """Every row of some files, in order, as it is read: a conversation, or what is wrong with it.
 
-    `keys` are those of question and answer in rows that have both; `progress` hears how many bytes have been read.
-    Raises BadInput for a file that cannot be opened.
+    `keys` are those of question and answer in rows that have both (of a prompt, the answer's is None). An answer that
+    `leading` finds before the first question is an error, dropped, or kept as context. `progress` hears how many bytes
+    have been read, `unused` of fields that nothing reads. Raises BadInput for a file that cannot be opened.
     """
     for path in paths:
         row = None
         for row in read_rows(Path(path), progress):
-            yield row if isinstance(row, Problem) else _conversation(*row, answered, keys)
+            yield row if isinstance(row, Problem) else _conversation(*row, answered, keys, leading, unused)
         if row is None:
             yield Problem(str(path), "FILE", "no examples, the file is empty. Give JSON objects in lines, or a list")
 
 
-def _conversation(where: str, value: object, answered: bool, keys: tuple[str, str] | None) -> Conversation | Problem:
+def plain_shape(shape: str) -> str:
+    """A shape without what became of leading answers."""
+    return shape.partition(", ")[0]
+
+
+def _conversation(
+    where: str, value: object, answered: bool, keys: Keys | None, leading: str, unused: Callable
+) -> Conversation | Problem:
     try:
-        turns, roles, shape = _turns(value, keys, answered)
-        messages = _checked(turns, roles)
+        if not isinstance(value, dict):
+            raise _Wrong(f"expected an object, found {type(value).__name__}. Repair the line")
+        used = tuple(filter(None, keys)) if keys and all(key in value for key in keys if key) else ()
+        if why := foreign_fields.refused_in_row(value, used):
+            raise _Wrong(why, "UNKNOWN")
+        turns, roles, shape = _turns(value, used and keys, answered)
+        messages, led = _checked(turns, roles, leading)
         if not answered and shape == "text":
             raise _Wrong("a document asks nothing. Give prompts")
-        if answered and not any(m["role"] in ("assistant", "text") and "train" not in m for m in messages):
-            raise _Wrong("nothing to train, there is no assistant turn to learn. Add an answer")
-        return Conversation(messages, where, shape)
+        if answered:
+            trained, field = foreign_fields.is_trained(value, "it", used)
+            if trained is False:
+                raise _Wrong(f"its {field} leaves nothing to train. Remove the row, or {field}")
+            if not any(m["role"] in ("assistant", "text") and "train" not in m for m in messages):
+                raise _Wrong("nothing to train, there is no assistant turn to learn. Add an answer")
+        for field in foreign_fields.unread(value, turns, used):
+            unused(where, field)
+        return Conversation(messages, where, shape + LEADING[leading] if led else shape)
     except _Wrong as wrong:
         return Problem(where, wrong.code, wrong.text)
+    except ValueError as wrong:  # of a foreign field
+        return Problem(where, "ROW", str(wrong))
 
 
-def _turns(value: object, keys: tuple[str, str] | None, answered: bool) -> tuple[object, dict[str, str], str]:
+def _turns(value: dict, keys: Keys | None, answered: bool) -> tuple[object, dict[str, str], str]:
     """The turns of a row as they stand there, how its roles are called, and the name of its shape."""
-    if not isinstance(value, dict):
-        raise _Wrong(f"expected an object, found {type(value).__name__}. Repair the line")
-    if keys and keys[0] in value and keys[1] in value:
-        return _pair(value, *keys), ROLES, "/".join(keys)
-    if "chosen" in value and "rejected" in value:
-        fix = "Give --prompt-key prompt --response-key chosen to train the chosen ones"
-        raise _Wrong(f"a preference row (chosen, rejected), which is not trained here. {fix}", "UNKNOWN")
-    if any(value.get(key) for key in TOOLS):
-        raise _Wrong("it has tools, whose calls are not trained here. Remove them", "UNKNOWN")
+    if keys:
+        return _pair(value, *keys), ROLES, "/".join(filter(None, keys))
     if "messages" in value:
         return _with_system(value, value["messages"]), ROLES, "messages"
     if "conversations" in value:
@@ -108,42 +138,68 @@ def _turns(value: object, keys: tuple[str, str] | None, answered: bool) -> tuple
         if prompt in value and answer in value:
             return _pair(value, prompt, answer), ROLES, f"{prompt}/{answer}"
     if "text" in value:
-        return [{"role": "text", "content": value["text"]}], {"text": "text"}, "text"
+        return [{"role": "text", "content": _text(value, "text")}], {"text": "text"}, "text"
     for prompt, _ in PAIRS:
         if not answered and prompt in value:
-            return [{"role": "user", "content": value[prompt]}], ROLES, prompt
+            return _pair(value, prompt, None), ROLES, prompt
     found = ", ".join(list(value)[:8])[:200] or "none"
     known = ", ".join(("messages", "conversations", *("/".join(pair) for pair in PAIRS), "text"))
-    raise _Wrong(f"its keys are {found}. Known are {known}; others by --prompt-key and --response-key", "UNKNOWN")
+    others = "others by --prompt-key and --response-key" if answered else "generate.py has --prompt-key for others"
+    raise _Wrong(f"its keys are {found}. Known are {known}; {others}", "UNKNOWN")
 
 
-def _pair(value: dict, prompt: str, answer: str) -> list[dict]:
-    """A pair of question and answer, what comes before it, and what belongs to the question."""
-    question, history = value[prompt], value.get("history") or []
-    if isinstance(question, list) and isinstance(value[answer], list):  # both are messages already
-        return _with_system(value, [*question, *value[answer]], prompt, answer)
-    for key in ("input", "context"):
-        if value.get(key) and key not in (prompt, answer):
-            if prompt != "instruction":
+def _text(value: dict, key: str) -> str:
+    """The text that a field of a row must be."""
+    if not isinstance(value[key], str):
+        raise _Wrong(f"its {key} is {KINDS[type(value[key])]}, expected text. Write it as text, or the row as messages")
+    return value[key]
+
+
+def _pair(value: dict, prompt: str, answer: str | None) -> object:
+    """A pair of question and answer, what comes before it, and what belongs to the question.
+
+    An input without an instruction (null, or blank) is the question: so other readers of Alpaca's form have it.
+    """
+    sides = [value[key] for key in (prompt, answer) if key]
+    if all(isinstance(side, list) and all(isinstance(m, dict) and "role" in m for m in side) for side in sides):
+        return _with_system(value, [message for side in sides for message in side], prompt, answer)
+    more, history = [], value.get("history")
+    for key in ("input", "context", "query"):
+        if key in (prompt, answer) or key not in value or value[key] is None:
+            continue
+        if prompt != "instruction":
+            if not foreign_fields.says_nothing(value[key]):
                 raise _Wrong(f"its {key} would not be learned. Put it into the {prompt}")
-            question = f"{question}\n{value[key]}" if isinstance(value[key], str) else value[key]
-    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-        raise _Wrong("history is not a list of [question, answer] pairs. Repair the line")
-    texts = [text for pair in [*history, [question, value[answer]]] for text in pair]
+        elif _text(value, key).strip():
+            more.append(value[key])
+    first = [] if more and foreign_fields.is_blank(value[prompt]) else [_text(value, prompt)]
+    texts = ["\n".join([*first, *more]), *([_text(value, answer)] if answer else [])]
+    if history not in (None, "", []):
+        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+            raise _Wrong("history is not a list of [question, answer] pairs. Repair the line")
+        texts[:0] = [_text({"history": text}, "history") for pair in history for text in pair]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return _with_system(value, turns, *OF_A_QUESTION)
 
 
-def _with_system(value: dict, turns: object, *used: str) -> object:
+def _with_system(value: dict, turns: object, *used: str | None) -> object:
     """The turns, after the system text that stands beside them (two system turns are refused later).
 
     Raises _Wrong where the row has what belongs to a single question and is not used for it.
     """
     for key in OF_A_QUESTION:
-        if value.get(key) and key not in used:
+        if key not in used and not foreign_fields.says_nothing(value.get(key)):
             raise _Wrong(f"its {key} would not be learned beside messages. Put it into them")
-    system = value.get("system")
-    return [{"role": "system", "content": system}, *turns] if system and isinstance(turns, list) else turns
+    texts = {_text(value, key) for key in SYSTEM if key not in used and value.get(key) not in (None, "")}
+    if not isinstance(turns, list) or (len(texts) == 1 and _begins_with(turns, *texts)):
+        return turns
+    return [*({"role": "system", "content": text} for text in sorted(texts)), *turns]
+
+
+def _begins_with(turns: list, system: str) -> bool:
+    """Do the turns begin with this system text themselves?"""
+    return bool(turns) and isinstance(turns[0], dict) and (turns[0].get("role"), turns[0].get("content")) == (
+        "system", system)  # fmt: skip
 
 
 def _sharegpt(turns: object) -> object:
@@ -153,11 +209,13 @@ def _sharegpt(turns: object) -> object:
             for turn in turns]  # fmt: skip
 
 
-def _checked(messages: object, roles: dict[str, str]) -> list[dict]:
-    """Role, content and train flag of every message: an optional system turn, then user and assistant in turn."""
+def _checked(messages: object, roles: dict[str, str], leading: str) -> tuple[list[dict], bool]:
+    """What is used of every message: an optional system turn, then user and assistant in turn; and whether an answer
+    led, which `leading` says what to do with."""
     if not isinstance(messages, list) or not messages:
         raise _Wrong("messages is not a list of messages. Repair the line")
     clean: list[dict] = []
+    led = False
     for number, message in enumerate(messages, 1):
         name = f"message {number}"
         if not isinstance(message, dict):
@@ -170,44 +228,66 @@ def _checked(messages: object, roles: dict[str, str]) -> list[dict]:
         content = _content(message, role, name)
         if role == "system" and number > 1:
             raise _Wrong(f"{name} is a system turn; only the first may be one. Repair the line", "ROLES")
+        leads = role == "assistant" and all(m["role"] == "system" for m in clean)
         expected = "user" if not clean or clean[-1]["role"] != "user" else "assistant"
-        if role in ("user", "assistant") and role != expected:
-            raise _Wrong(f"{name} is a turn of {role}, expected {expected}. Let user and assistant alternate", "ROLES")
+        if role in ("user", "assistant") and role != expected and not (leads and leading in LEADING):
+            fix = (
+                "train.py and evaluate.py have --leading-answers drop or keep"
+                if leads
+                else "Let user and assistant alternate"
+            )
+            raise _Wrong(f"{name} is a turn of {role}, expected {expected}. {fix}", "ROLES")
         if role != "system" and not content.strip():
             raise _Wrong(f"{name} of {role} is empty. Remove it or write it", "EMPTY")
-        clean.append({"role": role, "content": content, **_train(message, role, name)})
-    return clean
+        led = led or leads
+        if not (leads and leading == "drop"):
+            extra = _train(message, role, name) | ({"train": False} if leads else {})
+            clean.append({"role": role, "content": content, **_thoughts(message, role, name), **extra})
+    return clean, led
 
 
 def _content(message: dict, role: str, name: str) -> str:
     """The text of a message, which OpenAI's form may give in parts."""
     content = message.get("content")
-    if isinstance(content, list) and content and all(map(_is_text, content)):
+    if isinstance(content, list) and content:
+        if other := next((part for part in content if not _is_text(part)), None):
+            kind = other.get("type") if isinstance(other, dict) else None
+            why = f", with a part of type {repr(kind)[:40]}" if kind != "text" and kind else ""
+            raise _Wrong(f"{name} has list as content{why}, expected text. Repair the line")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         tools = "; calls of tools are not trained here" if message.get("tool_calls") else ""
         raise _Wrong(f"{name} has {type(content).__name__} as content, expected text{tools}. Repair the line")
-    for key in OF_AN_ANSWER:
-        if message.get(key):
-            raise _Wrong(f"{name} has {key}, which is not trained here. Put it into the content, or remove it")
+    if why := foreign_fields.refused_in_message(message, name):
+        raise _Wrong(why)
+    _refuse_half_pairs(content, name)
+    return content
+
+
+def _refuse_half_pairs(text: str, name: str) -> None:
     try:
-        content.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise _Wrong(f"{name} has half a surrogate pair, which is no character. Remove it", "SURROGATE") from None
-    return content
 
 
 def _is_text(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
+def _thoughts(message: dict, role: str, name: str) -> dict:
+    """{"reasoning_content": text} for an answer with thoughts beside it, which the template must have a place for."""
+    text = foreign_fields.thoughts(message, name)
+    if text and role != "assistant":
+        raise _Wrong(f"{name} of {role} has thoughts, but only answers are learned. Remove them")
+    _refuse_half_pairs(text, name)
+    return {"reasoning_content": text} if text else {}
+
+
 def _train(message: dict, role: str, name: str) -> dict:
-    """{"train": False} for an answer that shall not be learned: "train": false, or OpenAI's "weight": 0."""
-    train, weight = message.get("train"), message.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise _Wrong(f"{name} has {repr(train)[:40]} as train. Write true or false")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise _Wrong(f"{name} has {repr(weight)[:40]} as weight. Write 0 or 1")
-    if train and role != "assistant":
-        raise _Wrong(f'{name} of {role} has "train": true, but only answers are learned. Remove it, or --train-on all')
-    return {"train": False} if role == "assistant" and (train is False or weight == 0) else {}
+    """{"train": False} for an answer that shall not be learned: "train": false, OpenAI's "weight": 0, or their like."""
+    trained, field = foreign_fields.is_trained(message, name)
+    if trained and role != "assistant":
+        what = "true" if message[field] is True else message[field]
+        raise _Wrong(f'{name} of {role} has "{field}": {what}, but only answers are learned. Remove it')
+    return {"train": False} if role == "assistant" and trained is False else {}

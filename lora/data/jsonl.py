@@ -13,17 +13,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lora import files
+from lora.data import file_kinds
 
 LIMIT = 4 * 2**30  # bytes of one file, unpacked
 LINE_LIMIT = 64 * 2**20  # bytes of one line
 LIST_LIMIT = 512 * 2**20  # bytes of a list: it is read as a whole
-OTHER_FILES = {  # first bytes of files that people give -> what is wrong, and what to do
-    b"PAR1": ("FILE", "a parquet file. Write it as JSON lines first, for example with pandas: read_parquet, then "
-              "to_json(orient='records', lines=True)"),
-    b"PK\x03\x04": ("FILE", "a zip archive or a spreadsheet. Unpack it, or save it as JSON lines"),
-    b"\xff\xfe": ("ENCODING", "UTF-16. Convert it to UTF-8"),
-    b"\xfe\xff": ("ENCODING", "UTF-16. Convert it to UTF-8"),
-}  # fmt: skip
 WHAT = {"BROKEN": "broken JSON", "ENCODING": "wrong encoding", "UNKNOWN": "unknown row", "FILE": "wrong file"}
 
 
@@ -44,22 +38,29 @@ Rows = Iterator[tuple[str, object] | Problem]  # `file:line` and value
 def read_rows(path: Path, progress: Callable[[int], object]) -> Rows:
     """Every row of a file as it is read; `progress` hears how many bytes have been read since it last heard."""
     with files.open_regular(path, LIMIT) as raw:
-        start = raw.read(4)
-        raw.seek(0)
-        for magic, (code, what) in OTHER_FILES.items():
-            if start.startswith(magic):
-                yield Problem(str(path), code, what)
-                return
+        start = raw.peek(file_kinds.START)
         stream = gzip.GzipFile(fileobj=raw) if start.startswith(b"\x1f\x8b") else raw
         try:
+            start = stream.peek(file_kinds.START)[: file_kinds.START]
+            if found := file_kinds.of_bytes(start, path.name):
+                yield Problem(str(path), *found)
+                return
             done = 0
-            for row in _rows(stream, str(path)):
+            for count, row in enumerate(_rows(stream, str(path))):
+                broken = row.code in ("BROKEN", "ENCODING") if isinstance(row, Problem) else _is_plain(row[1])
+                if broken and not count and (found := file_kinds.of_text(start, path.name)):
+                    yield Problem(str(path), *found)
+                    return
                 yield row
                 if (here := raw.tell()) > done:
                     progress(here - done)
                     done = here
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield Problem(str(path), "FILE", f"damaged gzip: {str(error).rstrip('.')}. Pack it again")
+
+
+def _is_plain(value: object) -> bool:
+    return not isinstance(value, (dict, list))  # a line of text may begin with a number
 
 
 def _rows(stream: BinaryIO, path: str) -> Rows:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from lora.data import near
-from lora.data.formats import Conversation, Problem
+from lora.data.formats import Conversation, Problem, plain_shape
 from lora.data.leftovers import LABEL, is_leftover
 from lora.errors import one_line
 
@@ -29,6 +29,7 @@ CODES = {  # code -> what it means; first what a row is itself, then what it is 
     "PLACEHOLDER": "a slot such as [NAME] or {{name}} was never filled in (code between backticks may have some)",
     "LEFTOVER": "the answer is an error message or a refusal that a teacher left",
     "PREFIX": "some questions or answers of the file begin with 问：, 答：, Q:, User: or the like, and others do not",
+    "FIELD": "rows or their messages have a field with a value that nothing here reads",
     "SCHEMA": "the file has rows of more than one shape",
     "DUPLICATE": "all turns are those of another row, but for case, white space and punctuation",
     "NEAR-DUPLICATE": "90 % or more of its 5-grams of characters are those of another row (Jaccard)",
@@ -49,13 +50,18 @@ class Finding(NamedTuple):
         return one_line(f"{self.file}:{self.line}: {self.code}: {self.message}")
 
 
-def check(train: Sequence[Conversation | Problem], evaluation: Sequence[Conversation | Problem] = ()) -> list[Finding]:
-    """All findings, sorted. Rows that could not be read pass through; each set is also compared with itself."""
+def check(
+    train: Sequence[Conversation | Problem],
+    evaluation: Sequence[Conversation | Problem] = (),
+    unused: Sequence[tuple[str, str]] = (),
+) -> list[Finding]:
+    """All findings, sorted. Rows that could not be read pass through; each set is also compared with itself; `unused`
+    are places of rows, and a field that nothing reads."""
     found = []
     for row in (*train, *evaluation):
         found += [_finding(*row)] if isinstance(row, Problem) else _by_itself(row)
     train, evaluation = ([row for row in rows if isinstance(row, Conversation)] for rows in (train, evaluation))
-    found += _mixed([*train, *evaluation])
+    found += [*_mixed([*train, *evaluation]), *_unused(unused)]
     sets = [[_Row.of(row) for row in rows] for rows in (train, evaluation)]
     for rows in sets:
         found += [*_repeats(rows), *_conflicts(rows)]
@@ -81,6 +87,7 @@ PLACEHOLDER = re.compile(
     r"|\[(?i:your|insert|enter)[ _][^\]\n]{1,40}\](?!\()"
     r"|[\[【](?:[你您]的[^\]】\n]{1,20}|姓名|名字|作者)[\]】]"
     r"|(?<![\\^_}])\{\{\s*[^\W\d][\w .-]+\}\}"  # {{name}}; not TeX's x^{{n}}
+    r"|<image>|(?m:^<(?:video|audio)>|<(?:video|audio)>$)"  # where a model that sees would have them
 )
 
 
@@ -108,7 +115,18 @@ def _mixed(rows: Sequence[Conversation]) -> Iterator[Finding]:
         choices = any(labels & set("bcd") for _, _, labels in asking)  # "A: Paris", "B: London"
         styles = [(where, _style(q, a - set("abcd") if choices else a)) for where, q, a in asking if q or a]
         yield from _minority(styles, "PREFIX", "Write all alike")
-        yield from _minority([(row.where, row.shape) for row in same], "SCHEMA", "Write all in one shape")
+        yield from _minority([(row.where, plain_shape(row.shape)) for row in same], "SCHEMA", "Write all in one shape")
+
+
+def _unused(unused: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    """FIELD: one finding a file and field, at the first row that has it."""
+    rows = defaultdict(list)
+    for where, field in unused:
+        rows[where.rpartition(":")[0], field].append(where)
+    for (_, field), places in rows.items():
+        count = f"{len(places)} row{'s' if len(places) > 1 else ''}"
+        fix = "Remove it, put it into the content, or leave out rows by it"
+        yield _finding(places[0], "FIELD", f"{count} with {_quote(field)}, which is not learned. {fix}")
 
 
 def _labels(row: Conversation, role: str) -> set[str]:
@@ -175,7 +193,7 @@ class _Row(NamedTuple):
     def of(cls, row: Conversation) -> "_Row":
         turns = row.messages
         answers = (i for i, m in enumerate(turns) if m["role"] == "assistant" and m.get("train", True))
-        lines = "\n".join(normal(message["content"]) for message in turns)
+        lines = "\n".join(normal(message.get("reasoning_content", "") + message["content"]) for message in turns)
         return cls(row.where, lines, turns[0]["role"] == "system", frozenset(answers))
 
     def asked(self, loosely: bool = False) -> Iterator[tuple[bytes, str]]:

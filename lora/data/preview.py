@@ -66,6 +66,7 @@ def numbers(examples: Encoded, tokens_per_step: int, memory: float) -> dict[str,
         "length p50": p50, "length p95": p95, "length max": lengths.max(),
         "trained share": f"{trained / len(examples.tokens):.4f}",
         "dropped": examples.dropped, "truncated": examples.truncated,
+        **({"split": examples.split} if examples.split else {}),
         "tokens per step": tokens_per_step, "memory": f"{memory / 1e9:.1f} GB",
     }  # fmt: skip
     return {name: str(value) for name, value in found.items()}

@@ -11,9 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from lora.data import formats, lint
-from lora.data.encode import Encoded, encode, joined
+from lora.data.encode import Encoded, encode, joined, may_be_raised
 from lora.errors import BadInput, say
 from lora.text.chat import Chat
+
+MOST_NAMES = 5  # of control tokens that one line lists
+KEYS = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,25 @@ def named(args) -> list[tuple[str, str, float | None]]:
                 why = f"{name!r} has no number that could be {what}"
                 problems.append(f"wrong --{flag} in the command line: {why}. Give FILE:NUMBER, above 0, as 0.25")
     if bool(args.prompt_key) != bool(args.response_key):
-        problems.append("wrong keys in the command line: --prompt-key and --response-key need each other. Give both")
+        problems.append(KEYS)
     if problems:
         raise BadInput(*problems)
     return files
 
 
-def _keys(args) -> tuple[str, str] | None:
-    """The keys of question and answer that were named."""
-    return (args.prompt_key, args.response_key) if args.prompt_key else None
+def how(args) -> dict:
+    """How `formats` reads rows, by the flags."""
+    keys = (args.prompt_key, args.response_key) if args.prompt_key and args.response_key else None
+    return {"keys": keys, "leading": args.leading_answers}
 
 
-def _rows(args, locate: Callable, generated_rows: Sequence[dict] | None, flags: Sequence[str] = ("data",)) -> Iterator:
+def _rows(
+    args, locate: Callable, generated_rows: Sequence[dict] | None, flags: Sequence[str] = ("data",), **more
+) -> Iterator:
     """The rows that were generated, and those of all files that some flags name."""
     for i, row in enumerate(generated_rows or (), 1):
         yield formats.Conversation(row["messages"], f"row {i}")
-    yield from formats.scan([locate(name) for flag, name, _ in named(args) if flag in flags], keys=_keys(args))
+    yield from formats.scan([locate(name) for flag, name, _ in named(args) if flag in flags], **how(args), **more)
 
 
 def trained_rows(args, locate: Callable[[str], Path], generated_rows: Sequence[dict] | None = None) -> Iterator:
@@ -114,14 +120,19 @@ def _to_hold_out(rows: Iterator, fraction: float, seed: int) -> set[bytes]:
 
 
 def read_sources(
-    args, chat: Chat, locate: Callable[[str], Path], generated_rows: Sequence[dict] | None = None
+    args,
+    chat: Chat,
+    locate: Callable[[str], Path],
+    generated_rows: Sequence[dict] | None = None,
+    most: int | None = None,
 ) -> Sources:
-    """All examples that the settings ask for; `generated_rows` stand where no data is named, `locate` finds a file.
+    """All examples that the settings ask for; `generated_rows` stand where no data is named, `locate` finds a file, the
+    model takes at most `most` tokens.
 
     Says in a line what each file is. Raises BadInput with everything that is wrong in any of them.
     """
     found, problems, files = {"data": [], "replay": [], "eval": []}, [], named(args)
-    limits = args.max_len, args.train_on, args.overlong
+    limits = args.max_len, args.train_on, args.overlong, most
     chosen = set()
     if args.eval_fraction is not None:
         chosen = _to_hold_out(_rows(args, locate, generated_rows), args.eval_fraction, args.seed)
@@ -129,19 +140,18 @@ def read_sources(
         rows = (row for row in _rows(args, locate, generated_rows, ()) if group(row) not in chosen)
         found["data"].append((encode(rows, chat, *limits), None))
         if not len(found["data"][0][0]):
-            why = f"none fits {args.max_len} tokens. Raise --max-len"
-            raise BadInput(f"nothing to train in the rows made here: {why}")
+            raise BadInput(f"nothing to train in the rows made here: {_none_fits(args, most)}")
     for flag, name, number in files:
         try:
-            part = _read(locate(name), args, chat, chosen if flag != "eval" else set())
+            part = _read(locate(name), args, chat, limits, chosen if flag != "eval" else set())
         except BadInput as error:
             problems += error.problems
             continue
-        problems += _describe(flag, name, number, part, args)
+        problems += _describe(flag, name, number, part, args, most)
         found[flag].append((part, number))
     if args.prompt_key and not problems:
         pair = f"{args.prompt_key}/{args.response_key}"
-        if not any(pair in part.shapes for parts in found.values() for part, _ in parts):
+        if not any(pair in map(formats.plain_shape, part.shapes) for parts in found.values() for part, _ in parts):
             why = f"no row has both {pair}. Check --prompt-key, --response-key"
             problems.append(f"wrong keys in the command line: {why}")
     if problems:
@@ -159,31 +169,45 @@ def read_sources(
     return Sources(list(data), weights, found["replay"], held_out)
 
 
-def _read(path: Path, args, chat: Chat, without: set[bytes]) -> Encoded:
+def _read(path: Path, args, chat: Chat, limits: tuple, without: set[bytes]) -> Encoded:
     """The examples of a file, but for rows of some groups."""
     size = path.stat().st_size if path.is_file() else None
     with tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        rows = formats.scan([path], keys=_keys(args), progress=bar.update)
+        rows = formats.scan([path], **how(args), progress=bar.update)
         rows = (row for row in rows if group(row) not in without) if without else rows
-        return encode(rows, chat, args.max_len, args.train_on, args.overlong)
+        return encode(rows, chat, *limits)
 
 
-def _describe(flag: str, name: str, number: float | None, part: Encoded, args) -> list[str]:
+def _describe(flag: str, name: str, number: float | None, part: Encoded, args, most: int | None) -> list[str]:
     """Says what a file is; returns why nothing of it can be used."""
+    shapes = [f"{count:,} {shape}" for shape, count in part.shapes.items()] if len(part.shapes) > 1 else part.shapes
     times = "" if number is None else f", weight {number:g}"
     if flag == "replay":
         times = f", share {number:g}: {number * args.batch_size:g} on top of the {args.batch_size} of a step"
-    say(f"{flag:8} {name}: {part.rows:,} rows of {' and '.join(part.shapes)}{times}")
+    say(f"{flag:8} {name}: {part.rows:,} rows of {' and '.join(shapes)}{times}")
     if part.overlong:
         where, length = part.overlong
-        done = f"{part.dropped} dropped, {part.truncated} truncated"
+        done = f"{part.dropped} dropped, {part.truncated} truncated" + (
+            f", {part.split} documents split" if part.split else ""
+        )
         say(f"overlong {done}; over {args.max_len} tokens (--max-len), the first is {where} with {length}")
+    if part.first_missing:
+        where, text = part.first_missing
+        what = "answers are trained without what the template leaves out of them"
+        say(f"note     {part.missing} {what}; the first is {where}, without: {text[:60]}{'…' * (len(text) > 60)}")
     if len(part):
         return []
-    why = f"no example fits {args.max_len} tokens. Raise --max-len"
+    why = _none_fits(args, most)
     if not part.rows:
         why = "all its questions are held out. Lower --eval-fraction, or give --eval-data"
     return [f"nothing to {'measure' if flag == 'eval' else 'train'} in {name}: {why}"]
+
+
+def _none_fits(args, most: int | None) -> str:
+    if may_be_raised(args.max_len, most):
+        return f"no example fits {args.max_len} tokens. Raise --max-len"
+    fix = "Shorten the rows" if args.overlong == "truncate" else "Give --overlong truncate"
+    return f"no example fits {args.max_len} tokens, and the model takes no more. {fix}"
 
 
 def _notes(args, chat: Chat) -> None:
@@ -191,10 +215,19 @@ def _notes(args, chat: Chat) -> None:
     if chat.own_system and args.system is None and not args.no_system:
         own = " ".join(chat.own_system.split())
         say(f"system   the template adds, where a row has none: {own[:120]} (--no-system leaves it out)")
+    spelled, foreign = (", ".join(n for n, _ in c.most_common(MOST_NAMES)) for c in (chat.spelled, chat.foreign))
+    fix = "stay text, letter by letter; --control-tokens reads them as tokens, rows of messages train answers alone"
     for count, what in (
         (chat.guarded, "rows spell a control token in their text; it is kept as plain text"),
+        (chat.documents, f"documents spell {spelled}, which {'are read as tokens' if chat.control_tokens else fix}"),
+        (
+            chat.foreign.total(),
+            f"times documents spell {foreign}, which this tokenizer has no tokens for; it stays text",
+        ),
         (chat.cuts, "examples are cut into tokens where the answer begins, as in generation"),
         (chat.split, "rows became an example for each answer, because the template rewrites earlier turns"),
+        (chat.joined, "examples are put together, prompt and answer, because the template writes the whole otherwise"),
+        (chat.unclosed, "of these answers stand in the thought that the prompt opens; give them a thought and its end"),
     ):
         if count:
             say(f"note     {count} {what}")
@@ -204,8 +237,10 @@ def lint_report(args, locate: Callable[[str], Path]) -> int:
     """What --check finds, a line each on stdout; exit code 2 if anything."""
     if not named(args):
         raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
-    train, held_out = (list(_rows(args, locate, None, flags)) for flags in (("data", "replay"), ("eval",)))
-    findings = lint.check(train, held_out)
+    unused = []
+    hear = {"unused": lambda *found: unused.append(found)}
+    train, held_out = (list(_rows(args, locate, None, flags, **hear)) for flags in (("data", "replay"), ("eval",)))
+    findings = lint.check(train, held_out, unused)
     for finding in findings:
         print(finding)
     say(f"{len(findings)} finding{'s' if len(findings) != 1 else ''} in {len(train) + len(held_out):,} rows")

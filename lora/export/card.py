@@ -19,6 +19,7 @@ from lora.adapter import passport
 from lora.errors import BadInput, one_line
 from lora.export.report import table
 from lora.pretrained import ModelFiles, load_chat
+from lora.text.template import read_arguments
 
 FILE, SETTINGS, METRICS = "README.md", "settings.json", "metrics.jsonl"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -66,7 +67,8 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # the folder with this file
 model = AutoModelForCausalLM.from_pretrained(".")
 {% endif %}
 messages = [{{ system }}{"role": "user", "content": "Who are you?"}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True{{ switches }}}
+prompt = tokenizer.apply_chat_template(messages, **how)
 print(tokenizer.decode(model.generate(**prompt, {{ ends }}max_new_tokens=100)[0]))
 ```
 {% for heading, lines in sections.items() %}
@@ -124,6 +126,7 @@ def _write(
     front |= {"base_model": known, "license": license_of(base)}
     system = made and made.settings.get("system")
     turn = f'{{"role": "system", "content": {json.dumps(system)}}}, ' if isinstance(system, str) else ""
+    arguments = read_arguments(made.settings.get("template_arg")) if made else {}
     text = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(TEMPLATE)
     text = text.render(
         front={key: json.dumps(value) for key, value in front.items() if value},
@@ -132,6 +135,7 @@ def _write(
         base_id=json.dumps(known or "FOLDER OF THE BASE MODEL"),
         command=one_line(shlex.join(("python", *command))),
         system=turn,
+        switches="".join(f", {name!r}: {value!r}" for name, value in arguments.items()),
         sections=(_sections(made) if made else {}) | (sections or {}),
         ends=f"eos_token_id={stops}, " if (stops := _stops(folder, base) if adapter else []) else "",
         adapter=adapter,

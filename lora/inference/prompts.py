@@ -4,20 +4,23 @@ import json
 from pathlib import Path
 
 from lora import files
-from lora.data import formats
+from lora.data import file_kinds, formats
 from lora.errors import BadInput
 from lora.text.chat import Chat
 
 
-def read(path: str) -> list[tuple[list[dict], str]]:
-    """(messages, where) of each prompt in a file with a prompt a line, or with conversation rows."""
+def read(path: str, key: str | None = None) -> list[tuple[list[dict], str]]:
+    """(messages, where) of each prompt in a file with a prompt a line, or with conversation rows, whose question may
+    have a `key` of its own."""
     data = files.read_bytes(path)
     start = data.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith((b"{", b"\x1f\x8b")) or (start.startswith(b"[") and path.endswith(".json")):
-        return [(without_last_answer(c.messages), c.where) for c in formats.read([path], answered=False)]
+        return [(without_last_answer(c.messages), c.where) for c in formats.read([path], False, key and (key, None))]
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
+        if kind := file_kinds.of_bytes(data, path):
+            raise BadInput(str(formats.Problem(path, *kind))) from None
         raise BadInput(f"wrong encoding in {path}: not UTF-8 at byte {error.start}. Convert it to UTF-8") from None
     found = [(line.rstrip("\r"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not found:

@@ -27,7 +27,7 @@ from lora.inference.prompts import encode
 from lora.network.decoder import Model
 from lora.pretrained import default_model
 from lora.text.chat import Chat
-from lora.text.template import FROZEN_DATE
+from lora.text.template import FROZEN_DATE, spell_arguments
 from lora.text.tokenizer import Stream, Tokenizer
 
 
@@ -117,6 +117,7 @@ def open_session(
     *,
     system: str | bool | None = None,
     template: str | None = None,
+    template_args: dict | None = None,
     date: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -127,14 +128,15 @@ def open_session(
     """A model that is ready to talk, with an adapter merged into it or without one.
 
     `model` is a folder, a hub id or a .gguf file: by default the base that the adapter remembers, or else the default
-    model. `system`, `template` and `date` are by default those of the training (see `load_chat`); `sampling` are fields
-    of `Sampling`. Raises LoraError for what cannot be used and, if `verify`, for another base than the adapter's.
+    model. `system`, `template`, `template_args` (as {"enable_thinking": False}) and `date` are by default those of the
+    training (see `load_chat`); `sampling` are fields of `Sampling`. Raises LoraError for what cannot be used and, if
+    `verify`, for another base than the adapter's.
     """
     how = Sampling(**sampling)
     base = pretrained.find(str(model or (passport.base_of(adapter) if adapter else default_model.NAME)))
     say(f"model    {base.described}")
     place = machine.choose_device(device)
-    chat = load_chat(base, adapter, system, template, date, verify)
+    chat = load_chat(base, adapter, system, template, date, verify, template_args)
     net = pretrained.load_model(base, machine.choose_dtype(dtype, place)[0], place)
     if adapter:
         store.load(net, adapter)
@@ -156,6 +158,7 @@ def open_sessions(
     verify: bool = True,
     system: str | bool | None = None,
     template: str | None = None,
+    template_args: dict | None = None,
     date: str | None = None,
     max_new_tokens: int = 256,
     **sampling,
@@ -166,6 +169,7 @@ def open_sessions(
     (messages, where), before the model is loaded.
     """
     how = Sampling(**sampling), max_new_tokens
+    told = {"system": system, "template": template, "template_args": template_args, "date": date}
     base = pretrained.find(model or several.common_base(adapters, not verify))
     say(f"model    {base.described}")
     place = machine.choose_device(device)
@@ -173,7 +177,7 @@ def open_sessions(
     names, chats, problems = several.column_names(adapters), {}, []
     for name, adapter in names.items():
         with collecting(problems):
-            chats[name] = try_adapter(empty, name, adapter, base, verify, system, template, date)
+            chats[name] = try_adapter(empty, name, adapter, base, verify, **told)
             for messages, where in asked:
                 encode(chats[name], empty.config.max_position_embeddings, messages, where)
     if problems:
@@ -189,20 +193,14 @@ def open_sessions(
 
 
 def try_adapter(
-    empty: nn.Module,
-    name: str,
-    adapter: str | None,
-    base: pretrained.ModelFiles,
-    verify: bool = True,
-    system: str | bool | None = None,
-    template: str | None = None,
-    date: str | None = None,
+    empty: nn.Module, name: str, adapter: str | None, base: pretrained.ModelFiles, verify: bool = True, **told
 ) -> Chat:
-    """Try an adapter on the base on `meta`, and return its chat. Raises BadInput where it does not fit."""
+    """Try an adapter on the base on `meta`, and return its chat, `told` as `load_chat` is. Raises BadInput where it
+    does not fit."""
     if adapter:
         say(f"adapter  {name}: {adapter}")
         several.dry_load(empty, adapter, base, verify)
-    return load_chat(base, adapter, system, template, date, verify)
+    return load_chat(base, adapter, verify=verify, **told)
 
 
 def load_chat(
@@ -212,20 +210,28 @@ def load_chat(
     template: str | None = None,
     date: str | None = None,
     verify: bool = True,
+    template_args: dict | None = None,
+    control_tokens: bool = False,
 ) -> Chat:
     """The chat as an adapter was trained with it, unless arguments say otherwise.
 
-    `system`: a text, False for none at all, None for that of the training. Raises BadInput for a tokenizer whose ids
-    stand for other tokens than in training, unless not `verify`.
+    `system`: a text, False for none at all, None for that of the training. `template_args` are added to those of the
+    training, which do not hold for another `template`. Raises BadInput for a tokenizer whose ids stand for other tokens
+    than in training, unless not `verify`.
     """
     trained = ((passport.read(adapter) if adapter else None) or {}).get("chat", {})
     if system is None:
         system = trained.get("system")
         if isinstance(system, str):
             say(f"system   as in training: {' '.join(system.split())[:100]}")
+    remembered = {} if template else trained.get("template_args", {})
+    if remembered:
+        say(f"template as in training: {' '.join(spell_arguments(remembered))[:100]}")
+    template_args = {**remembered, **(template_args or {})}
     template = template or (passport.template_of(adapter) if adapter else None)
     today = Date.fromisoformat(date or trained.get("date") or str(FROZEN_DATE))
-    chat = pretrained.load_chat(base, system, template, today)
+    control_tokens = control_tokens or trained.get("control_tokens", False)
+    chat = pretrained.load_chat(base, system, template, today, template_args, control_tokens)
     if adapter:
         passport.verify_chat(adapter, base.name, chat.tokenizer, chat.template.source, not verify)
     return chat

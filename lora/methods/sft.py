@@ -14,9 +14,9 @@ from lora.text.chat import Chat
 from lora.train.evaluate import Total, mean_loss
 
 
-def examples(args, chat: Chat, generated_rows: Sequence[dict] | None = None) -> Sources:
-    """The conversations of all files, of which answers are trained. Raises BadInput."""
-    return read_sources(args, chat, hub.dataset_file, generated_rows)
+def examples(args, chat: Chat, generated_rows: Sequence[dict] | None = None, most: int | None = None) -> Sources:
+    """The conversations of all files, of which answers are trained; the model takes `most` tokens. Raises BadInput."""
+    return read_sources(args, chat, hub.dataset_file, generated_rows, most)
 
 
 def loss(model: Model, batch: Batch) -> tuple[torch.Tensor, int]:

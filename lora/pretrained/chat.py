@@ -16,10 +16,16 @@ TEMPLATE_LIMIT = 2**20  # bytes
 
 
 def load_chat(
-    base: ModelFiles, system: str | bool | None = None, template: str | None = None, today: date = FROZEN_DATE
+    base: ModelFiles,
+    system: str | bool | None = None,
+    template: str | None = None,
+    today: date = FROZEN_DATE,
+    template_args: dict | None = None,
+    control_tokens: bool = False,
 ) -> Chat:
-    """Tokenizer and chat template of a model; or the `template` of that name (BUILT_IN) or in that file. `system` as in
-    `Chat`, `today` for templates that ask. Raises BadInput for what is missing."""
+    """Tokenizer and chat template of a model; or the `template` of that name (BUILT_IN) or in that file. `system` and
+    `control_tokens` as in `Chat`, `today` and `template_args` for templates that ask. Raises BadInput for what is
+    missing."""
     beside, config = base.files(), ModelConfig.from_json(base.config, f"{base.name}/config.json")
     tokenizer = _tokenizer(base.name, beside, config)
     settings = {file: files.read_json(Path(base.name) / file, beside[file]) for file in SETTINGS if file in beside}
@@ -35,7 +41,8 @@ def load_chat(
         fix = f"Give an instruct or chat model, or --template {', '.join(BUILT_IN)} or a file"
         raise BadInput(f"no chat template in {base.name}: it seems to be a base model. {fix}")
     _no_half_characters(source, where)
-    return Chat(tokenizer, ChatTemplate(source, special, where, today), eos, system)
+    jinja = ChatTemplate(source, special, where, today, template_args)
+    return Chat(tokenizer, jinja, eos, system, control_tokens)
 
 
 SPECIAL_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the second is believed

@@ -15,6 +15,7 @@ from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput
 from lora.network.decoder import Model
 from lora.run.settings import TrainSettings, pattern
+from lora.text.template import read_arguments, spell_arguments
 from lora.train import memory
 
 TRAINS_WHOLE = "Leave it out, or train every weight with --full"
@@ -93,8 +94,8 @@ def _span(values: set) -> str:
 
 
 def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
-    """Variant, ranks, alphas and targets of --init-adapter; where no flag says otherwise, its template, system turn and
-    date too.
+    """Variant, ranks, alphas and targets of --init-adapter; where no flag says otherwise, its template with its
+    arguments, its system turn and its date too.
 
     Raises BadInput for flags that contradict it, and for an adapter that does not fit the base.
     """
@@ -135,6 +136,9 @@ def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
         args.system, args.no_system = trained.get("system") or None, trained.get("system") is False
     if "date" not in args.given:
         args.date = trained.get("date") or args.date
+    if not args.template:
+        args.template_arg = spell_arguments(trained.get("template_args", {}) | read_arguments(args.template_arg))
+    args.control_tokens = args.control_tokens or trained.get("control_tokens", False)
     args.template = args.template or passport.template_of(args.init_adapter)
 
 

@@ -25,7 +25,7 @@ from lora.pretrained import hub
 from lora.run import adapter
 from lora.run.settings import TrainSettings
 from lora.text.chat import Chat
-from lora.text.template import BUILT_IN
+from lora.text.template import BUILT_IN, read_arguments
 from lora.train import distributed, memory, run_state
 from lora.train.distributed import DistContext
 
@@ -125,8 +125,9 @@ class Plan:
         say(f"base     {in_base / 1e6:,.1f} M parameters in {args.dtype} on {args.device} ({self.why_dtype})")
         if args.full:
             say("full     all of them train, in float32, as AdamW's moments are")
-            if args.system or args.no_system:
-                say("note     a whole model does not remember its system turn: give generate.py the same flag")
+            if args.system or args.no_system or args.template_arg:
+                forgets = "its system turn or --template-arg: give generate.py the same flags"
+                say(f"note     a whole model does not remember {forgets}")
         else:
             say(f"adapter  {trained / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {args.rank}, {linears}")
             for line in adapter.table(args, self.empty, self.targets):
@@ -176,13 +177,14 @@ def make_plan(
     if checkpoint and template not in (None, *BUILT_IN) and "template" not in args.given:
         template = passport.template_of(checkpoint)  # the file itself may be gone
     system = False if args.no_system else args.system
-    chat = pretrained.load_chat(base, system, template, date.fromisoformat(args.date))
+    today, template_args = date.fromisoformat(args.date), read_arguments(args.template_arg)
+    chat = pretrained.load_chat(base, system, template, today, template_args, args.control_tokens)
     if begins_with_adapter:
         passport.verify_chat(args.init_adapter, base.name, chat.tokenizer, chat.template.source, args.no_verify)
     targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
     limit = empty.config.max_position_embeddings
     args.max_len = min(args.max_len or limit, limit)
-    sources = sft.examples(args, chat, generated_rows)
+    sources = sft.examples(args, chat, generated_rows, limit)
 
     per_epoch = math.ceil(sum(map(len, sources.data)) / args.batch_size)
     if args.max_steps is None:

@@ -189,11 +189,16 @@ class Results:
         if not self.processes.main:
             return
         python, out, kind = "python", str(self.out), f"--{self.trainable.kind}"
-        data = self.args.eval_data or [numbered(name)[0] for name in self.args.data or ()] or ["FILE"]
+        args = self.args
+        data = args.eval_data or [numbered(name)[0] for name in args.data or ()] or ["FILE"]
+        read = ["--prompt-key", args.prompt_key, "--response-key", args.response_key] if args.prompt_key else []
+        read += ["--leading-answers", args.leading_answers] if args.leading_answers != "error" else []
+        parts = [self.plan.sources.held_out] if args.eval_data else self.plan.sources.data
+        read += ["--no-generate"] if any("text" in part.shapes for part in parts) else []  # a document has no answer
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
             (python, "generate.py", kind, out),
-            (python, "evaluate.py", kind, out, "--data", *data),
+            (python, "evaluate.py", kind, out, "--data", *data, *read),
         ]
         numbers = self.plan.numbers(self.args)
         numbers["trained parameters"] = f"{self.plan.trained_parameters(self.args):,}"

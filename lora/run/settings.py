@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from lora.errors import BadInput
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
+from lora.text.template import is_argument
 
 SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
 LAYERS = re.compile(r"\d{1,9}(-\d{0,9})?(,\d{1,9}(-\d{0,9})?)*", re.ASCII)
@@ -34,6 +35,9 @@ def pattern_of(kind: Callable, low: float, high: float) -> Range:
             return False
 
     return Range(f"SUFFIX=VALUE, from {low:g} to {high:g}", holds)
+
+
+TEMPLATE_ARG = Range("NAME=VALUE; not messages, add_generation_prompt, tools, documents or a _token", is_argument)
 
 
 def _is_span(value: str) -> bool:
@@ -77,13 +81,21 @@ class TrainData(Settings, group="data"):
         None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 to 8", free=True)
     prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key")
     response_key: str | None = flag(None, "key of the answer in rows of another shape")
+    leading_answers: str = flag(
+        "error", "an answer before the first question: drop it, or keep it as context that is not trained",
+        one_of("error", "drop", "keep"))
     template: str | None = flag(None, "chat template in place of the model's own: chatml, alpaca, qa, plain or a file")
     system: str | None = flag(None, "system turn where the data has none; without it the chat template decides")
     no_system: bool = flag(False, "no system turn where the data has none, not even the template's own")
+    template_arg: list[str] | None = flag(
+        None, "switches of the chat template, as enable_thinking=false; values are JSON or text", TEMPLATE_ARG)
     date: str = flag("2025-01-01", "what today is, for templates that ask", DATE)
+    control_tokens: bool = flag(False, "read the control tokens that documents (rows of text) spell as tokens")
     train_on: str = flag("assistant", "every answer, the last one, or every token", one_of("assistant", "last", "all"))
     max_len: int | None = flag(None, "longest example in tokens; the model's limit without it", between(2, 2**24))
-    overlong: str = flag("drop", "what to do with examples over --max-len", one_of("drop", "truncate", "error"))
+    overlong: str = flag(
+        "drop", "what to do with examples over --max-len; split cuts documents and drops the rest",
+        one_of("drop", "truncate", "split", "error"))
     preview: int | None = flag(
         None, "show N examples token by token, then numbers of the data, and end", between(0, 10**6), saved=False)
     check: bool = flag(False, "look for mistakes in the data, and end", saved=False)

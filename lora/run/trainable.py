@@ -59,6 +59,10 @@ def make_trainable(model: Model, plan: Plan, args: TrainSettings, given: bool, w
 def _papers(model: Model, plan: Plan, args: TrainSettings) -> dict:
     """The passport of the adapter, but for its step."""
     base, spoken = plan.base, {"system": False if args.no_system else args.system, "date": args.date}
+    if args.template_arg:
+        spoken["template_args"] = plan.chat.template.arguments
+    if args.control_tokens:
+        spoken["control_tokens"] = True
     learned = {**args.decisive(), "steps": plan.total}
     marks = passport.fingerprints(plan.chat.tokenizer, plan.chat.template.source, plan.data_fingerprint, learned)
     return passport.make(base.name, base.header, base.read, lora_layers(model), spoken, **marks)

@@ -5,6 +5,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lora.run.settings import TEMPLATE_ARG
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Settings, between, flag, one_of
 
 # fmt: off
@@ -19,6 +20,9 @@ class Chat(Settings, group="chat"):
     template: str | None = flag(None, "chat template: chatml, alpaca, qa, plain or a file; an adapter brings its own")
     system: str | None = flag(None, "system turn; without it as in training, or as the chat template decides")
     no_system: bool = flag(False, "no system turn, not even the template's own")
+    template_arg: list[str] | None = flag(
+        None, "switches of the chat template, as enable_thinking=false; values are JSON or text; as in training",
+        TEMPLATE_ARG)
     date: str | None = flag(
         None, "what today is, for templates that ask; as in training", DATE)
 
@@ -51,11 +55,12 @@ class GenerateSettings(Hardware, Chat, Sampling, group="model"):
 
     model: str | None = flag(None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own")
     adapter: list[str] | None = flag(
-        None, "folder of an adapter; of several, for a chat that switches or for --compare", adds=True)
+        None, "folder of an adapter; of several, for a chat that switches or for --compare")
     no_verify: bool = flag(False, "use an adapter on another base than it was trained on")
     compare: bool = flag(False, "answers of the base and of every adapter side by side")
     prompt: str | None = flag(None, "one prompt, or - for stdin; without --prompt and --prompts, a chat")
     prompts: str | None = flag(None, "file with a prompt a line, or conversation rows; answered in batches")
+    prompt_key: str | None = flag(None, "key of the prompt in rows of another shape")
     out: str | None = flag(None, "JSONL file for the answers to --prompts or of --compare; stdout without it")
 
 
@@ -64,9 +69,15 @@ class EvaluateSettings(Hardware, Chat, group="evaluation"):
     """evaluate.py"""
 
     model: str | None = flag(None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own")
-    adapter: list[str] | None = flag(None, "folders of adapters, each a column beside the base", adds=True)
+    adapter: list[str] | None = flag(None, "folders of adapters, each a column beside the base")
     no_verify: bool = flag(False, "use adapters on another base than they were trained on")
     data: list[str] | None = flag(None, "files of conversations, FILE or hub:owner/name/FILE; or --task")
+    prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key")
+    response_key: str | None = flag(None, "key of the answer in rows of another shape")
+    leading_answers: str = flag(
+        "error", "an answer before the first question: drop it, or keep it as context", one_of("error", "drop", "keep"))
+    control_tokens: bool = flag(
+        False, "read the control tokens that documents spell as tokens; an adapter remembers it")
     task: str | None = flag(None, "a task that makes its own held-out rows and grades answers", one_of("multiply"))
     rows: int | None = flag(None, "so many rows; all of --data, 60 of --task", between(1, 10**6))
     digits: int = flag(2, "of multiply: numbers have up to so many digits", between(1, 9))
@@ -89,7 +100,7 @@ class MergeSettings(Settings, group="merging"):
 
     adapter: str | None = flag(None, "folder of an adapter to merge into its base")
     combine: list[str] | None = flag(
-        None, "or adapters to make one of, FOLDER or FOLDER:WEIGHT; weights may be negative", adds=True)
+        None, "or adapters to make one of, FOLDER or FOLDER:WEIGHT; weights may be negative")
     extract: list[str] | None = flag(
         None, "or a base and a model fine-tuned from it, to make an adapter of the difference")
     rank: int | None = flag(None, "largest rank in the adapter that --combine or --extract makes", between(1, 65536))

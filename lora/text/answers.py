@@ -3,17 +3,20 @@
 An answer is what the template writes after the generation prompt of the turns before it, so training begins where
 generation begins. Some templates rewrite earlier turns (they drop old thoughts, for example), so that not every answer
 stands in the whole text as generation would write it: then each trained answer is rendered by itself, with the turns
-before it and none behind.
+before it and none behind. And some never write an answer as generation begins it (their prompt opens a thought, say,
+which their whole leaves out): then the example is put together, from the prompt and from what stands in the whole.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from lora.errors import BadInput
-from lora.text.guard import guard_messages
+from lora.text import thoughts
+from lora.text.guard import free_characters, guard_messages
+from lora.text.left_out import alike, left_out
 from lora.text.template import ChatTemplate
 from lora.text.tokenizer import Tokenizer
 
@@ -39,6 +42,9 @@ class Rendered:
     trained: frozenset[int] = frozenset()
     masked: frozenset[int] = frozenset()
     alone: bool = False  # made for one answer, without the turns behind it
+    joined: bool = False  # and put together, because the template writes the whole otherwise than it prompts
+    unclosed: bool = False  # its prompt opens a thought, and its answer closes none
+    missing: tuple[str, ...] = ()  # for each trained answer of which the template leaves something out: that, shortened
 
     @property
     def borders(self) -> list[int]:
@@ -63,7 +69,7 @@ class Renderer:
     def to_train(self, messages: Sequence[dict], train_on: str) -> list[Rendered]:
         """One text that holds all trained answers; or one for each of them, where the template rewrites earlier turns.
 
-        Raises Rewritten where even the last turn of a conversation does not begin with its generation prompt.
+        Raises Rewritten where an answer cannot be found at all.
         """
         messages = self._with_system(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -81,34 +87,82 @@ class Renderer:
         else:
             texts = []
             for i in trained:
-                text = replace(self._find_answers(guarded[: i + 1], guard), trained=frozenset({i}), alone=True)
-                texts.append(text)
+                text = self._find_answers(guarded[: i + 1], guard)
                 if all(answer.turn != i for answer in text.answers):
-                    why = f"answer {answers.index(i) + 1} does not begin with the prompt that generation gives"
-                    raise Rewritten(f"chat template in {self.template.where}: {why}. Give another one by --template")
+                    text = self._join(guarded[: i + 1], guard, answers.index(i) + 1)
+                texts.append(replace(text, trained=frozenset({i}), alone=True))
         for text in texts:
             for number, answer in enumerate(text.answers, 1):
-                if answer.turn in text.trained and answer.begin == answer.end:
+                written = self.tokenizer.control_pattern.sub("", text.text[answer.begin : answer.end])
+                if answer.turn in text.trained and not written.strip():
                     why = f"it writes nothing for answer {number}"
-                    raise BadInput(
+                    raise Rewritten(
                         f"chat template in {self.template.where}: {why}. Change the turn, or give --template"
                     )
+            text.missing = tuple(self._missing(text, guarded))
         return texts
 
     def _find_answers(self, messages: Sequence[dict], guard: str, generate: bool = False) -> Rendered:
         """Messages as rendered, with all answers that can be found in the text."""
-        text, control = self._render(messages, generate), self.tokenizer.control_pattern
-        answers = []
+        text, answers = self._render(messages, generate), []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:i], generate=True)
-            upto = text if i == len(messages) - 1 else self._render(messages[: i + 1])
+            try:
+                before = self._render(messages[:i], generate=True)
+                upto = text if i == len(messages) - 1 else self._render(messages[: i + 1])
+            except BadInput:  # the template takes the whole, but no such beginning of it
+                continue
             if text.startswith(before) and text.startswith(upto) and len(upto) >= len(before):
-                *_, last = [None, *control.finditer(upto, len(before))]
-                ends = bool(last) and not upto[last.end() :].strip()
-                answers.append(Answer(len(before), len(upto), ends, i))
-        return Rendered(text, answers, list(control.finditer(text)), guard)
+                answers.append(self._answer(upto, len(before), i))
+        return Rendered(text, answers, list(self.tokenizer.control_pattern.finditer(text)), guard)
+
+    def _answer(self, text: str, begin: int, turn: int) -> Answer:
+        """The answer that a text ends with."""
+        *_, last = [None, *self.tokenizer.control_pattern.finditer(text, begin)]
+        return Answer(begin, len(text), bool(last) and not text[last.end() :].strip(), turn)
+
+    # ---- answers that the template writes otherwise than it prompts for them ----
+
+    def _join(self, messages: Sequence[dict], guard: str, number: int) -> Rendered:
+        """The last answer as generation would write it: the prompt, what the template writes between a question and an
+        answer but for what the prompt has of it, the answer as it writes that, and its end of turn.
+
+        Two marks, in place of question and answer, show which is which. Raises Rewritten without an answer.
+        """
+        *before, answer = messages
+        if not before:
+            why = "it writes no prompt for an answer without a turn before it"
+            raise Rewritten(f"chat template in {self.template.where}: {why}. Begin with a turn of the user")
+        prompt = self._find_answers(before, guard, generate=True)
+        content = thoughts.behind(prompt.text, answer["content"])
+        question, mark = free_characters(messages, 2)
+        begin, found, end = self._render([*before, {**answer, "content": mark}]).rpartition(mark)
+        if not found:
+            why = f"it does not write answer {number}, nor what it is given in its place"
+            raise Rewritten(f"chat template in {self.template.where}: {why}. Give another one by --template")
+        whole, body = self._render([*before, {**answer, "content": content}]), content
+        if whole.startswith(begin) and whole.endswith(end) and len(whole) >= len(begin + end):
+            body = whole[len(begin) : len(whole) - len(end)]
+        asked = [*before[:-1], *({**turn, "content": question} for turn in before[-1:])]
+        prompted = self._render(asked, generate=True).rpartition(question)[2]
+        written = self._render([*asked, {**answer, "content": mark}]).rpartition(mark)[0].rpartition(question)[2]
+        thought = thoughts.continued(prompt.text, content)
+        text = prompt.text + (_rest(prompted, written) + body if thought is None else thought) + end
+        answers = [*prompt.answers, self._answer(text, len(prompt.text), len(before))]
+        found = Rendered(text, answers, list(self.tokenizer.control_pattern.finditer(text)), guard, joined=True)
+        found.unclosed = thoughts.stays_open(prompt.text, text[len(prompt.text) :])
+        return found
+
+    def _missing(self, text: Rendered, messages: Sequence[dict]) -> Iterator[str]:
+        """For each trained answer of which the template leaves something out or changes it: that."""
+        places = {answer.turn: (answer.begin, answer.end) for answer in text.answers}
+        for turn in sorted(text.trained):
+            begin, end = places.get(turn, (0, len(text.text)))
+            written = self.tokenizer.control_pattern.sub(" ", text.text[begin:end])
+            values = (value for key, value in messages[turn].items() if key != "role")
+            if missing := next(filter(None, (left_out(value, text.text[:begin], written) for value in values)), ""):
+                yield missing.replace(text.guard, "")
 
     # ---- system turns: the one that is set, and the one that a template inserts by itself ----
 
@@ -140,3 +194,11 @@ class Renderer:
             return ""
         bos = self.template.tokens.get("bos_token", "")
         return inserted if rest.startswith(bos) else inserted.removeprefix(bos)  # some begin every turn with it
+
+
+def _rest(prompted: str, written: str) -> str:
+    """What is written before an answer and not prompted for."""
+    common = written[: alike(prompted, written)]
+    if common not in (prompted, written):  # no part of a tag or a word is common
+        common = common[: 1 + max(common.rfind(c) for c in ">]:\n ")]
+    return written.removeprefix(common)

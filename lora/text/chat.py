@@ -7,6 +7,8 @@ The clever parts have files of their own: `answers.py` finds answers in the rend
 spells a control token from becoming one, `borders.py` counts the ids before an answer.
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from lora.text import borders
 from lora.text.answers import Rendered, Renderer, Rewritten
 from lora.text.template import OUTPUT, ChatTemplate
 from lora.text.tokenizer import Tokenizer
+
+CONTROL_LIKE = re.compile(r"<\|[\w/-]{1,30}\|>|<｜[^<>｜]{1,30}｜>|<(?:start|end)_of_turn>")  # of any model
 
 
 class Example(NamedTuple):
@@ -31,6 +35,7 @@ class TokenizedChat(NamedTuple):
     tokens: list[int]
     answers: list[tuple[int, int]]
     masked: list[tuple[int, int]]
+    missing: tuple[str, ...] = ()  # as in `Rendered`
 
     def example(self, everything: bool = False) -> Example:
         """The mask. Trained are the answers; with `everything`, every token but those of masked answers."""
@@ -60,10 +65,18 @@ class Chat:
     """A tokenizer with a chat template: `prompt` for generation, `tokenize` for training, which agree by construction.
 
     `system`: a text to begin with where the messages have no system turn; None leaves that to the template (some
-    insert one of their own); False has none at all.
+    insert one of their own); False has none at all. `control_tokens`: those that documents spell are read as tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, eos: Sequence[int] = (), system=None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        eos: Sequence[int] = (),
+        system: str | bool | None = None,
+        control_tokens: bool = False,
+    ):
+        self.control_tokens = control_tokens
         self.tokenizer, self.template, self.system = tokenizer, template, system
         self._renderer = Renderer(tokenizer, template, system)
         self.end_of_document = self.end_of_turn = next(iter(eos), None)
@@ -71,7 +84,7 @@ class Chat:
             raise BadInput(
                 f"wrong model in {template.where}: no eos_token_id, so no answer could end. Add it to config.json"
             )
-        self.cuts = self.guarded = self.split = 0
+        self.cuts = self.guarded = self.split = self.joined = self.unclosed = 0
         self.end_is_written = False  # does the template itself end a turn?
         try:
             [probe] = self.tokenize([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
@@ -82,6 +95,10 @@ class Chat:
         self.cuts = 0  # texts in which the tokenizer would have fused an answer with the prompt before it
         self.guarded = 0  # conversations with text that spells a control token
         self.split = 0  # conversations of which the template rewrites earlier turns: an example for each answer
+        self.joined = 0  # examples put together, because the template never writes prompt and answer so
+        self.unclosed = 0  # those of them whose answer does not close the thought that its prompt opens
+        self.documents = 0  # documents that spell a control token
+        self.spelled, self.foreign = Counter(), Counter()  # which, and which of other models: in how many documents
 
     @property
     def own_system(self) -> str:
@@ -130,7 +147,9 @@ class Chat:
             return []
         texts = self._renderer.to_train(messages, train_on)
         self.guarded += bool(texts[0].guard)
-        self.split += texts[0].alone
+        self.split += texts[0].alone and len(texts) > 1
+        self.joined += sum(text.joined for text in texts)
+        self.unclosed += sum(text.unclosed for text in texts)
         return texts
 
     def _place_all(self, pairs: Sequence[tuple[Rendered, borders.Encoded]]) -> list[TokenizedChat]:
@@ -157,16 +176,20 @@ class Chat:
                 added += 1
             spans[answer.turn] = (first, last + 1)
         answers, masked = ([spans[turn] for turn in spans if turn in turns] for turns in (text.trained, text.masked))
-        return TokenizedChat(tokens, answers, masked)
+        return TokenizedChat(tokens, answers, masked, text.missing)
 
     def _document(self, messages: Sequence[dict]) -> list[TokenizedChat]:
         """A plain document, all of it trained: what the tokenizer puts before any text, the text, the end."""
         text = messages[0]["content"]
         if len(text) > OUTPUT:
             raise BadInput(f"a document of over {OUTPUT >> 20} M characters. Cut it")
-        self.guarded += bool(self.tokenizer.control_pattern.search(text))
-        tokens = self.tokenizer.encode_document(text)
-        if tokens[-1:] != [self.end_of_document]:
+        spelled = self.tokenizer.control_pattern.findall(text)
+        self.spelled.update(dict.fromkeys(spelled, 1))
+        self.foreign.update(dict.fromkeys((s for s in CONTROL_LIKE.findall(text) if s not in spelled), 1))
+        self.documents += bool(spelled)
+        tokens = self.tokenizer.encode_document(text, self.control_tokens)
+        ended = self.control_tokens and spelled and text.rstrip().endswith(spelled[-1])
+        if not (ended and self.tokenizer.control[spelled[-1]] in self.stops) and tokens[-1:] != [self.end_of_document]:
             tokens.append(self.end_of_document)
         if len(tokens) < 2:
             raise BadInput("a document of which the tokenizer keeps nothing. Remove it")

@@ -1,9 +1,12 @@
 """A chat template: a jinja program that writes a conversation as the model was taught to read it."""
 
+import json
 from collections.abc import Sequence
 from datetime import date
+from functools import cached_property
 
 import jinja2
+from jinja2 import meta, nodes
 
 from lora.errors import BadInput, Refused
 from lora.text import sandbox
@@ -31,21 +34,88 @@ BUILT_IN = {  # for base models, which have none; `eos_token` ends an answer
 }
 
 
+GIVEN = {"messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now"}
+PYTHON = {"True": True, "False": False, "None": None}  # "False" as a text would be true
+
+
+def is_switch(name: str) -> bool:
+    """May --template-arg set it? Not what every rendering is given, nor the special tokens."""
+    return name.isidentifier() and name not in GIVEN and not name.endswith("_token")
+
+
+def is_argument(text: str) -> bool:
+    """Is it NAME=VALUE, for a switch?"""
+    name, sign, _ = text.partition("=")
+    return bool(sign) and is_switch(name)
+
+
+def read_arguments(texts: Sequence[str] | None) -> dict:
+    """`[enable_thinking=false]` as a dict: values are JSON, or as Python spells it, or else text. Raises BadInput."""
+    found = {}
+    for name, _, text in (text.partition("=") for text in texts or ()):
+        if name in found:
+            raise BadInput(
+                f"contradiction in the command line: --template-arg sets {name} twice. Leave out one of them"
+            )
+        found[name] = PYTHON[text] if text in PYTHON else _json_or_text(text)
+    return found
+
+
+def spell_arguments(arguments: dict) -> list[str] | None:
+    """The texts that `read_arguments` reads so."""
+    return [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items()] or None
+
+
+def _json_or_text(text: str) -> object:
+    try:
+        return json.loads(text, parse_constant=lambda word: word)  # NaN is text
+    except (ValueError, RecursionError):
+        return text
+
+
 class ChatTemplate:
-    """A jinja template with the special token strings it may use. `where` names its file in errors, `today` is what
-    `strftime_now` believes."""
+    """A jinja template with the special token strings it may use, and what switches of its own are set to
+    (`enable_thinking`). `where` names its file in errors, `today` is what `strftime_now` believes.
+
+    Raises BadInput for a switch that it has not.
+    """
 
     def __init__(
-        self, source: str, tokens: dict[str, str] | None = None, where: str = "chat template", today: date = FROZEN_DATE
+        self,
+        source: str,
+        tokens: dict[str, str] | None = None,
+        where: str = "chat template",
+        today: date = FROZEN_DATE,
+        arguments: dict | None = None,
     ):
-        self.source, self.tokens, self.where = source, tokens or {}, where
+        self.source, self.tokens, self.where, self.arguments = source, tokens or {}, where, arguments or {}
+        self._environment = sandbox.environment(today)
         try:
             with sandbox.limits():
-                self._template = sandbox.environment(today).from_string(source)
+                self._template = self._environment.from_string(source)
         except sandbox.Forbidden as error:
             raise self._refused(error) from None
         except Exception as error:
             raise BadInput(f"broken chat template in {where}: {why(error)}. Repair or replace it") from None
+        if unknown := self.arguments.keys() - self.switches:
+            has = f"it has {', '.join(sorted(self.switches))}" if self.switches else "it has none"
+            raise BadInput(f"unknown --template-arg in {where}: no {', '.join(sorted(unknown))}; {has}. Leave it out")
+
+    @cached_property
+    def switches(self) -> set[str]:
+        """The names that the template reads and nobody gives: what `arguments` may set."""
+        tree = self._environment.parse(self.source)
+        asked = {
+            n.node
+            for kind in (nodes.Test, nodes.Filter)
+            for n in tree.find_all(kind)
+            if n.name in ("defined", "default")
+        }
+        its_own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - {
+            getattr(n, "name", "") for n in asked
+        }
+        names = meta.find_undeclared_variables(tree) - its_own - self._environment.globals.keys()
+        return {name for name in names if is_switch(name)}
 
     def render(self, messages: Sequence[dict], generate: bool = False) -> str:
         """The conversation as one string; with `generate` it ends where an answer begins.
@@ -53,13 +123,18 @@ class ChatTemplate:
         Raises BadInput with the order of roles; Refused where the template breaks out of the sandbox or its limits.
         """
         roles = "/".join(message["role"] for message in messages[:8])
-        if sum(len(message["content"]) for message in messages) > OUTPUT // 2:
+        if sum(len(text) for m in messages for text in m.values() if isinstance(text, str)) > OUTPUT // 2:
             raise BadInput(f"a conversation of over {OUTPUT >> 21} M characters. Cut it")
+        for key in {key for message in messages for key in message} - {"role", "content", "train"}:
+            if key not in self.source:
+                fix = "Put it into the content, or give another one by --template"
+                raise BadInput(f"chat template in {self.where}: it never reads {key} of a message. {fix}")
         try:
             with sandbox.limits():
                 copies = [dict(message) for message in messages]
+                given = self.tokens | self.arguments
                 text = self._template.render(
-                    messages=copies, tools=None, documents=None, add_generation_prompt=generate, **self.tokens
+                    messages=copies, tools=None, documents=None, add_generation_prompt=generate, **given
                 )
                 text.encode()  # half a surrogate pair is no character
         except sandbox.Forbidden as error:

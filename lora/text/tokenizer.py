@@ -1,6 +1,7 @@
 """Text to ids and back, by the `tokenizers` package, with decoding that never shows half a character."""
 
 import hashlib
+import json
 import re
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -36,6 +37,7 @@ class Tokenizer:
         self.control = {token.content: i for i, token in added.items() if token.special}
         strings = sorted(self.control, key=len, reverse=True)
         self.control_pattern = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
+        self._marked: dict[str, tuple[FastTokenizer, dict[int, int]]] = {}  # by mark, of `encode_marked`
         self.fingerprint = hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -51,9 +53,35 @@ class Tokenizer:
         """Ids of a text in which control strings are ordinary text."""
         return self._plain(text, False)
 
-    def encode_document(self, text: str) -> list[int]:
-        """As `encode_plain`, with the control tokens that the tokenizer itself puts round a text (BOS)."""
-        return self._plain(text, True)
+    def mark(self, text: str, mark: str) -> str:
+        """The text with `mark` behind the first character of each control string."""
+        return self.control_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Ids of a text in which only marked control strings are control tokens."""
+        if mark not in self._marked:
+            raw = json.loads(self._fast.to_str())
+            added = raw["added_tokens"]
+            names = {
+                self.mark(token["content"], mark) if token["special"] else token["content"]: token for token in added
+            }
+            ids = {name: token["id"] for name, token in names.items()}
+            raw["added_tokens"] = [{**token, "content": name} for name, token in names.items()]
+            twin = FastTokenizer.from_str(json.dumps(raw | {"post_processor": None}))
+            self._marked[mark] = twin, {twin.token_to_id(name): i for name, i in ids.items()}
+        twin, ids = self._marked[mark]
+        return [ids.get(i, i) for i in twin.encode(text, add_special_tokens=False).ids]
+
+    def encode_document(self, text: str, control_tokens: bool = False) -> list[int]:
+        """As `encode_plain`, or as `encode` with `control_tokens`; and what the tokenizer puts round any text (BOS),
+        unless it stands there."""
+        if not control_tokens:
+            return self._plain(text, True)
+        ids, whole = self.encode(text), self._fast.encode(text, add_special_tokens=True).ids
+        first = next(n for n in range(len(whole) - len(ids), -1, -1) if whole[n : n + len(ids)] == ids)
+        begin, end = whole[:first], whole[first + len(ids) :]
+        begin = [] if ids[: len(begin)] == begin else begin
+        return [*begin, *ids, *([] if ids[len(ids) - len(end) :] == end else end)]
 
     def _plain(self, text: str, add: bool) -> list[int]:
         self._fast.encode_special_tokens = True

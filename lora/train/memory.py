@@ -173,7 +173,7 @@ def advice(free: float, model, args, lengths, batch_size) -> str:
         changed = copy(args)
         vars(changed).update(changes)
         limit = changes.get("max_len", max(lengths))
-        fitting = [min(n, limit) for n in lengths if n <= limit or args.overlong == "truncate"]
+        fitting = [min(n, limit) for n in lengths if n <= limit or args.overlong in ("truncate", "split")]
         return expected(model, changed, fitting, batch_size) if fitting else float("inf")
 
     def largest(below: int, changes) -> int:

@@ -11,6 +11,22 @@ from lora import files
 from lora.errors import BadInput, say
 from lora.train.step import StepResult
 
+NUMBERS = {  # what a row has at least: that of a step, of a step that was left out, of an evaluation
+    "step": (
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "trained_tokens",
+        "unchanged",
+        "tokens_per_second",
+        "seconds",
+    ),
+    "skipped": ("step", "lr", "seconds"),
+    "evaluation": ("step", "retention_kl", "retention_loss_before", "retention_loss", "seconds"),
+}
+
 
 class Record:
     """A row a step and a row an evaluation in `metrics.jsonl`; a progress bar with loss, rate, tokens/s and time left.
@@ -90,6 +106,15 @@ class Record:
         self.bar.close()
 
 
+def is_row(row: object) -> bool:
+    """Is it a row as `Record` writes them? The file may have been edited since."""
+    if not isinstance(row, dict):
+        return False
+    kind = "evaluation" if "loss" not in row else "skipped" if row["loss"] is None else "step"
+    others = row.keys() - {"samples", *(("loss", "grad_norm") if kind == "skipped" else ())}
+    return all(type(row.get(name)) in (int, float) for name in {*NUMBERS[kind], *others})
+
+
 def read_rows(path: Path, count: int) -> list[dict]:
     """The first `count` rows of a file; none where they are not there."""
     try:
@@ -97,7 +122,7 @@ def read_rows(path: Path, count: int) -> list[dict]:
         rows = [json.loads(line) for line in lines]
     except (BadInput, ValueError):
         rows = []
-    if len(rows) < count or not all(isinstance(row, dict) and "seconds" in row for row in rows):
+    if len(rows) < count or not all(map(is_row, rows)):
         say(f"note     {path} does not have the rows before this step any more; it begins anew")
         rows = []
     return rows

@@ -111,7 +111,7 @@ def test_memory_does_not_grow_with_rows_beyond_five_bytes_a_token():
 LONG = turns("Count to ten, please, and do not stop before.", "one two three four five six seven eight nine ten")
 
 
-@mutation("lora/data/encode.py", "self.dropped += short is None", "pass")
+@mutation("lora/data/encode.py", "self.dropped += not (pieces or short)", "pass")
 def test_what_is_too_long_is_dropped_and_counted_or_truncated_or_an_error():
     chat, rows = chat_of("chatml"), [*rows_of([turns("a", "b"), LONG, LONG])]
     length = len(chat.tokenize(LONG)[0].tokens)
@@ -133,8 +133,49 @@ def test_what_is_too_long_is_dropped_and_counted_or_truncated_or_an_error():
         encode(rows, chat, 20, overlong="error")
 
 
+@pytest.mark.parametrize(("limit", "most", "fix"), [
+    (20, None, "--max-len is 20. Raise --max-len, or give --overlong drop, truncate or split"),
+    (20, 30, "--max-len is 20. Raise --max-len, or give --overlong drop, truncate or split"),
+    (20, 20, "the model takes at most 20. Give --overlong drop, truncate or split"),
+], ids=["unknown", "more", "no more"])  # fmt: skip
+@mutation("lora/data/encode.py", "return most is None or limit < most", "return True", case="no more")
+def test_raising_max_len_is_advised_only_where_the_model_takes_more(limit, most, fix):
+    with pytest.raises(BadInput) as raised:
+        encode(rows_of([LONG]), chat_of("chatml"), limit, overlong="error", most=most)
+    assert raised.value.problems[0].endswith(fix)
+
+
+@mutation("lora/data/encode.py", "if n >= 2 * count else []", "")
+@mutation("lora/data/encode.py", "tokens[i * n // count : (i + 1) * n // count]", "tokens[i * limit : (i + 1) * limit]")
 @hypothesis_settings(max_examples=60, **CALM)
-@given(st.integers(2, 80), st.sampled_from(["drop", "truncate"]), st.sampled_from(["assistant", "last", "all"]))
+@given(st.integers(2, 40), st.integers(1, 120))
+def test_a_document_split_into_several_keeps_every_token_once_and_ends_once(limit, words):
+    chat = chat_of("chatml")
+    row = Conversation([{"role": "text", "content": " ".join(f"w{i}" for i in range(words))}], "a.jsonl:1", "text")
+    [whole] = chat.tokenize(row.messages)
+    found = encode([row], chat, limit, overlong="split")
+    n = len(whole.tokens)
+    if limit == 2 and n > 2 and n % 2:  # pieces of two tokens would leave one over
+        assert (len(found), found.dropped) == (0, 1)
+        return
+    assert [token for part in found for token in part.tokens] == whole.tokens
+    assert all(2 <= len(part.tokens) <= limit and all(part.trained) for part in found)
+    assert len(found) == -(-n // limit) and found.where == ["a.jsonl:1"] * len(found)
+    assert [chat.end_of_document in part.tokens for part in found] == [False] * (len(found) - 1) + [True]
+    assert (found.rows, found.split, found.dropped) == (1, n > limit, 0)
+    assert found.overlong == (("a.jsonl:1", n) if n > limit else None)
+
+
+def test_a_conversation_that_is_too_long_is_dropped_and_counted_where_documents_are_split():
+    document = Conversation([{"role": "text", "content": "x " * 100}], "a.jsonl:2", "text")
+    found = encode([*rows_of([LONG]), document], chat_of("chatml"), 30, overlong="split")
+    assert (found.dropped, found.split, found.truncated) == (1, 1, 0) and set(found.where) == {"a.jsonl:2"}
+
+
+@hypothesis_settings(max_examples=60, **CALM)
+@given(
+    st.integers(2, 80), st.sampled_from(["drop", "truncate", "split"]), st.sampled_from(["assistant", "last", "all"])
+)
 def test_every_example_fits_and_every_row_is_an_example_or_dropped(limit, overlong, train_on):
     rows = rows_of([TALK, LONG, turns("a", "b"), turns("x " * 40, "y")])
     found = encode(rows, chat_of("chatml"), limit, train_on, overlong)

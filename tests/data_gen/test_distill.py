@@ -761,6 +761,41 @@ def test_a_damaged_journal_is_refused_in_one_line_and_kept(tmp_path):
         assert list(a_teacher(server).ask(questions(1), path)) == expected and len(server.asked) == 2
 
 
+@mutation("data_gen/journal.py", "if [type(value) for value in reply] != [str, str, str, int]:", "if False:")
+@mutation(
+    "data_gen/journal.py", "        except (ValueError, TypeError, RecursionError):", "        except RecursionError:"
+)
+@mutation(
+    "data_gen/journal.py",
+    "except (sqlite3.Error, UnicodeDecodeError) as error:\n            raise self._wrong(error)",
+    "except ZeroDivisionError as error:\n            raise self._wrong(error)",
+)
+@mutation("data_gen/journal.py", 'getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)', "error.sqlite_errorcode")
+def test_a_journal_with_values_that_are_no_answers_is_refused_in_one_line(tmp_path):
+    """SQLite's own check finds nothing wrong with most of these."""
+    with TeacherServer() as server:
+        list(a_teacher(server).ask(questions(1), tmp_path / "whole"))
+        whole = (tmp_path / "whole").read_bytes()
+        for i, statement in enumerate((
+            "update replies set text = cast(x'ff' as text)",
+            "update replies set text = x'41'",
+            "update replies set text = null",
+            "update replies set tokens = 'three'",
+            "update about set value = 'no JSON'",
+            "update about set value = null",
+            None,
+        )):  # fmt: skip
+            path = tmp_path / f"j{i}"
+            path.write_bytes(whole if statement else whole.replace(b"CREATE TABLE about", b"CREATE TABL\xff about"))
+            if statement:
+                with closing(sqlite3.connect(path)) as book:
+                    book.execute(statement)
+                    book.commit()
+            with pytest.raises(BadInput, match=r"^damaged journal in .*") as error:
+                list(a_teacher(server).ask(questions(1), path))
+            assert len(error.value.problems) == 1 and len(server.asked) == 1
+
+
 @mutation("data_gen/journal.py", "if earlier.exists() and not self.path.exists():", "if False:")
 def test_the_journal_of_an_earlier_version_is_named_and_nothing_is_asked_again(distilled, tmp_path):
     old = tmp_path / "out.jsonl.journal.jsonl"

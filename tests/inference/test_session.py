@@ -146,8 +146,8 @@ def test_a_conversation_that_grows_too_long_is_bad_input_and_is_kept(chat):
 
 
 @mutation(
-    "lora/inference/session.py", "chat = load_chat(base, adapter, system, template, date, verify)",
-    "chat = load_chat(base, None, system, template, date, verify)",
+    "lora/inference/session.py", "chat = load_chat(base, adapter, system, template, date, verify, template_args)",
+    "chat = load_chat(base, None, system, template, date, verify, template_args)",
 )  # fmt: skip
 def test_the_chat_is_that_of_the_training_unless_it_is_told(work, chat, capsys):
     assert chat([TURN]) == chat([{"role": "system", "content": "Be brief."}, TURN])

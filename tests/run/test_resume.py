@@ -314,9 +314,35 @@ def test_a_kill_before_the_first_checkpoint_leaves_a_folder_that_a_new_run_may_r
     assert train("out", "--overwrite", cwd=tmp_path).code == 0
 
 
-def test_metrics_that_were_lost_do_not_stop_a_run(tmp_path, whole):
+def without(key):
+    return lambda row: {name: value for name, value in row.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        None,
+        without("grad_norm"),
+        without("seconds"),
+        lambda row: row | {"lr": "0.1"},
+        lambda row: row | {"loss": True},
+        lambda row: row | {"eval_loss": []},
+        lambda row: {"step": 1, "seconds": 1.0},
+        lambda row: [row],
+    ],
+    ids=["lost", "no norm", "no seconds", "a text", "a truth", "a list", "neither step nor evaluation", "no object"],
+)
+@mutation("lora/train/record.py", "for name in {*NUMBERS[kind], *others})", "for name in others)", case="no norm")
+@mutation("lora/train/record.py", "for name in {*NUMBERS[kind], *others})", "for name in NUMBERS[kind])", case="a list")
+@mutation("lora/train/record.py", "not all(map(is_row, rows))", "False", case="no seconds")
+def test_metrics_that_were_lost_or_edited_do_not_stop_a_run(tmp_path, whole, edit):
     copy_of(whole, tmp_path / "out", 8)
-    (tmp_path / "out/metrics.jsonl").unlink()
+    path = tmp_path / "out/metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.unlink()
+    if edit:
+        lines[3] = json.dumps(edit(json.loads(lines[3])))
+        path.write_text("\n".join(lines) + "\n")
     done = go_on(cwd=tmp_path)
     assert done.code == 0 and "it begins anew" in done.err
     assert metrics(tmp_path / "out") == metrics(whole)[8:]

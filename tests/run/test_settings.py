@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from lora.run.use_settings import EvaluateSettings, GenerateSettings, MergeSettings
 from safetensors.torch import load_file
 
 from lora import settings
 from lora.run.settings import TrainSettings
+from lora.run.use_settings import EvaluateSettings, GenerateSettings, MergeSettings
 from tests import cli
 from tests.helpers import close
 from tests.mutation import mutation
@@ -37,11 +37,27 @@ def test_what_is_not_given_is_the_default_and_of_the_type_of_its_field(kind):
         assert one.group in settings.GROUPS and one.help
 
 
-@mutation("lora/settings.py", '"action": "extend" if one.adds else "store",', '"action": "store",')
-def test_a_flag_given_again_replaces_its_values_or_adds_to_them_as_its_field_says():
-    twice = ["--adapter", "a", "b", "--adapter", "c"]
-    assert GenerateSettings.resolve(twice, "").adapter == ["a", "b", "c"]
-    assert TrainSettings.resolve(["--data", "a", "--data", "b"], "").data == ["b"]
+MANY = [(kind, one) for kind in CLASSES.values() for one in kind.flags().values() if one.many]
+VALUES = ("q_proj=8", "k_proj=4", "v_proj=2")  # which a flag of any range takes
+
+
+@mutation("lora/settings.py", '"action": "extend" if one.many else "store",', '"action": "store",')
+@pytest.mark.parametrize(("kind", "one"), MANY, ids=[f"{kind.__name__} {one.flag}" for kind, one in MANY])
+def test_a_flag_of_several_values_that_is_given_again_adds_to_them(kind, one, tmp_path):
+    """Of every command; what it adds to is never its default, nor what a config file or a saved run says."""
+    a, b, c = VALUES
+    assert getattr(kind.resolve([one.flag, a, b, one.flag, c], ""), one.name) == [a, b, c]
+    assert getattr(kind.resolve([one.flag, a], ""), one.name) == [a]
+    assert getattr(kind.resolve([one.flag, a], "", saved={one.name: [b, c]}), one.name) == [a]
+    if "config" in kind.flags():
+        (tmp_path / "c.json").write_text(json.dumps({one.name: [b, c]}))
+        config = ["--config", str(tmp_path / "c.json")]
+        assert getattr(kind.resolve(config, ""), one.name) == [b, c]
+        assert getattr(kind.resolve([*config, one.flag, a, one.flag, c], ""), one.name) == [a, c]
+
+
+def test_many_flags_are_known():
+    assert {"data", "replay", "eval_data", "target", "adapter", "combine", "extract"} <= {one.name for _, one in MANY}
 
 
 @mutation(

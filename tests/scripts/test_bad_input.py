@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from lora.run.use_settings import GenerateSettings, MergeSettings
 from safetensors.torch import load_file, save_file
 
 from lora.run.settings import TrainSettings
+from lora.run.use_settings import GenerateSettings, MergeSettings
 from lora.settings import Flag
 from tests import cli
 from tests.mutation import mutation
@@ -195,7 +195,7 @@ DATA = [
     data("nothing to learn", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
          '"train": false}]}\n', r"nothing to train"),
     data("an overlong row where none may be", turns(("user", "a " * 300), ("assistant", "b")),
-         r"too long in chats\.jsonl:1: \d+ tokens, --max-len is 256\. Raise", "--overlong", "error"),
+         r"too long in chats\.jsonl:1: \d+ tokens, the model takes at most 256\. Give --over", "--overlong", "error"),
     data("no answer is left", turns(("user", "a " * 300), ("assistant", "b")),
          r"nothing to train in chats\.jsonl: no example fits 256", "--overlong", "truncate"),
     data("named keys that no row has", '{"x": "a", "y": "b"}\n', r"its keys are x, y\. .*--prompt-key",
@@ -238,7 +238,7 @@ DATA = [
     data("unknown keys", '{"texts": "a", "label": 1}\n',
          r"chats\.jsonl:1: its keys are texts, label\. Known are messages, conversations, prompt/completion"),
     data("a row without keys", "{}\n", r"chats\.jsonl:1: its keys are none"),
-    data("an answer of another type", '{"prompt": "a", "completion": {"text": "b"}}\n', r"has dict as content"),
+    data("an answer of another type", '{"prompt": "a", "completion": {"text": "b"}}\n', r"its completion is an object"),
     data("NaN", '{"prompt": "a", "completion": NaN}\n', r"chats\.jsonl:1: NaN is no JSON"),
     data("a number of 5,000 digits", '{"prompt": "a", "completion": ' + "9" * 5000 + "}\n",
          r"broken JSON in chats\.js"),
@@ -251,9 +251,14 @@ DATA = [
     data("thirty wrong rows", '{"text": 1}\n' * 30, r"and 10 more"),
     data("two kinds of mistakes", turns(("user", "a")) + "{\n", r"chats\.jsonl:1.*\n.*chats\.jsonl:2"),
     data("nothing fits --max-len", GOOD, r"no example fits 5 tokens\. Raise --max-len", "--max-len", "5"),
-    data("nothing fits the model", turns(("user", "a " * 300), ("assistant", "b")), r"no example fits 256 tokens"),
+    data("nothing fits the model", turns(("user", "a " * 300), ("assistant", "b")),
+         r"no example fits 256 tokens, and the model takes no more\. Give --overlong"),
     Row("prompts: none in the file", "generate", 2, r"no prompts in p\.txt", write("p.txt", "\n\n"),
         ("--prompts", "p.txt")),
+    Row("prompts: parquet", "generate", 2, r"wrong file in p\.parquet: a parquet file\. Write",
+        write("p.parquet", b"PAR1\x15\xff"), ("--prompts", "p.parquet")),
+    Row("config: YAML", "train", 2, r"wrong file in c\.yaml: YAML\. Write the settings as TOML or JSON",
+        write("c.yaml", "rank: 4\n"), ("--config", "c.yaml")),
     Row("prompts: no such file", "generate", 2, r"in p\.txt: there is no such file", argv=("--prompts", "p.txt")),
     Row("prompts: latin-1", "generate", 2, r"wrong encoding in p\.txt: not UTF-8 at byte 2", write("p.txt", b"gr\xfc"),
         ("--prompts", "p.txt")),
@@ -904,8 +909,8 @@ def work():
 
 @mutation(
     "lora/text/answers.py",
-    "answer.turn in text.trained and answer.begin == answer.end",
-    "False",
+    "if answer.turn in text.trained and not written.strip():",
+    "if False:",
     case="data: a template without turns",
 )
 @mutation(

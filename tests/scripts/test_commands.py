@@ -3,13 +3,15 @@ give the same result."""
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
-from lora.run.use_settings import GenerateSettings, MergeSettings
 from safetensors.torch import load_file
 
 from lora.run.settings import TrainSettings
+from lora.run.use_settings import GenerateSettings, MergeSettings
 from tests import cli
 from tests.mutation import mutation
 
@@ -155,6 +157,79 @@ def test_overlong_examples_are_dropped_counted_and_named(tmp_path):
     assert re.search(said, done.err)
     assert "data     data.jsonl: 12 rows of messages\n" in done.err
     assert "examples 10, 374 tokens, 165 trained" in done.err
+
+
+@mutation("lora/data/sources.py", "if part.split else", "if False else")
+def test_documents_longer_than_the_model_are_split_and_counted_beside_conversations_that_are_dropped(tmp_path):
+    long = [("user", "hello " * 200), ("assistant", "yes")]
+    documents = [json.dumps({"text": f"{word} " * 400}) + "\n" for word in ("one", "two")]
+    (tmp_path / "data.jsonl").write_text(cli.rows([*cli.CONVERSATIONS, long]) + "".join(documents))
+    argv = ("--overlong", "split", "--max-steps", 1, "--micro-tokens", 512)
+    done = cli.train("out", *argv, cwd=tmp_path, data="data.jsonl")
+    ok(done)
+    assert "data     data.jsonl: 13 rows of 11 messages and 2 text\n" in done.err
+    assert re.search(r"overlong 1 dropped, 0 truncated, 2 documents split; over 256 tokens \(--max-len\)", done.err)
+    shown = ok(cli.call("train", "--model", cli.model_folder(), "--data", "data.jsonl", "--preview", 0, *argv[:2],
+                        *cli.ON_CPU, cwd=tmp_path))  # fmt: skip
+    assert "length max: 2" in shown and "\nsplit: 2\n" in shown and "\ndropped: 1\n" in shown
+
+
+@mutation("lora/data/sources.py", '"leading": args.leading_answers', '"leading": "drop"', case="keep")
+@pytest.mark.parametrize("how", ["drop", "keep"])
+def test_conversations_that_begin_with_an_answer_are_trained_as_asked(tmp_path, how):
+    led = [("assistant", "Here."), ("user", "What is 1 and 1?"), ("assistant", "2")]
+    (tmp_path / "data.jsonl").write_text(cli.rows([*cli.CONVERSATIONS, led]))
+    refused = cli.train("out", cwd=tmp_path, data="data.jsonl")
+    assert refused.code == 2 and "--leading-answers drop or keep" in refused.err
+    argv = ("--data", "data.jsonl", "--leading-answers", how)
+    shown = ok(cli.call("train", "--model", cli.model_folder(), *argv, "--preview", 11, *cli.ON_CPU, cwd=tmp_path))
+    *_, last, _ = shown.replace("│", "").split("\n\n")
+    lines = last.splitlines()
+    assert any("Here." in line and line[0] == " " for line in lines) == (how == "keep")
+    assert [line for line in lines if line[0] == "+"] == ["+ 2<|im_end|>"]
+    done = cli.train("out", *argv, "--max-steps", 1, cwd=tmp_path)
+    ok(done)
+    what = {"drop": "dropped", "keep": "not trained"}[how]
+    assert f"11 rows of 10 messages and 1 messages, leading answers {what}\n" in done.err
+
+
+def printed_evaluation(folder: Path) -> list[str]:
+    """The words of the evaluate.py command in a run's report, behind `python evaluate.py`."""
+    [line] = [line for line in (folder / "report.md").read_text().splitlines() if "evaluate.py" in line]
+    return shlex.split(line)[2:]
+
+
+@mutation("lora/run/results.py", '["--prompt-key", args.prompt_key, "--response-key", args.response_key]', "[]")
+@mutation("lora/run/results.py", '["--leading-answers", args.leading_answers]', "[]", case="led")
+@mutation("lora/run/results.py", '["--no-generate"] if', "[] if", case="documents")
+@mutation("evaluate.py", ", **sources.how(args)", "", case="keys")
+@pytest.mark.parametrize("kind", ["keys", "keys with eval", "led", "documents"])
+def test_the_evaluation_that_a_report_prints_can_be_run_as_it_stands(tmp_path, kind):
+    rows = [{"问题": f"What is {i}?", "回答": str(i)} for i in range(4)]
+    argv = ("--prompt-key", "问题", "--response-key", "回答")
+    if kind == "led":
+        led = [("assistant", "Here."), ("user", "Hi"), ("assistant", "Hello.")]
+        rows, argv = [json.loads(cli.rows([led]))], ("--leading-answers", "drop")
+    elif kind == "documents":
+        rows, argv = [{"text": "Once upon a time."}, *map(json.loads, cli.rows(cli.CONVERSATIONS).splitlines())], ()
+    (tmp_path / "my data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = ("--eval-data", "my data.jsonl") if kind == "keys with eval" else ()
+    ok(cli.train("out", *argv, *held_out, "--max-steps", 1, cwd=tmp_path, data="my data.jsonl"))
+    words = printed_evaluation(tmp_path / "out")
+    done = cli.call("evaluate", *words, "--no-retention", *cli.ON_CPU, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "loss" in done.out and f"{len(rows)} rows" in done.out
+
+
+@mutation("generate.py", "prompts.read(args.prompts, args.prompt_key)", "prompts.read(args.prompts)")
+def test_prompts_are_read_from_rows_under_a_key_that_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"frage": "What is 1 and 1?"}\n{"frage": "Hello.", "antwort": "Hi."}\n')
+    asked = ("--model", cli.model_folder(), "--prompts", "p.jsonl")
+    refused = cli.ask(*asked, cwd=tmp_path)
+    assert refused.code == 2 and "generate.py has --prompt-key for others" in refused.err
+    found = ok(cli.ask(*asked, "--prompt-key", "frage", cwd=tmp_path)).splitlines()
+    assert [json.loads(line)["prompt"] for line in found] == ["What is 1 and 1?", "Hello."]
+    assert cli.ask("--model", cli.model_folder(), "--prompt", "x", "--prompt-key", "frage", cwd=tmp_path).code == 2
 
 
 def test_control_tokens_in_the_text_are_counted_and_stay_text(tmp_path):
