@@ -11,6 +11,7 @@ from lora.errors import before_imports, run
 
 before_imports(__name__)
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from lora.export import card, derive, push, receipt
 from lora.inference import prompts
 from lora.inference.session import load_chat
 from lora.run.use_settings import MergeSettings
+from lora.text.chat import Chat
 from lora.text.template import ChatTemplate, spell_arguments
 
 WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
@@ -51,6 +53,7 @@ def main(argv=None) -> int:
 
         gguf_write.check_out(out, args.overwrite)
     else:
+        out = files.behind_link(out)
         folders.check_place(out)
         folders.check_apart(out, [Path(args.adapter)])
         folders.check_out(out, args.overwrite, ("config.json",), [*WROTE, *pretrained.shards(out)])
@@ -66,13 +69,11 @@ def main(argv=None) -> int:
     if not args.no_verify:
         passport.verify(args.adapter, base.name, base.header, base.read, layers)
     template = passport.template_of(args.adapter)
-    source = files.read_template(template).encode() if template else b""
-    ChatTemplate(source.decode(), where=template or "")  # it can be read
+    source = files.read_template(template) if template else ""
+    ChatTemplate(source, where=template or "")  # it can be read
     if args.adapter_only:
         gguf_write.write_adapter(base.config, out, low_rank_maps(layers, args.adapter), args.gguf_type or "f32")
-        if source and source.decode() != own_template(base):
-            say(f"note     the file has no chat template, and the base's is another. Give llama-server --jinja "
-                f"--chat-template-file {template}")  # fmt: skip
+        tell_server(base, template)
         say(f"saved    {out}, the adapter of {len(layers)} tensors")
         return 0
 
@@ -90,18 +91,17 @@ def main(argv=None) -> int:
     return 0
 
 
-def write_folder(out: Path, base, model, template: bytes, args: MergeSettings) -> None:
+def write_folder(out: Path, base, model, template: str, args: MergeSettings) -> None:
     """The merged model as a folder, with a card and the receipt of what merging changed. Raises BadNumbers, and leaves
     no folder, where that is beyond --tolerance."""
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    device, compared = machine.choose_device(args.device), receipt_prompts(base, model, args)
+    device, (chat, spoken) = machine.choose_device(args.device), trained_chat(base, template, args)
+    compared = receipt_prompts(chat, model, args)
     if compared:
         receipt.check_room(model, machine.free_memory(device))
     with folders.new_folder(out, args.overwrite) as folder:
         with progress(base) as bar:
-            pretrained.write_model(base, folder, changer(lora_layers(model), dtype, bar), dtype)
-        if template:  # the one it was trained with
-            files.write_bytes(folder / passport.TEMPLATE, template)
+            pretrained.write_model(base, folder, changer(lora_layers(model), dtype, bar), dtype, spoken)
         lines = []
         if compared:
             written = pretrained.ModelFolder(folder, str(out))
@@ -115,6 +115,22 @@ def write_folder(out: Path, base, model, template: bytes, args: MergeSettings) -
 
 def progress(base) -> tqdm:
     return tqdm(total=len(base.header), desc="merging", unit="tensor", leave=False, disable=None)
+
+
+def tell_server(base, template: str | None) -> None:
+    """Say what llama-server has to be told beside an adapter alone, where the base's own file says something else."""
+    if not template:
+        return
+    flags = []
+    if files.read_template(template) != own_template(base):
+        flags += ["--jinja", "--chat-template-file", template]
+    if "tokenizer.json" in base.files():
+        end, known = (pretrained.load_chat(base, template=one) for one in (template, "plain"))
+        if end.end_of_turn not in known.stops:
+            flags += ["--override-kv", f"tokenizer.ggml.eot_token_id=int:{end.end_of_turn}"]
+    if flags:
+        say(f"note     template and end of turn are not in the file, and the base's are others. Give llama-server "
+            f"{shlex.join(flags)}")  # fmt: skip
 
 
 def tell_chat(adapter: str) -> None:
@@ -187,15 +203,21 @@ def own_template(base: pretrained.ModelFiles) -> str | None:
         return None
 
 
-def receipt_prompts(base, model, args: MergeSettings) -> list[list[int]]:
-    """Ids of what the receipt compares: --prompts, or the retention conversations; none where there is no receipt."""
+def trained_chat(base, template: str, args: MergeSettings) -> tuple[Chat | None, pretrained.Spoken | None]:
+    """The chat that the adapter was trained with, compared with its passport, and what the merged model says of it.
+    There is no chat without a tokenizer, and nothing to say without a chat template."""
     if "tokenizer.json" not in base.files():
         say(f"note     there is no receipt: {base.name} has no tokenizer.json")
-        return []
-    bare = passport.template_of(args.adapter) is None and own_template(base) is None
+        return None, pretrained.Spoken(template) if template else None
+    bare = not template and own_template(base) is None
     chat = load_chat(base, args.adapter, template="plain" if bare else None, verify=not args.no_verify)
+    return chat, None if bare else pretrained.Spoken.of(chat)
+
+
+def receipt_prompts(chat: Chat | None, model, args: MergeSettings) -> list[list[int]]:
+    """Ids of what the receipt compares: --prompts, or the retention conversations; none where there is no receipt."""
     limit = model.config.max_position_embeddings
-    if args.no_receipt:  # only now: the chat was compared with the adapter's passport
+    if chat is None or args.no_receipt:
         return []
     if args.prompts is None:
         return receipt.retention_prompts(chat, limit)

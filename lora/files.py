@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ TEMPLATE_LIMIT = 2**20
 # safetensors dtype name -> torch dtype; a model may hold others, but we do not compute with them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# errors of a call that a file system does not know; EINVAL is what Linux says of fsync and flock
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -37,25 +40,50 @@ def sync(path: Path) -> None:
     except PermissionError:  # Windows does not open folders
         return
     try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EBADF):  # these: a system that cannot
-            raise
+        flush(handle)
     finally:
         os.close(handle)
+
+
+def flush(handle: int) -> None:
+    """`os.fsync`, where the file system can do that: some of networks and of user programs cannot."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM, errno.EBADF):
+            raise
+
+
+def _replace(aside: Path, path: Path) -> None:
+    """`os.replace`; a copy where a file system cannot do it: a file that is a mount point, some of networks."""
+    try:
+        os.replace(aside, path)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY, *UNSUPPORTED):
+            raise
+        shutil.copyfile(aside, path)
+        sync(path)
+        os.unlink(aside)
+
+
+def behind_link(path: Path) -> Path:
+    """What a link to a file, to a folder or to nothing yet leads to: results go there, and the link stays."""
+    path = Path(path)
+    follow = path.is_symlink() and (path.is_file() or path.is_dir() or not path.exists())  # not /dev/stdout, a pipe
+    return Path(os.path.realpath(path)) if follow else path
 
 
 @contextmanager
 def writing(path: Path):
     """A binary file that appears under `path` only when the block has ended well."""
-    path = Path(path)
+    path = behind_link(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(aside, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+            flush(file.fileno())
+        _replace(aside, path)
         sync(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and not error.filename:  # a failed write does not say which file
@@ -83,6 +111,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 def unwritable(flag: str, path: Path, *inputs: Path) -> list[str]:
     """Why `flag` cannot name this file for a result: no folder, no regular file, or one of the files that are read."""
+    path = behind_link(path)
     if path.name in ("", ".."):
         return [f"wrong {flag} in {path}: it is not a regular file. Give a file name"]
     if not path.parent.is_dir():

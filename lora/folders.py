@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lora.errors import BadEnvironment, BadInput, say
-from lora.files import sync
+from lora.files import UNSUPPORTED, sync
 
 
 def make_folder(path: Path) -> None:
@@ -27,6 +27,23 @@ def _beside(path: Path, kind: str) -> Path:
     """A hidden name that is free. In a container our number may be that of a process that was killed there."""
     names = (path.with_name(f".{path.name}.{number}.{kind}") for number in count(os.getpid()))
     return next(name for name in names if not name.exists())
+
+
+def _move(folder: Path, to: Path) -> None:
+    """`os.rename`; file by file where a file system cannot do it: mount points, the layers of a container, networks."""
+    try:
+        os.rename(folder, to)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY, *UNSUPPORTED):
+            raise
+        shutil.copytree(folder, to, symlinks=True, dirs_exist_ok=True)
+        for path in (*filter(Path.exists, to.rglob("*")), to):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_empty(path: Path) -> bool:
+    return not path.exists() or not any(path.iterdir())
 
 
 @contextmanager
@@ -47,15 +64,15 @@ def new_folder(path: Path, overwrite: bool = True):
         sync(aside)
         if not overwrite and path.is_dir() and any(path.iterdir()):
             other = path.with_name(f"{path.name}-{os.getpid()}")
-            os.rename(aside, other)
+            _move(aside, other)
             raise BadEnvironment(f"taken --out in {path}: another program has written it. This result is in {other}")
         if path.exists():
-            os.rename(path, old)
-        os.rename(aside, path)
+            _move(path, old)
+        _move(aside, path)
         sync(path.parent)
     except BaseException:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
+        if old.exists() and _is_empty(path):  # a mount point stays
+            _move(old, path)
         shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -70,7 +87,7 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
     if there and any(path.iterdir()):  # an empty one is taken as it is: it may be a mount point
         if not overwrite:
             raise _taken(path)
-        os.rename(path, old)
+        _move(path, old)
     try:
         make_folder(path)
         yield path
@@ -78,7 +95,7 @@ def live_folder(path: Path, overwrite: bool, saved: Callable[[], bool]):
         if not saved():
             shutil.rmtree(path, ignore_errors=True)
             if old.exists():
-                os.rename(old, path)
+                _move(old, path)
             elif there:
                 path.mkdir(exist_ok=True)
         raise
@@ -108,7 +125,7 @@ def recover(path: Path, saved: Callable[[], bool]) -> bool:
     if Path(path).exists():
         remove_folder(Path(path))
         earlier = [p for p in earlier if p.exists()]
-    os.rename(earlier[0], path)
+    _move(earlier[0], path)
     return True
 
 
@@ -132,8 +149,8 @@ def locked(path: Path):
         raise BadEnvironment(
             f"busy --out in {path}: another run, process {pid}, writes it. Wait for it, or choose another name"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+    except (OSError, NotImplementedError) as error:  # which some versions of filelock make of ENOSYS
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, *UNSUPPORTED):
             raise
         say(f"note     {name.parent}: its file system has no locks; do not start a second run in {path}")
     try:
@@ -157,7 +174,7 @@ def sweep(folder: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Its name is gone at once; a kill while it is being emptied leaves a hidden remainder, for `sweep`."""
     old = _beside(path, "old")
-    os.rename(path, old)
+    _move(path, old)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -213,13 +230,18 @@ def check_apart(path: Path, sources: Iterable[Path]) -> None:
             raise BadInput(f"wrong --out in {path}: it holds {source}, which is read. Choose another folder")
 
 
-def free_bytes(path: Path) -> int:
-    """On the disk of a folder that need not be there yet."""
-    return shutil.disk_usage(_nearest(path)).free
+def free_bytes(path: Path) -> int | None:
+    """On the disk of a folder that need not be there yet; None where the file system does not say (some of networks and
+    of user programs), or says that it has no bytes at all."""
+    try:
+        usage = shutil.disk_usage(_nearest(path))
+    except OSError:
+        return None
+    return usage.free if usage.free or usage.total else None
 
 
 def check_room(path: Path, needed: int, what: str) -> None:
-    """Raises BadEnvironment, with the bytes, where fewer than `needed` are free on the disk of `path`."""
+    """Raises BadEnvironment, with the bytes, where fewer than `needed` are known to be free on the disk of `path`."""
     free = free_bytes(path)
-    if free < needed:
+    if free is not None and free < needed:
         raise BadEnvironment(f"disk full in {path}: {what} needs {needed:,} bytes, {free:,} are free. Free some space")

@@ -108,13 +108,14 @@ class LoRALinear(nn.Module):
         return self.lora_A, self.lora_B
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """ΔW = s B A, (out, in), in float32 or wider whatever the dtype of A and B.
+        """ΔW = s B A, (out, in), in float32 or wider whatever the dtype of A and B, and under autocast too.
 
         `weight` is W for variants that need it, where the layer's own is on `meta`.
         """
         A, B = self.factors()
         wide = torch.promote_types(A.dtype, torch.float32)
-        return self.scaling * (B.to(wide) @ A.to(wide))
+        with ops.no_autocast(A):
+            return self.scaling * (B.to(wide) @ A.to(wide))
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """A, B and s for `ops.linears`, which computes several layers as one; None while there is no branch."""

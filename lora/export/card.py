@@ -18,7 +18,7 @@ from lora import files
 from lora.adapter import passport
 from lora.errors import BadInput, one_line
 from lora.export.report import table
-from lora.pretrained import ModelFiles
+from lora.pretrained import ModelFiles, load_chat
 from lora.text.template import read_arguments
 
 FILE, SETTINGS, METRICS = "README.md", "settings.json", "metrics.jsonl"
@@ -69,7 +69,7 @@ model = AutoModelForCausalLM.from_pretrained(".")
 messages = [{{ system }}{"role": "user", "content": "Who are you?"}]
 how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True{{ switches }}}
 prompt = tokenizer.apply_chat_template(messages, **how)
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**prompt, {{ ends }}max_new_tokens=100)[0]))
 ```
 {% for heading, lines in sections.items() %}
 
@@ -137,10 +137,19 @@ def _write(
         system=turn,
         switches="".join(f", {name!r}: {value!r}" for name, value in arguments.items()),
         sections=(_sections(made) if made else {}) | (sections or {}),
+        ends=f"eos_token_id={stops}, " if (stops := _stops(folder, base) if adapter else []) else "",
         adapter=adapter,
         lora=lora,
     )
     files.write_bytes(Path(folder) / FILE, text.encode())
+
+
+def _stops(folder: Path, base: ModelFiles) -> list[int]:
+    """The ids that end an answer with the template in an adapter's folder, which its base's files need not name."""
+    with suppress(BadInput):  # no tokenizer, no template
+        if hasattr(base, "files"):
+            return sorted(load_chat(base, template=passport.template_of(folder)).stops)
+    return []
 
 
 def code(text: object) -> str:

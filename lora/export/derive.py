@@ -83,7 +83,7 @@ def read_terms(names: Sequence[str]) -> list[tuple[str, float]]:
 
 def combine(args) -> int:
     """Write Σ weight · adapter as one adapter, exactly or cut to a lower rank."""
-    out = Path(args.out)
+    out = files.behind_link(args.out)
     terms = read_terms(args.combine)
     adapters = [folder for folder, _ in terms]
     with output_place(out, args, [Path(folder) for folder in adapters]):
@@ -104,7 +104,7 @@ def combine(args) -> int:
             bar = tqdm(maps.items(), desc="cutting", unit="linear", leave=False, disable=None)
             maps = tell_cut({p: algebra.cut(algebra.svd_of_product(A, B), args.rank, args.energy) for p, (A, B) in bar})
         chat, template = shared_chat(adapters)
-        return write(model, maps, args, base, chat, template)
+        return write(model, maps, out, args.overwrite, base, chat, template)
 
 
 def shared_chat(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
@@ -124,7 +124,7 @@ def shared_chat(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
 
 def extract(args) -> int:
     """Write the difference of two models as an adapter, Linear by Linear: never two models in memory."""
-    out = Path(args.out)
+    out = files.behind_link(args.out)
     base, tuned = map(pretrained.find, args.extract)
     with output_place(out, args, [source.path for source in (base, tuned) if hasattr(source, "path")]):
         say(f"base     {base.described}\ntuned    {tuned.described}")
@@ -153,7 +153,7 @@ def extract(args) -> int:
         template = None
         with suppress(BadInput):  # a base model has none
             template = pretrained.load_chat(tuned).template.source.encode()
-        return write(model, tell_cut(cuts), args, base, {}, template)
+        return write(model, tell_cut(cuts), out, args.overwrite, base, {}, template)
 
 
 def shared_names(model, other, base, tuned) -> tuple[list[str], list[str]]:
@@ -210,7 +210,9 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + more
 
 
-def write(model, maps: dict[str, algebra.Factors], args, base, chat: dict, template: bytes | None) -> int:
+def write(
+    model, maps: dict[str, algebra.Factors], out: Path, overwrite: bool, base, chat: dict, template: bytes | None
+) -> int:
     """Write the adapter's folder, as a training run would leave one."""
     algebra.patch(model, maps)
     layers = lora_layers(model)
@@ -218,12 +220,12 @@ def write(model, maps: dict[str, algebra.Factors], args, base, chat: dict, templ
         check_finite(layers)
     except NotFinite as error:
         why = f"{error.place} has values too large for float32. Use smaller weights"
-        raise BadNumbers(f"not finite in {args.out}: {why}") from None
+        raise BadNumbers(f"not finite in {out}: {why}") from None
     papers = passport.make(base.name, base.header, base.read, layers, chat)
-    with folders.new_folder(Path(args.out), args.overwrite) as folder:
+    with folders.new_folder(out, overwrite) as folder:
         if template is not None:
             files.write_bytes(folder / passport.TEMPLATE, template)
-        card.write_adapter(folder, Path(args.out).name, base, None)
+        card.write_adapter(folder, out.name, base, None)
         store.save(model, folder, base.hub_id, papers, "CAUSAL_LM")
-    say(f"saved    {args.out}, {described({path: layer.rank for path, layer in layers.items()})}")
+    say(f"saved    {out}, {described({path: layer.rank for path, layer in layers.items()})}")
     return 0

@@ -89,7 +89,10 @@ class Several:
         self.placed = BASE, False
 
     def add(self, name: str, folder: str, read: store.Read | None = None) -> None:
-        """Read an adapter; the base is in place afterwards. Raises BadInput as `store.load`."""
+        """Read an adapter; the base is in place afterwards. Raises BadInput as `store.load`, and for a taken name."""
+        if name in self.sets:
+            why = "so the model without an adapter is called" if name == BASE else "another adapter is called so"
+            raise BadInput(f"wrong name in {folder}: {name!r}, but {why}. Give another name")
         self.switch(BASE)
         store.load(self.model, folder, read=read)
         self.sets[name] = lora_layers(self.model)

@@ -20,11 +20,11 @@ from lora.ops import (
     plain,
     windowed_attention,
 )
-from lora.ops.plain import logits, rotate, soft_cap, wide
+from lora.ops.plain import is_autocast, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
-    "attend", "attention", "cross_entropy", "linears", "logits", "lora_linear", "rms_norm", "rotate", "soft_cap",
-    "swiglu", "use_plain", "wide",
+    "attend", "attention", "cross_entropy", "is_plain", "linears", "logits", "lora_linear", "no_autocast",
+    "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain", "wide",
 ]  # fmt: skip
 
 SHORT = 512  # up to so many keys the plain form is faster on a CPU than PyTorch's kernel; beyond, its T² memory hurts
@@ -37,9 +37,13 @@ def use_plain(on: bool = True) -> None:
     _plain = on
 
 
-def _as_written() -> bool:
-    """A compiler makes its own fast version of the formula."""
-    return _plain or torch.compiler.is_compiling()
+def is_plain() -> bool:
+    return _plain
+
+
+def _as_written(x: Tensor) -> bool:
+    """A compiler makes its own fast version of the formula, and autocast knows the operations of the plain one only."""
+    return _plain or torch.compiler.is_compiling() or is_autocast(x)
 
 
 def _unless_saved(formula, *inputs) -> Tensor:
@@ -50,30 +54,30 @@ def _unless_saved(formula, *inputs) -> Tensor:
 
 
 def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
-    return (plain if _as_written() else fast_lora).lora_linear(x, W, b, A, B, s, dropout)
+    return (plain if _as_written(x) else fast_lora).lora_linear(x, W, b, A, B, s, dropout)
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     if joined := fast_decoding.joined(modules):
         return joined(x)
-    return (plain if _as_written() else fast_lora).linears(x, modules)
+    return (plain if _as_written(x) else fast_lora).linears(x, modules)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if _as_written() or not torch.is_grad_enabled():
+    if _as_written(x) or not torch.is_grad_enabled():
         return _unless_saved(plain.rms_norm, x, weight, eps)
     return fast_rms_norm.rms_norm(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    if _as_written() or not torch.is_grad_enabled():
+    if _as_written(gate) or not torch.is_grad_enabled():
         return _unless_saved(plain.swiglu, gate, up, activation)
     return fast_swiglu.swiglu(gate, up, activation)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None, cap=None) -> Tensor:
     window = window if window and window < max(lengths) else None
-    if _plain:
+    if _plain or is_autocast(q):
         return plain.attention(q, k, v, lengths, window, cap)
     if flash_attention.takes_documents(q.device, q.dtype, q.shape[-1]) and not cap:
         return flash_attention.attention(q, k, v, lengths, window)
@@ -84,7 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int |
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: float | None = None) -> Tensor:
-    if _plain:
+    if _plain or is_autocast(q):
         return plain.attend(q, k, v, window, cap)
     if cap or (window and window < len(k)):
         return windowed_attention.attend(q, k, v, window, cap)
@@ -93,4 +97,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: floa
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    return (plain if _plain else fast_cross_entropy).cross_entropy(hidden, head, targets, cap)
+    return (plain if _plain or is_autocast(hidden) else fast_cross_entropy).cross_entropy(hidden, head, targets, cap)

@@ -40,6 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
                 torch.mm(e, head, out=d_hidden[start : start + rows])
             if d_head is not None:
                 d_head += e.T @ h  # (V, D)
+            z = scores = e = None  # freed before the next rows need as much
         ctx.save_for_backward(d_hidden, d_head)
         ctx.dtype = head.dtype
         return loss

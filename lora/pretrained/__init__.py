@@ -3,9 +3,10 @@
 from lora.pretrained.chat import load_chat
 from lora.pretrained.folder import SIDECARS, WEIGHTS, ModelFiles, ModelFolder, shards
 from lora.pretrained.load import empty_model, find, load_model
+from lora.pretrained.spoken import Spoken
 from lora.pretrained.write import write_model
 
 __all__ = [
-    "SIDECARS", "WEIGHTS", "ModelFiles", "ModelFolder", "empty_model", "find", "load_chat",
+    "SIDECARS", "WEIGHTS", "ModelFiles", "ModelFolder", "Spoken", "empty_model", "find", "load_chat",
     "load_model", "shards", "write_model",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from lora.pretrained import sentencepiece
 from lora.pretrained.chat import load_chat
 from lora.pretrained.folder import ModelFiles
 from lora.pretrained.gguf_header import show
+from lora.pretrained.spoken import Spoken
 from lora.text.chat import Chat
 
 FIX = "Write a model folder, or the adapter alone (--adapter-only)"
@@ -144,15 +145,15 @@ def _added_bos(chat: Chat, where: str) -> int | None:
 
 
 def _special(chat: Chat, base: ModelFiles, bos: int | None) -> dict[str, int]:
-    """GGUF's name -> id. Of several ends of an answer the tokenizer's own comes first."""
+    """GGUF's name -> id. Of several ends of an answer what `eos_token` is to name comes first, then the end of turn."""
     names, size = chat.template.tokens, base.config["vocab_size"]
     ids = {theirs: chat.tokenizer.id(names.get(f"{ours}_token", "")) for ours, theirs in ggml.SPECIAL.items()}
     candidates = [bos, ids["bos"], base.config.get("bos_token_id")]  # Qwen's tokenizer has none, its config has
     ids["bos"] = next((i for i in candidates if type(i) is int and 0 <= i < size), None)
     ends = chat.stops & {chat.end_of_document, *chat.tokenizer.control.values()}
     ids = {name: None if i is None or i >= size else i for name, i in ids.items()}
-    first = chat.end_of_document if ids["eos"] is None else ids["eos"]
-    ends = [first, *sorted(ends - {first})]
+    first = [i for i in (chat.tokenizer.id(Spoken.of(chat).eos_token or ""), chat.end_of_turn, ids["eos"]) if i in ends]
+    ends = list(dict.fromkeys([*(first or [chat.end_of_document]), *sorted(ends)]))
     if len(ends) > len(ggml.ENDS):
         room, left = len(ggml.ENDS), ends[len(ggml.ENDS) :]
         say(f"note     GGUF has room for {room} tokens that end an answer; left out: {left}")

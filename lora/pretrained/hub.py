@@ -79,13 +79,17 @@ def fetch(repo: str, info) -> Path:
 
 
 def wanted(repo: str, info) -> list[str]:
-    """The files of a repository that we read: its small files and its safetensors."""
+    """The files of a repository that we read: its small files, and one form of its weights. A repository may have them
+    several times: in one file beside shards, and for other programs."""
     names, index = [file.rfilename for file in info.siblings], "model.safetensors.index.json"
     small = [name for name in CONFIGS if name in names]
     if "model.safetensors" in names:
         return [*small, "model.safetensors"]
     if index in names:
-        return [*small, index, *(name for name in names if name.endswith(".safetensors") and "/" not in name)]
+        path = _library().hf_hub_download(repo, index, revision=info.sha)
+        weight_map = files.read_json(Path(path)).get("weight_map")
+        shards = weight_map.values() if isinstance(weight_map, dict) else ()  # what is wrong is said by who reads it
+        return [*small, index, *(name for name in names if name in shards and "/" not in name)]
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         raise Refused(
             f"pickle in hub {repo}: it has no safetensors, and pickled weights are never opened. Choose another"

@@ -9,6 +9,7 @@ from lora import files
 from lora.pretrained import fused
 from lora.pretrained.folder import ModelFiles
 from lora.pretrained.load import empty_model
+from lora.pretrained.spoken import Spoken
 
 
 def write_model(
@@ -16,13 +17,15 @@ def write_model(
     folder: Path,
     change: Callable[[str, torch.Tensor], torch.Tensor],
     dtype: torch.dtype | None = None,
+    spoken: Spoken | None = None,
 ) -> None:
     """Write a model folder: `change(name, tensor)` gives the tensor to write, in `dtype` (by default the header's).
 
     Weights are cut into files as the base's are, and what its family fuses is fused again; config, tokenizer and
-    template go along.
+    template go along, with what was `spoken` in training where that is given.
     """
     model = empty_model(base)
+    beside, config = spoken.written(base.files(), base.config) if spoken else (base.files(), base.config)
     layout = fused.stored(model.config, model.state_dict())
     shard_of = getattr(base, "shard_of", lambda name: "model.safetensors")
     headers: dict[str, dict] = {}  # of each file: name -> dtype name and shape
@@ -42,9 +45,9 @@ def write_model(
         files.write_safetensors(folder / shard, header, read, metadata={"format": "pt"})
     if list(headers) != ["model.safetensors"]:
         files.write_json(folder / "model.safetensors.index.json", _index(headers))
-    for name, data in base.files().items():
+    for name, data in beside.items():
         files.write_bytes(folder / name, data)
-    files.write_json(folder / "config.json", _config(base.config, model.config.written_as, dtype))
+    files.write_json(folder / "config.json", _config(config, model.config.written_as, dtype))
 
 
 def _index(headers: dict[str, dict]) -> dict:

@@ -41,13 +41,13 @@ def saved(out: Path) -> bool:
 
 def new_folder(args: TrainSettings) -> Path:
     """--out, or the first of weights/NAME, weights/NAME-2, ... that is free; NAME is that of the data."""
-    return Path(args.out) if args.out else next(path for path in _names(args) if not path.exists())
+    return files.behind_link(args.out) if args.out else next(path for path in _names(args) if not path.exists())
 
 
 def latest_folder(args: TrainSettings) -> Path:
     """--out, or the last of weights/NAME, weights/NAME-2, ... that is there."""
     if args.out:
-        return Path(args.out)
+        return files.behind_link(args.out)
     there = list(takewhile(Path.exists, _names(args)))
     if not there:
         raise BadInput(f"no run in {next(_names(args))}: there is nothing to resume. Give --out or --resume DIR")

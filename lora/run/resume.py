@@ -38,19 +38,22 @@ class Resumed:
             raise BadEnvironment(f"changed run in {self.run}: {why}. Give the same command again")
         old, problems = self.state, []
         fix = "Leave it out, or start a new run"
-        for name in args.changed(old.settings):
+        changed = args.changed(old.settings)
+        for name in changed:
             was, now = old.settings.get(name), getattr(args, name)
             problems.append(f"changed --{name.replace('_', '-')} in the command line: {now}, the run has {was}. {fix}")
-        if plan.data_fingerprint != old.data:
+        data_flags = {name for name, one in args.flags().items() if one.group == "data"} | {"eval_fraction", "seed"}
+        if plan.data_fingerprint != old.data and not data_flags.intersection(changed):  # which made other examples
             names = ", ".join([*(args.data or ["the rows made here"]), *(args.replay or [])])
             new = f"Give the data it had, or start a new run with --init-adapter {self.path}"
             problems.append(f"changed --data in {names}: other examples than {self.run} was trained on. {new}")
         if processes.main and plan.base_fingerprint() != old.base:
             why = f"other weights than {self.run} was trained on"
             problems.append(f"changed --model in {plan.base.name}: {why}. Give the model it had")
-        falling = args.schedule != "constant"
-        if plan.total != old.total and (falling or plan.total < old.step):
-            flag = "--max-steps" if args.max_steps else "--epochs"
+        falling, given = args.schedule != "constant", "max_steps" if args.max_steps else "epochs"
+        other = getattr(args, given) != old.settings.get(given)  # else what is named above changed the number of steps
+        if plan.total != old.total and (falling or plan.total < old.step) and (other or not problems):
+            flag = "--" + given.replace("_", "-")
             why = "only a constant schedule can go on for longer" if falling else f"{old.step} are done"
             problems.append(f"changed {flag} in the command line: {plan.total} steps, not {old.total}; {why}. {fix}")
         if problems:

@@ -14,7 +14,7 @@ from lora.adapter.inject import inject, lora_layers
 from lora.errors import BadInput
 from lora.export import card
 from lora.network.decoder import Model
-from lora.pretrained import ModelFiles, ModelFolder
+from lora.pretrained import ModelFiles, ModelFolder, Spoken
 from lora.run import adapter
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
@@ -49,12 +49,11 @@ def base_dtype(args: TrainSettings) -> torch.dtype:
 def make_trainable(model: Model, plan: Plan, args: TrainSettings, given: bool, writes: bool) -> Trainable:
     """Patch the model with an adapter, or let all of it train. Are the adapter's values `given`, by a checkpoint or
     another adapter? Does this process write?"""
-    template = plan.chat.template.source
     if args.full:
-        return AllWeights(model, getattr(torch, args.dtype), plan.base, template)
+        return AllWeights(model, getattr(torch, args.dtype), plan.base, Spoken.of(plan.chat))
     inject(model, **adapter.arguments(args, given))
     papers = _papers(model, plan, args) if writes else {}
-    return Adapter(model, plan.base, template, papers, f"rank {args.rank}")
+    return Adapter(model, plan.base, plan.chat.template.source, papers, f"rank {args.rank}")
 
 
 def _papers(model: Model, plan: Plan, args: TrainSettings) -> dict:
@@ -112,8 +111,8 @@ class AllWeights:
     kind, described = "model", "every weight"
     write_card = staticmethod(card.write_full)
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, base: ModelFiles | None = None, template: str = ""):
-        self.base, self.template, self.dtype = base, template, dtype
+    def __init__(self, model: nn.Module, dtype: torch.dtype, base: ModelFiles | None = None, spoken=None):
+        self.base, self.spoken, self.dtype = base, spoken, dtype
         weights = dict(model.requires_grad_().named_parameters())
         self.parameters, self.rounded = weights, []
         if any(weight.dtype != dtype for weight in weights.values()):
@@ -139,9 +138,8 @@ class AllWeights:
         self.sync_model()
 
     def write(self, folder: Path, step: int) -> None:
-        """A plain model folder in float32, with the chat template that was trained."""
-        pretrained.write_model(self.base, folder, lambda name, _: self.parameters[name], torch.float32)
-        files.write_bytes(folder / passport.TEMPLATE, self.template.encode())
+        """A plain model folder in float32, with the chat template and the end of turn that were trained."""
+        pretrained.write_model(self.base, folder, lambda name, _: self.parameters[name], torch.float32, self.spoken)
 
     def publish(self, source: Path, out: Path) -> None:
         """The weights rounded to --dtype: what was evaluated. The config comes last, and goes first: what is half

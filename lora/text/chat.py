@@ -89,9 +89,10 @@ class Chat:
                 f"wrong model in {template.where}: no eos_token_id, so no answer could end. Add it to config.json"
             )
         self.cuts = self.guarded = self.split = self.joined = self.unclosed = 0
+        self.end_is_written = False  # does the template itself end a turn?
         try:
             [probe] = self.tokenize([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-            self.end_of_turn = probe.tokens[probe.answers[0][1] - 1]
+            self.end_of_turn, self.end_is_written = probe.tokens[probe.answers[0][1] - 1], True
         except Rewritten:  # it can still be talked to
             pass
         except WithoutRow as error:

@@ -98,15 +98,25 @@ class ChatTemplate:
     @cached_property
     def switches(self) -> set[str]:
         """The names that the template reads and nobody gives: what `arguments` may set."""
-        tree, undeclared = self._compile(self._find_undeclared)
+        tree, undeclared = self._undeclared
         kinds = [*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter)]
         asked = {getattr(n.node, "name", "") for n in kinds if n.name in ("defined", "default")}  # before it sets them
         its_own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - asked
         return {name for name in undeclared - its_own - self._environment.globals.keys() if is_switch(name)}
 
-    def _find_undeclared(self, source: str) -> tuple[nodes.Template, set[str]]:
-        tree = self._environment.parse(source)
-        return tree, meta.find_undeclared_variables(tree)
+    def uses(self, name: str) -> bool:
+        """Does the template read this name?"""
+        return name in self._undeclared[1]
+
+    @cached_property
+    def _undeclared(self) -> tuple[nodes.Template, set[str]]:
+        """The template as jinja reads it, and the names in it that it does not set first."""
+
+        def find(source: str):
+            tree = self._environment.parse(source)
+            return tree, meta.find_undeclared_variables(tree)
+
+        return self._compile(find)
 
     def _compile(self, make: Callable):
         """What `make` makes of the source, within the limits: jinja computes constants already when it compiles."""

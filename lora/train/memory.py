@@ -19,15 +19,17 @@ from lora import ops
 from lora.device import ROUND
 from lora.ops.fast_cross_entropy import ROWS
 
-RUNTIME = {"cpu": 450e6}  # Python, torch with its compiler, a tokenizer, matplotlib; a GPU counts its tensors only
-GROWTH = {"cpu": 1.45}  # of the activations: what is freed between them leaves holes in the heap; measured with glibc
+# Python, torch with its compiler, a tokenizer, matplotlib, and holes that are there whatever the model's size; a GPU
+# counts its tensors only
+RUNTIME = {"cpu": 610e6}
+GROWTH = {"cpu": 1.3}  # of the activations: what is freed between them leaves holes in the heap; measured with glibc
 LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 NORMS = 3  # times a weight in float32: ΔW, W + ΔW, its squares
 ADAPTERS = 4  # the adapter or all masters, their gradients, Adam's two moments
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
 # https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
-COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.58e6, 24, 7
+COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.4e6, 24, 7
 
 
 def saved(model: nn.Module, documents: Sequence[int], blocks: Sequence[nn.Module]) -> int:
@@ -89,8 +91,9 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> di
 
     def activations(documents: list[int]) -> dict[str, float]:
         blocks, tokens, row = saved_by_blocks(model, tuple(documents)), sum(documents), sum(documents) * hidden * size
-        chunk = min(ROWS, tokens) * vocabulary  # of logits
-        each = (10 if size == 2 else 8) + 4 * (tokens > ROWS) + 8 * (model.config.final_logit_softcapping is not None)
+        chunk = (tokens if ops.is_plain() else min(ROWS, tokens)) * vocabulary  # of logits
+        # logits, in bfloat16 again in float32, and their logarithms
+        each = (10 if size == 2 else 8) + 8 * (model.config.final_logit_softcapping is not None)
         work = chunk * each + 2 * row  # hidden states and their gradient
         work += args.full * vocabulary * hidden * (4 + size)  # the gradient of the head, scaled and rounded
         work = max(work, max(blocks) / 2)  # gradients on their way through a block

@@ -96,7 +96,8 @@ def disk_full(run: Path, parameters: dict):
         needed, free = size(sum(p.nbytes for p in parameters.values())), folders.free_bytes(run)
         why, fix = ENVIRONMENT_ERRNOS[error.errno].split(". ")
         again = "then go on with --resume" if good else "then start again"
-        why += f"; a checkpoint needs {needed:,} bytes, {free:,} are free; {last_good(run)}"
+        known = "" if free is None else f", {free:,} are free"
+        why += f"; a checkpoint needs {needed:,} bytes{known}; {last_good(run)}"
         raise BadEnvironment(f"file operation failed in {error.filename or run}: {why}. {fix}, {again}") from error
 
 

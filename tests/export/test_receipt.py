@@ -204,9 +204,9 @@ def test_a_layer_that_was_written_wrong_is_noticed(tmp_path):
     def forget():
         write = pretrained.write_model
 
-        def broken(checkpoint, folder, change, dtype=None):
+        def broken(checkpoint, folder, change, dtype=None, spoken=None):
             path = "model.layers.1.mlp.down_proj.weight"
-            write(checkpoint, folder, lambda name, t: t if name == path else change(name, t), dtype)
+            write(checkpoint, folder, lambda name, t: t if name == path else change(name, t), dtype, spoken)
 
         pretrained.write_model = broken
 

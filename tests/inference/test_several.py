@@ -129,6 +129,17 @@ def test_a_sum_that_is_not_finite_leaves_the_base_in_place(work):
         adapters.switch("c")
 
 
+@mutation("lora/inference/several.py", "        if name in self.sets:", "        if False:")
+@pytest.mark.parametrize("name", ["a", "base"])
+def test_a_name_that_is_taken_is_refused_and_what_it_named_stays(work, name):
+    _, adapters = load(torch.float32, work)
+    adapters.switch("b")
+    before = dict(adapters.sets)
+    with pytest.raises(BadInput, match=f"wrong name in .*: '{name}', but .* is called so|so the model"):
+        adapters.add(name, work / "b")
+    assert adapters.sets == before and adapters.placed == ("b", False)
+
+
 # ---- names and bases -------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The loss by chunks equals the formula and the NumPy oracle, with gradients, and never holds all logits."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,19 @@ def test_logits_never_exist_for_more_positions_than_a_chunk(monkeypatch):
     hidden, head, targets = loss_case()
     value_and_gradient(cross_entropy, hidden, head, targets, None, 10)
     assert sizes == [10, 10, 3]
+
+
+@mutation("lora/ops/fast_cross_entropy.py", "z = scores = e = None  # freed", "pass  # freed")
+def test_no_logits_are_left_when_those_of_the_next_rows_are_formed(monkeypatch):
+    formed, left = [], []
+
+    def logits(*args):
+        left.append(sum(reference() is not None for reference in formed))
+        z = plain.logits(*args)
+        formed.append(weakref.ref(z))
+        return z
+
+    monkeypatch.setattr(fast_cross_entropy, "logits", logits)
+    hidden = torch.randn(1000, 8, requires_grad=True)
+    fast_cross_entropy.cross_entropy(hidden, torch.randn(50, 8), torch.zeros(1000, dtype=torch.long)).backward()
+    assert left == [0] * 4

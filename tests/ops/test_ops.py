@@ -86,12 +86,16 @@ def test_the_cases_cover_every_op_that_has_a_fast_version():
 @mutation("lora/ops/__init__.py", "return _plain or torch.compiler.is_compiling()", "return False")
 @mutation(
     "lora/ops/__init__.py",
-    """    if _plain:
+    """    if _plain or is_autocast(q):
         return plain.attention(q, k, v, lengths, window, cap)
 """,
     "",
 )
-@mutation("lora/ops/__init__.py", "return (plain if _plain else fast_cross_entropy)", "return fast_cross_entropy")
+@mutation(
+    "lora/ops/__init__.py",
+    "return (plain if _plain or is_autocast(hidden) else fast_cross_entropy)",
+    "return fast_cross_entropy",
+)
 def test_with_use_plain_no_fast_version_runs(monkeypatch):
     model, tokens = patched(tiny_model()).train(), some_tokens(20)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lora.adapter import store
 from lora.adapter.inject import inject, lora_layers
+from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merge, merge_and_unload, unload
 from lora.adapter.variants import DoRALinear, PiSSALinear, RsDoRALinear, RsLoRALinear
 from lora.network.config import ModelConfig
@@ -606,3 +607,33 @@ def test_the_state_dict_of_a_whole_peft_model_is_its_adapter_and_the_base(tmp_pa
     save_file({f"module.{name}": t.clone() for name, t in adapted.state_dict().items()}, tmp_path / store.WEIGHTS)
     store.load(ours := ours_like(theirs()), tmp_path)
     assert same(snapshot(expected), snapshot(ours)) and close(logits(ours), logits(adapted), TOL)
+
+
+@pytest.mark.parametrize("how", [{}, {"use_dora": True}, {"use_rslora": True}, {"lora_dropout": 0.2}], ids=str)
+def test_under_autocast_we_compute_what_peft_computes_within_rounding(how):
+    """Values and gradients, bfloat16 on a CPU; dropout draws the same numbers for both."""
+    x, found = torch.randn(67, 37, generator=torch.Generator().manual_seed(3)), {}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["fc1", "fc2"], init_lora_weights=False, **how)
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(randomise(Plain()), config).train()
+    kind = DoRALinear if "use_dora" in how else RsLoRALinear if "use_rslora" in how else LoRALinear
+    model = randomise(Plain())
+    inject(model, 4, 8, how.get("lora_dropout", 0.0), ["fc1", "fc2"], kind=kind)
+    model.load_state_dict(
+        {key.removeprefix("base_model.model.").replace("base_layer", "base").replace("_A.default.weight", "_A")
+         .replace("_B.default.weight", "_B").replace("_vector.default.weight", "_vector"): value
+         for key, value in wrapped.state_dict().items()}
+    )  # fmt: skip
+    for name, one in (("peft", wrapped), ("ours", model.train())):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = one(x)
+        y.float().square().mean().backward()
+        short = {n.replace(".default.weight", "").removeprefix("base_model.model."): p.grad
+                 for n, p in one.named_parameters() if p.requires_grad}  # fmt: skip
+        found[name] = y, short
+    assert found["ours"][0].dtype == found["peft"][0].dtype == torch.bfloat16
+    assert close(found["ours"][0], found["peft"][0], 2e-2)
+    assert found["ours"][1].keys() == found["peft"][1].keys()
+    for name, gradient in found["peft"][1].items():
+        assert close(found["ours"][1][name], gradient, 5e-2), name

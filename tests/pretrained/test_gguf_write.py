@@ -337,6 +337,12 @@ def test_a_token_before_every_text_is_the_bos_that_is_added(with_tokenizer):
     assert metadata["tokenizer.ggml.add_bos_token"] is True and metadata["tokenizer.ggml.bos_token_id"] == 1
 
 
+@mutation(
+    "lora/pretrained/gguf_vocab.py",
+    'chat.tokenizer.id(Spoken.of(chat).eos_token or ""), chat.end_of_turn, ',
+    "",
+    case="settings5-config5-ids5",
+)
 @pytest.mark.parametrize(
     "settings, config, ids",
     [
@@ -346,7 +352,7 @@ def test_a_token_before_every_text_is_the_bos_that_is_added(with_tokenizer):
         ({"eos_token": "<|im_end|>"}, {"eos_token_id": [0, 2]}, {"bos": 1, "eos": 2, "eot": 0}),
         ({"eos_token": "<|im_end|>"}, {"eos_token_id": [0, 1, 2]}, {"bos": 1, "eos": 2, "eot": 0, "eom": 1}),
         ({}, {"eos_token_id": 2}, {"bos": 1, "eos": 2}),
-        ({"eos_token": "<|endoftext|>"}, {"eos_token_id": 0}, {"bos": 1, "eos": 0, "eot": 2}),  # the template's end
+        ({"eos_token": "<|endoftext|>"}, {"eos_token_id": 0}, {"bos": 1, "eos": 2, "eot": 0}),  # the template's end
     ],
 )  # fmt: skip
 def test_ids_of_special_tokens_are_the_settings_then_the_configs(with_tokenizer, settings, config, ids):

@@ -134,6 +134,11 @@ def hub():
         "README.md": b"# tiny",
         "pytorch_model.bin": b"\x80\x02 a pickle",
         "onnx/model.onnx": b"large",
+        "original/consolidated.00.safetensors": b"the same again",
+        "consolidated.safetensors": b"the same again",
+        "model.fp16.safetensors": b"the same again",
+        "flax_model.msgpack": b"the same again",
+        "tf_model.h5": b"the same again",
         "model.gguf": b"GGUF",
     }
     yield server
@@ -169,9 +174,11 @@ def test_a_hub_id_answers_as_the_folder_and_only_what_is_read_is_fetched(hub, tm
     assert hub.files_of("GET") == SMALL | {"model.safetensors"}
 
 
-def test_a_model_in_shards_is_fetched_whole(hub, tmp_path, expected):
+@mutation("lora/pretrained/hub.py", 'if name in shards and "/" not in name)', 'if name.endswith(".safetensors"))')
+def test_a_model_in_shards_is_fetched_whole_and_nothing_that_is_there_twice(hub, tmp_path, expected):
     weight_map = shard(cli.write_model(tmp_path / "model"))
-    hub.repos["owner/shards"] = content(tmp_path / "model")
+    hub.repos["owner/shards"] = hub.repos["owner/tiny"] | content(tmp_path / "model")
+    del hub.repos["owner/shards"]["model.safetensors"]
     done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/shards")
     assert done.code == 0 and done.out == expected, done.err
     assert hub.files_of("GET") == SMALL | {"model.safetensors.index.json"} | set(weight_map.values())
@@ -183,6 +190,15 @@ def test_a_second_run_downloads_nothing(hub, tmp_path, expected):
     hub.asked.clear()
     done = ask(tmp_path, env)
     assert done.code == 0 and done.out == expected and hub.files_of("GET") == set()
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"a": "../model.safetensors"}, {"a": 5}], ids=str)
+def test_an_index_that_names_no_files_is_one_line(hub, tmp_path, weight_map):
+    shard(cli.write_model(tmp_path / "model"))
+    index = json.dumps({"weight_map": weight_map}).encode()
+    hub.repos["owner/shards"] = content(tmp_path / "model") | {"model.safetensors.index.json": index}
+    done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/shards")
+    assert done.code in (2, 5) and len(done.errors) == 1 and "index" in done.errors[0]
 
 
 @mutation("lora/pretrained/hub.py", "files.write_bytes(main, info.sha.encode())", "pass")

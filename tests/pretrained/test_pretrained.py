@@ -662,7 +662,7 @@ def test_a_folder_that_ends_well_replaces_the_old_one_whole(tmp_path, before):
     assert tree(path) == {"new": b"3", "sub/x": b"4"} and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@mutation("lora/folders.py", "if old.exists() and not path.exists():", "if False:")
+@mutation("lora/folders.py", "if old.exists() and _is_empty(path):", "if False:")
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_rename_that_fails_restores_the_old_folder(tmp_path, monkeypatch, failing):
     path, rename, calls = tmp_path / "out", os.rename, []
@@ -691,7 +691,7 @@ def test_a_file_that_is_not_written_to_its_end_leaves_the_old_one(tmp_path):
     assert tree(tmp_path) == {"a": b"new"}
 
 
-@mutation("lora/files.py", "            os.fsync(file.fileno())", "            pass")
+@mutation("lora/files.py", "            flush(file.fileno())", "            pass")
 def test_data_is_synced_before_its_name_appears(tmp_path, monkeypatch):
     events = []
 
@@ -717,14 +717,27 @@ def test_data_is_synced_before_its_name_appears(tmp_path, monkeypatch):
     assert events[-1] == ("fsync", tmp_path.name) and shown == len(events) - 2
 
 
-@pytest.mark.parametrize(("number", "fails"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
-def test_a_folder_that_cannot_be_synced_fails_the_save_unless_the_system_knows_no_such_thing(
-    tmp_path, monkeypatch, number, fails
+@mutation(
+    "lora/files.py", "            flush(file.fileno())", "            os.fsync(file.fileno())", case="file-ENOSYS-False"
+)
+@mutation(
+    "lora/files.py",
+    "if error.errno not in (*UNSUPPORTED, errno.EPERM, errno.EBADF):",
+    "if False:",
+    case="file-EIO-True",
+)
+@pytest.mark.parametrize(
+    ("name", "fails"),
+    [("EIO", True), ("ENOSPC", True), ("EINVAL", False), ("ENOTSUP", False), ("EOPNOTSUPP", False), ("ENOSYS", False)],
+)
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_cannot_be_synced_fails_the_save_unless_the_system_knows_no_such_thing(
+    tmp_path, monkeypatch, kind, name, fails
 ):
-    fsync = os.fsync
+    fsync, number = os.fsync, getattr(errno, name)
 
     def failing(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
+        if os.path.isdir(f"/proc/self/fd/{handle}") == (kind == "folder"):
             raise OSError(number, os.strerror(number))
         fsync(handle)
 

@@ -275,7 +275,7 @@ def test_a_run_goes_on_from_whole_rows_where_it_was_killed_within_one(tmp_path):
 
 @mutation(
     "lora/files.py",
-    """            os.fsync(file.fileno())
+    """            flush(file.fileno())
 """,
     "",
 )
@@ -307,10 +307,10 @@ def test_a_save_syncs_data_before_names_and_removes_old_checkpoints_last(new_run
 
 @mutation(
     "lora/folders.py",
-    """        os.rename(aside, path)
+    """        _move(aside, path)
         sync(path.parent)
 """,
-    """        os.rename(aside, path)
+    """        _move(aside, path)
 """,
 )
 @mutation(

@@ -5,7 +5,7 @@ import torch
 
 from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import micro_batches
-from lora.pretrained import find, load_model
+from lora.pretrained import Spoken, find, load_model
 from lora.run.trainable import Adapter, AllWeights
 from lora.train.step import train_step
 from tests import cli
@@ -23,7 +23,7 @@ def trainable_of(kind: str):
         inject(model, rank=3)
         made = Adapter(model, base, cli.CHATML, {"format": 1})
     else:
-        made = AllWeights(model, BF16, base, cli.CHATML)
+        made = AllWeights(model, BF16, base, Spoken(cli.CHATML))
     return model, made, torch.optim.AdamW(made.parameters.values(), fused=True)
 
 
