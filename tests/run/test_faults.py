@@ -257,7 +257,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_not_there_at_all(tmp_path, monke
 
 def test_a_run_goes_on_from_whole_rows_where_it_was_killed_within_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    rows = [{"step": step, "seconds": 0.5} for step in (1, 2, 3)]
+    rows = [{"step": step, "loss": None, "lr": 0.1, "grad_norm": None, "seconds": 0.5} for step in (1, 2, 3)]
     for row in rows[:2]:
         files.append_row(path, row)
     kill(tmp_path, lambda _: files.append_row(path, rows[2]), Blow(1, "half"))

@@ -358,11 +358,15 @@ IDENTITY = [  # a flag, and another value than the run has
     ("--system", "Be kind."), ("--template", "plain"), ("--date", "2025-02-01"), ("--adapter-dtype", "bfloat16"),
     ("--dtype", "bfloat16"), ("--eval-fraction", 0.5), ("--layers", "0"), ("--rank-pattern", "q_proj=3"),
     ("--alpha-pattern", "q_proj=3"), ("--init", "gaussian"), ("--lr-ratio-b", 4), ("--rslora",), ("--dora",),
+    ("--leading-answers", "drop"), ("--control-tokens",),
 ]  # fmt: skip
 
 
+SWITCH = ("--template-arg", "enable_thinking=false")  # one more, which this template does not read
+
+
 def test_every_setting_that_decides_what_is_learned_is_tried():
-    tried = {flag.removeprefix("--").replace("-", "_") for flag, *_ in IDENTITY}
+    tried = {flag.removeprefix("--").replace("-", "_") for flag, *_ in [*IDENTITY, SWITCH]}
     # these change nothing here by themselves
     alone = {"prompt_key", "response_key", "no_system", "init_adapter", "no_verify", "full"}
     assert tried | alone == {one.name for one in TrainSettings.flags().values() if one.decisive}
@@ -375,12 +379,12 @@ def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path,
     assert done.code == 2
     lines = "\n".join(done.errors)
     shown = [flag for flag, *_ in IDENTITY if f"changed {flag} in the command line" in lines]
-    assert len(done.errors) == 21 and len(shown) == 20 and "and 8 more" in lines  # not the data: flags changed them
+    assert len(done.errors) == 21 and len(shown) == 20 and "and 10 more" in lines  # not the data: flags changed them
     assert cli.tree(tmp_path) == before
 
 
 @mutation("lora/settings.py", "if known[name] != value]", "if known[name] != value and isinstance(value, str)]")
-@pytest.mark.parametrize("words", IDENTITY, ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [*IDENTITY, SWITCH], ids=lambda words: words[0])
 def test_a_changed_setting_is_named(words):
     args = TrainSettings.resolve([str(word) for word in words], "")
     old = TrainSettings.resolve([], "").to_save()

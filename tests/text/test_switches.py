@@ -58,8 +58,7 @@ def test_what_every_rendering_is_given_is_no_switch():
     assert is_argument("enable_thinking=1") and is_argument("reasoning_effort=low")
 
 
-@mutation("lora/text/template.py", "tree, undeclared = self._compile(self._find_undeclared)",
-          "tree, undeclared = self._find_undeclared(self.source)")  # fmt: skip
+@mutation("lora/text/template.py", "return self._compile(find)", "return find(self.source)")
 def test_switches_are_looked_for_within_the_limits_and_only_where_some_are_set(monkeypatch):
     """Jinja computes a template's constants when it looks for names, too."""
     entered, limits = [], sandbox.limits
