@@ -70,7 +70,8 @@ def behind_link(path: Path) -> Path:
     """What a link to a file, to a folder or to nothing yet leads to: results go there, and the link stays."""
     path = Path(path)
     follow = path.is_symlink() and (path.is_file() or path.is_dir() or not path.exists())  # not /dev/stdout, a pipe
-    return Path(os.path.realpath(path)) if follow else path
+    real = Path(os.path.realpath(path))
+    return real if follow and not real.is_symlink() else path  # a link to itself leads nowhere
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -199,6 +200,12 @@ def check_place(path: Path) -> None:
     for place in (nearest, path.absolute().parent if path.exists() else nearest):  # its lock lies beside it
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(13, "permission denied", str(place))
+    if free_bytes(path) is None and not path.exists():  # nobody knows, so it is tried: /proc has no room either
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=nearest))
+        except OSError as error:
+            why = f"no folder can be made there ({error.strerror})"
+            raise BadEnvironment(f"no place in {nearest}: {why}. Choose another folder") from None
     check_room(path, 2**20, "any result")
 
 

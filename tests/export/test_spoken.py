@@ -8,7 +8,7 @@ from gguf import GGUFReader
 
 from lora import pretrained
 from lora.pretrained import Spoken
-from lora.text.template import BUILT_IN
+from lora.text.template import BUILT_IN, ChatTemplate
 from tests import cli
 from tests.mutation import mutation
 from tests.scripts.test_commands import ok
@@ -185,7 +185,7 @@ def test_a_template_that_writes_the_old_eos_token_inside_a_turn_keeps_it(tmp_pat
 def test_an_end_of_turn_that_the_template_would_not_say_names_nothing():
     tokenizer = SimpleNamespace(token={2: "<|im_end|>"}.get)
     chat = SimpleNamespace(end_of_turn=2, end_is_written=False, tokenizer=tokenizer,
-                           template=SimpleNamespace(source="x", tokens={}))  # fmt: skip
+                           template=ChatTemplate("x"))  # fmt: skip
     assert Spoken.of(chat) == ("x", 2, None)
     chat.end_is_written = True
     assert Spoken.of(chat) == ("x", 2, "<|im_end|>")

@@ -194,7 +194,8 @@ def test_forgetting_is_measured_against_the_heads_of_both(tied):
 STEPS = 5
 RUN = ("--full", "--max-steps", STEPS, "--batch-size", 3, "--micro-tokens", 60, "--lr", 3e-3, "--save-every", 2)
 EVALUATED = ("--eval-fraction", 0.2, "--eval-every", 3, "--keep", 9, "--dtype", "bfloat16", "--retention", "kept.jsonl")
-BESIDE = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+BESIDE = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+          "tokenizer_config.json"]  # fmt: skip
 CHECKPOINT = sorted([*BESIDE, "optimizer.safetensors", "state.json", "MANIFEST.json"])
 
 

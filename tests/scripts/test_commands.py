@@ -449,10 +449,13 @@ def merged(tmp_path_factory):
 
 def test_a_merged_folder_has_the_files_and_names_of_its_base_and_the_template_of_the_adapter(merged):
     names = sorted(path.name for path in cli.model_folder().iterdir())
-    ours = ["chat_template.jinja", "receipt.json", "README.md"]
+    ours = ["chat_template.jinja", "generation_config.json", "receipt.json", "README.md"]
     assert sorted(path.name for path in merged.iterdir()) == sorted([*names, *ours])
     assert (merged / "chat_template.jinja").read_text() == cli.CHATML
-    for name in set(names) - {"model.safetensors", "config.json"}:
+    settings, before = (json.loads((folder / "tokenizer_config.json").read_text())
+                        for folder in (merged, cli.model_folder()))  # fmt: skip
+    assert settings == {key: value for key, value in before.items() if key != "chat_template"}
+    for name in set(names) - {"model.safetensors", "config.json", "tokenizer_config.json"}:
         assert (merged / name).read_bytes() == (cli.model_folder() / name).read_bytes()
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (merged, cli.model_folder()))
     assert ours == theirs
