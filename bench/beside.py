@@ -1,6 +1,6 @@
 """How fast is training beside a process that keeps a core busy?   python bench/beside.py [--rounds 3] [WAITING ...]
 
-The main job's own data, 12 steps by `train.py` in a fresh process, alone and beside an endless loop, once as it is and
+The main job's own data, 8 steps by `train.py` in a fresh process, alone and beside an endless loop, once as it is and
 once for every setting of the OpenMP runtime that is named (`default` takes ours away; NAME=VALUE,NAME=VALUE sets
 variables). The order rotates. Prints tokens/s, the share of the speed alone, and what each setting costs alone.
 """
@@ -16,7 +16,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "beside.json"
-STEPS, WARM = 12, 3
+STEPS, WARM = 8, 2
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402

@@ -55,6 +55,13 @@ RUNS = {
         24, 896, 4864, 14, 2, vocab=151_936, words=(90, 120), steps=4, flags="--dropout 0.1 --batch-size 4",
         model_type="qwen2",
     ),
+    "a large vocabulary, checkpointed": run(
+        6, 384, 1024, 6, 3, vocab=150_000, words=(250, 500), steps=3,
+        flags="--dtype float32 --checkpoint-activations --batch-size 8 --micro-tokens 4096",
+    ),
+    "every weight, a large vocabulary": run(
+        6, 384, 1024, 6, 3, vocab=150_000, words=(90, 120), steps=3, flags="--full",
+    ),
 }  # fmt: skip
 
 

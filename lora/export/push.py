@@ -46,4 +46,6 @@ def push_adapter(folder: Path, repo: str) -> str:
     private = papers and Path(papers["base"]["name"]).is_absolute()
     if Path(config.base).is_absolute():
         say(f"note     {store.CONFIG} will tell the base's place on this machine to all who may read it: {config.base}")
-    return push(folder, repo, [name for name in ADAPTER if not (private and name == store.PASSPORT)])
+    template = passport.template_of(folder)  # which may lie in the tokenizer's files
+    names = dict.fromkeys((*ADAPTER, *([Path(template).name] if template else [])))
+    return push(folder, repo, [name for name in names if not (private and name == store.PASSPORT)])

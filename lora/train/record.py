@@ -12,20 +12,11 @@ from lora.errors import BadInput, say
 from lora.train.step import StepResult
 
 NUMBERS = {  # what a row has at least: that of a step, of a step that was left out, of an evaluation
-    "step": (
-        "step",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "trained_tokens",
-        "unchanged",
-        "tokens_per_second",
-        "seconds",
-    ),
+    "step": ("step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "unchanged", "tokens_per_second",
+             "seconds"),
     "skipped": ("step", "lr", "seconds"),
     "evaluation": ("step", "retention_kl", "retention_loss_before", "retention_loss", "seconds"),
-}
+}  # fmt: skip
 
 
 class Record:

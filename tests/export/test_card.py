@@ -299,6 +299,18 @@ def test_an_adapter_is_uploaded_with_its_card_and_without_what_is_private(hub, t
     assert f"the base's place on this machine to all who may read it: {cli.model_folder()}" in done.err
 
 
+@mutation("lora/export/push.py", "([Path(template).name] if template else [])", "[]")
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+def test_a_template_that_lies_in_the_tokenizers_files_goes_along(hub, tmp_path, name):
+    folder = shutil.copytree(cli.adapter_folder(), tmp_path / "adapter")
+    (folder / "passport.json").unlink()  # as PEFT leaves it
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / name).write_text(json.dumps({"chat_template": template}))
+    assert push(hub, tmp_path, "--adapter", "adapter").code == 0
+    assert hub.files[name] == (folder / name).read_bytes()
+
+
 def test_a_passport_that_names_a_model_of_the_hub_goes_along(hub, tmp_path):
     shutil.copytree(cli.adapter_folder(), tmp_path / "adapter")
     papers = json.loads((tmp_path / "adapter/passport.json").read_text())
