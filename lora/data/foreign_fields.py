@@ -9,7 +9,7 @@ import re
 TRAINED = ("train", "training", "trainable", "do_train", "compute_loss", "loss", "loss_mask", "loss_scale",
            "loss_weight", "weight", "sample_weight")  # fmt: skip
 NOT_TRAINED = ("masked", "is_masked", "ignore_loss", "no_loss")  # the other way round
-GOOD = ("label", "kto_tag")  # true marks a good answer, false a bad one
+GOOD = ("label", "kto_tag", "is_desirable", "desirable")  # true marks a good answer, false a bad one
 JUDGED = ("score", "reward", "rating", "is_correct", "correct", "finish_reason")  # rows by it; nobody trains by it
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "think", "cot", "chain_of_thought")
 MEDIA = re.compile("(image|img|video|audio|picture|photo)s?(_?(path|url|file|token|byte|base64)s?)?")
