@@ -250,8 +250,8 @@ def _content(message: dict, role: str, name: str) -> str:
     """The text of a message, which OpenAI's form may give in parts."""
     content = message.get("content")
     if isinstance(content, list) and content:
-        if other := next((part for part in content if not _is_text(part)), None):
-            kind = other.get("type") if isinstance(other, dict) else None
+        if others := [part for part in content if not _is_text(part)]:
+            kind = others[0].get("type") if isinstance(others[0], dict) else None
             why = f", with a part of type {repr(kind)[:40]}" if kind != "text" and kind else ""
             raise _Wrong(f"{name} has list as content{why}, expected text. Repair the line")
         content = "".join(part["text"] for part in content)

@@ -126,7 +126,8 @@ def _write(
     front |= {"base_model": known, "license": license_of(base)}
     system = made and made.settings.get("system")
     turn = f'{{"role": "system", "content": {json.dumps(system)}}}, ' if isinstance(system, str) else ""
-    arguments = read_arguments(made.settings.get("template_arg")) if made else {}
+    given = made.settings.get("template_arg") if made else None  # of a file that may have been edited
+    arguments = read_arguments(given if isinstance(given, list) and all(isinstance(one, str) for one in given) else ())
     text = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(TEMPLATE)
     text = text.render(
         front={key: json.dumps(value) for key, value in front.items() if value},

@@ -94,7 +94,8 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> di
         chunk = (tokens if ops.is_plain() else min(ROWS, tokens)) * vocabulary  # of logits
         # logits, in bfloat16 again in float32, and their logarithms
         each = (10 if size == 2 else 8) + 8 * (model.config.final_logit_softcapping is not None)
-        work = chunk * each + 2 * row  # hidden states and their gradient
+        # hidden states and their gradient; and the head once more, which oneDNN and MKL lay out anew for a product
+        work = chunk * each + 2 * row + vocabulary * hidden * size
         work += args.full * vocabulary * hidden * (4 + size)  # the gradient of the head, scaled and rounded
         work = max(work, max(blocks) / 2)  # gradients on their way through a block
         if recomputes(tokens, args):  # of most blocks only the input is kept

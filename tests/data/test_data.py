@@ -368,6 +368,20 @@ BAD = [
     (b'{"q": "half \\ud800 pair", "a": "x"}', "message 1 has half a surrogate pair"),
     (b'{"q": "x", "a": "\\udc00"}', "message 2 has half a surrogate pair"),
 ]
+NO_PARTS = [None, 0, 0.0, False, "", [], {}, 1, "a", {"type": "text"}, {"type": "text", "text": None}, {"text": "a"}]
+
+
+@mutation(
+    "lora/data/formats.py",
+    "if others := [part for part in content if not _is_text(part)]:",
+    "if others := [part for part in content if part and not _is_text(part)]:",
+    case="None",
+)
+@pytest.mark.parametrize("part", NO_PARTS, ids=str)
+def test_what_is_no_part_of_text_is_refused_whatever_it_is(tmp_path, part):
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}, ANSWER]}
+    (problem,) = problems_of(written(tmp_path / "a.jsonl", raw=json.dumps(row).encode()))
+    assert "message 1 has list as content" in problem
 
 
 @mutation("lora/data/formats.py", "if why := foreign_fields.refused_in_row(value, used):", "if False:")

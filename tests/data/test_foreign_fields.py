@@ -162,7 +162,7 @@ def test_two_masks_that_differ_are_refused(tmp_path):
 
 
 @mutation("lora/data/foreign_fields.py", "if value is not True:", "if False:")
-@pytest.mark.parametrize("field", ["label", "kto_tag"])
+@pytest.mark.parametrize("field", ["label", "kto_tag", "is_desirable", "desirable"])
 @pytest.mark.parametrize(
     "row", [{"prompt": "Hi", "completion": "Hello."}, {"messages": PAIR}, {"q": "Hi", "a": "Hello."}]
 )
