@@ -272,7 +272,7 @@ LOUD = cli.CHATML.replace("m.role", "m.role | upper").replace("assistant\n", "AS
 @mutation("lora/adapter/passport.py", "for name in (TEMPLATE, *TOKENIZERS_TEMPLATE))", "for name in (TEMPLATE,))")
 @mutation("lora/adapter/passport.py", '("chat_template.json", "tokenizer_config.json")', '("chat_template.json",)')
 @mutation("lora/files.py", 'if isinstance(one, dict) and one.get("name") == "default")', "if isinstance(one, dict))")
-@mutation("merge.py", "source = files.read_template(template) if", "source = files.read_bytes(template).decode() if")
+@mutation("merge.py", "load_chat(base, args.adapter, template", "load_chat(base, None, template")
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.json"])
 @pytest.mark.parametrize("form", ["text", "list"])
 def test_a_template_in_the_tokenizers_files_of_an_adapter_is_the_one_it_was_trained_with(work, place, form):
