@@ -308,7 +308,7 @@ def test_templates_of_an_adapter_count_in_the_order_of_a_models(work):
     assert template() == "chat_template.jinja"
 
 
-@mutation("lora/files.py", "if isinstance(source, str) and any(", "if False and any(")
+@mutation("lora/pretrained/chat.py", 'if any("\\ud800" <= c <= "\\udfff" for c in text):', "if False:")
 @ALL
 @pytest.mark.parametrize("text", ["{", '{"chat_template": "\\ud800"}', '{"chat_template": "{% for"}'], ids=range(3))
 def test_a_broken_template_in_the_tokenizers_files_of_an_adapter_is_bad_input(work, script, text):
@@ -317,3 +317,4 @@ def test_a_broken_template_in_the_tokenizers_files_of_an_adapter_is_bad_input(wo
     done = use(script, work)
     lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert done.code == 2 and len(lines) == 1 and "adapter/tokenizer_config.json" in lines[0]
+    assert ("half a surrogate pair" in lines[0]) == ("ud800" in text)
