@@ -114,8 +114,7 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
     if bool(args.data) == bool(args.task):
         what = "contradiction" if args.data else "nothing to score"
         problems.append(f"{what} in the command line: there must be --data or --task. Give one of them")
-    if bool(args.prompt_key) != bool(args.response_key):
-        problems.append(sources.KEYS)
+    problems += sources.key_problems(args)
     for off, flag in (("no_generate", "predictions"), ("no_retention", "retention")):
         if getattr(args, off) and getattr(args, flag):
             both = f"--{off.replace('_', '-')} and --{flag}"

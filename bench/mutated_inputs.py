@@ -95,9 +95,14 @@ def configs(place: Path, chosen: random.Random):
     return command("generate", "--model", folder, *ASK)
 
 
+def copy_of_adapter(place: Path) -> Path:
+    return shutil.copytree(
+        cli.adapter_folder(), place / "adapter", ignore=shutil.ignore_patterns("checkpoints", "*.png")
+    )
+
+
 def adapters(place: Path, chosen: random.Random):
-    folder = place / "adapter"
-    shutil.copytree(cli.adapter_folder(), folder, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
+    folder = copy_of_adapter(place)
     if chosen.random() < 0.5:
         (folder / "passport.json").unlink()  # as PEFT writes it
     config = ("adapter_config.json",) * 4
@@ -112,15 +117,14 @@ def safetensors(place: Path, chosen: random.Random):
         folder = shutil.copytree(cli.model_folder(), place / "model")
         mutate_one(folder, ("model.safetensors",), chosen)
         return command("generate", "--model", folder, *ASK)
-    folder = place / "adapter"
-    shutil.copytree(cli.adapter_folder(), folder, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
+    folder = copy_of_adapter(place)
     mutate_one(folder, ("adapter_model.safetensors",), chosen)
     return command("generate", "--model", cli.model_folder(), "--adapter", folder, *ASK)
 
 
 def gguf(place: Path, chosen: random.Random):
     path = place / "model.gguf"
-    path.write_bytes(mutators.header(cli.gguf_file().read_bytes(), chosen, gguf_size()))
+    path.write_bytes(mutators.data(cli.gguf_file().read_bytes(), chosen, gguf_size()))
     return command("generate", "--model", path, *ASK)
 
 
@@ -212,9 +216,7 @@ def serve(numbers: list[int], seed: int, place: Path, tell) -> None:
     torch.set_num_threads(1)
     cli.set_environment({})
     with open(os.devnull, "rb") as nothing, open(place / "log", "ab") as log:
-        os.dup2(nothing.fileno(), 0), os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+        cli.use_streams(nothing, log, log)
     for number in numbers:
         folder = place / str(number)
         folder.mkdir()

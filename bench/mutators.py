@@ -65,10 +65,6 @@ def data(given: bytes, chosen: random.Random, size: int | None = None) -> bytes:
     return bytes(found)
 
 
-def header(given: bytes, chosen: random.Random, size: int) -> bytes:
-    return data(given, chosen, size)
-
-
 def safetensors(given: bytes, chosen: random.Random) -> bytes:
     """The JSON header by its structure, with its length set anew; or bytes of length and header."""
     size = struct.unpack("<Q", given[:8])[0]

@@ -28,6 +28,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # errors of a call that a file system does not know; EINVAL is what Linux says of fsync and flock
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+NO_RENAME = (errno.EXDEV, errno.EBUSY, *UNSUPPORTED)  # at mount points, layers of a container, some of networks
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def _replace(aside: Path, path: Path) -> None:
     try:
         os.replace(aside, path)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY, *UNSUPPORTED):
+        if error.errno not in NO_RENAME:
             raise
         shutil.copyfile(aside, path)
         sync(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lora.errors import BadEnvironment, BadInput, say
-from lora.files import UNSUPPORTED, sync
+from lora.files import NO_RENAME, UNSUPPORTED, sync
 
 
 def make_folder(path: Path) -> None:
@@ -35,7 +35,7 @@ def _move(folder: Path, to: Path) -> None:
     try:
         os.rename(folder, to)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY, *UNSUPPORTED):
+        if error.errno not in NO_RENAME:
             raise
         shutil.copytree(folder, to, symlinks=True, dirs_exist_ok=True)
         for path in (*filter(Path.exists, to.rglob("*")), to):

@@ -313,14 +313,19 @@ def call(
     return Result(code, *texts)
 
 
+def use_streams(*streams) -> None:
+    """Three files become stdin, stdout and stderr of this process."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream.fileno(), number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+
+
 def _child(script: str, argv: list[str], cwd: Path, env: dict, streams: tuple, before) -> None:
     code = 70
     try:
-        for number, stream in enumerate(streams):
-            os.dup2(stream.fileno(), number)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+        use_streams(*streams)
         for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
             del sys.modules[name]  # its settings are read from the environment when it is imported
         torch.set_num_threads(1)  # the parent's threads do not live here

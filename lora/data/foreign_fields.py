@@ -10,6 +10,7 @@ TRAINED = ("train", "training", "trainable", "do_train", "compute_loss", "loss",
            "loss_weight", "weight", "sample_weight")  # fmt: skip
 NOT_TRAINED = ("masked", "is_masked", "ignore_loss", "no_loss")  # the other way round
 GOOD = ("label", "kto_tag", "is_desirable", "desirable")  # true marks a good answer, false a bad one
+MASKS = (*TRAINED, *NOT_TRAINED, *GOOD)
 JUDGED = ("score", "reward", "rating", "is_correct", "correct", "finish_reason")  # rows by it; nobody trains by it
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "think", "cot", "chain_of_thought")
 MEDIA = re.compile("(image|img|video|audio|picture|photo)s?(_?(path|url|file|token|byte|base64)s?)?")
@@ -32,7 +33,7 @@ REFUSED = {
     **dict.fromkeys(("reasoning_details", "thinking_blocks", "refusal"), _BESIDE),
 }
 OF_A_ROW = REFUSED.keys() - {"refusal"}  # there it is what a data set knows of the row
-KNOWN = {"role", "content", "from", "value", *TRAINED, *NOT_TRAINED, *GOOD, *THOUGHTS, *REFUSED}  # of a message
+KNOWN = {"role", "content", "from", "value", *MASKS, *THOUGHTS, *REFUSED}  # of a message
 
 PREFERENCE = (
     "chosen",
@@ -93,7 +94,7 @@ def is_trained(fields: dict, name: str, used: tuple = ()) -> tuple[bool | None, 
     Raises ValueError for one that is neither yes nor no, for two that differ, and for a bad answer.
     """
     said, by = None, ""
-    for field in (*TRAINED, *NOT_TRAINED, *GOOD):
+    for field in MASKS:
         value = fields.get(field)
         if value is None or field in used:
             continue

@@ -77,7 +77,7 @@ def scan(
     keys: Keys | None = None,
     progress: Callable[[int], object] = lambda size: None,
     leading: str = "error",
-    unused: Callable[[str, str], object] = lambda where, field: None,
+    unused: Callable[[str, str], object] | None = None,
 ) -> Iterator[Conversation | Problem]:
     """Every row of some files, in order, as it is read: a conversation, or what is wrong with it.
 
@@ -117,7 +117,7 @@ def _conversation(
                 raise _Wrong(f"its {field} leaves nothing to train. Remove the row, or {field}")
             if not any(m["role"] in ("assistant", "text") and "train" not in m for m in messages):
                 raise _Wrong("nothing to train, there is no assistant turn to learn. Add an answer")
-        for field in foreign_fields.unread(value, turns, used):
+        for field in foreign_fields.unread(value, turns, used) if unused else ():
             unused(where, field)
         return Conversation(messages, where, shape + LEADING[leading] if led else shape)
     except _Wrong as wrong:

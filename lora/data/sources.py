@@ -16,7 +16,6 @@ from lora.errors import BadInput, say
 from lora.text.chat import Chat
 
 MOST_NAMES = 5  # of control tokens that one line lists
-KEYS = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,15 @@ def named(args) -> list[tuple[str, str, float | None]]:
             if (flag == "replay" and number is None) or (number is not None and not 0 < number <= most):
                 why = f"{name!r} has no number that could be {what}"
                 problems.append(f"wrong --{flag} in the command line: {why}. Give FILE:NUMBER, above 0, as 0.25")
-    if bool(args.prompt_key) != bool(args.response_key):
-        problems.append(KEYS)
-    if problems:
+    if problems := [*problems, *key_problems(args)]:
         raise BadInput(*problems)
     return files
+
+
+def key_problems(args) -> list[str]:
+    """The line that is due where one key of rows is named without the other."""
+    line = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
+    return [line] if bool(args.prompt_key) != bool(args.response_key) else []
 
 
 def how(args) -> dict:

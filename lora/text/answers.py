@@ -92,13 +92,6 @@ class Renderer:
                     text = self._join(guarded[: i + 1], guard, answers.index(i) + 1)
                 texts.append(replace(text, trained=frozenset({i}), alone=True))
         for text in texts:
-            for number, answer in enumerate(text.answers, 1):
-                written = self.tokenizer.control_pattern.sub("", text.text[answer.begin : answer.end])
-                if answer.turn in text.trained and not written.strip():
-                    why = f"it writes nothing for answer {number}"
-                    raise BadInput(
-                        f"chat template in {self.template.where}: {why}. Change the turn, or give --template"
-                    )
             text.missing = tuple(self._missing(text, guarded))
         return texts
 
@@ -155,11 +148,16 @@ class Renderer:
         return found
 
     def _missing(self, text: Rendered, messages: Sequence[dict]) -> Iterator[str]:
-        """For each trained answer of which the template leaves something out or changes it: that."""
-        places = {answer.turn: (answer.begin, answer.end) for answer in text.answers}
+        """For each trained answer of which the template leaves something out or changes it: that. Raises BadInput for
+        one of which it writes nothing."""
+        places = {answer.turn: (number, answer) for number, answer in enumerate(text.answers, 1)}
         for turn in sorted(text.trained):
-            begin, end = places.get(turn, (0, len(text.text)))
+            number, place = places.get(turn, (0, None))
+            begin, end = (place.begin, place.end) if place else (0, len(text.text))
             written = self.tokenizer.control_pattern.sub(" ", text.text[begin:end])
+            if place and not written.strip():
+                why = f"it writes nothing for answer {number}"
+                raise BadInput(f"chat template in {self.template.where}: {why}. Change the turn, or give --template")
             values = (value for key, value in messages[turn].items() if key != "role")
             if missing := next(filter(None, (left_out(value, text.text[:begin], written) for value in values)), ""):
                 yield missing.replace(text.guard, "")

@@ -62,7 +62,11 @@ class TokenizedChat(NamedTuple):
 
 
 class WithoutRow(BadInput):
-    """A text has a token that the tokenizer knows and the model has no embedding for."""
+    """A text has a token that the tokenizer knows and the model has no embedding for: `what` says which."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}. Leave it out")
+        self.what = what
 
 
 class Chat:
@@ -96,8 +100,8 @@ class Chat:
         except Rewritten:  # it can still be talked to
             pass
         except WithoutRow as error:
-            what = str(error).replace("Leave it out", "Give the tokenizer of this model")
-            raise BadInput(f"chat template in {template.where}: {what}") from None
+            fix = "Give the tokenizer of this model"
+            raise BadInput(f"chat template in {template.where}: {error.what}. {fix}") from None
         self.stops = {*eos, self.end_of_turn}
         self.cuts = 0  # texts in which the tokenizer would have fused an answer with the prompt before it
         self.guarded = 0  # conversations with text that spells a control token
@@ -209,7 +213,7 @@ class Chat:
 
     def _check_rows(self, tokens: list[int]) -> None:
         if problem := self.tokenizer.without_row(tokens):
-            raise WithoutRow(f"{problem}. Leave it out")
+            raise WithoutRow(problem)
 
 
 def _or_error(make, *given):

@@ -9,6 +9,8 @@ def left_out(content: str, before: str, written: str) -> str:
     White space does not count, nor what the template writes round it; and the content may begin at the end of `before`,
     as a mark that is not written twice.
     """
+    if content in written:
+        return ""
     wanted, start = _letters(content), _letters(before[max(0, len(before) - 2 * len(content)) :])
     if wanted in start[max(0, len(start) - len(wanted) + 1) :] + _letters(written):
         return ""

@@ -400,7 +400,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused_only_where_a_tex
 
 @mutation(
     "lora/text/chat.py",
-    'raise BadInput(f"chat template in {template.where}: {what}") from None',
+    'raise BadInput(f"chat template in {template.where}: {error.what}. {fix}") from None',
     "raise",
 )
 def test_a_template_of_tokens_without_embedding_is_refused_by_its_name(tmp_path):

@@ -173,7 +173,7 @@ def test_a_template_that_does_not_write_an_answer_is_refused_for_training_and_ca
     assert chat.prompt(turns("Hi")) == plain_ids("<s>Hi[A]")
 
 
-@mutation("lora/text/answers.py", "if answer.turn in text.trained and not written.strip():", "if False:")
+@mutation("lora/text/answers.py", "if place and not written.strip():", "if False:")
 def test_a_template_that_writes_nothing_but_its_end_of_turn_for_an_answer_is_refused():
     blind = CHATML.replace("m.content", "(m.content if m.role == 'user' else '')")
     with pytest.raises(BadInput, match="chat template in here: it writes nothing for answer 1"):
