@@ -6,7 +6,6 @@ import pytest
 
 from lora.text.chat import Chat
 from lora.text.template import ChatTemplate
-from tests.mutation import mutation
 from tests.text.test_answers import EMPTY, KINDS, NAMES, OPENS, SWITCH, THOUGHT
 from tests.text.test_guard import PHI, stripping
 from tests.text.test_template import byte_level, turns
@@ -31,7 +30,6 @@ def ids_of(reference, messages, generate: bool, **arguments) -> list[int]:
 TALKS = [turns("Hi", "Hello."), turns("Hi", "Hello.", "And?", "No."), turns("Hi", THOUGHT + "Hello.", "And?", "No.")]
 
 
-@mutation("lora/text/template.py", "given = self.tokens | self.arguments", "given = self.tokens", case="switch on")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ids_before_every_answer_are_the_generation_prompt_of_transformers(kind):
     source, arguments = KINDS[kind]

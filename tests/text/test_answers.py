@@ -99,6 +99,7 @@ CASES = [  # kind, answer, the prompt, what is trained
 ]  # fmt: skip
 
 
+@mutation("lora/text/template.py", "given = self.tokens | self.arguments", "given = self.tokens", case="5")
 @mutation("lora/text/thoughts.py", "return answer if _closing(opened) in answer else None", "return None", case="3")
 @mutation("lora/text/thoughts.py", "text.startswith(opened[0]) else tag", "True else tag", case="2")
 @mutation("lora/text/thoughts.py", "if text.startswith(tag):", "if False:", case="1")
