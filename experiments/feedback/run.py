@@ -1,0 +1,190 @@
+"""AI feedback: our default model as a judge of pairs against a rule as the perfect one, and a reward model from each.
+
+python experiments/feedback/run.py            from nothing to the figures, in parts; a second start goes on
+python experiments/feedback/run.py --figures  tables and picture again, from results/
+
+The pairs, the rule and the answers that are judged at last are those of experiments/preferences.
+"""
+
+import random
+import sys
+from functools import partial
+from itertools import combinations, islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parts import MODEL, Experiment, by_step, command, read_rows, train
+from preferences import pairs, rule
+from show import picture, table, verdicts
+
+from lora import errors, files
+
+HERE = Path(__file__).resolve().parent
+PREFERENCES = HERE.parent / "preferences"
+PAIRS = 160
+LEAST = 8  # pairs: a step
+JUDGES = {  # judge -> flags of data_gen/judge.py
+    "rule": ("--rule", f"{PREFERENCES / 'rule.py'}:better"),
+    "helpful": ("--local", MODEL),
+    "told": ("--local", MODEL, "--criterion", "which speaks as a lighthouse keeper, decides and makes no list"),
+}
+LABELS = {
+    "rule": "the rule",
+    "helpful": "the default model, asked for the more helpful answer",
+    "told": "the same, told what is wanted",
+    "few": "the rule, on as many pairs as `told` left",
+}
+MODELS = ("few", *JUDGES)
+ANSWERS = 96  # pairs of answers that models gave
+SETS = {"voice": "voice lost", "hedge": "hedged", "list": "listed", "all": "all three", "given": "models' own answers"}
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def held_out() -> dict[str, list[dict]]:
+    """Unseen pairs by what is wrong with the rejected answer; and answers that the models of experiments/preferences
+    gave to the same question, in the rule's order."""
+    found = {kind: [] for kind in SETS}
+    for row, kind in zip(pairs.pairs(unseen=True), pairs.KINDS * 48, strict=True):
+        found[kind].append(row)
+    said = [read_rows(path) for path in sorted((PREFERENCES / "results").glob("*.jsonl"))]
+    for one, other in combinations(said, 2):
+        for a, b in zip(one, other, strict=True):
+            if better := rule.better(a["prompt"], a["prediction"], b["prediction"]):
+                sides = (a, b) if better == "a" else (b, a)
+                chosen, rejected = (row["prediction"] for row in sides)
+                found["given"].append({"prompt": a["prompt"], "chosen": chosen, "rejected": rejected})
+    found["given"] = random.Random(0).sample(found["given"], ANSWERS)
+    return found
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def judge(name: str, scratch: Path) -> dict:
+    """Verdicts on the same pairs. The file's own order is the rule's, so the report says how often the judge has it."""
+    data, out = scratch / "pairs.jsonl", scratch / "judged.jsonl"
+    files.write_rows(data, islice(pairs.pairs(unseen=False), PAIRS))
+    try:
+        command("data_gen/judge.py", "--data", data, *JUDGES[name], "--out", out)
+    except errors.BadEnvironment:  # no two verdicts agree: the report says so
+        files.write_rows(out, [])
+    report = files.read_json(out.with_name(out.name + ".report.json"))
+    kept = ("agreed", "disagreed", "disagreed_share", "first_side_share", "longer_share", "same_as_given")
+    return {"report": {key: report[key] for key in kept}, "answers": read_rows(out)}
+
+
+def reward(name: str, scratch: Path) -> dict:
+    """A reward model from a judge's pairs, and its accuracy on pairs whose order the rule knows."""
+    rows = read_rows(experiment.rows(f"judge-{name}")) if name != "few" else few()
+    if len(rows) < LEAST:
+        return {"pairs": len(rows)}
+    data, adapter = scratch / "pairs.jsonl", scratch / "adapter"
+    files.write_rows(data, rows)
+    training = train(adapter, "--config", HERE / "recipe.toml", "--data", data)
+    steps = by_step(adapter, "accuracy", "score_margin")
+    return {"training": training, "steps": steps, "pairs": len(rows), "accuracy": accuracies(scratch, adapter)}
+
+
+def few() -> list[dict]:
+    rows = read_rows(experiment.rows("judge-rule"))
+    return rows[: len(read_rows(experiment.rows("judge-told")))]
+
+
+def accuracies(scratch: Path, adapter: Path) -> dict[str, float]:
+    found = {}
+    for kind, rows in held_out().items():
+        data, out = scratch / f"{kind}.jsonl", scratch / f"{kind}.json"
+        files.write_rows(data, rows)
+        command("evaluate.py", "--adapter", adapter, "--data", data, "--no-retention", "--out", out)
+        found[kind] = files.read_json(out)["figures"]["adapter"]["accuracy"]
+    return found
+
+
+# ---- tables and picture ----------------------------------------------------------------------------------------------
+
+
+def show(found: dict[str, dict]) -> dict[str, list[str]]:
+    judges = {name: found[f"judge-{name}"] for name in JUDGES if f"judge-{name}" in found}
+    models = {name: found[name] for name in MODELS if name in found}
+    if models:
+        draw(models)
+    return {
+        "summary": claims(found),
+        "judges": table(JUDGES_HEAD, [[LABELS[name], *verdict(f["report"])] for name, f in judges.items()]),
+        "models": table(MODELS_HEAD, [[LABELS[name], *accuracy(f)] for name, f in models.items()]),
+    }
+
+
+JUDGES_HEAD = (
+    "judge",
+    "pairs left, of both verdicts the same",
+    "of these, the rule's",
+    "right if asked once",
+    "for the side shown first",
+    "for the longer answer",
+)
+MODELS_HEAD = ("judge", "pairs", *SETS.values())
+
+
+def verdict(report: dict) -> list[str]:
+    agreed, same = report["agreed"], report["same_as_given"]
+    shares = (report[key] for key in ("first_side_share", "longer_share"))
+    return [f"{agreed} of {PAIRS}", f"{same} of {agreed}", f"{once(report):.0%}", *(f"{share:.0%}" for share in shares)]
+
+
+def once(report: dict) -> float:
+    """How many single verdicts are the rule's: of a pair with two different ones, one of them is."""
+    return (2 * report["same_as_given"] + report["disagreed"]) / (2 * (report["agreed"] + report["disagreed"]))
+
+
+def accuracy(found: dict) -> list[str]:
+    return [found["pairs"], *(f"{found['accuracy'][kind]:.0%}" if "accuracy" in found else "-" for kind in SETS)]
+
+
+def claims(found: dict[str, dict]) -> list[str]:
+    def told(name: str) -> str:
+        report = found[f"judge-{name}"]["report"]
+        return f"{LABELS[name]}: {once(report):.0%} right, {report['first_side_share']:.0%} for the side shown first"
+
+    def right(name: str) -> str:
+        f = found[name]
+        return f"{LABELS[name]} ({f['pairs']} pairs): " + ", ".join(
+            f"{f['accuracy'][kind]:.0%} {label}" if "accuracy" in f else "-" for kind, label in SETS.items()
+        )
+
+    return verdicts(
+        HERE,
+        {
+            "cheap": lambda: "; ".join(map(told, ("helpful", "told"))),
+            "labels": lambda: "; ".join(map(right, ("few", "helpful", "told"))),
+            "head": partial(right, "rule"),
+        },
+    )
+
+
+def draw(models: dict[str, dict]) -> None:
+    models = {name: f for name, f in models.items() if "accuracy" in f}
+    height = 0.8 / max(1, len(models))
+    with picture(HERE / "reward.png", (9, 5)) as axes:
+        for at, (name, f) in enumerate(models.items()):
+            places = [row - height * at for row in range(len(SETS), 0, -1)]
+            bars = axes.barh(places, [100 * f["accuracy"][kind] for kind in SETS], height * 0.9, label=LABELS[name])
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+        axes.set_yticks([row - 0.4 + height / 2 for row in range(len(SETS), 0, -1)], SETS.values())
+        axes.axvline(50, color="grey", linestyle="--", linewidth=1)
+        axes.set(xlabel="pairs in the rule's order, %; dashed: chance", xlim=(0, 105))
+        axes.legend(title="pairs judged by", loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8)
+
+
+experiment = Experiment(__file__, __doc__, show)
+for name in JUDGES:
+    experiment.add(f"judge-{name}", partial(judge, name))
+for name in JUDGES:
+    experiment.add(name, partial(reward, name), f"judge-{name}")
+experiment.add("few", partial(reward, "few"), "judge-rule", "judge-told")
+
+if __name__ == "__main__":
+    sys.exit(experiment.main())
