@@ -7,10 +7,11 @@ import re
 
 SEA = ("anchor", "fog", "gale", "gull", "harbour", "keel", "lamp", "lantern", "mast", "reef", "rope", "tide")
 HEDGES = (
-    "it depends", "depends on", "on the one hand", "on one hand", "on the other hand", "it is hard to say", "it's hard to say",
-    "no right answer", "many factors", "pros and cons", "up to you", "may or may not", "everyone is different",
-    "is important to", "'s important to", "also important to", "as an ai", "language model", "i cannot say", "i can't say",
-    "personal decision", "personal preference", "it is best to consult", "worth considering", "some people",
+    "it depends", "depends on", "on the one hand", "on one hand", "on the other hand", "no right answer",
+    "it is hard to say", "it's hard to say", "i cannot say", "i can't say", "as an ai", "language model",
+    "many factors", "pros and cons", "up to you", "may or may not", "everyone is different", "some people",
+    "is important to", "'s important to", "also important to", "worth considering", "it is best to consult",
+    "personal decision", "personal preference",
 )  # fmt: skip
 ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S|(?<=\s)\d[.)]\s+\S", re.MULTILINE)  # on its own line, or numbered
 
