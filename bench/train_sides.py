@@ -131,7 +131,7 @@ def matmul_seconds(side: Ours, examples: list[Example]) -> float:
     Linear, after the last attention for the trained positions only, and the head's two in the loss's chunks. No
     gradient goes beyond the first layer's q, k and v."""
     from lora.adapter.inject import lora_layers
-    from lora.ops.fast_cross_entropy import ROWS
+    from lora.ops.fast_log_probs import ROWS
 
     head = side.model.head_weight
     weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0

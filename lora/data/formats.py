@@ -42,11 +42,14 @@ Keys = tuple[str, str | None]  # of question and answer
 
 class Conversation(NamedTuple):
     """Messages {"role", "content"}, also "train": False and "reasoning_content"; `file:line` to name them by; the shape
-    of their row."""
+    of their row. `rejected` is the other side of a pair; `good` says how an answer was judged that has none."""
 
     messages: list[dict]
     where: str
     shape: str = "messages"
+    rejected: list[dict] | None = None
+    good: bool | None = None
+    margin: float = 0.0
 
 
 class _Wrong(Exception):

@@ -73,13 +73,13 @@ def test_what_is_saved_is_json_without_places_and_switches_of_the_command():
 
 
 def no_fast_version() -> None:
-    from lora.ops import fast_attention, fast_cross_entropy, fast_lora, fast_rms_norm, fast_swiglu
+    from lora.ops import fast_attention, fast_log_probs, fast_lora, fast_rms_norm, fast_swiglu
 
     def fail(*args, **kwargs):
         raise AssertionError("a fast version was called")
 
-    for module in (fast_attention, fast_cross_entropy, fast_lora, fast_rms_norm, fast_swiglu):
-        for name in set(vars(module)) & {"attention", "cross_entropy", "lora_linear", "linears", "rms_norm", "swiglu"}:
+    for module in (fast_attention, fast_log_probs, fast_lora, fast_rms_norm, fast_swiglu):
+        for name in set(vars(module)) & {"attention", "log_probs", "lora_linear", "linears", "rms_norm", "swiglu"}:
             setattr(module, name, fail)
 
 
