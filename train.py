@@ -26,8 +26,8 @@ from lora.methods import METHODS, Objective, compares
 from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub
-from lora.run.evaluator import Answers, Evaluator, Interrupted
 from lora.run import reference
+from lora.run.evaluator import Answers, Evaluator, Interrupted
 from lora.run.plan import Plan, make_plan
 from lora.run.results import REPORT, Results, new_folder, reserved, show
 from lora.run.resume import Resumed, begin_state, resume

@@ -34,7 +34,7 @@ class Ours:
         from lora.adapter import store
         from lora.adapter.inject import inject
         from lora.data import batch
-        from lora.methods import objective, sft
+        from lora.methods import Objective, sft
         from lora.run.trainable import make_optimizer
         from lora.train.step import train_step
 
@@ -48,7 +48,7 @@ class Ours:
         self.model.train()
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = {f"{store.PREFIX}{name}.weight": p for name, p in trainable.items()}
-        self.objective = objective(sft.loss, self.model, job)
+        self.objective = Objective(sft, self.model, job)
         self.optimizer = make_optimizer(trainable, job, here)
 
     def cut(self, examples: list[Example]) -> list:

@@ -118,8 +118,8 @@ class TrainMethod(Settings, group="method"):
     """What it is trained for."""
 
     method: str = flag(
-        "sft", "sft learns answers, dpo from pairs (chosen, rejected), kto from answers judged good or bad; reward makes "
-        "a model that scores answers, from pairs", one_of("sft", "dpo", "kto", "reward"))
+        "sft", "sft learns answers; dpo from pairs, chosen and rejected; kto from answers judged good or bad; reward "
+        "makes a model that scores answers, from pairs", one_of("sft", "dpo", "kto", "reward"))
     loss: str = flag("sigmoid", "of dpo", one_of(*dpo.LOSSES))
     beta: float | None = flag(
         None, "of dpo and kto: how closely to keep to the reference; 0.1 without it, 2 for simpo", between(1e-6, 1e3))

@@ -33,9 +33,9 @@ class NotFinite(BadNumbers):
 def accumulate(objective: Callable, batches: Sequence, count: int | None = None) -> tuple[float, int]:
     """Add the gradients of a whole step to `.grad`; returns its mean loss and what that is a mean of.
 
-    `objective(batch)` is a sum over `batch.count` trained tokens. Each sum is divided by the count of the whole step, so
-    every token weighs the same however the step is cut. Where these batches are only a part of the step, `count` is that
-    of all of it, and the loss is their part of the mean.
+    `objective(batch)` is a sum over `batch.count` trained tokens. Each sum is divided by the count of the whole step,
+    so every token weighs the same however the step is cut. Where these batches are only a part of the step, `count` is
+    that of all of it, and the loss is their part of the mean.
     """
     count = sum(batch.count for batch in batches) if count is None else count
     loss = 0.0

@@ -16,10 +16,10 @@ CLASSES = {"train": TrainSettings, "generate": GenerateSettings, "evaluate": Eva
 
 
 @mutation("lora/settings.py", "key=lambda one: GROUPS.index(one.group)", "key=lambda one: one.name")
-def test_help_of_train_shows_its_flags_in_seven_groups_in_this_order(tmp_path):
+def test_help_of_train_shows_its_flags_in_eight_groups_in_this_order(tmp_path):
     lines = cli.call("train", "--help", cwd=tmp_path).out.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    groups = ("model", "data", "adapter", "optimisation", "evaluation", "saving", "hardware")
+    groups = ("model", "data", "method", "adapter", "optimisation", "evaluation", "saving", "hardware")
     assert titles == ["options:", *(f"{group}:" for group in groups)]
     first = next(one.name for one in TrainSettings.flags().values() if one.group == "adapter")
     assert lines[lines.index("adapter:") + 1].startswith(f"  --{first.replace('_', '-')}")
