@@ -93,9 +93,9 @@ def pairs_of(longer: int, shorter: int, equal: int = 0):
     return rows
 
 
-@mutation("lora/data/lint_pairs.py", "if not n or many < BIASED * n or", "if not n or", case="65-35")
-@mutation("lora/data/lint_pairs.py", "or many - n / 2 < DEVIATIONS * sqrt(n) / 2:", "or False:", case="8-0")
-@mutation("lora/data/lint_pairs.py", "many = max(longer, n - longer)", "many = longer", case="0-40")
+@mutation("lora/data/lint_pairs.py", "if not n or many < BIASED * n or", "if not n or", case="65-35-False")
+@mutation("lora/data/lint_pairs.py", "or many - n / 2 < DEVIATIONS * sqrt(n) / 2:", "or False:", case="8-0-False")
+@mutation("lora/data/lint_pairs.py", "many = max(longer, n - longer)", "many = longer", case="0-40-True")
 @pytest.mark.parametrize(
     ("longer", "shorter", "biased"),
     [(40, 0, True), (0, 40, True), (67, 33, True), (65, 35, False), (50, 50, False), (8, 0, False), (9, 0, True),
