@@ -156,7 +156,8 @@ def read_sources(
         found[flag].append((part, number))
     if args.prompt_key and not problems:
         pair = f"{args.prompt_key}/{args.response_key}"
-        if not any(pair in map(formats.plain_shape, part.shapes) for parts in found.values() for part, _ in parts):
+        shapes = {formats.plain_shape(shape) for parts in found.values() for part, _ in parts for shape in part.shapes}
+        if not any(f"{shape}/".startswith(f"{pair}/") for shape in shapes):  # of a pair, the rejected answer's follows
             why = f"no row has both {pair}. Check --prompt-key, --response-key"
             problems.append(f"wrong keys in the command line: {why}")
     if problems:

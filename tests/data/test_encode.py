@@ -215,6 +215,58 @@ def test_a_preview_by_hand():
     assert found[4].endswith("│<|im_end|>") and "<│|│" in found[4]  # the spelled one is several tokens
 
 
+@mutation(
+    "lora/data/preview.py", "sides = named(examples[i]) if examples.group > 1", 'sides = {"": examples[i]} if True'
+)
+@mutation("lora/data/preview.py", 'if linked.known["good"][0]', 'if not linked.known["good"][0]')
+def test_a_preview_shows_both_sides_of_a_pair_and_what_an_answer_was_judged_by_name(capsys):
+    question, better, worse = turns("Q", "one")[0], turns("Q", "one")[1], turns("Q", "two")[1]
+    shared = {"where": "a.jsonl:1", "messages": [question, better], "shape": "x"}
+    pairs = [Conversation(**shared, rejected=[question, worse], margin=margin) for margin in (0.0, 0.5)]
+    judged = [Conversation(**shared, good=good) for good in (True, False)]
+    shown = {}
+    for kind, rows in (("pair", pairs), ("judged", judged)):
+        preview.show(encode(rows, chat_of("chatml"), 1000, kind=kind), 2, byte_level())
+        shown[kind] = capsys.readouterr().out.rstrip("\n").split("\n\n")
+    heads = [[block.partition(", a.jsonl:1: ")[0] for block in shown[kind]] for kind in shown]
+    assert heads[0] == ["example 1 of 2, chosen", "example 1 of 2, rejected",
+                        "example 2 of 2, chosen by a margin of 0.5", "example 2 of 2, rejected"]  # fmt: skip
+    assert heads[1] == ["example 1 of 2, good", "example 1 of 2, with another row's answer",
+                        "example 2 of 2, bad", "example 2 of 2, with another row's answer"]  # fmt: skip
+    answers = [re.search(r"\n\+ (\S+)", block)[1].replace("│", "") for block in shown["pair"]]
+    assert answers == ["one<|im_end|>", "two<|im_end|>"] * 2
+
+
+@mutation(
+    "lora/data/preview.py", "lengths, trained = examples.document_lengths,", "lengths, trained = examples.lengths,"
+)
+@mutation("lora/data/preview.py", "if examples.equal else {}", "if False else {}")
+def test_the_numbers_of_pairs_are_those_of_each_side_and_count_equal_ones():
+    sides = turns("Q", "one"), turns("Q", "one and more")
+    rows = [Conversation(side, "a.jsonl:1", "x", sides[0]) for side in (sides[1], sides[1], sides[0])]
+    chat = chat_of("chatml")
+    found = preview.numbers(encode(rows, chat, 1000, kind="pair"), 1, 1.0)
+    short, long = (len(chat.tokenize(side)[0].tokens) for side in sides)
+    assert (found["length p50"], found["length max"], found["tokens"]) == (
+        str(short),
+        str(long),
+        str(2 * (short + long)),
+    )
+    assert (found["rows"], found["equal sides"]) == ("3", "1")
+
+
+@mutation("lora/data/sources.py", 'if not any(f"{shape}/".startswith(f"{pair}/")', "if not any(shape == pair")
+def test_both_keys_of_a_pair_can_be_named_and_must_be_in_some_row(tmp_path):
+    for good in ("chosen", "gut"):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"frage": "Q", good: "A", "rejected": "B"}))
+        argv = ["--data", str(tmp_path / "a.jsonl"), "--max-len", "100", "--prompt-key", "frage", "--response-key"]
+        settings = TrainSettings.resolve([*argv, good], "")
+        assert len(read_sources(settings, chat_of("chatml"), Path, kind="pair").examples) == 1
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q", "chosen": "A", "rejected": "B"}))
+    with pytest.raises(BadInput, match="no row has both frage/gut"):
+        read_sources(settings, chat_of("chatml"), Path, kind="pair")
+
+
 NAMES = ["rows", "tokens", "trained tokens", "length p50", "length p95", "length max", "trained share", "dropped",
          "truncated", "tokens per step", "memory"]  # fmt: skip
 
