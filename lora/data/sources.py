@@ -75,15 +75,18 @@ def named(args) -> list[tuple[str, str, float | None]]:
 
 
 def key_problems(args) -> list[str]:
-    """The line that is due where one key of rows is named without the other."""
+    """The line that is due where one key of rows is named without the other; of pairs the question's is enough."""
+    if args.prompt_key and getattr(args, "method", None) in ("dpo", "reward"):
+        return []
     line = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
     return [line] if bool(args.prompt_key) != bool(args.response_key) else []
 
 
 def how(args, kind: str = "conversation") -> dict:
     """How `formats` reads rows, by the flags and by the `kind` of rows that a method learns from."""
-    keys = (args.prompt_key, args.response_key) if args.prompt_key and args.response_key else None
-    return {"keys": keys, "leading": args.leading_answers, "kind": "pair" if kind == "scored" else kind}
+    pairs = kind in ("pair", "scored")
+    keys = (args.prompt_key, args.response_key) if args.prompt_key and (args.response_key or pairs) else None
+    return {"keys": keys, "leading": args.leading_answers, "kind": "pair" if pairs else kind}
 
 
 def _rows(
@@ -155,9 +158,10 @@ def read_sources(
         problems += _describe(flag, name, number, part, args, most)
         found[flag].append((part, number))
     if args.prompt_key and not problems:
-        pair = f"{args.prompt_key}/{args.response_key}"
-        if not any(pair in map(formats.plain_shape, part.shapes) for parts in found.values() for part, _ in parts):
-            why = f"no row has both {pair}. Check --prompt-key, --response-key"
+        pair = "/".join(filter(None, (args.prompt_key, args.response_key)))
+        shapes = {formats.plain_shape(shape) for parts in found.values() for part, _ in parts for shape in part.shapes}
+        if not any(f"{shape}/".startswith(f"{pair}/") for shape in shapes):  # of a pair, the rejected answer's follows
+            why = f"no row has {pair}. Check --prompt-key, --response-key"
             problems.append(f"wrong keys in the command line: {why}")
     if problems:
         raise BadInput(*problems)
