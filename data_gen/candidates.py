@@ -28,6 +28,9 @@ SHAPES = (("a", "b"), ("answers",), ("chosen", "rejected"))
 MOST_ANSWERS = 64  # of one prompt: 2,016 pairs
 
 
+LEFT_OUT = ("equal", "repeated", "cut or empty")  # why a pair is not compared
+
+
 class Pair(NamedTuple):
     """Two answers to a prompt, which is a text or messages; `ordered`: the file says that `a` is the better one."""
 
@@ -107,14 +110,14 @@ def _pairs(where: str, row: object) -> list[Pair]:
 def _prompt(prompt: object) -> str | list[dict]:
     """A prompt as the row has it. Raises ValueError unless it is a text, or turns of which the last is a user's."""
     if not isinstance(prompt, list):
-        return _text(prompt, "prompt")
+        return _text(prompt, "its prompt")
     for number, message in enumerate(prompt, 1):
         name = f"message {number} of its prompt"
         if not isinstance(message, dict):
             raise ValueError(f"{name} is no object. Repair the line")
         if why := foreign_fields.refused_in_message(message, name):
             raise ValueError(why)
-        _text(message.get("content"), f"content in {name}")
+        _text(message.get("content"), f"the content of {name}")
     roles = [message.get("role") for message in prompt]
     turns = roles[roles[:1] == ["system"] :]
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
@@ -130,14 +133,14 @@ def _answer(answer: object) -> str:
         if why := foreign_fields.refused_in_message(answer[0], "an answer"):
             raise ValueError(why)
         answer = answer[0].get("content")
-    return _text(answer, "answer")
+    return _text(answer, "an answer")
 
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"a {name} is no text or empty. Write it as text")
+        raise ValueError(f"{name} is no text or empty. Write it as text")
     if not is_utf8(value):
-        raise ValueError(f"a {name} has half a surrogate pair, which is no character. Remove it")
+        raise ValueError(f"{name} has half a surrogate pair, which is no character. Remove it")
     return value
 
 

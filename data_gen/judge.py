@@ -169,7 +169,8 @@ def check(args) -> None:
         problems.append(f"wrong {flag} in the command line: {why}. {fix}")
 
     if ("data" in args) == ("prompts" in args):
-        wrong("arguments", f"{'both' if 'data' in args else 'neither'} --data and --prompts", "Give one of them")
+        why = "both --data and --prompts" if "data" in args else "neither --data nor --prompts"
+        wrong("arguments", why, "Give one of them")
     if not {"base_url", "local", "rule"} & given.keys():
         wrong("arguments", "there is no judge", "Give --base-url, --local or --rule")
     for name, (flag, *_) in SAMPLING.items():
@@ -214,7 +215,7 @@ def compared(args, left_out: Counter) -> list[Pair]:
 
 
 def run(argv) -> None:
-    args, left_out = parse(argv), Counter()
+    args, left_out = parse(argv), Counter(dict.fromkeys(candidates.LEFT_OUT, 0))
     check(args)
     rule = load_rule(args.rule) if "rule" in args else None
     master = None if rule else teacher.from_flags(args, JUDGE_FLAGS, LocalJudge)
