@@ -112,7 +112,6 @@ def scripted(*says, then=perfect):
 # ---- which verdicts count --------------------------------------------------------------------------------------------
 
 
-@mutation("data_gen/verdicts.py", "return first if first == second else None", "return second if first else None")
 @mutation(
     "data_gen/candidates.py",
     '{"chosen": chosen, "rejected": self.b if chosen == self.a else self.a}',
@@ -164,6 +163,7 @@ def test_which_side_is_shown_first_is_a_function_of_the_seed_and_the_pair():
     assert first != [verdicts.sides(pair, 0, 4)[0] for pair in pairs]
 
 
+@mutation("data_gen/verdicts.py", "return first if first == second else None", "return second if first else None")
 @mutation("data_gen/verdicts.py", "longer += len(answer) > min(len(pair.a), len(pair.b))", "longer += turn")
 @mutation("data_gen/verdicts.py", "unequal += len(pair.a) != len(pair.b)", "unequal += 1")
 @mutation("data_gen/verdicts.py", "first_side += answer == sides(pair, turn, seed)[0]", "first_side += 1 - turn")
