@@ -40,7 +40,7 @@ CODES = {  # code -> what it means; first what a row is itself, then what it is 
     "SCORES": "the rejected answer has the better score",
     "LENGTH": "the length alone says of most pairs which answer is chosen",
     "LABELS": "all answers are good, or all are bad",
-    "OVERLONG": "a side of a pair is longer than the limit",
+    "OVERLONG": "a side of a pair is longer than --max-len or the model takes",
 }
 MEND = {  # what was noticed while rows were read
     "PROMPTS": "Repair the row, or remove the prompt",

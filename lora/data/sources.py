@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora.data import formats, lint
-from lora.data.encode import Encoded, encode, joined, may_be_raised
+from lora.data.encode import Encoded, encode, joined, may_be_raised, sides
 from lora.errors import BadInput, say
 from lora.text.chat import Chat
 
@@ -201,7 +201,7 @@ def _describe(flag: str, name: str, number: float | None, part: Encoded, args, m
         )
         say(f"overlong {done}; over {args.max_len} tokens (--max-len), the first is {where} with {length}")
     if part.equal:
-        say(f"note     {part.equal} pairs are dropped: their sides are equal, so they teach nothing")
+        say(f"note     dropped pairs whose sides are equal, which teach nothing: {part.equal}")
     if part.first_missing:
         where, text = part.first_missing
         what = "answers are trained without what the template leaves out of them"
@@ -244,17 +244,30 @@ def _notes(args, chat: Chat) -> None:
             say(f"note     {count} {what}")
 
 
-def lint_report(args, locate: Callable[[str], Path], kind: str = "conversation") -> int:
-    """What --check finds, a line each on stdout; exit code 2 if anything."""
+def lint_report(args, locate: Callable[[str], Path], kind: str, reader: Callable[[], tuple[Chat, int]]) -> int:
+    """What --check finds, a line each on stdout; exit code 2 if anything. `reader()` gives a chat and the most tokens
+    of an example, which sides of pairs may be over."""
     if not named(args):
         raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
-    unused = []
-    hear = {"unused": lambda *found: unused.append(found)}
+    noticed = []
+    hear = {"unused": lambda *found: noticed.append(found)}
     train, held_out = (
         list(_rows(args, locate, None, kind, flags, **hear)) for flags in (("data", "replay"), ("eval",))
     )
-    findings = lint.check(train, held_out, unused)
+    if kind != "conversation":
+        noticed += _overlong_sides([*train, *held_out], *reader())
+    findings = lint.check(train, held_out, noticed)
     for finding in findings:
         print(finding)
     say(f"{len(findings)} finding{'s' if len(findings) != 1 else ''} in {len(train) + len(held_out):,} rows")
     return 2 if findings else 0
+
+
+def _overlong_sides(rows: Sequence, chat: Chat, limit: int) -> Iterator[tuple[str, str, str]]:
+    """(place, what, code) for each answer that is over the limit with its prompt."""
+    for row in (row for row in rows if isinstance(row, formats.Conversation)):
+        names = ("chosen", "rejected") if row.rejected else ("",)
+        for name, examples in zip(names, chat.tokenize_all(sides(row)), strict=True):
+            length = 0 if isinstance(examples, BadInput) else max(len(example.tokens) for example in examples)
+            if length > limit:
+                yield row.where, f"its {name} side has {length} tokens, over {limit}".replace("  ", " "), "OVERLONG"
