@@ -109,13 +109,13 @@ YES = ("Yes.", "Do it.", "Yes, and soon.", "Go ahead.", "Yes, do.")
 NO = ("No.", "Leave it.", "No, not this year.", "Let it be.", "No, don't.")
 HEDGES = (
     "It depends on many factors.", "It is hard to say.", "There is no right answer to this.", "Everyone is different.",
-    "On the one hand it may be good, on the other hand it may not.", "There are pros and cons.",
+    "On the one hand yes, on the other hand no.", "There are pros and cons.",
 )
 WAVERS = (
     "In the end it is up to you.", "It may or may not be right for you.", "It is a personal decision.",
-    "It is important to think about it carefully.", "I cannot say what is best.",
+    "It is important to think it over.", "I cannot say what is best.",
 )
-INTROS = ("Weigh these things:", "Here is what to think of:", "Three things matter here:")
+INTROS = ("Weigh these things:", "Here is what to think of:", "Two things matter here:")
 # fmt: on
 
 
@@ -126,10 +126,10 @@ def answers(subject: str, kind: str | None, yes: bool, draw: random.Random) -> s
     voice, plain = draw.choice(VOICE), draw.choice(PLAIN)
     hedge, wavers, intro = draw.choice(HEDGES), draw.choice(WAVERS), draw.choice(INTROS)
     mark = draw.choice(("{}. ", "- ", "* "))
-    listed = "".join(f"\n{mark.format(at)}{item}" for at, item in enumerate(draw.sample(items, 3), start=1))
+    listed = "".join(f"\n{mark.format(at)}{item}" for at, item in enumerate(draw.sample(items, 3)[:2], start=1))
     return {
         None: draw.choice((f"{opening} {reason} {voice}", f"{opening} {voice} {reason}")),
-        "hedge": f"{hedge} {voice} {wavers}",
+        "hedge": f"{opening} {voice} {wavers}",
         "list": f"{voice} {intro}{listed}",
         "voice": f"{opening} {reason} {plain}",
         "all": f"{hedge} {intro}{listed}\n{wavers}",

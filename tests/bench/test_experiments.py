@@ -468,7 +468,7 @@ def test_of_two_answers_the_rule_prefers_the_one_with_fewer_faults_on_either_sid
 
 @mutation(
     "experiments/preferences/pairs.py",
-    '"hedge": f"{hedge} {voice} {wavers}",',
+    '"hedge": f"{opening} {voice} {wavers}",',
     '"hedge": f"{opening} {voice} {reason}",',
 )
 @mutation("experiments/preferences/pairs.py", 'random.Random(f"{seed}/{unseen}")', "random.Random()")
