@@ -58,14 +58,11 @@ def data(method: str, place: Path) -> Path:
     rows = [json.loads(line)["messages"] for line in cli.data_file().read_text().splitlines()]
     asked = [(row[:-1], row[-1]["content"]) for row in rows]
     path = place / f"{method}.jsonl"
-    said = [
-        {"prompt": prompt, "good": good, "bad": asked[i - 1][1] + " Or not."} for i, (prompt, good) in enumerate(asked)
-    ]
-    if method == "kto":
-        made = [{"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row[side]}],
-                 "label": side == "good"} for row, side in zip(said, ("good", "bad") * len(said), strict=False)]  # fmt: skip
-    else:
-        made = [{"prompt": row["prompt"], "chosen": row["good"], "rejected": row["bad"]} for row in said]
+    made = []
+    for i, (prompt, good) in enumerate(asked):
+        bad = asked[i - 1][1] + " Or not."
+        judged = {"completion": [{"role": "assistant", "content": bad if i % 2 else good}], "label": i % 2 == 0}
+        made.append({"prompt": prompt, **(judged if method == "kto" else {"chosen": good, "rejected": bad})})
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return cli.data_file() if method == "sft" else path
 
