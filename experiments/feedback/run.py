@@ -72,7 +72,7 @@ def judge(name: str, scratch: Path) -> dict:
     except errors.BadEnvironment:  # no two verdicts agree: the report says so
         files.write_rows(out, [])
     report = files.read_json(out.with_name(out.name + ".report.json"))
-    kept = ("agreed", "disagreed", "disagreed_share", "first_side_share", "longer_share", "same_as_given")
+    kept = ("agreed", "disagreed", "first_side_share", "longer_share", "given_order_share")
     return {"report": {key: report[key] for key in kept}, "answers": read_rows(out)}
 
 
@@ -130,14 +130,19 @@ MODELS_HEAD = ("judge", "pairs", *SETS.values())
 
 
 def verdict(report: dict) -> list[str]:
-    agreed, same = report["agreed"], report["same_as_given"]
-    shares = (report[key] for key in ("first_side_share", "longer_share"))
-    return [f"{agreed} of {PAIRS}", f"{same} of {agreed}", f"{once(report):.0%}", *(f"{share:.0%}" for share in shares)]
+    left, shares = report["agreed"], (report[key] for key in ("first_side_share", "longer_share"))
+    right = f"{same(report)} of {left}"
+    return [f"{left} of {PAIRS}", right, f"{once(report):.0%}", *(f"{share:.0%}" for share in shares)]
+
+
+def same(report: dict) -> int:
+    """Pairs whose two verdicts are both the rule's."""
+    return round(report["agreed"] * (report["given_order_share"] or 0))
 
 
 def once(report: dict) -> float:
     """How many single verdicts are the rule's: of a pair with two different ones, one of them is."""
-    return (2 * report["same_as_given"] + report["disagreed"]) / (2 * (report["agreed"] + report["disagreed"]))
+    return (2 * same(report) + report["disagreed"]) / (2 * (report["agreed"] + report["disagreed"]))
 
 
 def accuracy(found: dict) -> list[str]:

@@ -26,15 +26,17 @@ SETS = {  # set -> its questions, none of them in the pairs
 }
 LENGTH = 64  # tokens of an answer; the longest chosen one has 45
 BETAS = ("0.05", "0.1", "0.5")
-SFT = ("--lr", 1e-3, "--max-steps", 20)
+SFT = ("--lr", 1e-3)
+DPO = ("--method", "dpo", "--lr", 5e-5)
 SIDES = ("log_prob_chosen", "log_prob_rejected", "reward_chosen", "reward_rejected", "accuracy")
 WINDOW = 10  # steps, of the curves' running mean
 ARMS = {
     "base": "the base",
     "sft": "SFT on the chosen answers, 20 steps",
-    "sft-more": "30 more steps of that",
-    **{f"dpo-{beta}": f"DPO from `sft`, β {beta}, 30 steps" for beta in BETAS},
-    "dpo-sft": "the same with β 0.1 and `--sft-weight 1`",
+    "sft-more": "20 more steps of that",
+    **{f"dpo-{beta}": f"DPO from `sft`, β {beta}, 20 steps" for beta in BETAS},
+    "dpo-sft": "with β 0.1 and `--sft-weight 1`",
+    "dpo-fast": "with β 0.1 and four times the rate",
 }
 
 
@@ -63,13 +65,13 @@ def measure(scratch: Path, adapter: Path | None) -> list[dict]:
 
 def imitate(words, scratch: Path) -> dict:
     adapter = scratch / "adapter"
-    training = train(adapter, "--data", data()["chosen"], "--config", HERE / "recipe.toml", *words())
+    training = train(adapter, "--data", data()["chosen"], "--config", HERE / "recipe.toml", *SFT, *words())
     return {"training": training, "answers": measure(scratch, adapter)}
 
 
 def prefer(words, scratch: Path) -> dict:
     adapter, made = scratch / "adapter", data()
-    words = ("--method", "dpo", "--data", made["pairs"], "--eval-data", made["unseen"], *from_sft(), *words)
+    words = (*DPO, "--data", made["pairs"], "--eval-data", made["unseen"], *from_sft(), *words)
     training = train(adapter, "--config", HERE / "recipe.toml", *words)
     return {"training": training, "sides": by_step(adapter, *SIDES), "answers": measure(scratch, adapter)}
 
@@ -230,11 +232,12 @@ def draw_frontier(found: dict[str, dict]) -> None:
 
 experiment = Experiment(__file__, __doc__, show)
 experiment.add("base", lambda scratch: {"answers": measure(scratch, None)})
-experiment.add("sft", partial(imitate, lambda: SFT), leaves="adapter")
+experiment.add("sft", partial(imitate, tuple), leaves="adapter")
 experiment.add("sft-more", partial(imitate, from_sft), "sft")
 for beta in BETAS:
     experiment.add(f"dpo-{beta}", partial(prefer, ("--beta", beta)), "sft")
 experiment.add("dpo-sft", partial(prefer, ("--beta", "0.1", "--sft-weight", "1")), "sft")
+experiment.add("dpo-fast", partial(prefer, ("--beta", "0.1", "--lr", 2e-4)), "sft")
 
 if __name__ == "__main__":
     sys.exit(experiment.main())

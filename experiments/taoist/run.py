@@ -25,7 +25,7 @@ SETS = {  # set -> its questions, none of them in the rows
     "unrelated": (ROOT / "tests" / "fixtures" / "unrelated_questions.txt").read_text().splitlines()[:20],
 }
 LENGTH = 80  # tokens of an answer; the longest row has 58
-RATES = ("0.002", "0.0005", "0.0001")
+RATES = ("0.002", "0.0005")
 SHOWN = ("How do I cope with pressure?", "How can I get rid of a bad habit?", "What can I learn from a river?")
 
 
