@@ -7,7 +7,10 @@ The pairs, the rule and the answers that are judged at last are those of experim
 """
 
 import random
+import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
@@ -18,24 +21,27 @@ from parts import MODEL, Experiment, by_step, command, read_rows, train
 from preferences import pairs, rule
 from show import picture, table, verdicts
 
+from data_gen import candidates, journal
+from data_gen.verdicts import LABELS, sides
 from lora import errors, files
 
 HERE = Path(__file__).resolve().parent
 PREFERENCES = HERE.parent / "preferences"
 PAIRS = 160
 LEAST = 8  # pairs: a step
+SEED = 0  # of data_gen/judge.py: which side is shown first
 JUDGES = {  # judge -> flags of data_gen/judge.py
     "rule": ("--rule", f"{PREFERENCES / 'rule.py'}:better"),
     "helpful": ("--local", MODEL),
     "told": ("--local", MODEL, "--criterion", "which speaks as a lighthouse keeper, decides and makes no list"),
 }
-LABELS = {
+TOLD = {
     "rule": "the rule",
     "helpful": "the default model, asked for the more helpful answer",
-    "told": "the same, told what is wanted",
-    "few": "the rule, on as many pairs as `told` left",
+    "told": "the default model, told what is wanted",
+    "once": "the same, asked once",
 }
-MODELS = ("few", *JUDGES)
+MODELS = {"rule": "rule", "told": "told", "once": "told"}  # reward model -> the judge of its pairs
 ANSWERS = 96  # pairs of answers that models gave
 SETS = {"voice": "voice lost", "hedge": "hedged", "list": "listed", "all": "all three", "given": "models' own answers"}
 
@@ -73,24 +79,34 @@ def judge(name: str, scratch: Path) -> dict:
         files.write_rows(out, [])
     report = files.read_json(out.with_name(out.name + ".report.json"))
     kept = ("agreed", "disagreed", "first_side_share", "longer_share", "given_order_share")
-    return {"report": {key: report[key] for key in kept}, "answers": read_rows(out)}
+    return {"report": {key: report[key] for key in kept}, "answers": list(verdicts_of(data, out))}
+
+
+def verdicts_of(data: Path, out: Path) -> Iterator[dict]:
+    """Every pair in the order of the judge's first verdict, and whether the second one agreed."""
+    agreed, asked = read_rows(out), journal.beside(out)
+    if not asked.exists():  # a rule has no journal
+        yield from (row | {"agreed": True} for row in agreed)
+        return
+    with closing(sqlite3.connect(asked)) as replies:
+        said = dict(replies.execute("select key, text from replies"))
+    for pair in candidates.read(data):
+        if (label := said.get(f"{pair.key}.0.1")) in LABELS:
+            row = pair.row(sides(pair, 0, SEED)[LABELS.index(label)])
+            yield row | {"agreed": row in agreed}
 
 
 def reward(name: str, scratch: Path) -> dict:
     """A reward model from a judge's pairs, and its accuracy on pairs whose order the rule knows."""
-    rows = read_rows(experiment.rows(f"judge-{name}")) if name != "few" else few()
-    if len(rows) < LEAST:
-        return {"pairs": len(rows)}
+    rows = read_rows(experiment.rows(f"judge-{MODELS[name]}"))
+    agreed = [row for row in rows if row.pop("agreed") or name == "once"]
+    if len(agreed) < LEAST:
+        return {"pairs": len(agreed)}
     data, adapter = scratch / "pairs.jsonl", scratch / "adapter"
-    files.write_rows(data, rows)
+    files.write_rows(data, agreed)
     training = train(adapter, "--config", HERE / "recipe.toml", "--data", data)
     steps = by_step(adapter, "accuracy", "score_margin")
-    return {"training": training, "steps": steps, "pairs": len(rows), "accuracy": accuracies(scratch, adapter)}
-
-
-def few() -> list[dict]:
-    rows = read_rows(experiment.rows("judge-rule"))
-    return rows[: len(read_rows(experiment.rows("judge-told")))]
+    return {"training": training, "steps": steps, "pairs": len(agreed), "accuracy": accuracies(scratch, adapter)}
 
 
 def accuracies(scratch: Path, adapter: Path) -> dict[str, float]:
@@ -113,8 +129,8 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
         draw(models)
     return {
         "summary": claims(found),
-        "judges": table(JUDGES_HEAD, [[LABELS[name], *verdict(f["report"])] for name, f in judges.items()]),
-        "models": table(MODELS_HEAD, [[LABELS[name], *accuracy(f)] for name, f in models.items()]),
+        "judges": table(JUDGES_HEAD, [[TOLD[name], *verdict(f["report"])] for name, f in judges.items()]),
+        "models": table(MODELS_HEAD, [[TOLD[name], *accuracy(f)] for name, f in models.items()]),
     }
 
 
@@ -152,11 +168,11 @@ def accuracy(found: dict) -> list[str]:
 def claims(found: dict[str, dict]) -> list[str]:
     def told(name: str) -> str:
         report = found[f"judge-{name}"]["report"]
-        return f"{LABELS[name]}: {once(report):.0%} right, {report['first_side_share']:.0%} for the side shown first"
+        return f"{TOLD[name]}: {once(report):.0%} right, {report['first_side_share']:.0%} for the side shown first"
 
     def right(name: str) -> str:
         f = found[name]
-        return f"{LABELS[name]} ({f['pairs']} pairs): " + ", ".join(
+        return f"{TOLD[name]} ({f['pairs']} pairs): " + ", ".join(
             f"{f['accuracy'][kind]:.0%} {label}" if "accuracy" in f else "-" for kind, label in SETS.items()
         )
 
@@ -164,7 +180,7 @@ def claims(found: dict[str, dict]) -> list[str]:
         HERE,
         {
             "cheap": lambda: "; ".join(map(told, ("helpful", "told"))),
-            "labels": lambda: "; ".join(map(right, ("few", "helpful", "told"))),
+            "labels": lambda: "; ".join(map(right, ("told", "once"))),
             "head": partial(right, "rule"),
         },
     )
@@ -176,7 +192,7 @@ def draw(models: dict[str, dict]) -> None:
     with picture(HERE / "reward.png", (9, 5)) as axes:
         for at, (name, f) in enumerate(models.items()):
             places = [row - height * at for row in range(len(SETS), 0, -1)]
-            bars = axes.barh(places, [100 * f["accuracy"][kind] for kind in SETS], height * 0.9, label=LABELS[name])
+            bars = axes.barh(places, [100 * f["accuracy"][kind] for kind in SETS], height * 0.9, label=TOLD[name])
             axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
         axes.set_yticks([row - 0.4 + height / 2 for row in range(len(SETS), 0, -1)], SETS.values())
         axes.axvline(50, color="grey", linestyle="--", linewidth=1)
@@ -187,9 +203,8 @@ def draw(models: dict[str, dict]) -> None:
 experiment = Experiment(__file__, __doc__, show)
 for name in JUDGES:
     experiment.add(f"judge-{name}", partial(judge, name))
-for name in JUDGES:
-    experiment.add(name, partial(reward, name), f"judge-{name}")
-experiment.add("few", partial(reward, "few"), "judge-rule", "judge-told")
+for name, judged in MODELS.items():
+    experiment.add(name, partial(reward, name), f"judge-{judged}")
 
 if __name__ == "__main__":
     sys.exit(experiment.main())

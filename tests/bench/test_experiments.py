@@ -499,6 +499,52 @@ def test_an_answer_wins_against_the_one_to_the_same_question():
     assert preferences.wins(found(RIGHT, RIGHT, RIGHT, worst), found(worst, worst, RIGHT, RIGHT), "others") == (2, 1, 1)
 
 
+@mutation("experiments/feedback/run.py", 'said.get(f"{pair.key}.0.1")', 'said.get(f"{pair.key}.1.1")')
+@mutation("experiments/feedback/run.py", '"agreed": row in agreed', '"agreed": True')
+def test_a_judges_first_verdict_orders_a_pair_and_its_second_one_says_whether_it_agrees(tmp_path):
+    import sqlite3
+
+    from data_gen import candidates
+    from data_gen.verdicts import sides
+
+    feedback, data, out = program(FOLDER / "feedback"), tmp_path / "pairs.jsonl", tmp_path / "judged.jsonl"
+    given = [{"prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in given))
+    journal = sqlite3.connect(f"{out}.journal")
+    journal.execute("create table replies (key text, text text)")
+    swapped = given[1] | {"chosen": "bad 1", "rejected": "good 1"}
+    agreed, expected = [given[0], swapped], [(given[0], True), (swapped, True), (given[2], False)]
+    for (row, is_agreed), pair in zip(expected, candidates.read(data), strict=False):
+        at = sides(pair, 0, 0).index(row["chosen"])  # where the first question showed it; the second one swapped both
+        told = {0: "AB"[at], 1: "AB"[1 - at] if is_agreed else "AB"[at]}
+        journal.executemany("insert into replies values (?, ?)", [(f"{pair.key}.{n}.1", told[n]) for n in told])
+    journal.commit()
+    journal.close()
+    out.write_text("".join(json.dumps(row) + "\n" for row in agreed))
+    assert list(feedback.verdicts_of(data, out)) == [row | {"agreed": said} for row, said in expected]
+
+
+@mutation("experiments/feedback/run.py", '(2 * same(report) + report["disagreed"])', "2 * same(report)")
+def test_of_two_verdicts_that_differ_one_is_the_rules():
+    feedback = program(FOLDER / "feedback")
+    report = {"agreed": 40, "disagreed": 120, "given_order_share": 0.75}
+    assert feedback.once(report) == (60 + 120) / 320
+    assert feedback.once({"agreed": 0, "disagreed": 160, "given_order_share": None}) == 0.5
+
+
+@mutation("experiments/feedback/run.py", '(a, b) if better == "a" else (b, a)', "(a, b)")
+def test_pairs_that_a_reward_model_is_tried_on_are_in_the_rules_order():
+    feedback = program(FOLDER / "feedback")
+    held_out = feedback.held_out()
+    assert [len(held_out[kind]) for kind in feedback.SETS] == [48, 48, 48, 48, feedback.ANSWERS]
+    for kind, fault in (("voice", ["voice"]), ("hedge", ["hedge"]), ("list", ["list"]), ("given", None)):
+        for row in held_out[kind]:
+            assert feedback.rule.better(row["prompt"], row["chosen"], row["rejected"]) == "a"
+            assert fault is None or feedback.rule.faults(row["rejected"]) == fault
+    trained = {row["prompt"] for row in feedback.pairs.pairs(unseen=False)}
+    assert not trained & {row["prompt"] for rows in held_out.values() for row in rows}
+
+
 @mutation(
     "experiments/taoist/run.py",
     "return is_taoist(row) and TAUGHT.issuperset(sayings(row))",
