@@ -1,6 +1,9 @@
 """Small pairs and judged answers, and the settings of a method. Import as `from tests.methods.linked import ...`."""
 
+import json
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -11,6 +14,7 @@ from lora.data.batch import Batch, Linked, collate
 from lora.methods.answers import log_probs
 from lora.run.settings import TrainSettings
 from lora.text.chat import Example
+from tests import cli
 from tests.helpers import some_tokens
 
 LONG = (31, 4, 9, 17, 2, 26)  # tokens of answers, so unequal that a mean of means is far off
@@ -24,11 +28,6 @@ def settings(method: str, *words, **changed) -> TrainSettings:
     return args
 
 
-def answered(prompt: int, answer: int, seed: int) -> Example:
-    """A prompt and an answer of so many random tokens."""
-    return Example(some_tokens(prompt + answer, seed=seed).tolist(), [False] * prompt + [True] * answer)
-
-
 def pairs(count: int = 6, **known) -> list[Linked]:
     """Pairs whose sides share a prompt, of very unequal lengths; by name, what is known of each example."""
     found = []
@@ -39,6 +38,11 @@ def pairs(count: int = 6, **known) -> list[Linked]:
         examples = tuple(Example(prompt + a, [False] * len(prompt) + [True] * len(a)) for a in answers)
         found.append(Linked(examples, {name: tuple(numbers[i]) for name, numbers in known.items()}))
     return found
+
+
+def scored(item: Linked) -> Linked:
+    """With a token behind each end of turn, as a reward model needs it."""
+    return item._replace(examples=tuple(Example([*e.tokens, 5], [*e.trained, False]) for e in item.examples))
 
 
 @torch.no_grad()
@@ -71,3 +75,38 @@ def taken(model) -> torch.Tensor:
     found = torch.cat([p.grad.flatten() for p in trained])
     model.zero_grad()
     return found
+
+
+def judged(count: int = 6, **known) -> list[Linked]:
+    """Answers that are good and bad by turns, each with an answer that has nothing to do with its question."""
+    signs = [(i % 3 != 1,) * 2 for i in range(count)]
+    return pairs(count, good=[(float(a), float(b)) for a, b in signs], **known)
+
+
+# ---- files of rows, for train.py -------------------------------------------------------------------------------------
+
+ASKED = [(f"What is {a} and {b}?", f"It is {a + b}, as {a} and {b} are {a + b}.", f"No, {b}.") for a in (1, 2, 3)
+         for b in (1, 2, 3)]  # fmt: skip
+
+
+def _written(name: str, rows: Sequence[dict]) -> Path:
+    path = cli.scratch() / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@cache
+def pairs_file() -> Path:
+    """Nine pairs."""
+    return _written("pairs.jsonl", [{"prompt": q, "chosen": c, "rejected": r} for q, c, r in ASKED])
+
+
+@cache
+def judged_file() -> Path:
+    """Nine answers, six of them good."""
+    rows = [(q, c, True) if i % 3 else (q, r, False) for i, (q, c, r) in enumerate(ASKED)]
+    return _written("judged.jsonl", [{"prompt": q, "completion": a, "label": good} for q, a, good in rows])
+
+
+def data_of(method: str) -> Path:
+    return {"sft": cli.data_file, "kto": judged_file}.get(method, pairs_file)()
