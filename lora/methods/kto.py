@@ -46,9 +46,7 @@ def prepare(model: Model, batches: Sequence[Batch], args, total: Total = list) -
     """z of the whole step; then the judged answers alone, which know it."""
     answers, others = ([batch.every(2, start) for batch in batches] for start in (0, 1))
     with evaluating(model):
-        logs = [
-            log_probs(model, batch) for batch in others
-        ]  # of padding too: a sharded base is gathered by all at once
+        logs = [log_probs(model, batch) for batch in others]  # of padding, too: all ranks gather a sharded base
     changes = [log - batch.known["reference"] for log, batch in zip(logs, others, strict=True) if batch.linked]
     changed, count = total([sum(float(part.sum()) for part in changes), sum(map(len, changes))])
     z = max(0.0, changed / count)

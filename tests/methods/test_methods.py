@@ -153,7 +153,7 @@ def test_a_rank_without_examples_takes_part_and_adds_nothing(words):
 @mutation(
     "lora/methods/kto.py",
     "logs = [log_probs(model, batch) for batch in others]",
-    "logs = [log_probs(model, batch) if batch.linked else None for batch in others]",
+    "logs = [log_probs(model, batch) for batch in others if batch.linked]",
 )
 def test_every_rank_makes_as_many_passes_for_z_as_it_has_batches_padding_included():
     """A sharded base is gathered by all of them together: who left one out would keep the others waiting."""
