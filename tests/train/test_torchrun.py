@@ -61,7 +61,7 @@ def alone(tmp_path_factory):
     return folder / "out"
 
 
-@mutation("train.py", "lr, args.clip, trained, shared_stop.reduce)", "lr, args.clip, None, shared_stop.reduce)")
+@mutation("train.py", "lr, args.clip, count, shared_stop.reduce)", "lr, args.clip, None, shared_stop.reduce)")
 @pytest.mark.parametrize("how", [(), ("--fsdp", "--checkpoint-activations")], ids=["shares", "a sharded base"])
 def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(tmp_path, alone, how):
     held_out = ("--eval-data", cli.data_file(), "--eval-every", 4)
