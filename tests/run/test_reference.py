@@ -121,12 +121,6 @@ def other_examples(path):
     save_file(tensors, path, marks | {"data": "0" * 64})
 
 
-@mutation(
-    "lora/run/reference.py",
-    "step_0 = disabled(model) if resumed and not args.init_adapter",
-    "step_0 = disabled(model) if False",
-    case="delete",
-)
 @mutation("lora/run/reference.py", "return found if whole else None", "return found", case="edit_a_value")
 @mutation(
     "lora/run/reference.py",
@@ -142,6 +136,22 @@ def test_a_reference_that_is_gone_or_not_as_it_was_written_is_computed_again_wit
     assert done.code == 0 and done.err.count(NOTE) == 1, done.err
     assert result(tmp_path / "out", 4) == result(whole, 4)
     assert (tmp_path / "out" / FILE).read_bytes() == (whole / FILE).read_bytes()
+
+
+@mutation(
+    "lora/run/reference.py",
+    "step_0 = disabled(model) if resumed and not args.init_adapter",
+    "step_0 = disabled(model) if False",
+)
+@pytest.mark.parametrize("words", [("--dora",), ("--init", "pissa")], ids=" ".join)
+def test_computed_again_it_is_that_of_the_base_whatever_the_adapter_is_before_its_values_are_read(tmp_path, words):
+    assert train(*words, cwd=tmp_path, before=kill_before_step(4)).code == 137
+    before = load_file(tmp_path / "out" / FILE)["train"]
+    (tmp_path / "out" / FILE).unlink()
+    done = resume(cwd=tmp_path, passes=None)
+    assert done.code == 0, done.err
+    after = load_file(tmp_path / "out" / FILE)["train"]
+    assert close(before, by_hand(), 1e-4) and close(after, by_hand(), 1e-5)
 
 
 def test_held_out_pairs_have_a_reference_of_their_own_which_other_rows_do_not_fit(tmp_path):
