@@ -25,7 +25,7 @@ FIGURES = {
 def scores(model: Model, batch: Batch) -> Tensor:
     """The value at the end of turn of every example, (examples,): the last trained token, one behind the position that
     predicts it."""
-    counts = torch.as_tensor(batch.counts, device=batch.trained.device)
+    counts = batch.trained.new_tensor(batch.counts)
     ends = batch.trained[counts.cumsum(0) - 1] + 1
     return model.v_head(model.trunk(batch.tokens, batch.lengths)[ends])
 
