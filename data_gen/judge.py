@@ -281,9 +281,8 @@ def run(argv) -> None:
         else:
             verdicts = (ask_calibrated if args.calibrate else ask)(master, pairs, asking)
     except errors.Stopped as stop:
-        stop.note = (
-            f"\nstopped; the same command goes on with the answers in {asking.journal}" if master else "\nstopped"
-        )
+        if master:
+            stop.note = f"\nstopped; the same command goes on with the answers in {asking.journal}"
         raise
     report = measure(pairs, verdicts, args.seed) | {"left_out": dict(left_out)}
     judge = {"rule": args.rule} if rule else master.about | {"criterion": asking.criterion, "lang": args.lang}

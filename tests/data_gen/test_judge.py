@@ -84,7 +84,7 @@ def judged(tmp_path, capsys):
         words = [] if rows is None else ["--data", write(tmp_path / "data.jsonl", rows)]
         words += [] if server is None else ["--base-url", server.url, "--judge-model", "m"]
         for name, value in more.items():
-            words += ["--" + name.replace("_", "-"), value]
+            words += ["--" + name.replace("_", "-"), *([] if value is None else [value])]
         code = judge.main([str(word) for word in [*words, "--out", tmp_path / out]])
         return Done(code, capsys, tmp_path / out)
 
@@ -298,7 +298,7 @@ def test_no_text_can_leave_its_quote(texts, lang):
 def test_the_criterion_and_the_language_are_those_of_the_question(judged):
     with TeacherServer(perfect) as server:
         judged(server, criterion="which is more honest", out="a.jsonl")
-        assert all("one criterion: which is more honest." in prompt for prompt in server.prompts())
+        assert all("better by this criterion: which is more honest?" in prompt for prompt in server.prompts())
         server.asked.clear()
         judged(server, lang="zh", out="b.jsonl")
         assert all(verdicts.CRITERION["zh"] in prompt for prompt in server.prompts()) and len(server.asked) == 24
@@ -503,6 +503,7 @@ def test_rows_that_are_something_else_are_named(judged, tmp_path, row, why):
         ("--data data.jsonl --local x --judge-temperature 1", "wrong --judge-temperature"),
         ("--data data.jsonl --rule rules.py:good --model x", "wrong --model"),
         ("--prompts p --rule rules.py:good --temperature 0", "wrong --temperature"),
+        ("--data data.jsonl --rule rules.py:good --calibrate", "wrong --calibrate"),
         ("--data data.jsonl --local x --criterion ", "--criterion"),
         ("--data none --rule rules.py:good", "no such file"),
         ("--data data.jsonl --rule rules.py:good --out rules.py", "it is a file that is read"),
@@ -564,6 +565,33 @@ def test_a_model_that_was_trained_to_say_b_names_the_second_side(judged, tmp_pat
     says_b = {verdicts.question(pair, 0, 0, verdicts.CRITERION["en"], "en"): "B" for pair in pairs}
     done = judged(local=model_folder(), local_adapter=trained_to_say(says_b, tmp_path))
     assert done.code == 3 and done.report["first_side_share"] == 0.0 and done.report["disagreed"] == 12
+
+
+@mutation("data_gen/judge.py", "label_of(needed[0] - sum(needed[1:]) / 2)", "label_of(needed[0])")
+@mutation("data_gen/judge.py", "label_of(needed[0] - sum(needed[1:]) / 2)", "label_of(needed[0] + sum(needed[1:]) / 2)")
+@mutation("data_gen/verdicts.py", "if turn in TURNS else (first, first)", "if turn in TURNS else (second, first)")
+def test_calibrated_a_local_judge_is_without_what_it_prefers_where_both_sides_are_the_same(judged, tmp_path):
+    pairs = [Pair(row["prompt"], row["a"], row["b"]) for row in ROWS]
+    session = open_session(model_folder(), device="cpu", dtype="float32")
+    a, b = (session.chat.tokenizer.encode(label)[0] for label in "AB")
+
+    def odds(prompt, first, second):
+        quoted = "\n\n".join(verdicts.quote(mark, x) for mark, x in zip("QAB", (prompt, first, second), strict=True))
+        asked = verdicts.FRAMES["en"].format(criterion=verdicts.CRITERION["en"], quoted=quoted)
+        with torch.inference_mode():
+            logits = session.model(torch.tensor(session.encode(asked)))[-1]
+        return float(logits[a] - logits[b])
+
+    expected = {}
+    for p in pairs:
+        bias = (odds(p.prompt, p.a, p.a) + odds(p.prompt, p.b, p.b)) / 2
+        named = [p.a if odds(p.prompt, p.a, p.b) > bias else p.b, p.b if odds(p.prompt, p.b, p.a) > bias else p.a]
+        expected |= {p.prompt: named[0]} if named[0] == named[1] else {}
+    done = judged(local=model_folder(), calibrate=None)
+    assert {row["prompt"]: row["chosen"] for row in done.rows} == expected and expected
+    assert done.report["asked"] == 24 and done.report["judge"]["calibrated"] is True
+    plain = judged(local=model_folder(), out="plain.jsonl")
+    assert plain.rows != done.rows and "calibrated" not in plain.report["judge"]
 
 
 def test_a_local_judge_of_which_no_letter_is_likelier_names_none(judged, tmp_path):
