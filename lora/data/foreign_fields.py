@@ -6,6 +6,9 @@ of messages alike. A field that says nothing (null, "", [], {}) is as good as no
 
 import re
 
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+
 TRAINED = ("train", "training", "trainable", "do_train", "compute_loss", "loss", "loss_mask", "loss_scale",
            "loss_weight", "weight", "sample_weight")  # fmt: skip
 NOT_TRAINED = ("masked", "is_masked", "ignore_loss", "no_loss")  # the other way round
@@ -35,15 +38,6 @@ REFUSED = {
 OF_A_ROW = REFUSED.keys() - {"refusal"}  # there it is what a data set knows of the row
 KNOWN = {"role", "content", "from", "value", *MASKS, *THOUGHTS, *REFUSED}  # of a message
 
-PREFERENCE = (
-    "chosen",
-    "rejected",
-    "preference",
-    "preferred_output",
-    "non_preferred_output",
-)  # and what begins with rejected_
-ASKED = ("prompt", "question", "instruction", "input", "query")  # where a preference row may have its question
-
 
 def is_blank(value: object) -> bool:
     """Null, or a text of white space at most."""
@@ -59,25 +53,11 @@ def refused_in_row(row: dict, used: tuple = ()) -> str | None:
     for field, value in row.items():
         if field in used or says_nothing(value):
             continue
-        if field in PREFERENCE or field.startswith("rejected_"):
-            if not used:
-                return _preference(row, field)
-        elif field in THOUGHTS:
+        if field in THOUGHTS:
             return f"it has {field}, {'. '.join(_THOUGHTS)}"
         elif (field in OF_A_ROW or MEDIA.fullmatch(field)) and value not in ("[]", "{}"):  # written as JSON in a text
             return f"it has {field}, {'. '.join(REFUSED.get(field, _MEDIA))}"
     return None
-
-
-def _preference(row: dict, field: str) -> str:
-    asked = next((key for key in ASKED if isinstance(row.get(key), str)), None)
-    fix = 'Write the good answers as {"messages": [...]}'
-    if asked and isinstance(row.get("chosen"), str):
-        fix = f"Give --prompt-key {asked} --response-key chosen to train the chosen ones"
-    elif "chosen" not in row and "preferred_output" not in row:
-        fix = f"Remove {field} to train the answer beside it"
-    pair = ", ".join(key for key in PREFERENCE if key in row) or field
-    return f"a preference row ({pair}), which is not trained here. {fix}"
 
 
 def refused_in_message(message: dict, name: str) -> str | None:
@@ -101,7 +81,8 @@ def is_trained(fields: dict, name: str, used: tuple = ()) -> tuple[bool | None, 
         if field in GOOD:
             if value is not True:
                 why = "marks an answer that is not to be learned" if value is False else "is not learned"
-                raise ValueError(f"{name} has {repr(value)[:40]} as {field}, which {why}. Remove the row, or {field}")
+                fix = f"Remove the row, or {field}" + ("; --method kto learns from both" if name == "it" else "")
+                raise ValueError(f"{name} has {repr(value)[:40]} as {field}, which {why}. {fix}")
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             fix = "0 or 1" if field.endswith("weight") else "true or false"

@@ -6,34 +6,29 @@
     {"prompt", "completion"}, {"question", "answer"}, {"q", "a"}, or any two keys that are named
     {"text": "..."}                                            a document: one message of the role "text"
 
+A pair of answers (`pairs.py` has their shapes) is two such rows, an answer that is judged one of them.
+
 Nothing is repaired silently, and no field that changes what is learned is passed over: what is wrong is collected with
 its line and raised. `jsonl.py` reads the files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lora.data import foreign_fields
+from lora.data import foreign_fields, pairs
+from lora.data.foreign_fields import ROLES, SHAREGPT_ROLES
 from lora.data.jsonl import LIMIT, Problem, read_rows
 from lora.errors import MOST_LINES, BadInput
 
 __all__ = ["LIMIT", "Conversation", "Problem", "read", "scan"]
 
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("q", "a"), ("instruction", "output"))
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-
 OF_A_QUESTION = ("history", "input", "context", "query")  # of a row whose turns are not written out as messages
 SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns of a row
-KINDS = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list",
+         dict: "an object"}  # fmt: skip
 LEADING = {"drop": ", leading answers dropped", "keep": ", leading answers not trained"}  # added to a row's shape
 
 
@@ -42,11 +37,19 @@ Keys = tuple[str, str | None]  # of question and answer
 
 class Conversation(NamedTuple):
     """Messages {"role", "content"}, also "train": False and "reasoning_content"; `file:line` to name them by; the shape
-    of their row."""
+    of their row.
+
+    The messages of a pair are those of the chosen side, `rejected` those of the other, `margin` by how much the chosen
+    answer shall be better. `good` says of an answer that is judged whether it is. Only answers that are compared or
+    judged are trained.
+    """
 
     messages: list[dict]
     where: str
     shape: str = "messages"
+    rejected: list[dict] | None = None
+    good: bool | None = None
+    margin: float = 0.0
 
 
 class _Wrong(Exception):
@@ -55,14 +58,14 @@ class _Wrong(Exception):
 
 
 def read(
-    paths: Sequence[Path], answered: bool = True, keys: Keys | None = None, leading: str = "error"
+    paths: Sequence[Path], answered: bool = True, keys: Keys | None = None, leading="error", kind="conversation"
 ) -> list[Conversation]:
     """All conversations of some files, in order; with `answered`, each needs an answer to train.
 
     Raises BadInput with every bad line (the first 20 and a count).
     """
     found, problems = [], []
-    for row in scan(paths, answered, keys, leading=leading):
+    for row in scan(paths, answered, keys, leading=leading, kind=kind):
         (problems if isinstance(row, Problem) else found).append(row)
         if len(problems) > 10 * MOST_LINES:  # the whole file is something else
             break
@@ -77,18 +80,21 @@ def scan(
     keys: Keys | None = None,
     progress: Callable[[int], object] = lambda size: None,
     leading: str = "error",
-    unused: Callable[[str, str], object] | None = None,
+    unused: Callable[..., object] | None = None,
+    kind: str = "conversation",
 ) -> Iterator[Conversation | Problem]:
     """Every row of some files, in order, as it is read: a conversation, or what is wrong with it.
 
-    `keys` are those of question and answer in rows that have both (of a prompt, the answer's is None). An answer that
-    `leading` finds before the first question is an error, dropped, or kept as context. `progress` hears how many bytes
-    have been read, `unused` of fields that nothing reads. Raises BadInput for a file that cannot be opened.
+    The `kind` of all rows is "conversation", "pair" or "judged". `keys` are those of question and answer in rows that
+    have both (of a prompt or of a pair, the answer's is None). An answer that `leading` finds before the first question
+    is an error, dropped, or kept as context. `progress` hears how many bytes have been read, `unused` of fields that
+    nothing reads (place, field) and of what else --check finds in them (place, what, code). Raises BadInput for a file
+    that cannot be opened.
     """
     for path in paths:
         row = None
         for row in read_rows(Path(path), progress):
-            yield row if isinstance(row, Problem) else _conversation(*row, answered, keys, leading, unused)
+            yield row if isinstance(row, Problem) else _read(*row, kind, unused, keys, answered, leading)
         if row is None:
             yield Problem(str(path), "FILE", "no examples, the file is empty. Give JSON objects in lines, or a list")
 
@@ -98,32 +104,82 @@ def plain_shape(shape: str) -> str:
     return shape.partition(", ")[0]
 
 
-def _conversation(
-    where: str, value: object, answered: bool, keys: Keys | None, leading: str, unused: Callable
-) -> Conversation | Problem:
+def _read(where: str, value: object, kind: str, unused: Callable | None, *how) -> Conversation | Problem:
     try:
         if not isinstance(value, dict):
             raise _Wrong(f"expected an object, found {type(value).__name__}. Repair the line")
-        used = tuple(filter(None, keys)) if keys and all(key in value for key in keys if key) else ()
-        if why := foreign_fields.refused_in_row(value, used):
-            raise _Wrong(why, "UNKNOWN")
-        turns, roles, shape = _turns(value, used and keys, answered)
-        messages, led = _checked(turns, roles, leading)
-        if not answered and shape == "text":
-            raise _Wrong("a document asks nothing. Give prompts")
-        if answered:
-            trained, field = foreign_fields.is_trained(value, "it", used)
-            if trained is False:
-                raise _Wrong(f"its {field} leaves nothing to train. Remove the row, or {field}")
-            if not any(m["role"] in ("assistant", "text") and "train" not in m for m in messages):
-                raise _Wrong("nothing to train, there is no assistant turn to learn. Add an answer")
-        for field in foreign_fields.unread(value, turns, used) if unused else ():
-            unused(where, field)
-        return Conversation(messages, where, shape + LEADING[leading] if led else shape)
+        return READERS[kind](where, value, unused and partial(unused, where), *how)
     except _Wrong as wrong:
         return Problem(where, wrong.code, wrong.text)
     except ValueError as wrong:  # of a foreign field
         return Problem(where, "ROW", str(wrong))
+
+
+def _conversation(where: str, value: dict, hear: Callable | None, keys: Keys | None, *how) -> Conversation:
+    used = _used(value, keys)
+    if why := not used and pairs.refused_as("conversation", value):
+        raise _Wrong(why, "UNKNOWN")
+    return Conversation(*_messages(where, value, hear, used and keys, *how))
+
+
+def _judged(where: str, value: dict, hear: Callable | None, keys: Keys | None, *how) -> Conversation:
+    """The answer that is judged is the last one; those before it are context."""
+    used = _used(value, keys)
+    if why := pairs.refused_as("judged", value, used):
+        raise _Wrong(why, "UNKNOWN")
+    row, good = pairs.judged(value, used)
+    messages, *more = _messages(where, row, hear, used and keys, *how)
+    _ends_with_answer(messages)
+    earlier = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in messages[:-1]]
+    return Conversation([*earlier, messages[-1]], *more, good=good)
+
+
+def _both_sides(where: str, value: dict, hear: Callable | None, keys: Keys | None, *how) -> Conversation:
+    if why := pairs.refused_as("pair", value, keys):
+        raise _Wrong(why, "UNKNOWN")
+    row, both = pairs.sides(value, keys), []
+    for name, (side, names) in (("chosen ", row.chosen), ("rejected ", row.rejected)):
+        both.append(_messages(where, side, hear, names, *how, name)[0])
+        _ends_with_answer(both[-1], name)
+    for code, what in row.findings if hear else ():
+        hear(what, code)
+    chosen, rejected = pairs.cut(*both)
+    return Conversation(chosen, where, row.shape, rejected, margin=row.margin)
+
+
+READERS = {"conversation": _conversation, "judged": _judged, "pair": _both_sides}
+
+
+def _used(row: dict, keys: Keys | None) -> tuple:
+    """The keys that were named, if a row has them."""
+    return tuple(filter(None, keys)) if keys and all(key in row for key in keys if key) else ()
+
+
+def _messages(
+    where: str, value: dict, hear: Callable | None, keys: Keys | None, answered: bool, leading: str, side: str = ""
+) -> tuple[list[dict], str, str]:
+    """The messages of a row, its place, and the name of its shape; of which `side` of a pair they are."""
+    used = tuple(filter(None, keys or ()))
+    if why := foreign_fields.refused_in_row(value, used):
+        raise _Wrong(why, "UNKNOWN")
+    turns, roles, shape = _turns(value, keys, answered)
+    messages, led = _checked(turns, roles, leading, side)
+    if not answered and shape == "text":
+        raise _Wrong("a document asks nothing. Give prompts")
+    if answered:
+        trained, field = foreign_fields.is_trained(value, "it", used)
+        if trained is False:
+            raise _Wrong(f"its {field} leaves nothing to train. Remove the row, or {field}")
+        if not any(m["role"] in ("assistant", "text") and "train" not in m for m in messages):
+            raise _Wrong("nothing to train, there is no assistant turn to learn. Add an answer")
+    for field in foreign_fields.unread(value, turns, used) if hear else ():
+        hear(field)
+    return messages, where, shape + LEADING[leading] if led else shape
+
+
+def _ends_with_answer(messages: list[dict], side: str = "") -> None:
+    if messages[-1]["role"] != "assistant" or "train" in messages[-1]:
+        raise _Wrong(f"{side}message {len(messages)} should be the answer that is learned from. Add it")
 
 
 def _turns(value: dict, keys: Keys | None, answered: bool) -> tuple[object, dict[str, str], str]:
@@ -163,7 +219,7 @@ def _pair(value: dict, prompt: str, answer: str | None) -> object:
     sides = [value[key] for key in (prompt, answer) if key]
     if all(isinstance(side, list) and all(isinstance(m, dict) and "role" in m for m in side) for side in sides):
         return _with_system(value, [message for side in sides for message in side], prompt, answer)
-    more, history = [], value.get("history")
+    more, history = [], value.get("history") if prompt != "history" else None
     for key in ("input", "context", "query"):
         if key in (prompt, answer) or key not in value or value[key] is None:
             continue
@@ -209,7 +265,7 @@ def _sharegpt(turns: object) -> object:
             for turn in turns]  # fmt: skip
 
 
-def _checked(messages: object, roles: dict[str, str], leading: str) -> tuple[list[dict], bool]:
+def _checked(messages: object, roles: dict[str, str], leading: str, side: str = "") -> tuple[list[dict], bool]:
     """What is used of every message: an optional system turn, then user and assistant in turn; and whether an answer
     led, which `leading` says what to do with."""
     if not isinstance(messages, list) or not messages:
@@ -217,7 +273,7 @@ def _checked(messages: object, roles: dict[str, str], leading: str) -> tuple[lis
     clean: list[dict] = []
     led = False
     for number, message in enumerate(messages, 1):
-        name = f"message {number}"
+        name = f"{side}message {number}"
         if not isinstance(message, dict):
             raise _Wrong(f"{name} is no object. Repair the line")
         given = message.get("role")

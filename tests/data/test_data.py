@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lora import errors
 from lora.data import formats, jsonl
 from lora.data.batch import collate, micro_batches
-from lora.data.formats import read
+from lora.data.formats import Conversation, read
 from lora.data.order import order, steps, tokens_per_step
 from lora.data.sources import numbered
 from lora.errors import BadInput
@@ -100,7 +100,7 @@ SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 )  # fmt: skip
 def test_every_accepted_shape_becomes_messages(tmp_path, row, messages, shape):
     path = written(tmp_path / "a.jsonl", row)
-    assert read([path]) == [(messages, f"{path}:1", shape)]
+    assert read([path]) == [Conversation(messages, f"{path}:1", shape)]
 
 
 @mutation(

@@ -174,29 +174,38 @@ def test_bad_answers_are_refused_and_good_ones_trained(tmp_path, field, row):
 
 
 PREFERENCES = [
-    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "Give --prompt-key prompt --response-key chosen"),
-    ({"question": "Q", "chosen": "A", "rejected": "B"}, "Give --prompt-key question --response-key chosen"),
-    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, "Give --prompt-key instruction --response-key chosen"),
-    ({"chosen": PAIR, "rejected": PAIR}, "Write the good answers as"),
-    ({"prompt": "Q", "chosen": PAIR, "rejected": PAIR}, "Write the good answers as"),
-    ({"conversations": [USER], "chosen": ANSWER, "rejected": ANSWER}, "Write the good answers as"),
-    ({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}, "Write the good"),
-    ({"messages": PAIR, "rejected_response": "B"}, "Remove rejected_response"),
-    ({"messages": PAIR, "rejected_messages": PAIR}, "Remove rejected_messages"),
-    ({"prompt": "Q", "completion": "A", "rejected": "B"}, "Remove rejected"),
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "; or --prompt-key prompt --response-key chosen to"),
+    ({"question": "Q", "chosen": "A", "rejected": "B"}, "; or --prompt-key question --response-key chosen to"),
+    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, "; or --prompt-key instruction --response-key chosen to"),
+    ({"chosen": PAIR, "rejected": PAIR}, "; or write the good answers as"),
+    ({"prompt": "Q", "chosen": PAIR, "rejected": PAIR}, "; or write the good answers as"),
+    ({"conversations": [USER], "chosen": ANSWER, "rejected": ANSWER}, "; or write the good answers as"),
+    ({"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}, "; or write the"),
+    ({"messages": PAIR, "rejected_response": "B"}, "; or remove rejected_response"),
+    ({"messages": PAIR, "rejected_messages": PAIR}, "; or remove rejected_messages"),
+    ({"prompt": "Q", "completion": "A", "rejected": "B"}, "; or remove rejected to"),
+    (
+        {"question": "Q", "response_j": "A", "response_k": "B"},
+        "; or --prompt-key question --response-key response_j to",
+    ),
+    ({"input": "Q", "accepted": "A", "rejected": "B"}, "; or --prompt-key input --response-key accepted to"),
+    ({"history": "Q", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}, "; or write the good answers as"),
+    ({"prompt": "Q", "response_0": "A", "response_1": "B", "better_response_id": 0}, "; or write the good answers as"),
 ]
 
 
-@mutation("lora/data/foreign_fields.py", "if field in PREFERENCE or field", "if False and field", case="0")
 @mutation(
-    "lora/data/foreign_fields.py", "(key for key in ASKED if isinstance(row.get(key), str))", "iter(ASKED)", case="1"
+    "lora/data/formats.py", 'if why := not used and pairs.refused_as("conversation", value):', "if False:", case="0"
 )
+@mutation("lora/data/pairs.py", "(key for key in PROMPTS if isinstance(row.get(key), str))", "iter(PROMPTS)", case="1")
+@mutation("lora/data/pairs.py", "if not (fields or pair):", "if not fields:", case="10")
 @pytest.mark.parametrize(("row", "fix"), PREFERENCES, ids=map(str, range(len(PREFERENCES))))
 def test_a_preference_row_is_named_with_what_helps_for_its_own_keys(tmp_path, row, fix):
     problem = refused(tmp_path, row)
     assert "a preference row (" in problem and fix in problem
-    if fix.startswith("Give"):
-        *_, key, _, answer = fix.split()
+    assert "Give --method dpo, or --method reward to train a reward model; or " in problem
+    if fix.startswith("; or --prompt-key"):
+        *_, key, _, answer, _ = fix.split()
         assert texts_of(tmp_path, row, keys=(key, answer)) == ["Q", "A"]
 
 
