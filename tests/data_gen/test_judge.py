@@ -22,6 +22,7 @@ from data_gen import endpoint, judge, verdicts
 from data_gen.candidates import Pair
 from data_gen.journal import Reply
 from data_gen.teacher import Local
+from lora.data import formats
 from lora.inference.generate import Sampling, generate
 from lora.inference.session import open_session
 from tests import cli
@@ -446,6 +447,24 @@ TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
          {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who?"}]  # fmt: skip
 
 
+def test_other_pairs_of_answers_are_read_and_what_comes_out_is_read_by_training(judged, tmp_path):
+    talk = "\n\nHuman: Who are you?\n\nAssistant:"
+    rows = [
+        {"chosen": f"{talk} good one", "rejected": f"{talk} poor one"},
+        {"system": "Be brief.", "question": "What?", "chosen": "poor", "rejected": "good"},
+        {"question": "Which?", "a": "poor", "b": "good"},
+        {"input": {"messages": TURNS}, "preferred_output": [{"role": "assistant", "content": "good"}],
+         "non_preferred_output": [{"role": "assistant", "content": "poor"}]},
+    ]  # fmt: skip
+    done = judged(rows=rows, rule=f"{tmp_path}/rules.py:good")
+    assert done.report["given_order"] == 3 and done.report["given_order_share"] == 2 / 3
+    found = formats.read([tmp_path / "out.jsonl"], kind="pair")
+    asked = [["Who are you?"], ["Be brief.", "What?"], ["Which?"], [turn["content"] for turn in TURNS]]
+    assert [[turn["content"] for turn in pair.messages[:-1]] for pair in found] == asked
+    assert [pair.messages[-1]["content"] for pair in found] == ["good one", "good", "good", "good"]
+    assert [pair.rejected[-1]["content"] for pair in found] == ["poor one", "poor", "poor", "poor"]
+
+
 def test_a_prompt_of_messages_stays_one_and_its_answers_become_messages(judged, tmp_path):
     rows = [{"prompt": TURNS, "a": "good", "b": [{"role": "assistant", "content": "poor"}]}]
     with TeacherServer(perfect) as server:
@@ -472,24 +491,28 @@ def test_each_two_of_several_answers_are_compared_and_equal_or_repeated_ones_are
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ([], "expected an object, found list"), ({"prompt": "p", "a": "x"}, "its keys are prompt, a. Known are"),
+        ([], "expected an object, found list"),
+        ({"prompt": "p", "a": "x"}, "its keys are prompt, a. Known are prompt/a/b"),
         ({"prompt": "p", "a": "x", "b": "y", "answers": ["z", "w"]}, "one a row"),
-        ({"a": "x", "b": "y"}, "Known are prompt/a/b, prompt/answers, prompt/chosen/rejected"),
-        ({"prompt": "", "a": "x", "b": "y"}, "its prompt is no text or empty"),
-        ({"prompt": "p", "a": "x", "b": 7}, "an answer is no text or empty"),
+        ({"prompt": "p", "a": "x", "b": "y", "chosen": "z", "rejected": "w"}, "one a row"),
+        ({"a": "so x", "b": "so y"}, "it has no prompt"),
+        ({"prompt": "", "a": "so x", "b": "so y"}, "it has no prompt"),
+        ({"prompt": "p", "a": "x", "b": 7}, "int as content, expected text"),
+        ({"prompt": "p", "a": "x", "b": " "}, "is empty"),
         ({"prompt": "p", "a": "x", "b": "\ud800"}, "half a surrogate pair"),
         ({"prompt": "p", "answers": ["x"]}, "no list of 2"), ({"prompt": "p", "answers": "xy"}, "no list of 2"),
-        ({"prompt": "p", "a": "x", "b": "y", "system": "Be brief."}, "its system would be seen by nobody"),
         ({"prompt": "p", "a": "x", "b": "y", "tools": [{}]}, "it has tools"),
-        ({"prompt": TURNS[:3], "a": "x", "b": "y"}, "the turns of its prompt are system, user, assistant"),
-        ({"prompt": [], "a": "x", "b": "y"}, "the turns of its prompt are none"),
-        ({"prompt": "p", "a": "x", "b": [{"role": "user", "content": "y"}]}, "not of the role assistant"),
+        ({"prompt": TURNS[:3], "a": "x", "b": "y"}, "a turn of assistant, expected user"),
+        ({"prompt": [], "a": "x", "b": "y"}, "it has no prompt"),
+        ({"prompt": "p", "a": "x", "b": [{"role": "user", "content": "y"}]}, "no assistant turn"),
+        ({"chosen": TURNS[:3], "rejected": [{"role": "user", "content": "Hey?"}, TURNS[2]]}, ""),
+        ({"prompt": "p", "a": "x", "b": [{"role": "assistant", "content": "y", "reasoning_content": "z"}]}, "thoughts"),
     ],
 )  # fmt: skip
 def test_rows_that_are_something_else_are_named(judged, tmp_path, row, why):
     done = judged(rows=[ROWS[0], [row] if row == [] else row, ROWS[1]], rule=f"{tmp_path}/rules.py:good")
     assert done.code == 2 and done.bytes is None and len(done.err.splitlines()) == 1
-    assert f"wrong row in {tmp_path}/data.jsonl:2: " in done.err and why in done.err
+    assert f" row in {tmp_path}/data.jsonl:2: " in done.err and why in done.err
 
 
 @pytest.mark.parametrize(
