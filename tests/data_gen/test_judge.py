@@ -447,6 +447,8 @@ TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
          {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who?"}]  # fmt: skip
 
 
+@mutation("data_gen/candidates.py", "return [_pair(where, row, ordered=True)]", "return [_pair(where, row)]")
+@mutation("data_gen/candidates.py", 'len(prompt) == 1 and not isinstance(row.get("prompt"), list)', "True")
 def test_other_pairs_of_answers_are_read_and_what_comes_out_is_read_by_training(judged, tmp_path):
     talk = "\n\nHuman: Who are you?\n\nAssistant:"
     rows = [
@@ -488,6 +490,10 @@ def test_each_two_of_several_answers_are_compared_and_equal_or_repeated_ones_are
     assert [(row["chosen"], row["rejected"]) for row in done.rows] == [("good", "poor"), ("good", "poor and bad")]
 
 
+@mutation("data_gen/candidates.py", "len(ours) + bool(pairs.answers_in(given)) != 1:", "len(ours) > 1:")
+@mutation("data_gen/candidates.py", "if prompt != other:", "if False:")
+@mutation("data_gen/candidates.py", 'if "reasoning_content" in a or "reasoning_content" in b:', "if False:")
+@mutation("data_gen/candidates.py", "if any(map(foreign_fields.says_nothing, answers)):", "if False:")
 @pytest.mark.parametrize(
     ("row", "why"),
     [
@@ -505,7 +511,8 @@ def test_each_two_of_several_answers_are_compared_and_equal_or_repeated_ones_are
         ({"prompt": TURNS[:3], "a": "x", "b": "y"}, "a turn of assistant, expected user"),
         ({"prompt": [], "a": "x", "b": "y"}, "it has no prompt"),
         ({"prompt": "p", "a": "x", "b": [{"role": "user", "content": "y"}]}, "no assistant turn"),
-        ({"chosen": TURNS[:3], "rejected": [{"role": "user", "content": "Hey?"}, TURNS[2]]}, ""),
+        ({"chosen": TURNS[:3], "rejected": [TURNS[0], {"role": "user", "content": "Hey?"}, TURNS[2]]},
+         "differ before their last answers"),
         ({"prompt": "p", "a": "x", "b": [{"role": "assistant", "content": "y", "reasoning_content": "z"}]}, "thoughts"),
     ],
 )  # fmt: skip
