@@ -10,6 +10,7 @@ before_imports(__name__)
 
 import os
 import sys
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lora.inference import score, several
 from lora.inference.prompts import holds_answers
 from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
-from lora.methods import sft
+from lora.methods import measure, sft
 from lora.pretrained import default_model, hub
 from lora.run.use_settings import EvaluateSettings
 from lora.text.template import read_arguments
@@ -66,7 +67,7 @@ def main(argv=None) -> int:
         if column.adapter:
             store.load(model, column.adapter, read=base.read)
             warn_if_unchanged(model, column.adapter)
-        figures[column.name] = score.losses(model, sft.loss, column, args.micro_tokens)
+        figures[column.name] = score.losses(model, partial(measure, sft, model, args=args), column, args.micro_tokens)
         if not args.no_generate:
             merge(model)  # answers come from rounded sums, as those of generate.py do
             ids = score.likeliest_answers(model, column, args.batch_size, args.max_new_tokens)

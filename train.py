@@ -18,16 +18,17 @@ import torch
 
 from data_gen import self_cognition
 from lora import device as machine
-from lora import methods, ops, pretrained
+from lora import ops, pretrained
 from lora.adapter.inject import disabled
 from lora.data.sources import lint_report
 from lora.errors import StopFlag, Stopped, say
-from lora.methods import sft
+from lora.methods import METHODS, Objective, compares
 from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub
+from lora.run import reference
 from lora.run.evaluator import Answers, Evaluator, Interrupted
-from lora.run.plan import Plan, make_plan
+from lora.run.plan import Plan, make_plan, reader
 from lora.run.results import REPORT, Results, new_folder, reserved, show
 from lora.run.resume import Resumed, begin_state, resume
 from lora.run.settings import TrainSettings
@@ -45,7 +46,7 @@ def main(argv=None) -> int:
     """What the flags say, by themselves and together; then the run, in one process or several."""
     args, resumed = TrainSettings.resolve(argv, __doc__), None
     if args.check:
-        return lint_report(args, hub.dataset_file)
+        return lint_report(args, hub.dataset_file, METHODS[args.method].KIND, lambda: reader(args))
     if args.resume is not None:
         args, resumed = resume(args, argv, __doc__)
     args.refuse_contradictions()
@@ -100,19 +101,21 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
     keep_tidy = (lambda: None) if args.fsdp else machine.keep_memory(processes.device, plan.memory(args))
     start = resumed.path if resumed else args.init_adapter
     model, trainable = load(plan, args, processes, given=start is not None)
+    if compares(plan.method, args):
+        plan.reference = reference.of_step_0(plan, model, trainable, args, processes, resumed)
     optimizer = make_optimizer(trainable.parameters, args, processes.device)
     state = begin_state(plan, args, processes, resumed)
     if resumed:
         run_state.load_optimizer(resumed.path, optimizer, trainable.parameters)
     stop = StopFlag()
-    shared_stop, evaluator = SharedStop(processes, stop), Evaluator(model, sft, plan, args, out, processes, stop)
+    shared_stop, evaluator = SharedStop(processes, stop), Evaluator(model, plan, args, out, processes, stop)
     evaluator.begin(state)
     with disabled(model):
         before = evaluator.sample_answers()
     if start:  # until here the model was the base
         trainable.restore(start)
     results = Results(trainable, plan, args, out, state, optimizer, processes)
-    objective = methods.objective(sft.loss, model, args)
+    objective = Objective(plan.method, model, args)
     steps = islice(plan.steps(args), state.step, None)
     with stop.listening(), results.open() as record:
         model.train()
@@ -128,9 +131,10 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
             state.step += 1
             lr = learning_rate(state.step - 1, plan.total, args.lr, plan.warmup, args.schedule)
             torch.manual_seed(run_state.dropout_seed(args.seed, state.step, processes.rank))
-            batches, trained = plan.micro_batches(indices, args, processes), plan.examples.trained_in(indices)
+            batches, count = plan.micro_batches(indices, args, processes), plan.examples.count_in(indices)
+            batches = objective.prepare(batches, processes.all_reduce)
             try:
-                result = train_step(objective, batches, optimizer, lr, args.clip, trained, shared_stop.reduce)
+                result = train_step(objective, batches, optimizer, lr, args.clip, count, shared_stop.reduce)
             except NotFinite as found:
                 state.skipped += 1
                 if state.skipped > args.skip_nonfinite:
@@ -138,7 +142,7 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
                 record.skip(state.step, lr, f"{found.why}; {state.skipped} of --skip-nonfinite {args.skip_nonfinite}")
             else:
                 trainable.sync_model()
-                record.add(state.step, result, lr)
+                record.add(state.step, result, lr, objective.figures(processes.all_reduce))
             keep_tidy()
         record.close()
         model.eval()

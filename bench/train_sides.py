@@ -34,7 +34,7 @@ class Ours:
         from lora.adapter import store
         from lora.adapter.inject import inject
         from lora.data import batch
-        from lora.methods import objective, sft
+        from lora.methods import Objective, sft
         from lora.run.trainable import make_optimizer
         from lora.train.step import train_step
 
@@ -48,7 +48,7 @@ class Ours:
         self.model.train()
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = {f"{store.PREFIX}{name}.weight": p for name, p in trainable.items()}
-        self.objective = objective(sft.loss, self.model, job)
+        self.objective = Objective(sft, self.model, job)
         self.optimizer = make_optimizer(trainable, job, here)
 
     def cut(self, examples: list[Example]) -> list:
@@ -131,7 +131,7 @@ def matmul_seconds(side: Ours, examples: list[Example]) -> float:
     Linear, after the last attention for the trained positions only, and the head's two in the loss's chunks. No
     gradient goes beyond the first layer's q, k and v."""
     from lora.adapter.inject import lora_layers
-    from lora.ops.fast_cross_entropy import ROWS
+    from lora.ops.fast_log_probs import ROWS
 
     head = side.model.head_weight
     weights, spent = [layer.base.weight for layer in lora_layers(side.model).values()], 0.0

@@ -24,7 +24,19 @@ from typing import Any, ClassVar, NamedTuple, Self, get_args, get_origin, get_ty
 from lora import files
 from lora.errors import BadInput, Parser
 
-GROUPS = ("model", "data", "adapter", "chat", "answers", "optimisation", "evaluation", "saving", "merging", "hardware")
+GROUPS = (
+    "model",
+    "data",
+    "method",
+    "adapter",
+    "chat",
+    "answers",
+    "optimisation",
+    "evaluation",
+    "saving",
+    "merging",
+    "hardware",
+)
 ENDED = "ended"  # in settings.json: why the run ended
 
 

@@ -52,7 +52,7 @@ def by_the_library(model, start):
 )
 @mutation("lora/essence.py", 'reduction="sum") / count', 'reduction="sum") / count / len(batches)')
 @mutation("lora/essence.py", "decay * p)", "0 * p)")
-@mutation("lora/train/step.py", "part = objective(batch) / trained", "part = objective(batch) / len(batch.targets)")
+@mutation("lora/train/step.py", "part = objective(batch) / count", "part = objective(batch) / len(batch.targets)")
 @mutation(
     "lora/ops/fast_lora.py",
     "y.reshape(-1, y.shape[-1]).addmm_(part, B.T)",

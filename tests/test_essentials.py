@@ -105,7 +105,7 @@ def test_7_trained_is_what_the_assistant_says_with_its_end_of_turn_and_nothing_e
     assert learned == "Hello.<|im_end|>Bye!<|im_end|>"
 
 
-@mutation("lora/train/step.py", "part = objective(batch) / trained", "part = objective(batch) / len(batch.targets)")
+@mutation("lora/train/step.py", "part = objective(batch) / count", "part = objective(batch) / len(batch.targets)")
 def test_8_accumulated_micro_batches_of_unequal_counts_are_one_batch():
     model = patched(tiny_model()).train()
 

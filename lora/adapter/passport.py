@@ -27,13 +27,13 @@ import torch
 from torch import nn
 
 from lora import files
-from lora.adapter import store
+from lora.adapter import store, value_head
 from lora.adapter.inject import disabled
 from lora.errors import BadInput, say
 
 FORMAT, TEMPLATE = 1, "chat_template.jinja"
 TOKENIZERS_TEMPLATE = ("chat_template.json", "tokenizer_config.json")  # what PEFT's users have in its place
-ADAPTER = (TEMPLATE, store.CONFIG, store.PASSPORT, store.WEIGHTS)  # the weights last: then it is whole
+ADAPTER = (TEMPLATE, store.CONFIG, store.PASSPORT, value_head.FILE, store.WEIGHTS)  # the weights last: then it is whole
 UNUSED = re.compile(r"\[PAD\d+\]")  # ids without a token, as llama.cpp's converter names them
 
 

@@ -5,6 +5,7 @@
                                 base_model.model.<path>.lora_magnitude_vector (out,)    of DoRA alone
     adapter_config.json         r, lora_alpha, target_modules, ...: `peft_config`
     passport.json               name and hashes of the base, the tokenizer, the data: `passport`
+    value_head.safetensors      of a reward model: `value_head`
 
 PEFT reads the first two; nothing of ours goes into them. train.py lays the chat template beside them, and while it runs
 what it needs to go on: `lora.train.run_state`.
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from lora import files
+from lora.adapter import value_head
 from lora.adapter.inject import lora_layers, patch
 from lora.adapter.peft_config import CONFIG, LoRAConfig, config_of, read_config
 from lora.adapter.peft_tensors import MERGE, PREFIX, WEIGHTS, Read, extra, fused, read_tensors
@@ -42,6 +44,7 @@ def save(model: nn.Module, folder: Path, base: str = "", passport: dict | None =
     files.write_json(folder / CONFIG, config)
     if passport is not None:
         files.write_json(folder / PASSPORT, passport)
+    value_head.save(model, folder)
     files.write_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
 
 
@@ -87,6 +90,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, rea
             attribute = name.removesuffix(".weight")
             value = tensors[f"{path}.{name}"].to(device, getattr(layer, attribute).dtype)
             setattr(layer, attribute, nn.Parameter(value))
+    value_head.load(model, folder)
     return config
 
 
@@ -113,3 +117,5 @@ def restore(model: nn.Module, folder: Path) -> None:
         raise BadInput(f"wrong adapter in {folder}: its tensors are not those of this run. Give another one")
     for path, layer in lora_layers(model).items():
         layer.load_tensors({name: tensors[f"{path}.{name}"] for name in exported[path]})
+    if hasattr(model, "v_head"):
+        value_head.load(model, folder)

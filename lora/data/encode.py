@@ -1,19 +1,28 @@
 """Conversations become examples: some rows at a time, kept as arrays, so that 100,000 rows need little memory."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import ceil
 
 import numpy as np
 
+from lora.data.batch import Linked
 from lora.data.formats import Conversation, Problem
 from lora.errors import MOST_LINES, BadInput
 from lora.text.chat import Chat, Example, TokenizedChat
 
 ROWS = 512  # encoded together
 KEPT = 64  # conversations kept at most, to show some
+# How many examples of a row are linked. A pair is "scored" where a value is read at its ends of turn
+KINDS = {"conversation": 1, "pair": 2, "scored": 2, "judged": 2}
+KNOWN = {  # by kind: name -> the numbers of a row's examples
+    "conversation": {},
+    "pair": {"margin": lambda row: (row.margin,) * 2},
+    "scored": {"margin": lambda row: (row.margin,) * 2},
+    "judged": {"good": lambda row: (row.good,) * 2},
+}
 
 
 @dataclass
@@ -21,14 +30,18 @@ class Encoded(Sequence):
     """Examples as one long array of tokens (4 bytes each) and flags (1 byte), and what became of the rows.
 
     `dropped`, `truncated` and `split` count those that were longer than the limit; `overlong` is the first one's place
-    and length. `kept` are conversations from all over the file.
+    and length. `kept` are conversations from all over the file. Where `group` is 2, so many examples are linked: the
+    sides of a pair; or a judged answer, and another row's answer to its question. `known` has their numbers.
     """
 
+    group: int = 1
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     trained: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     ends: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    known: dict[str, np.ndarray] = field(default_factory=dict)  # (len, group) each
     where: list[str] = field(default_factory=list)
     rows: int = 0
+    equal: int = 0  # pairs with equal sides, which are dropped
     dropped: int = 0
     truncated: int = 0
     split: int = 0
@@ -40,21 +53,36 @@ class Encoded(Sequence):
     stride: int = 1  # from one that is kept to the next
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return (len(self.ends) - 1) // self.group
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int) -> Example | Linked:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        part = slice(self.ends[i], self.ends[i + 1])
+        first = self.group * i
+        examples = tuple(self._example(n) for n in range(first, first + self.group))
+        if self.group == 1:
+            return examples[0]
+        return Linked(examples, {name: tuple(numbers[i].tolist()) for name, numbers in self.known.items()})
+
+    def _example(self, n: int) -> Example:
+        part = slice(self.ends[n], self.ends[n + 1])
         return Example(self.tokens[part].tolist(), self.trained[part].tolist())
 
-    def trained_in(self, indices: Sequence[int]) -> int:
-        """How many tokens of some examples are trained; the first token of one has nothing before it."""
+    def count_in(self, indices: Sequence[int]) -> int:
+        """What the loss of some of them is divided by, as `Batch.count`: their trained tokens, where the first token of
+        an example has nothing before it; of linked ones their number."""
+        if self.group > 1:
+            return len(indices)
         return sum(int(self.trained[self.ends[i] + 1 : self.ends[i + 1]].sum()) for i in indices)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, (N,)."""
+        """Tokens of each, (len,)."""
+        return np.diff(self.ends[:: self.group])
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each example by itself, (len · group,)."""
         return np.diff(self.ends)
 
     def _count(self, row: Conversation) -> None:
@@ -72,17 +100,18 @@ class Encoded(Sequence):
         if chat.missing and not self.first_missing:
             self.first_missing = where, chat.missing[0]
 
-    def _fit(self, chat: TokenizedChat, limit: int, overlong: str, where: str, document: bool) -> list[TokenizedChat]:
-        """The example within the limit: itself, cut short, in pieces, or none where it is dropped."""
-        if len(chat.tokens) <= limit:
-            return [chat]
-        self.overlong = self.overlong or (where, len(chat.tokens))
-        pieces = _pieces(chat, limit) if overlong == "split" and document else []
-        short = chat.within(limit) if overlong == "truncate" else None
+    def _fit(self, linked: tuple, limit: int, overlong: str, where: str, document: bool) -> list[tuple]:
+        """Linked examples within the limit: as they are, cut short, in pieces, or none where they are dropped."""
+        longest = max(len(chat.tokens) for chat in linked)
+        if longest <= limit:
+            return [linked]
+        self.overlong = self.overlong or (where, longest)
+        pieces = _pieces(*linked, limit) if overlong == "split" and document else []
+        short = tuple(chat.within(limit) for chat in linked) if overlong == "truncate" else (None,)
         self.split += bool(pieces)
-        self.truncated += short is not None
-        self.dropped += not (pieces or short)
-        return [short] if short else pieces
+        self.truncated += None not in short
+        self.dropped += not pieces and None in short
+        return [short] if None not in short else [(piece,) for piece in pieces]
 
 
 def _pieces(document: TokenizedChat, limit: int) -> list[TokenizedChat]:
@@ -106,59 +135,116 @@ def encode(
     train_on: str = "assistant",
     overlong: str = "drop",
     most: int | None = None,
+    kind: str = "conversation",
 ) -> Encoded:
     """The examples of some rows, of at most `limit` tokens each; the model's own limit is `most`.
 
     A longer one is dropped, truncated so that it keeps an end of turn (or dropped, if no part of an answer is left),
-    a document split into several (a conversation is dropped), or an error. Raises BadInput with everything that is
-    wrong with any row.
+    a document split into several (a conversation is dropped), or an error. `kind` is one of `KINDS`. Raises BadInput
+    with everything that is wrong with any row.
     """
-    found, problems, rows = Encoded(), [], iter(rows)
-    tokens, trained, lengths = array("i"), bytearray(), array("i")
+    found, problems = Encoded(KINDS[kind]), []
+    rows = iter(_with_others(rows) if kind == "judged" else rows)
+    tokens, trained, lengths, known = array("i"), bytearray(), array("i"), {name: array("d") for name in KNOWN[kind]}
     while (part := list(islice(rows, ROWS))) and len(problems) <= 10 * MOST_LINES:  # then the file is something else
-        messages = [row.messages for row in part if isinstance(row, Conversation)]
-        tokenized = iter(chat.tokenize_all(messages, train_on))
+        texts = [side for row in part if isinstance(row, Conversation) for side in sides(row)]
+        tokenized = iter(chat.tokenize_all(texts, train_on))
         for row in part:
             if isinstance(row, Problem):
                 problems.append(str(row))
                 continue
             found._count(row)
-            examples = next(tokenized)
-            if isinstance(examples, BadInput):
-                problems += [f"wrong row in {row.where}: {problem}" for problem in examples.problems]
+            of_sides = [next(tokenized) for _ in sides(row)]
+            wrong = [problem for of in of_sides if isinstance(of, BadInput) for problem in of.problems]
+            if found.group > 1 and not wrong and any(len(of) > 1 for of in of_sides):
+                wrong = ["the template rewrites its earlier answers. Leave one answer after the question"]
+            if wrong:
+                problems += [f"wrong row in {row.where}: {problem}" for problem in dict.fromkeys(wrong)]
                 continue
-            for example in examples:
-                found._count_missing(example, row.where)
-                if overlong == "error" and (length := len(example.tokens)) > limit:
-                    why, fix = f"the model takes at most {most}", "Give"
-                    if may_be_raised(limit, most):
-                        why, fix = f"--max-len is {limit}", "Raise --max-len, or give"
-                    fix = f"{fix} --overlong drop, truncate or split"
-                    problems.append(f"too long in {row.where}: {length} tokens, {why}. {fix}")
+            if row.rejected == row.messages and kind != "judged":
+                found.equal += 1
+                continue
+            document = row.messages[0]["role"] == "text"
+            for linked in [*zip(*of_sides, strict=True)]:
+                for example in linked:
+                    found._count_missing(example, row.where)
+                longest = max(len(example.tokens) for example in linked)
+                if overlong == "error" and longest > limit:
+                    problems.append(_too_long(row.where, longest, limit, most))
                     continue
-                for part in found._fit(example, limit, overlong, row.where, row.messages[0]["role"] == "text"):
-                    ids, flags = part.example(train_on == "all")
-                    tokens.extend(ids)
-                    trained.extend(flags)
-                    lengths.append(len(ids))
+                for fitting in found._fit(linked, limit, overlong, row.where, document):
+                    for example in fitting:
+                        ids, flags = (_scored(example) if kind == "scored" else example).example(train_on == "all")
+                        tokens.extend(ids)
+                        trained.extend(flags)
+                        lengths.append(len(ids))
                     found.where.append(row.where)
+                    for name in known:
+                        known[name].extend(KNOWN[kind][name](row))
     if problems:
         raise BadInput(*problems)
     if lengths:
         found.tokens, found.trained = np.frombuffer(tokens, np.int32), np.frombuffer(trained, bool)
         found.ends = np.concatenate([[0], np.cumsum(lengths)])
+    found.known = {name: np.array(numbers).reshape(-1, found.group) for name, numbers in known.items()}
     return found
+
+
+def _too_long(where: str, length: int, limit: int, most: int | None) -> str:
+    why, fix = f"the model takes at most {most}", "Give"
+    if may_be_raised(limit, most):
+        why, fix = f"--max-len is {limit}", "Raise --max-len, or give"
+    return f"too long in {where}: {length} tokens, {why}. {fix} --overlong drop, truncate or split"
+
+
+def sides(row: Conversation) -> tuple[list[dict], ...]:
+    """The conversations that a row is encoded as."""
+    return (row.messages,) if row.rejected is None else (row.messages, row.rejected)
+
+
+def _with_others(rows: Iterable[Conversation | Problem]) -> Iterator[Conversation | Problem]:
+    """Each judged row, and as its other side its question with the answer of the next row that asks something else:
+    answers that have nothing to do with the question, by which KTO measures how far the model has moved."""
+    waiting, first, second = [], None, None
+    for row in rows:
+        if isinstance(row, Problem):
+            yield row
+            continue
+        if waiting and _question(row) != _question(waiting[0]):
+            yield from (_beside(one, row) for one in waiting)
+            waiting, second = [], second or row
+        waiting.append(row)
+        first = first or row
+    for one in waiting:
+        yield _beside(one, first if _question(one) != _question(first) else second or first)
+
+
+def _question(row: Conversation) -> list[dict]:
+    return row.messages[:-1]
+
+
+def _beside(row: Conversation, other: Conversation) -> Conversation:
+    return row._replace(rejected=[*_question(row), other.messages[-1]])
+
+
+def _scored(chat: TokenizedChat) -> TokenizedChat:
+    """A conversation whose last position is the end of turn of its last answer, where a reward model reads its score.
+    A last token predicts nothing and is left out of a batch, so one more follows."""
+    _, end = chat.answers[-1]
+    return TokenizedChat([*chat.tokens[:end], chat.tokens[end - 1]], chat.answers, chat.masked)
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
     """The examples of several sources, one after another."""
     if len(parts) == 1:
         return parts[0]
-    whole = Encoded(np.concatenate([p.tokens for p in parts]), np.concatenate([p.trained for p in parts]))
-    whole.ends = np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]))])
+    arrays = (np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "trained"))
+    whole = Encoded(parts[0].group, *arrays)
+    whole.ends = np.concatenate([[0], np.cumsum(np.concatenate([p.document_lengths for p in parts]))])
+    whole.known = {name: np.concatenate([p.known[name] for p in parts]) for name in parts[0].known}
     whole.where = [where for part in parts for where in part.where]
     for shape in [shape for part in parts for shape in part.shapes]:
         whole.shapes[shape] = sum(part.shapes.get(shape, 0) for part in parts)
-    for count in ("rows", "dropped", "truncated", "split"):
+    for count in ("rows", "equal", "dropped", "truncated", "split"):
         setattr(whole, count, sum(getattr(part, count) for part in parts))
     return whole

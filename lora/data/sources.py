@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora.data import formats, lint
-from lora.data.encode import Encoded, encode, joined, may_be_raised
+from lora.data.encode import Encoded, encode, joined, may_be_raised, sides
 from lora.errors import BadInput, say
 from lora.text.chat import Chat
 
@@ -37,7 +37,8 @@ class Sources:
         """sha256 over all that is trained: every example, in order, and how sources are mixed."""
         shares = [share for _, share in self.replays]
         digest = hashlib.sha256(f"{[len(part) for part in self.data]} {self.weights} {shares}\n".encode())
-        for array in (self.examples.tokens, self.examples.trained, self.examples.ends):
+        arrays = (self.examples.tokens, self.examples.trained, self.examples.ends, *self.examples.known.values())
+        for array in arrays:
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
@@ -74,29 +75,32 @@ def named(args) -> list[tuple[str, str, float | None]]:
 
 
 def key_problems(args) -> list[str]:
-    """The line that is due where one key of rows is named without the other."""
+    """The line that is due where one key of rows is named without the other; of pairs the question's is enough."""
+    if args.prompt_key and getattr(args, "method", None) in ("dpo", "reward"):
+        return []
     line = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
     return [line] if bool(args.prompt_key) != bool(args.response_key) else []
 
 
-def how(args) -> dict:
-    """How `formats` reads rows, by the flags."""
-    keys = (args.prompt_key, args.response_key) if args.prompt_key and args.response_key else None
-    return {"keys": keys, "leading": args.leading_answers}
+def how(args, kind: str = "conversation") -> dict:
+    """How `formats` reads rows, by the flags and by the `kind` of rows that a method learns from."""
+    pairs = kind in ("pair", "scored")
+    keys = (args.prompt_key, args.response_key) if args.prompt_key and (args.response_key or pairs) else None
+    return {"keys": keys, "leading": args.leading_answers, "kind": "pair" if pairs else kind}
 
 
 def _rows(
-    args, locate: Callable, generated_rows: Sequence[dict] | None, flags: Sequence[str] = ("data",), **more
+    args, locate: Callable, generated_rows: Sequence[dict] | None, kind: str, flags: Sequence[str] = ("data",), **more
 ) -> Iterator:
     """The rows that were generated, and those of all files that some flags name."""
     for i, row in enumerate(generated_rows or (), 1):
         yield formats.Conversation(row["messages"], f"row {i}")
-    yield from formats.scan([locate(name) for flag, name, _ in named(args) if flag in flags], **how(args), **more)
+    yield from formats.scan([locate(name) for flag, name, _ in named(args) if flag in flags], **how(args, kind), **more)
 
 
-def trained_rows(args, locate: Callable[[str], Path], generated_rows: Sequence[dict] | None = None) -> Iterator:
+def trained_rows(args, locate: Callable[[str], Path], generated_rows: Sequence[dict] | None, kind: str) -> Iterator:
     """The rows of all examples and replays, to be compared with."""
-    return _rows(args, locate, generated_rows, ("data", "replay"))
+    return _rows(args, locate, generated_rows, kind, ("data", "replay"))
 
 
 # ---- rows that are held out ------------------------------------------------------------------------------------------
@@ -128,19 +132,20 @@ def read_sources(
     locate: Callable[[str], Path],
     generated_rows: Sequence[dict] | None = None,
     most: int | None = None,
+    kind: str = "conversation",
 ) -> Sources:
     """All examples that the settings ask for; `generated_rows` stand where no data is named, `locate` finds a file, the
-    model takes at most `most` tokens.
+    model takes at most `most` tokens, `kind` is one of `encode.KINDS`.
 
     Says in a line what each file is. Raises BadInput with everything that is wrong in any of them.
     """
     found, problems, files = {"data": [], "replay": [], "eval": []}, [], named(args)
-    limits = args.max_len, args.train_on, args.overlong, most
+    limits = args.max_len, args.train_on, args.overlong, most, kind
     chosen = set()
     if args.eval_fraction is not None:
-        chosen = _to_hold_out(_rows(args, locate, generated_rows), args.eval_fraction, args.seed)
+        chosen = _to_hold_out(_rows(args, locate, generated_rows, kind), args.eval_fraction, args.seed)
     if generated_rows is not None:
-        rows = (row for row in _rows(args, locate, generated_rows, ()) if group(row) not in chosen)
+        rows = (row for row in _rows(args, locate, generated_rows, kind, ()) if group(row) not in chosen)
         found["data"].append((encode(rows, chat, *limits), None))
         if not len(found["data"][0][0]):
             raise BadInput(f"nothing to train in the rows made here: {_none_fits(args, most)}")
@@ -153,15 +158,16 @@ def read_sources(
         problems += _describe(flag, name, number, part, args, most)
         found[flag].append((part, number))
     if args.prompt_key and not problems:
-        pair = f"{args.prompt_key}/{args.response_key}"
-        if not any(pair in map(formats.plain_shape, part.shapes) for parts in found.values() for part, _ in parts):
-            why = f"no row has both {pair}. Check --prompt-key, --response-key"
+        pair = "/".join(filter(None, (args.prompt_key, args.response_key)))
+        shapes = {formats.plain_shape(shape) for parts in found.values() for part, _ in parts for shape in part.shapes}
+        if not any(f"{shape}/".startswith(f"{pair}/") for shape in shapes):  # of a pair, the rejected answer's follows
+            why = f"no row has {pair}. Check --prompt-key, --response-key"
             problems.append(f"wrong keys in the command line: {why}")
     if problems:
         raise BadInput(*problems)
     _notes(args, chat)
     if chosen:
-        part = encode((row for row in _rows(args, locate, generated_rows) if group(row) in chosen), chat, *limits)
+        part = encode((row for row in _rows(args, locate, generated_rows, kind) if group(row) in chosen), chat, *limits)
         over = f", {part.dropped} over {args.max_len} tokens dropped" if part.dropped else ""
         say(f"held out {part.rows:,} rows, chosen by question{over}")
         if len(part):
@@ -176,7 +182,7 @@ def _read(path: Path, args, chat: Chat, limits: tuple, without: set[bytes]) -> E
     """The examples of a file, but for rows of some groups."""
     size = path.stat().st_size if path.is_file() else None
     with tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        rows = formats.scan([path], **how(args), progress=bar.update)
+        rows = formats.scan([path], **how(args, limits[-1]), progress=bar.update)
         rows = (row for row in rows if group(row) not in without) if without else rows
         return encode(rows, chat, *limits)
 
@@ -194,6 +200,8 @@ def _describe(flag: str, name: str, number: float | None, part: Encoded, args, m
             f", {part.split} documents split" if part.split else ""
         )
         say(f"overlong {done}; over {args.max_len} tokens (--max-len), the first is {where} with {length}")
+    if part.equal:
+        say(f"note     dropped pairs whose sides are equal, which teach nothing: {part.equal}")
     if part.first_missing:
         where, text = part.first_missing
         what = "answers are trained without what the template leaves out of them"
@@ -236,15 +244,30 @@ def _notes(args, chat: Chat) -> None:
             say(f"note     {count} {what}")
 
 
-def lint_report(args, locate: Callable[[str], Path]) -> int:
-    """What --check finds, a line each on stdout; exit code 2 if anything."""
+def lint_report(args, locate: Callable, kind: str = "conversation", reader: Callable | None = None) -> int:
+    """What --check finds, a line each on stdout; exit code 2 if anything. `reader()` gives a chat and the most tokens
+    of an example, which sides of pairs may be over."""
     if not named(args):
         raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
-    unused = []
-    hear = {"unused": lambda *found: unused.append(found)}
-    train, held_out = (list(_rows(args, locate, None, flags, **hear)) for flags in (("data", "replay"), ("eval",)))
-    findings = lint.check(train, held_out, unused)
+    noticed = []
+    hear = {"unused": lambda *found: noticed.append(found)}
+    train, held_out = (
+        list(_rows(args, locate, None, kind, flags, **hear)) for flags in (("data", "replay"), ("eval",))
+    )
+    if kind != "conversation":
+        noticed += _overlong_sides([*train, *held_out], *reader())
+    findings = lint.check(train, held_out, noticed)
     for finding in findings:
         print(finding)
     say(f"{len(findings)} finding{'s' if len(findings) != 1 else ''} in {len(train) + len(held_out):,} rows")
     return 2 if findings else 0
+
+
+def _overlong_sides(rows: Sequence, chat: Chat, limit: int) -> Iterator[tuple[str, str, str]]:
+    """(place, what, code) for each answer that is over the limit with its prompt."""
+    for row in (row for row in rows if isinstance(row, formats.Conversation)):
+        names = ("chosen", "rejected") if row.rejected else ("",)
+        for name, examples in zip(names, chat.tokenize_all(sides(row)), strict=True):
+            length = 0 if isinstance(examples, BadInput) else max(len(example.tokens) for example in examples)
+            if length > limit:
+                yield row.where, f"its {name} side has {length} tokens, over {limit}".replace("  ", " "), "OVERLONG"

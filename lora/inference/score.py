@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from lora.errors import BadInput
 from lora.inference import answers, prompts
 from lora.inference.generate import GREEDY, generate_all
 from lora.text.chat import Chat
-from lora.train.evaluate import Retention, mean_loss
+from lora.train.evaluate import Retention
 
 FIGURES = {  # in the JSON -> in the table, with its format
     "loss": ("loss, nats per token of the answers", "{:.4f}"),
@@ -72,8 +71,8 @@ def encode_rows(rows: list[Row], chat: Chat, limit: int, with_prompts: bool) -> 
     return examples, [prompts.encode(chat, limit, row.asked, row.conversation.where) for row in asked]
 
 
-def losses(model, loss: Callable, column: Column, micro_tokens: int) -> dict[str, float]:
-    """Loss on the rows, by a method's `loss`, and, for an adapter, what it changed elsewhere."""
+def losses(model, measure: Callable[[Iterable[Batch]], dict], column: Column, micro_tokens: int) -> dict[str, float]:
+    """What a method measures on the rows, and, for an adapter, what it changed elsewhere."""
     cap = model.config.final_logit_softcapping
 
     def trunk(b: Batch) -> torch.Tensor:
@@ -82,7 +81,7 @@ def losses(model, loss: Callable, column: Column, micro_tokens: int) -> dict[str
     batches = micro_batches(column.examples, micro_tokens, model.device)
     bar = tqdm(batches, desc=f"{column.name}: loss", unit="batch", leave=False, disable=None)
     with merged_head(model):
-        figures = {"loss": mean_loss(partial(loss, model), bar)}
+        figures = measure(bar)
         if column.retention:
             found = Retention(trunk, lambda: model.head_weight, column.retention, lambda: disabled(model), cap)()
             figures |= {f"retention_{key}": value for key, value in found._asdict().items()}

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.ops import (
     fast_attention,
-    fast_cross_entropy,
     fast_decoding,
+    fast_log_probs,
     fast_lora,
     fast_rms_norm,
     fast_swiglu,
@@ -23,7 +23,7 @@ from lora.ops import (
 from lora.ops.plain import is_autocast, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
-    "attend", "attention", "cross_entropy", "is_plain", "linears", "logits", "lora_linear", "no_autocast",
+    "attend", "attention", "cross_entropy", "is_plain", "linears", "log_probs", "logits", "lora_linear", "no_autocast",
     "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain", "wide",
 ]  # fmt: skip
 
@@ -96,5 +96,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: floa
     return plain.attend(q, k, v) if short else flash_attention.attend(q, k, v)
 
 
+def log_probs(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    return (plain if _plain or is_autocast(hidden) else fast_log_probs).log_probs(hidden, head, targets, cap)
+
+
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    return (plain if _plain or is_autocast(hidden) else fast_cross_entropy).cross_entropy(hidden, head, targets, cap)
+    return -log_probs(hidden, head, targets, cap).sum()  # `plain.cross_entropy`

@@ -110,7 +110,12 @@ def logits(hidden: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     return soft_cap(hidden @ head.T, cap)
 
 
+def log_probs(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    """log softmax(logits_n)[y_n] in nats, (N,), for hidden (N, D), head (V, D), targets y (N,)."""
+    z = logits(hidden, head, cap)
+    return F.log_softmax(z, -1, dtype=wide(z.dtype)).gather(1, targets[:, None])[:, 0]
+
+
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """-Σ_n log softmax(logits_n)[y_n] in nats, over N trained positions: hidden (N, D), head (V, D), targets y (N,)."""
-    z = logits(hidden, head, cap)
-    return F.cross_entropy(z.to(wide(z.dtype)), targets, reduction="sum")
+    return -log_probs(hidden, head, targets, cap).sum()

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from lora.data import batch
 from lora.errors import BadNumbers, StopFlag, say
 from lora.inference import answers as measures
 from lora.inference.generate import generate
+from lora.methods import measure
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping
@@ -44,20 +44,20 @@ class Answers(NamedTuple):
 
 
 class Evaluator:
-    """What evaluations measure, by a `method` of `lora.methods`. Nothing of it changes the training: there are no
-    gradients, and each step seeds its own dropout."""
+    """What evaluations measure. Nothing of it changes the training: there are no gradients, and each step seeds its own
+    dropout."""
 
     def __init__(
         self,
         model: torch.nn.Module,
-        method: ModuleType,
         plan: Plan,
         args: TrainSettings,
         out: Path,
         processes: DistContext,
         stop: StopFlag,
     ):
-        self.model, self.method, self.chat, self.processes, self.stop = model, method, plan.chat, processes, stop
+        self.model, self.args, self.chat, self.processes, self.stop = model, args, plan.chat, processes, stop
+        self.method = plan.method
         self.sharded, self.out = args.fsdp, out
         self.prompts = prompts_from(plan.sources.data[0].kept) if args.data else [*map(_asked, QUESTIONS)]
         self.total, self.every = plan.total, args.eval_every or max(1, math.ceil(plan.total / 10))
@@ -98,7 +98,10 @@ class Evaluator:
         try:
             with evaluating(self.model):
                 if self.has_loss:
-                    row |= self.method.measure(self.model, self._until_stopped(), self.processes.all_reduce)
+                    found = measure(
+                        self.method, self.model, self._until_stopped(), self.args, self.processes.all_reduce
+                    )
+                    row |= {f"eval_{name}": value for name, value in found.items()}
                 kept, answers = self.meter(self.processes.all_reduce), self.sample_answers()
         except Interrupted:
             return None

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from lora import device as machine
-from lora import folders, pretrained
+from lora import folders, methods, pretrained
 from lora.adapter import passport
 from lora.adapter.targets import find_targets
 from lora.data import batch, order, preview, retention
 from lora.data.encode import Encoded
-from lora.data.sources import Sources, named, trained_rows
+from lora.data.sources import Sources, named, read_sources, trained_rows
 from lora.errors import is_out_of_memory, out_of_memory, say
-from lora.methods import sft
+from lora.methods import METHODS
 from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.run import adapter
@@ -51,6 +52,8 @@ class Plan:
     step_tokens: int  # on average
     per_step: int  # examples of one process at most, replays included
     retention_batches: list[batch.Batch] | None  # on which forgetting is measured; None without evaluations
+    method: ModuleType  # one of `lora.methods`
+    reference: "object | None" = None  # what the model of step 0 says of the examples, where the method compares
 
     @property
     def examples(self) -> Encoded:
@@ -101,7 +104,7 @@ class Plan:
 
     def _counted(self, args: TrainSettings) -> tuple:
         """What `lora.train.memory` counts with."""
-        return self.on_meta, args, self.examples.lengths, self.per_step
+        return self.on_meta, args, self.examples.document_lengths, self.per_step * self.examples.group
 
     def memory(self, args: TrainSettings) -> float:
         """Bytes that the run is expected to take at its peak."""
@@ -132,8 +135,11 @@ class Plan:
             say(f"adapter  {trained / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {args.rank}, {linears}")
             for line in adapter.table(args, self.empty, self.targets):
                 say(line)
-        say(f"examples {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
-        say(f"plan     {self.total} steps of {args.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
+        what = {"conversation": "examples", "judged": "answers"}.get(self.method.KIND, "pairs")
+        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
+        if lines := methods.describe(args):
+            say(f"method   {lines}")
+        say(f"plan     {self.total} steps of {args.batch_size} {what}, about {self.step_tokens:,} tokens; {epochs}")
         if not args.fsdp:
             say(f"memory   about {self.memory(args) / 1e9:.1f} GB")
 
@@ -173,24 +179,22 @@ def make_plan(
     begins_with_adapter = args.init_adapter and not checkpoint
     if begins_with_adapter:
         adapter.take_over(args, base)
-    template = args.template
-    if checkpoint and template not in (None, *BUILT_IN) and "template" not in args.given:
-        template = passport.template_of(checkpoint)  # the file itself may be gone
-    system = False if args.no_system else args.system
-    today, template_args = date.fromisoformat(args.date), read_arguments(args.template_arg)
-    chat = pretrained.load_chat(base, system, template, today, template_args, args.control_tokens)
+    chat = _chat(args, base, checkpoint)
     if begins_with_adapter:
         passport.verify_chat(args.init_adapter, base.name, chat.tokenizer, chat.template.source, args.no_verify)
     targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
     limit = empty.config.max_position_embeddings
     args.max_len = min(args.max_len or limit, limit)
-    sources = sft.examples(args, chat, generated_rows, limit)
+    methods.fill(args)
+    method = METHODS[args.method]
+    sources = read_sources(args, chat, hub.dataset_file, generated_rows, limit, method.KIND)
 
     per_epoch = math.ceil(sum(map(len, sources.data)) / args.batch_size)
     if args.max_steps is None:
-        args.epochs = args.epochs or max(3, math.ceil(LEAST_STEPS / per_epoch))
+        args.epochs = args.epochs or max(methods.EPOCHS[args.method], math.ceil(LEAST_STEPS / per_epoch))
     total = args.max_steps or args.epochs * per_epoch
-    args.lr = args.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size * (FULL_LR if args.full else 1), 6)
+    share = methods.LR[args.method] * (FULL_LR if args.full else 1)
+    args.lr = args.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size * share, 6)
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * total)
     replays = [(part.lengths, share) for part, share in sources.replays]
     step_tokens = order.tokens_per_step(
@@ -198,19 +202,35 @@ def make_plan(
     )
     per_step = args.batch_size + math.ceil(sum(share for _, share in replays) * args.batch_size)
     per_step = math.ceil(per_step / processes.size)
-    remembered = _retention_batches(args, chat, sources, generated_rows, limit, processes.device)
+    remembered = _retention_batches(args, chat, sources, generated_rows, limit, processes.device, method.KIND)
     return Plan(
         base, chat, empty, adapter.on_meta(args, empty), targets, sources, why_dtype, per_epoch, total, warmup,
-        step_tokens, per_step, remembered,
+        step_tokens, per_step, remembered, method,
     )  # fmt: skip
 
 
-def _retention_batches(args, chat: Chat, sources: Sources, generated_rows, limit: int, device) -> list | None:
+def reader(args: TrainSettings) -> tuple[Chat, int]:
+    """How rows are read, and the most tokens of an example, for --check."""
+    base = pretrained.find(args.model)
+    limit = pretrained.empty_model(base).config.max_position_embeddings
+    return _chat(args, base), min(args.max_len or limit, limit)
+
+
+def _chat(args: TrainSettings, base: pretrained.ModelFiles, checkpoint: Path | None = None) -> Chat:
+    template = args.template
+    if checkpoint and template not in (None, *BUILT_IN) and "template" not in args.given:
+        template = passport.template_of(checkpoint)  # the file itself may be gone
+    system = False if args.no_system else args.system
+    today, template_args = date.fromisoformat(args.date), read_arguments(args.template_arg)
+    return pretrained.load_chat(base, system, template, today, template_args, args.control_tokens)
+
+
+def _retention_batches(args, chat: Chat, sources: Sources, generated_rows, limit: int, device, kind) -> list | None:
     """The conversations on which forgetting is measured, where anything is to be evaluated."""
     held_out = sources.held_out or []
     if not (len(held_out) or args.retention or args.eval_every or args.max_forgetting is not None):
         return None
-    rows = trained_rows(args, hub.dataset_file, generated_rows)
+    rows = trained_rows(args, hub.dataset_file, generated_rows, kind)
     found, used, left = retention.retention_batches(chat, args.retention, limit, args.micro_tokens, device, rows)
     without = f" ({left} are trained on or too long)" if left else ""
     say(f"eval     {len(held_out)} held-out examples, {used} ordinary conversations{without}")

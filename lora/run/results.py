@@ -107,6 +107,7 @@ class Results:
         if self.state.step == 0:
             with folders.live_folder(self.out, self.args.overwrite, lambda: self.saved > 0):
                 files.write_json(self.out / SETTINGS, self.state.settings)
+                self._write_reference()
                 yield
             return
         for place in (self.out, self.out / run_state.FOLDER):
@@ -114,7 +115,12 @@ class Results:
         self.later = [step for step in run_state.ours(self.out) if step > self.state.step]
         if not self.later:
             self._prune()  # the run may have been killed between a save and this
+        self._write_reference()
         yield
+
+    def _write_reference(self) -> None:
+        if self.plan.reference:
+            self.plan.reference.write(self.out)
 
     @property
     def best(self) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lora.errors import BadInput
+from lora.methods import dpo
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
 
@@ -58,6 +59,17 @@ def _is_layers(value: str) -> bool:
     return all(int(first) <= int(last) for first, *rest in pairs for last in rest if last)
 
 
+METHODS_OF = {  # flags that are not for every method
+    "loss": ("dpo",),
+    "beta": ("dpo", "kto"),
+    "label_smoothing": ("dpo",),
+    "sft_weight": ("dpo",),
+    "margin": ("dpo", "reward"),
+    "good_weight": ("kto",),
+    "bad_weight": ("kto",),
+    "center": ("reward",),
+}
+
 # fmt: off
 
 
@@ -99,6 +111,29 @@ class TrainData(Settings, group="data"):
     preview: int | None = flag(
         None, "show N examples token by token, then numbers of the data, and end", between(0, 10**6), saved=False)
     check: bool = flag(False, "look for mistakes in the data, and end", saved=False)
+
+
+@dataclass
+class TrainMethod(Settings, group="method"):
+    """What it is trained for."""
+
+    method: str = flag(
+        "sft", "sft learns answers; dpo from pairs, chosen and rejected; kto from answers judged good or bad; reward "
+        "makes a model that scores answers, from pairs", one_of("sft", "dpo", "kto", "reward"))
+    loss: str = flag("sigmoid", "of dpo", one_of(*dpo.LOSSES))
+    beta: float | None = flag(
+        None, "of dpo and kto: how closely to keep to the reference; 0.1 without it, 2 for simpo", between(1e-6, 1e3))
+    label_smoothing: float | None = flag(
+        None, "of cdpo and robust: the share of pairs that are swapped; 0.1 without it",
+        Range("from 0 to below 0.5", lambda value: 0 <= value < 0.5))
+    sft_weight: float = flag(
+        0.0, "of dpo: so many times the chosen answer's mean loss a token is added", between(0, 1e3))
+    margin: float | None = flag(
+        None, "how far apart both sides shall be: of reward, and of sigmoid, cdpo, robust, sigmoid_norm and simpo; 0 "
+        "without it, 1 for simpo", between(0, 1e3))
+    good_weight: float = flag(1.0, "of kto: how much a good answer counts", between(0, 1e3))
+    bad_weight: float = flag(1.0, "of kto: how much a bad answer counts", between(0, 1e3))
+    center: float = flag(0.0, "of reward: keeps scores around 0; 0.01 in its paper", between(0, 1e3))
 
 
 @dataclass
@@ -206,7 +241,7 @@ class TrainHardware(Settings, group="hardware"):
 
 @dataclass
 class TrainSettings(
-    TrainModel, TrainData, TrainAdapter, TrainOptimisation, TrainEvaluation, TrainSaving, TrainHardware
+    TrainModel, TrainData, TrainMethod, TrainAdapter, TrainOptimisation, TrainEvaluation, TrainSaving, TrainHardware
 ):
     """train.py"""
 
@@ -232,6 +267,38 @@ class TrainSettings(
             found.append(f"{line} --full makes no adapter to have {', '.join(given)}. Leave them out")
         if self.patience and not (self.eval_data or self.eval_fraction):
             found.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
+        return found + self._foreign_to_method()
+
+    def _foreign_to_method(self) -> list[str]:
+        """A line for each flag that changes nothing with this method or loss."""
+        line, found = "contradiction in the command line:", []
+        of_losses = {"label_smoothing": dpo.WITH_SMOOTHING, "margin": dpo.WITH_MARGIN}
+        for name, methods in METHODS_OF.items():
+            flag = self.flags()[name].flag
+            if getattr(self, name) == self.flags()[name].default:
+                continue
+            if self.method not in methods:
+                found.append(
+                    f"{line} --method {self.method} and {flag}, which is for {', '.join(methods)}. Leave it out"
+                )
+            elif self.method == "dpo" and self.loss not in of_losses.get(name, dpo.LOSSES):
+                losses = ", ".join(of_losses[name])
+                found.append(f"{line} --loss {self.loss} and {flag}, which is for {losses}. Leave it out")
+        if self.method != "sft":
+            if not self.data and not self.check:
+                what = (
+                    "answers judged good or bad" if self.method == "kto" else "pairs of a chosen and a rejected answer"
+                )
+                found.append(f"missing --data in the command line: --method {self.method} learns from {what}. Add FILE")
+            if self.train_on != "assistant":
+                found.append(f"{line} --method {self.method} and --train-on, which is for sft. Leave it out")
+            if self.overlong == "split":
+                found.append(
+                    f"{line} --method {self.method} and --overlong split, which is for documents. Leave it out"
+                )
+        if self.method == "reward" and self.full:
+            why = "a value head stands beside an adapter"
+            found.append(f"{line} --method reward and --full: {why}. Leave out --full")
         return found
 
     def refuse_contradictions(self) -> None:

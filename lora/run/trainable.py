@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora import files, pretrained
-from lora.adapter import passport, store
+from lora.adapter import passport, store, value_head
 from lora.adapter.inject import inject, lora_layers
 from lora.errors import BadInput
 from lora.export import card
@@ -52,6 +52,8 @@ def make_trainable(model: Model, plan: Plan, args: TrainSettings, given: bool, w
     if args.full:
         return AllWeights(model, getattr(torch, args.dtype), plan.base, Spoken.of(plan.chat))
     inject(model, **adapter.arguments(args, given))
+    if args.method == "reward":
+        value_head.add(model, model.config.hidden_size)
     papers = _papers(model, plan, args) if writes else {}
     return Adapter(model, plan.base, plan.chat.template.source, papers, f"rank {args.rank}")
 
@@ -94,7 +96,7 @@ class Adapter:
         store.save(self.model, folder, self.base.hub_id, self.papers | {"step": step}, "CAUSAL_LM")
 
     def publish(self, source: Path, out: Path) -> None:
-        for name in passport.ADAPTER:
+        for name in filter(lambda name: (source / name).exists(), passport.ADAPTER):
             files.write_bytes(out / name, files.read_bytes(source / name, limit=2**40))
 
 

@@ -4,7 +4,7 @@ Forgetting is the mean of KL(p_base || p_adapted) = Σ_v p_base(v) (log p_base(v
 positions of ordinary conversations, in nats.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora import ops
-from lora.ops.fast_cross_entropy import ROWS
+from lora.ops.fast_log_probs import ROWS
 
 Total = Callable[[list[float]], list[float]]  # adds numbers over processes; `list` where there is one process
 
@@ -27,17 +27,6 @@ def evaluating(model: nn.Module):
     finally:
         for module, training in before.items():
             module.training = training
-
-
-@torch.no_grad()
-def mean_loss(loss: Callable[..., tuple[torch.Tensor, int]], batches: Iterable, total: Total = list) -> float:
-    """The mean over all batches, however they are cut; `loss(batch)` is a sum and a count."""
-    sums = [0.0, 0.0]
-    for batch in batches:
-        part, count = loss(batch)
-        sums = [sums[0] + part.item(), sums[1] + count]
-    whole, count = total(sums)
-    return whole / count
 
 
 class Retained(NamedTuple):

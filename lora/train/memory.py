@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lora import ops
 from lora.device import ROUND
-from lora.ops.fast_cross_entropy import ROWS
+from lora.ops.fast_log_probs import ROWS
 
 # Python, torch with its compiler, a tokenizer, matplotlib, and holes that are there whatever the model's size; a GPU
 # counts its tensors only

@@ -3,7 +3,9 @@
 import io
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -47,7 +49,9 @@ class Record:
     def seconds(self) -> float:
         return round(self.earlier + time.monotonic() - self.start, 3)
 
-    def add(self, step: int, result: StepResult, lr: float) -> None:
+    def add(
+        self, step: int, result: StepResult, lr: float, figures: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         now = time.monotonic()
         self._append({
             "step": step,
@@ -57,6 +61,7 @@ class Record:
             "tokens": result.tokens,
             "trained_tokens": result.trained_tokens,
             "unchanged": result.unchanged,
+            **figures,
             "tokens_per_second": round(result.tokens / (now - self.last), 1),
             "seconds": self.seconds,
         })  # fmt: skip

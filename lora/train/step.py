@@ -10,8 +10,8 @@ from lora.errors import BadNumbers
 
 
 class StepResult(NamedTuple):
-    """`loss` in nats per trained token, before the update; `grad_norm` before clipping; `unchanged` is the share of
-    numbers that the update left as they were: it was rounded away, or zero."""
+    """`loss` a trained token (of linked examples, a pair or an answer), before the update; `grad_norm` before clipping;
+    `unchanged` is the share of numbers that the update left as they were: it was rounded away, or zero."""
 
     loss: float
     grad_norm: float
@@ -30,20 +30,20 @@ class NotFinite(BadNumbers):
         super().__init__(f"training diverged in this step: {self.why}. {self.fix}")
 
 
-def accumulate(objective: Callable, batches: Sequence, trained: int | None = None) -> tuple[float, int]:
-    """Add the gradients of a whole step to `.grad`; returns its mean loss and its number of trained tokens.
+def accumulate(objective: Callable, batches: Sequence, count: int | None = None) -> tuple[float, int]:
+    """Add the gradients of a whole step to `.grad`; returns its mean loss and what that is a mean of.
 
-    `objective(batch)` is the loss summed over trained tokens. Each sum is divided by the trained tokens of the whole
-    step, so every token weighs the same however the step is cut. Where these batches are only a part of the step,
-    `trained` counts the tokens of all of it, and the loss is their part of the mean.
+    `objective(batch)` is a sum over `batch.count` trained tokens. Each sum is divided by the count of the whole step,
+    so every token weighs the same however the step is cut. Where these batches are only a part of the step, `count` is
+    that of all of it, and the loss is their part of the mean.
     """
-    trained = sum(len(batch.targets) for batch in batches) if trained is None else trained
+    count = sum(batch.count for batch in batches) if count is None else count
     loss = 0.0
     for batch in batches:
-        part = objective(batch) / trained
+        part = objective(batch) / count
         part.backward()
         loss += part.item()
-    return loss, trained
+    return loss, count
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
@@ -71,16 +71,17 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     lr: float,
     max_norm: float = 0.0,
-    trained: int | None = None,
+    count: int | None = None,
     reduce: Callable[[Sequence, list[float]], list[float]] = no_reduce,
 ) -> StepResult:
     """Accumulate, reduce, clip, update; a parameter group may have an `lr_ratio`. With several processes `batches` are
-    this one's, `trained` counts the trained tokens of all, and `reduce(parameters, numbers)` sums over them. Raises
-    NotFinite, the weights not stepped, and whatever `reduce` raises."""
+    this one's, `count` is that of all, and `reduce(parameters, numbers)` sums over them. Raises NotFinite, the weights
+    not stepped, and whatever `reduce` raises."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss, trained = accumulate(objective, batches, trained)
+    loss, _ = accumulate(objective, batches, count)
     tokens = sum(len(batch.tokens) - batch.padding for batch in batches)
-    loss, tokens = reduce(parameters, [loss, tokens])
+    trained = sum(len(batch.targets) for batch in batches)
+    loss, tokens, trained = reduce(parameters, [loss, tokens, trained])
     norm = clip(parameters, max_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
@@ -91,4 +92,4 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     unchanged = int(torch.count_nonzero(flat(parameters) == before)) / len(before)  # a sum would be formed in int64
-    return StepResult(loss, norm, int(tokens), trained, unchanged)
+    return StepResult(loss, norm, int(tokens), int(trained), unchanged)

@@ -16,7 +16,7 @@ from lora.files import Safetensors, write_tensors
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
 from lora.network.families import FAMILIES
-from lora.ops import fast_cross_entropy, plain, windowed_attention
+from lora.ops import fast_log_probs, plain, windowed_attention
 from lora.ops.fast_decoding import for_decoding
 from lora.pretrained import ModelFolder, find, load_model, write_model
 from lora.pretrained.gguf import GGUFFile
@@ -253,7 +253,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_and_rows_of_unequal_lengt
     assert close(torch.cat(steps), alone[2], TOL)
 
 
-@mutation("lora/ops/fast_cross_entropy.py", "scores *= 1 - (z / cap).square()", "pass")
+@mutation("lora/ops/fast_log_probs.py", "else e.mul_(1 - (z / cap).square())", "else e")
 @pytest.mark.parametrize("rows", [3, 256])
 def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
     model = patched(family_model("gemma2"))
@@ -262,7 +262,7 @@ def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
     expected = torch.nn.functional.cross_entropy(model.head(hidden), targets, reduction="sum")
     cap, found = c.final_logit_softcapping, []
     for loss in (expected, plain.cross_entropy(hidden, model.head_weight, targets, cap),
-                 fast_cross_entropy.cross_entropy(hidden, model.head_weight, targets, cap, rows)):  # fmt: skip
+                 (-fast_log_probs.log_probs(hidden, model.head_weight, targets, cap, rows)).sum()):  # fmt: skip
         found.append([loss, *torch.autograd.grad(loss, hidden)])
     assert all(close(a, b, TOL) for other in found[1:] for a, b in zip(other, found[0], strict=True))
     assert far(plain.cross_entropy(hidden, model.head_weight, targets), expected, TOL)

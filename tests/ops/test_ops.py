@@ -9,7 +9,7 @@ from lora.adapter.layer import LoRALinear
 from lora.network import decoder
 from lora.ops import (
     fast_attention,
-    fast_cross_entropy,
+    fast_log_probs,
     fast_lora,
     fast_rms_norm,
     fast_swiglu,
@@ -52,10 +52,12 @@ CASES = {  # name -> arguments, those with gradients, the fast modules that can 
     "attention cap": ((q, k, v, [5, 1, 12, 3], None, 1.5), (q, k, v), [windowed_attention]),
     "attend": ((q[-5:], k, v), (q, k, v), []),
     "attend window": ((q[-5:], k, v, 4), (q, k, v), [windowed_attention]),
-    "cross_entropy": ((x, head, targets), (x, head), [fast_cross_entropy]),
-    "cross_entropy cap": ((x, head, targets, 2.0), (x, head), [fast_cross_entropy]),
+    "log_probs": ((x, head, targets), (x, head), [fast_log_probs]),
+    "log_probs cap": ((x, head, targets, 2.0), (x, head), [fast_log_probs]),
+    "cross_entropy": ((x, head, targets), (x, head), [fast_log_probs]),
+    "cross_entropy cap": ((x, head, targets, 2.0), (x, head), [fast_log_probs]),
 }
-FAST = (fast_attention, fast_cross_entropy, fast_lora, fast_rms_norm, fast_swiglu, flash_attention, windowed_attention)
+FAST = (fast_attention, fast_log_probs, fast_lora, fast_rms_norm, fast_swiglu, flash_attention, windowed_attention)
 
 
 def with_gradients(op, arguments, leaves) -> list[torch.Tensor]:
@@ -93,8 +95,8 @@ def test_the_cases_cover_every_op_that_has_a_fast_version():
 )
 @mutation(
     "lora/ops/__init__.py",
-    "return (plain if _plain or is_autocast(hidden) else fast_cross_entropy)",
-    "return fast_cross_entropy",
+    "return (plain if _plain or is_autocast(hidden) else fast_log_probs)",
+    "return fast_log_probs",
 )
 def test_with_use_plain_no_fast_version_runs(monkeypatch):
     model, tokens = patched(tiny_model()).train(), some_tokens(20)
@@ -105,7 +107,7 @@ def test_with_use_plain_no_fast_version_runs(monkeypatch):
     expected = loss()
     used = set()
     for module in FAST:
-        for name in ("linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "cross_entropy"):
+        for name in ("linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs"):
             if hasattr(module, name):
                 monkeypatch.setattr(
                     module, name, lambda *a, m=module, n=name, **k: used.add(m) or getattr(plain, n)(*a)

@@ -50,10 +50,10 @@ def kill_in_accumulation(step):
 
         calls, whole = [0], module.accumulate
 
-        def first_only(objective, batches, trained=None):
+        def first_only(objective, batches, count=None):
             calls[0] += 1
             if calls[0] < step:
-                return whole(objective, batches, trained)
+                return whole(objective, batches, count)
             assert len(batches) > 1
             objective(batches[0]).backward()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -222,17 +222,17 @@ def test_evaluating_and_sampling_do_not_change_the_curve(tmp_path):
 )
 def test_a_signal_in_an_evaluation_ends_it_and_the_run_goes_on_bit_for_bit(tmp_path):
     def stop_in_evaluation():
-        from lora.methods import sft
+        from lora.run import evaluator
 
-        mean_loss, calls = sft.mean_loss, [0]
+        measure, calls = evaluator.measure, [0]
 
         def counted(*args):
             calls[0] += 1
             if calls[0] == 3:  # that of step 4
                 os.kill(os.getpid(), signal.SIGTERM)
-            return mean_loss(*args)
+            return measure(*args)
 
-        sft.mean_loss = counted
+        evaluator.measure = counted
 
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     assert train("out", *EVALUATED, cwd=tmp_path / "a").code == 0
@@ -778,9 +778,9 @@ def test_the_best_checkpoint_as_an_older_one_sees_it_stays_too(tmp_path):
 
 
 def scripted(losses):
-    from lora.methods import sft
+    from lora.run import evaluator
 
-    sft.mean_loss = lambda *args: next(losses)
+    evaluator.measure = lambda *args: {"loss": next(losses)}
 
 
 def test_a_best_checkpoint_that_is_gone_is_said_and_does_not_end_the_run(tmp_path):

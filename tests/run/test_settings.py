@@ -16,10 +16,10 @@ CLASSES = {"train": TrainSettings, "generate": GenerateSettings, "evaluate": Eva
 
 
 @mutation("lora/settings.py", "key=lambda one: GROUPS.index(one.group)", "key=lambda one: one.name")
-def test_help_of_train_shows_its_flags_in_seven_groups_in_this_order(tmp_path):
+def test_help_of_train_shows_its_flags_in_eight_groups_in_this_order(tmp_path):
     lines = cli.call("train", "--help", cwd=tmp_path).out.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    groups = ("model", "data", "adapter", "optimisation", "evaluation", "saving", "hardware")
+    groups = ("model", "data", "method", "adapter", "optimisation", "evaluation", "saving", "hardware")
     assert titles == ["options:", *(f"{group}:" for group in groups)]
     first = next(one.name for one in TrainSettings.flags().values() if one.group == "adapter")
     assert lines[lines.index("adapter:") + 1].startswith(f"  --{first.replace('_', '-')}")
@@ -73,13 +73,13 @@ def test_what_is_saved_is_json_without_places_and_switches_of_the_command():
 
 
 def no_fast_version() -> None:
-    from lora.ops import fast_attention, fast_cross_entropy, fast_lora, fast_rms_norm, fast_swiglu
+    from lora.ops import fast_attention, fast_log_probs, fast_lora, fast_rms_norm, fast_swiglu
 
     def fail(*args, **kwargs):
         raise AssertionError("a fast version was called")
 
-    for module in (fast_attention, fast_cross_entropy, fast_lora, fast_rms_norm, fast_swiglu):
-        for name in set(vars(module)) & {"attention", "cross_entropy", "lora_linear", "linears", "rms_norm", "swiglu"}:
+    for module in (fast_attention, fast_log_probs, fast_lora, fast_rms_norm, fast_swiglu):
+        for name in set(vars(module)) & {"attention", "log_probs", "lora_linear", "linears", "rms_norm", "swiglu"}:
             setattr(module, name, fail)
 
 

@@ -17,7 +17,7 @@ from lora.adapter.inject import inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
-from lora.methods import objective, sft
+from lora.methods import Objective, sft
 from lora.network import decoder
 from lora.network.config import ModelConfig
 from lora.ops import cross_entropy, fast_attention
@@ -98,7 +98,7 @@ def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_
     for budget in (50, 10):  # 60 tokens are within twice the first
         [b] = micro_batches([Example([*range(1, 61)], [True] * 60)], budget)
         model.zero_grad()
-        loss = objective(sft.loss, model, settings(micro_tokens=budget))(b)
+        loss = Objective(sft, model, settings(micro_tokens=budget))(b)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         assert model.checkpoint_activations == (budget == 10)

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -12,10 +11,9 @@ from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import Batch, collate, dummy_batch, micro_batches
 from lora.data.order import steps
 from lora.errors import BadNumbers
-from lora.methods import sft
+from lora.methods import measure, sft
 from lora.ops import cross_entropy, plain
 from lora.text.chat import Example
-from lora.train.evaluate import mean_loss
 from lora.train.schedule import SCHEDULES, learning_rate
 from lora.train.step import accumulate, clip, train_step
 from tests import oracle
@@ -104,7 +102,7 @@ def test_the_first_trained_token_is_predicted_from_the_last_token_of_its_prompt(
 
 @mutation(
     "lora/train/step.py",
-    "part = objective(batch) / trained",
+    "part = objective(batch) / count",
     "part = objective(batch) / int(batch.trained.sum()) / len(batches)",
 )
 @pytest.mark.parametrize("budget", [1, 30, 64, 70, 1000])
@@ -171,11 +169,11 @@ def test_a_clip_limit_of_zero_changes_no_bit():
 
 @mutation(
     "lora/train/step.py",
-    """    loss, trained = accumulate(objective, batches, trained)
+    """    loss, _ = accumulate(objective, batches, count)
 """,
-    """    loss, trained = 0.0, sum(int(batch.trained.sum()) for batch in batches)
+    """    loss = 0.0
     for batch in batches:
-        part = objective(batch) / trained
+        part = objective(batch) / sum(batch.count for batch in batches)
         part.backward()
         loss += part.item()
         clip(parameters, limit)
@@ -322,11 +320,11 @@ def test_eight_examples_are_learned_by_heart():
     assert found[0] > 3 and sum(sums) / 64 < 0.05
 
 
-@mutation("lora/train/evaluate.py", "return whole / count", "return whole / (count + 1)")
+@mutation("lora/methods/__init__.py", '{"loss": loss / count, **', '{"loss": loss / (count + 1), **')
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
     model = patched(tiny_model())
-    found = mean_loss(partial(sft.loss, model), micro_batches(UNEQUAL, budget))
+    found = measure(sft, model, micro_batches(UNEQUAL, budget), None)["loss"]
     each = [objective_of(model)(collate([example])).item() for example in UNEQUAL]
     expected = sum(each) / sum(sum(example.trained[1:]) for example in UNEQUAL)
     assert abs(found - expected) < 1e-12 * expected

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from lora.ops import fast_cross_entropy, plain
-from lora.ops.fast_cross_entropy import cross_entropy
+from lora.ops import fast_log_probs, plain
 from tests import oracle
 from tests.helpers import close
 from tests.mutation import mutation
+
+
+def cross_entropy(*how, **rows) -> torch.Tensor:
+    return -fast_log_probs.log_probs(*how, **rows).sum()
 
 
 def loss_case(count: int = 23, width: int = 12, vocab: int = 37):
@@ -25,13 +28,8 @@ def value_and_gradient(form, hidden, *rest):
     return value.detach(), torch.autograd.grad(3 * value, hidden)[0]
 
 
-@mutation("lora/ops/fast_cross_entropy.py", "loss -= scores.gather(1, y).sum()", "loss -= scores.gather(1, y).mean()")
-@mutation(
-    "lora/ops/fast_cross_entropy.py",
-    "for start in range(0, len(hidden), rows):",
-    "for start in range(0, len(hidden) - rows + 1, rows) or [0]:",
-)
-@mutation("lora/ops/fast_cross_entropy.py", "scores.new_full(y.shape, -1.0)", "scores.new_full(y.shape, -0.999)")
+@mutation("lora/ops/fast_log_probs.py", "found[part] = scores.gather(1, y)[:, 0]", "found[part] = scores[:, 0]")
+@mutation("lora/ops/fast_log_probs.py", "1, y, scores.new_ones(y.shape)", "1, y, scores.new_full(y.shape, 0.999)")
 @pytest.mark.parametrize("rows", [1, 5, 7, 22, 23, 24, 256])
 def test_chunked_loss_equals_plain_loss_equals_the_numpy_oracle(rows):
     hidden, head, targets = loss_case()
@@ -65,6 +63,22 @@ def test_a_loss_without_gradients_and_a_trainable_head_have_the_same_value():
     assert close(trained, torch.autograd.grad(plain.cross_entropy(hidden, head, targets), head)[0], 1e-12)
 
 
+@mutation("lora/ops/fast_log_probs.py", "d_hidden = None if d_hidden is None else (d_hidden * upstream[:, None])",
+          "d_hidden = None if d_hidden is None else (d_hidden * upstream.mean())")  # fmt: skip
+@mutation("lora/ops/fast_log_probs.py", "d_head += (e * upstream[part, None])", "d_head += (e * upstream[0])")
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("rows", [1, 5, 22, 23, 256])
+def test_every_position_has_a_gradient_of_its_own(rows, cap):
+    """Of Σ_n g_n log p_n with another g_n each, as preference losses have it; the head trains, too."""
+    hidden, head, targets = loss_case()
+    weights, found = torch.linspace(-1, 2, 23, dtype=torch.float64), []
+    for form, more in ((plain.log_probs, ()), (fast_log_probs.log_probs, (rows,))):
+        inputs = [tensor.clone().requires_grad_() for tensor in (hidden, head)]
+        values = form(*inputs, targets, cap, *more)
+        found.append([values, *torch.autograd.grad((weights * values).sum(), inputs)])
+    assert all(close(a, b, 1e-12) for a, b in zip(*found, strict=True))
+
+
 def test_no_trained_position_is_a_loss_of_zero_and_no_gradient():
     hidden, head, targets = loss_case()
     value, gradient = value_and_gradient(cross_entropy, hidden[:0], head, targets[:0], None, 5)
@@ -73,16 +87,16 @@ def test_no_trained_position_is_a_loss_of_zero_and_no_gradient():
 
 def test_logits_never_exist_for_more_positions_than_a_chunk(monkeypatch):
     sizes = []
-    log_softmax = fast_cross_entropy.F.log_softmax
+    log_softmax = fast_log_probs.F.log_softmax
     monkeypatch.setattr(
-        fast_cross_entropy.F, "log_softmax", lambda x, *a, **k: sizes.append(len(x)) or log_softmax(x, *a, **k)
+        fast_log_probs.F, "log_softmax", lambda x, *a, **k: sizes.append(len(x)) or log_softmax(x, *a, **k)
     )
     hidden, head, targets = loss_case()
     value_and_gradient(cross_entropy, hidden, head, targets, None, 10)
     assert sizes == [10, 10, 3]
 
 
-@mutation("lora/ops/fast_cross_entropy.py", "z = scores = e = None  # freed", "pass  # freed")
+@mutation("lora/ops/fast_log_probs.py", "z = scores = None  # freed", "pass  # freed")
 def test_no_logits_are_left_when_those_of_the_next_rows_are_formed(monkeypatch):
     formed, left = [], []
 
@@ -92,7 +106,7 @@ def test_no_logits_are_left_when_those_of_the_next_rows_are_formed(monkeypatch):
         formed.append(weakref.ref(z))
         return z
 
-    monkeypatch.setattr(fast_cross_entropy, "logits", logits)
+    monkeypatch.setattr(fast_log_probs, "logits", logits)
     hidden = torch.randn(1000, 8, requires_grad=True)
-    fast_cross_entropy.cross_entropy(hidden, torch.randn(50, 8), torch.zeros(1000, dtype=torch.long)).backward()
+    cross_entropy(hidden, torch.randn(50, 8), torch.zeros(1000, dtype=torch.long)).backward()
     assert left == [0] * 4

@@ -1,0 +1,106 @@
+"""What the model of step 0 says of every answer, which preference losses compare with: `reference.safetensors`.
+
+It is computed once, before the first step, and kept in the run's folder: a resumed run, whose model has moved on, reads
+it there, so no second model is held and no second pass made.
+"""
+
+import hashlib
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lora import files
+from lora.adapter.inject import disabled
+from lora.data import batch
+from lora.data.encode import Encoded
+from lora.errors import BadInput, say
+from lora.methods.answers import log_probs
+from lora.run.plan import Plan
+from lora.run.resume import Resumed
+from lora.run.settings import TrainSettings
+from lora.run.trainable import Trainable
+from lora.train.distributed import DistContext
+from lora.train.evaluate import evaluating
+
+FILE = "reference.safetensors"
+ROWS = 512  # laid out together
+
+
+class Reference:
+    """Log-probabilities of examples (rows, 2) in float64, by name, and the fingerprint of those examples."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], data: str):
+        self.tensors, self.data = tensors, data
+
+    def write(self, folder: Path) -> None:
+        marks = {"data": self.data, "values": _digest(self.tensors)}
+        files.write_tensors(folder / FILE, self.tensors, metadata=marks)
+
+    @classmethod
+    def read(cls, folder: Path, data: str) -> "Reference | None":
+        """What `write` left for these examples; None where it is not there, or not as it was written."""
+        try:
+            file = files.Safetensors(folder / FILE)
+            found = cls({name: file.read(name) for name in file.header}, data)
+        except BadInput:
+            return None
+        whole = file.metadata == {"data": data, "values": _digest(found.tensors)}
+        return found if whole else None
+
+
+def of_step_0(
+    plan: Plan, model, trainable: Trainable, args: TrainSettings, processes: DistContext, resumed: Resumed | None
+) -> Reference:
+    """Give every example of the plan its reference; `model` is as it was loaded. Raises BadInput where the adapter that
+    a resumed run started from is needed again and gone."""
+    parts = {"train": plan.examples, "held_out": plan.sources.held_out}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    data = hashlib.sha256(plan.data_fingerprint.encode())
+    for part in parts.values():
+        data.update(np.ascontiguousarray(part.tokens))
+        data.update(np.ascontiguousarray(part.ends))
+    found = Reference.read(resumed.run, data.hexdigest()) if resumed else None
+    if found is None:
+        if resumed:
+            say(f"note     {resumed.run / FILE} is not that of these examples; the reference is computed again")
+        if args.init_adapter:
+            trainable.restore(Path(args.init_adapter))
+        step_0 = disabled(model) if resumed and not args.init_adapter else nullcontext()
+        with evaluating(model), torch.no_grad(), step_0:
+            tensors = {name: _computed(part, model, args, processes) for name, part in parts.items()}
+        found = Reference(tensors, data.hexdigest())
+    for name, part in parts.items():
+        part.known["reference"] = found.tensors[name].numpy()
+    return found
+
+
+def _computed(part: Encoded, model, args: TrainSettings, processes: DistContext) -> torch.Tensor:
+    """Σ log p of each answer, (rows, 2): a part by each process, then added up."""
+    found = torch.zeros(len(part), part.group, dtype=torch.float64)
+    order = np.argsort(part.lengths, kind="stable")  # as micro-batches are laid out
+    bar = tqdm(total=len(part), desc="reference", unit="row", leave=False, disable=None if processes.main else True)
+    with bar:
+        for start in range(0, len(order), ROWS):
+            rows = order[start : start + ROWS]
+            shares = [rows[rank :: processes.size] for rank in range(processes.size)]
+            cuts = [
+                batch.micro_batches([part[i] for i in share], args.micro_tokens, processes.device) for share in shares
+            ]
+            batches = cuts[processes.rank]
+            if args.fsdp:
+                batches = processes.padded(cuts, batch.dummy_batch(processes.device))
+            sums = [log_probs(model, b).cpu() for b in batches]
+            if len(mine := shares[processes.rank]):
+                found[torch.from_numpy(mine)] = torch.cat(sums).double().unflatten(0, (-1, part.group))
+            bar.update(len(rows))
+    return torch.tensor(processes.all_reduce(found.flatten().tolist()), dtype=torch.float64).view_as(found)
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
