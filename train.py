@@ -28,7 +28,7 @@ from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.run import reference
 from lora.run.evaluator import Answers, Evaluator, Interrupted
-from lora.run.plan import Plan, make_plan
+from lora.run.plan import Plan, make_plan, reader
 from lora.run.results import REPORT, Results, new_folder, reserved, show
 from lora.run.resume import Resumed, begin_state, resume
 from lora.run.settings import TrainSettings
@@ -46,7 +46,7 @@ def main(argv=None) -> int:
     """What the flags say, by themselves and together; then the run, in one process or several."""
     args, resumed = TrainSettings.resolve(argv, __doc__), None
     if args.check:
-        return lint_report(args, hub.dataset_file, METHODS[args.method].KIND)
+        return lint_report(args, hub.dataset_file, METHODS[args.method].KIND, lambda: reader(args))
     if args.resume is not None:
         args, resumed = resume(args, argv, __doc__)
     args.refuse_contradictions()

@@ -10,8 +10,8 @@ import json
 import sys
 from collections.abc import Iterator
 
+from data_gen.asking import Teacher, mend
 from data_gen.journal import Question, Reply
-from data_gen.teacher import Teacher, mend
 from lora import errors
 from lora.errors import BadEnvironment, BadInput
 
@@ -21,7 +21,7 @@ FATAL = {  # status -> what is wrong, and the fix; these are the same for every 
     401: ("the key is refused", "Set {key_env} to a valid key, or name another variable by --key-env"),
     402: ("the account has no credit", "Top it up, or use another endpoint"),
     403: ("access is denied", "Check what the key in {key_env} may use"),
-    404: ("there is no such place or model", "Check --base-url (it often ends in /v1) and --teacher"),
+    404: ("there is no such place or model", "Check --base-url (it often ends in /v1) and the model's name"),
 }
 
 

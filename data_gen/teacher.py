@@ -1,58 +1,53 @@
-"""A teacher answers questions: a model behind an endpoint (`endpoint.py`), or a local model.
-
-A journal keeps every reply as it arrives. A run that was killed asks only the questions without a reply there; those
-that were under way at the kill are asked again.
-"""
+"""Which teacher answers: a model behind an endpoint (`endpoint.py`), or a local model. `asking.py` has what both do."""
 
 import hashlib
 import math
 import os
 from argparse import SUPPRESS
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
-from data_gen.journal import Journal, Question, Reply
+from data_gen.asking import Teacher, mend
+from data_gen.endpoint import Endpoint
+from data_gen.journal import Question, Reply
 from lora import files
 from lora.errors import BadInput
-
-MOST_FAILED = 20  # questions in a row; then the teacher, not the question, is at fault
-END = object()
-
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
-def add_flags(parser) -> None:
-    group = parser.add_argument_group("the teacher")
-    add = group.add_argument
-    add("--base-url", metavar="URL", default=SUPPRESS, help="an OpenAI-compatible endpoint, http://localhost:8000/v1")
-    add("--teacher", metavar="NAME", default=SUPPRESS, help="the endpoint's name of the model")
-    add("--key-env", metavar="VARIABLE", default="OPENAI_API_KEY", help="environment variable that holds the key")
-    add("--local", metavar="MODEL", default=SUPPRESS, help="instead: a model folder, hub id or .gguf file")
-    add("--local-adapter", metavar="DIR", default=SUPPRESS, help="an adapter for --local")
-    add("--concurrency", type=int, default=8, help="requests at once; the batch size of --local")
-    add("--deadline", type=float, default=120.0, help="seconds a request may take, from start to last byte")
-    add("--answer-tokens", type=int, default=1024, help="most tokens of an answer")
-    add(
-        "--temperature", type=float, default=SUPPRESS, help="of the drawing; without it the endpoint's, or 0 of --local"
-    )
+def flag_of(name: str, names: dict[str, str]) -> str:
+    """The flag of a setting: as `names` has it, or else from the setting's own name."""
+    return names.get(name, "--" + name.replace("_", "-"))
+
+
+def add_flags(parser, who: str = "the teacher", names: dict[str, str] = {}) -> None:  # noqa: B006 (only read)
+    """The flags that describe a teacher; those of the settings in `names` are called so."""
+    group = parser.add_argument_group(who)
+
+    def add(name: str, **how) -> None:
+        group.add_argument(flag_of(name, names), dest=name, **how)
+
+    add("base_url", metavar="URL", default=SUPPRESS, help="an OpenAI-compatible endpoint, http://localhost:8000/v1")
+    add("teacher", metavar="NAME", default=SUPPRESS, help="the endpoint's name of the model")
+    add("key_env", metavar="VARIABLE", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    add("local", metavar="MODEL", default=SUPPRESS, help="instead: a model folder, hub id or .gguf file")
+    add("local_adapter", metavar="DIR", default=SUPPRESS, help="an adapter for --local")
+    add("concurrency", type=int, default=8, metavar="N", help="requests at once; the batch size of --local")
+    add("deadline", type=float, default=120.0, metavar="SECONDS",
+        help="seconds a request may take, from start to last byte")  # fmt: skip
+    add("answer_tokens", type=int, default=1024, metavar="N", help=f"most tokens of an answer by {who}")
+    add("temperature", type=float, default=SUPPRESS, metavar="T",
+        help=f"of what {who} draws; without it the endpoint's, or 0 of --local")  # fmt: skip
     told = "stop asking after so many"  # the journal does not know what earlier runs spent without an answer
-    add(
-        "--max-requests",
-        type=int,
-        default=SUPPRESS,
-        help=f"{told} requests in all, with those behind earlier answers",
-    )
-    add("--max-tokens", type=int, default=SUPPRESS,
+    add("max_requests", type=int, default=SUPPRESS, metavar="N",
+        help=f"{told} requests in all, with those behind earlier answers")  # fmt: skip
+    add("max_tokens", type=int, default=SUPPRESS, metavar="N",
         help=f"{told} tokens in all, likewise; bytes where the endpoint does not tell")  # fmt: skip
 
 
-def from_flags(args) -> "Teacher":
+def from_flags(args, names: dict[str, str] = {}, local_kind: type["Local"] | None = None) -> Teacher:  # noqa: B006
     """The teacher that the flags describe. Raises BadInput with everything that is wrong."""
     given, problems = vars(args), []
 
@@ -63,7 +58,7 @@ def from_flags(args) -> "Teacher":
                             ("temperature", 0, 100), ("max_requests", 1, 2**62), ("max_tokens", 1, 2**62)):  # fmt: skip
         value = given.get(name)
         if value is not None and not (low <= value <= high and math.isfinite(value) and (value or name != "deadline")):
-            wrong("--" + name.replace("_", "-"), f"{value} is out of range", f"Give {low or 'more than 0'} to {high}"
+            wrong(flag_of(name, names), f"{value} is out of range", f"Give {low or 'more than 0'} to {high}"
                   if name == "deadline" else f"Give {low} to {high}")  # fmt: skip
     remote, local = "base_url" in given, "local" in given
     if remote == local:
@@ -72,9 +67,10 @@ def from_flags(args) -> "Teacher":
     if remote:
         problems += _wrong_url(given["base_url"])
         if not given.get("teacher", "").strip():
-            problems.append("missing --teacher in the command line: --base-url needs the name of a model. Add it")
+            why = "--base-url needs the name of a model"
+            problems.append(f"missing {flag_of('teacher', names)} in the command line: {why}. Add it")
     if local and "teacher" in given:
-        wrong("--teacher", "it is the model of --base-url", "Leave it out")
+        wrong(flag_of("teacher", names), "it is the model of --base-url", "Leave it out")
     if "local_adapter" in given and not local:
         wrong("--local-adapter", "it belongs to --local", "Leave it out")
     key = os.environ.get(args.key_env, "").strip()
@@ -83,9 +79,7 @@ def from_flags(args) -> "Teacher":
     if problems:
         raise BadInput(*problems)
     if local:
-        return _Local(args)
-    from data_gen.endpoint import Endpoint
-
+        return (local_kind or Local)(args)
     return Endpoint(args, key)
 
 
@@ -105,107 +99,10 @@ def _wrong_url(url: str) -> list[str]:
     return []
 
 
-# ---- what both teachers do -------------------------------------------------------------------------------------------
-
-
-class Teacher:
-    """Answers questions within a budget. After `ask`: `failed` (what went wrong -> how often), `problem` (the last
-    one), and `stopped`, why it ended before all questions were asked, if it did."""
-
-    def __init__(self, args):
-        self.concurrency, self.answer_tokens = args.concurrency, args.answer_tokens
-        self.temperature = getattr(args, "temperature", None)
-        self.max_requests = getattr(args, "max_requests", math.inf)
-        self.max_tokens = getattr(args, "max_tokens", math.inf)
-        self.about = {"answer_tokens": args.answer_tokens, "temperature": self.temperature}
-        self.failed: Counter[str] = Counter()
-        self.stopped, self.problem = "", ""
-        self.requests = self.tokens = self._in_a_row = 0
-
-    def ask(self, questions: Sequence[Question], journal: Path, about: dict | None = None) -> Iterator[Reply]:
-        """Replies in the order of `questions`, which may be made as they are looked at: nothing of them is kept.
-
-        A question that fails for good has a reply that says so, and is asked again by the next run; those that the
-        budget did not reach have none. `about` (name -> value) is kept in the journal with the teacher's own settings.
-        Raises BadInput where the journal has replies to something else, or the endpoint refuses every question.
-        """
-        with closing(Journal(journal, {**self.about, **(about or {})})) as book:
-            there = _compare(questions, book)
-            self._book, self._lost, self.requests = book, set(), 0
-            waiting = ((place, question) for place, question in enumerate(questions) if question.key not in book)
-            self._bar = tqdm(total=len(questions), initial=there, unit="answer", disable=None)
-            with self._bar, closing(self._changes(waiting)) as changes:
-                for question in questions:
-                    while question.key not in book and question.key not in self._lost:
-                        if next(changes, END) is END:
-                            break
-                    self.tokens = book.tokens
-                    if question.key in book:
-                        yield book[question.key]
-                    elif question.key in self._lost:
-                        self._lost.remove(question.key)
-                        yield Reply(question.key, "", "failed", 0)
-
-    def account(self) -> str:
-        """What it cost, and what went wrong, in words."""
-        text = f"{self.requests:,} requests, {self.tokens:,} tokens with those of earlier answers"
-        if self.failed:
-            kinds = ", ".join(f"{kind}: {times:,}" for kind, times in self.failed.most_common())
-            text += f", {self.failed.total():,} questions without answer ({kinds}; the last one: {self.problem})"
-        return text
-
-    def _changes(self, waiting: Iterator[tuple[int, Question]]) -> Iterator[None]:
-        """Asks the questions, each with its place, and yields after some have been kept or lost."""
-        raise NotImplementedError
-
-    def _may_ask(self) -> bool:
-        if not self.stopped:
-            if self._book.requests + self.requests >= self.max_requests:
-                self.stopped = f"--max-requests {self.max_requests} is reached"
-            elif self._book.cost >= self.max_tokens:
-                self.stopped = f"--max-tokens {self.max_tokens} is reached"
-        return not self.stopped
-
-    def _keep(self, question: Question, reply: Reply, requests: int) -> None:
-        asked = sum(len(message["content"].encode()) for message in question.messages)
-        self._book.add(question, reply, requests, reply.tokens or asked + len(reply.text.encode()))
-        self._in_a_row = 0
-        self._bar.update()
-
-    def _lose(self, question: Question, kind: str, problem: str) -> None:
-        self._lost.add(question.key)
-        self.failed[kind] += 1
-        self.problem = problem
-        self._bar.update()
-        self._in_a_row += 1
-        if self._in_a_row >= MOST_FAILED:
-            self.stopped = self.stopped or f"{MOST_FAILED} questions in a row failed"
-
-
-def _compare(questions: Iterable[Question], book: Journal) -> int:
-    """How many of the questions are answered already. Raises BadInput where one of those was another question."""
-    seen, there = set(), 0
-    for question in questions:
-        if question.key in seen:
-            raise ValueError(f"two questions have the key {question.key}")
-        seen.add(question.key)
-        there += question.key in book
-        if question.key in book and not book.fits(question):
-            fix = "Give the same arguments, choose another --out, or delete the journal to start afresh"
-            why = f"question {question.key} was another one"
-            raise BadInput(f"journal of another run in {book.path}: {why}. {fix}")
-    return there
-
-
-def mend(text: str) -> str:
-    """Half surrogate pairs, which JSON can spell and UTF-8 cannot, become question marks."""
-    return text.encode(errors="replace").decode()
-
-
 # ---- a local model ---------------------------------------------------------------------------------------------------
 
 
-class _Local(Teacher):
+class Local(Teacher):
     """A model of ours, a batch at a time. What is drawn for a question depends on the seed and the question's place."""
 
     def __init__(self, args):

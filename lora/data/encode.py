@@ -147,14 +147,14 @@ def encode(
     rows = iter(_with_others(rows) if kind == "judged" else rows)
     tokens, trained, lengths, known = array("i"), bytearray(), array("i"), {name: array("d") for name in KNOWN[kind]}
     while (part := list(islice(rows, ROWS))) and len(problems) <= 10 * MOST_LINES:  # then the file is something else
-        sides = [side for row in part if isinstance(row, Conversation) for side in _sides(row)]
-        tokenized = iter(chat.tokenize_all(sides, train_on))
+        texts = [side for row in part if isinstance(row, Conversation) for side in sides(row)]
+        tokenized = iter(chat.tokenize_all(texts, train_on))
         for row in part:
             if isinstance(row, Problem):
                 problems.append(str(row))
                 continue
             found._count(row)
-            of_sides = [next(tokenized) for _ in _sides(row)]
+            of_sides = [next(tokenized) for _ in sides(row)]
             wrong = [problem for of in of_sides if isinstance(of, BadInput) for problem in of.problems]
             if found.group > 1 and not wrong and any(len(of) > 1 for of in of_sides):
                 wrong = ["the template rewrites its earlier answers. Leave one answer after the question"]
@@ -197,25 +197,34 @@ def _too_long(where: str, length: int, limit: int, most: int | None) -> str:
     return f"too long in {where}: {length} tokens, {why}. {fix} --overlong drop, truncate or split"
 
 
-def _sides(row: Conversation) -> tuple[list[dict], ...]:
+def sides(row: Conversation) -> tuple[list[dict], ...]:
+    """The conversations that a row is encoded as."""
     return (row.messages,) if row.rejected is None else (row.messages, row.rejected)
 
 
 def _with_others(rows: Iterable[Conversation | Problem]) -> Iterator[Conversation | Problem]:
-    """Each judged row, and as its other side its question with the answer of the next row, the last one's with that of
-    the first: answers that have nothing to do with the question, by which KTO measures how far the model has moved."""
-    rows = iter(rows)
-    first = before = None
+    """Each judged row, and as its other side its question with the answer of the next row that asks something else:
+    answers that have nothing to do with the question, by which KTO measures how far the model has moved."""
+    waiting, first, second = [], None, None
     for row in rows:
         if isinstance(row, Problem):
             yield row
-        elif before is None:
-            first = before = row
-        else:
-            yield before._replace(rejected=[*before.messages[:-1], row.messages[-1]])
-            before = row
-    if before is not None:
-        yield before._replace(rejected=[*before.messages[:-1], first.messages[-1]])
+            continue
+        if waiting and _question(row) != _question(waiting[0]):
+            yield from (_beside(one, row) for one in waiting)
+            waiting, second = [], second or row
+        waiting.append(row)
+        first = first or row
+    for one in waiting:
+        yield _beside(one, first if _question(one) != _question(first) else second or first)
+
+
+def _question(row: Conversation) -> list[dict]:
+    return row.messages[:-1]
+
+
+def _beside(row: Conversation, other: Conversation) -> Conversation:
+    return row._replace(rejected=[*_question(row), other.messages[-1]])
 
 
 def _scored(chat: TokenizedChat) -> TokenizedChat:

@@ -12,7 +12,7 @@ from functools import cache
 from hashlib import blake2b
 from typing import NamedTuple
 
-from lora.data import near
+from lora.data import lint_pairs, near
 from lora.data.formats import Conversation, Problem, plain_shape
 from lora.data.leftovers import LABEL, is_leftover
 from lora.errors import one_line
@@ -33,8 +33,19 @@ CODES = {  # code -> what it means; first what a row is itself, then what it is 
     "SCHEMA": "the file has rows of more than one shape",
     "DUPLICATE": "all turns are those of another row, but for case, white space and punctuation",
     "NEAR-DUPLICATE": "90 % or more of its 5-grams of characters are those of another row (Jaccard)",
-    "CONFLICT": "another row answers the same question differently",
+    "CONFLICT": "another row answers the same question differently, or judges the same answer the other way",
     "OVERLAP": "an evaluation row or its question is in the training data too, perhaps with its numbers swapped",
+    "EQUAL": "both sides of a pair are the same",
+    "PROMPTS": "the sides of a pair answer different questions, or its prompt is not theirs",
+    "SCORES": "the rejected answer has the better score",
+    "LENGTH": "the length alone says of most pairs which answer is chosen",
+    "LABELS": "all answers are good, or all are bad",
+    "OVERLONG": "a side of a pair is longer than --max-len or the model takes",
+}
+MEND = {  # what was noticed while rows were read
+    "PROMPTS": "Repair the row, or remove the prompt",
+    "SCORES": "Swap the sides, or remove the pair",
+    "OVERLONG": "Shorten it, or raise --max-len",
 }
 
 
@@ -53,18 +64,20 @@ class Finding(NamedTuple):
 def check(
     train: Sequence[Conversation | Problem],
     evaluation: Sequence[Conversation | Problem] = (),
-    unused: Sequence[tuple[str, str]] = (),
+    noticed: Sequence[tuple[str, ...]] = (),
 ) -> list[Finding]:
-    """All findings, sorted. Rows that could not be read pass through; each set is also compared with itself; `unused`
-    are places of rows, and a field that nothing reads."""
+    """All findings, sorted. Rows that could not be read pass through; each set is also compared with itself. `noticed`
+    while they were read are (place, field that nothing reads) and (place, what, code)."""
     found = []
     for row in (*train, *evaluation):
         found += [_finding(*row)] if isinstance(row, Problem) else _by_itself(row)
     train, evaluation = ([row for row in rows if isinstance(row, Conversation)] for rows in (train, evaluation))
-    found += [*_mixed([*train, *evaluation]), *_unused(unused)]
+    found += [*_mixed([*train, *evaluation]), *_unused([one for one in noticed if len(one) == 2])]
+    found += [_finding(one[0], one[2], f"{one[1]}. {MEND[one[2]]}") for one in noticed if len(one) == 3]
+    found += [_finding(*one) for rows in (train, evaluation) for one in lint_pairs.find(rows)]
     sets = [[_Row.of(row) for row in rows] for rows in (train, evaluation)]
     for rows in sets:
-        found += [*_repeats(rows), *_conflicts(rows)]
+        found += [*_repeats(rows), *_conflicts(rows), *_contradictions(rows)]
     return sorted([*found, *_overlap(*sets)])
 
 
@@ -92,10 +105,11 @@ PLACEHOLDER = re.compile(
 
 
 def _by_itself(row: Conversation) -> Iterator[Finding]:
-    slots = (PLACEHOLDER.search(CODE.sub(" ", message["content"])) for message in row.messages)
+    turns = (*row.messages, *(row.rejected or ()))
+    slots = (PLACEHOLDER.search(CODE.sub(" ", message["content"])) for message in turns)
     if slot := next(filter(None, slots), None):
         yield _finding(row.where, "PLACEHOLDER", f"{_quote(slot[0])} is not filled in. Fill it in or remove the row")
-    for message in row.messages:
+    for message in row.messages if row.good is not False else ():  # a bad answer may be one
         if message["role"] in ("assistant", "text") and message.get("train", True) and is_leftover(message["content"]):
             why = "is an error message or a refusal. Ask again or remove the row"
             yield _finding(row.where, "LEFTOVER", f"{_quote(message['content'])} {why}")
@@ -120,13 +134,13 @@ def _mixed(rows: Sequence[Conversation]) -> Iterator[Finding]:
 
 def _unused(unused: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     """FIELD: one finding a file and field, at the first row that has it."""
-    rows = defaultdict(list)
+    rows = defaultdict(dict)
     for where, field in unused:
-        rows[where.rpartition(":")[0], field].append(where)
+        rows[where.rpartition(":")[0], field][where] = None  # both sides of a pair may have it
     for (_, field), places in rows.items():
         count = f"{len(places)} row{'s' if len(places) > 1 else ''}"
         fix = "Remove it, put it into the content, or leave out rows by it"
-        yield _finding(places[0], "FIELD", f"{count} with {_quote(field)}, which is not learned. {fix}")
+        yield _finding(next(iter(places)), "FIELD", f"{count} with {_quote(field)}, which is not learned. {fix}")
 
 
 def _labels(row: Conversation, role: str) -> set[str]:
@@ -185,16 +199,29 @@ class _Row(NamedTuple):
     """A conversation as it is compared with others."""
 
     where: str
-    text: str  # normal turns, a line each
+    text: str  # normal turns, a line each; of a pair, then what the rejected side has for those that differ
     system: bool  # the first of them is a system turn
     answers: frozenset[int]  # those that are answers to learn
+    verdicts: tuple[tuple[str, str, bool], ...] | None  # of answers that are compared or judged: question, answer, good
 
     @classmethod
     def of(cls, row: Conversation) -> "_Row":
         turns = row.messages
-        answers = (i for i, m in enumerate(turns) if m["role"] == "assistant" and m.get("train", True))
-        lines = "\n".join(normal(message.get("reasoning_content", "") + message["content"]) for message in turns)
-        return cls(row.where, lines, turns[0]["role"] == "system", frozenset(answers))
+        answers = frozenset(i for i, m in enumerate(turns) if m["role"] == "assistant" and m.get("train", True))
+        lines, verdicts = cls._lines(turns), None
+        if row.good is not None:
+            verdicts = (("\n".join(lines[:-1]), lines[-1], row.good),)
+        elif row.rejected:
+            cut, other = lint_pairs.common(row), cls._lines(row.rejected)
+            verdicts = (("\n".join(lines[:cut]), "\n".join(lines[cut:]), True),
+                        ("\n".join(other[:cut]), "\n".join(other[cut:]), False))  # fmt: skip
+            verdicts = verdicts if lines != other else ()
+            lines += other[cut:]
+        return cls(row.where, "\n".join(lines), turns[0]["role"] == "system", answers, verdicts)
+
+    @staticmethod
+    def _lines(turns: list[dict]) -> list[str]:
+        return [normal(message.get("reasoning_content", "") + message["content"]) for message in turns]
 
     def asked(self, loosely: bool = False) -> Iterator[tuple[bytes, str]]:
         """For every answer, a digest of all turns before it, and the answer; for a document, its digest and "".
@@ -228,11 +255,15 @@ def _numbers_sorted(text: str) -> str:
 
 def _repeats(rows: list[_Row]) -> Iterator[Finding]:
     """DUPLICATE and NEAR-DUPLICATE: every later row of a group once, beside its first row or one between them."""
-    first: dict[str, _Row] = {}
+    first: dict[tuple, _Row] = {}
     for row in rows:
-        if (other := first.setdefault(row.text, row)) is not row:
+        good = row.verdicts and row.verdicts[0][2]  # an answer that is good here and bad there is a CONFLICT
+        if (other := first.setdefault((row.text, good), row)) is not row:
             yield _finding(row.where, "DUPLICATE", f"same as {other.where}. Remove one of them")
-    texts, rows = list(first), list(first.values())
+    unlike: dict[str, _Row] = {}
+    for row in first.values():
+        unlike.setdefault(row.text, row)
+    texts, rows = list(unlike), list(unlike.values())
     beside = defaultdict(list)
     for one, other in near.near_pairs(texts):
         beside[one].append(other)
@@ -252,13 +283,32 @@ def _repeats(rows: list[_Row]) -> Iterator[Finding]:
 
 def _conflicts(rows: list[_Row]) -> Iterator[Finding]:
     known: dict[bytes, tuple[str, str]] = {}
-    for row in rows:
+    for row in (row for row in rows if row.verdicts is None):
         for asked, answer in row.asked():
             where, other = known.setdefault(asked, (row.where, answer))
             if answer != other:
                 text = f"its question is answered differently in {where}. Keep one answer, or ask differently"
                 yield _finding(row.where, "CONFLICT", text)
                 break
+
+
+def _contradictions(rows: list[_Row]) -> Iterator[Finding]:
+    """CONFLICT: an answer that another row judges the other way."""
+    known: dict[tuple[str, str, bool], str] = {}
+    for row in rows:
+        verdicts = row.verdicts or ()
+        other = {good: known[q, a, not good] for q, a, good in verdicts if (q, a, not good) in known}
+        if other:
+            where, names = next(iter(other.values())), ("rejected", "chosen")
+            text = f"its sides are swapped in {where}"
+            if len(verdicts) == 1:
+                text = f"its answer is {('bad', 'good')[verdicts[0][2]]}, and in {where} it is not"
+            elif len(other) == 1:
+                [good] = other
+                text = f"its {names[good]} answer is {names[not good]} in {where}, right in a ranking of several alone"
+            yield _finding(row.where, "CONFLICT", f"{text}. Keep one of them")
+        for verdict in verdicts:
+            known.setdefault(verdict, row.where)
 
 
 def _overlap(train: list[_Row], evaluation: list[_Row]) -> Iterator[Finding]:

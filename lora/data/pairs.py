@@ -5,7 +5,6 @@ A shape is two names of answers and a name of the prompt: any of ANSWERS with an
 is then what both sides have in common. Prompts and answers may be texts, messages, or whole conversations.
 """
 
-import math
 import re
 from itertools import takewhile
 from typing import NamedTuple
@@ -32,10 +31,8 @@ READ_ALONE = {
     "answer",
     "a",
 }  # of a row without the rejected answer
-BETTER = {
-    "human_ref_A": ("labels", (1, 0)),
-    "response_0": ("better_response_id", (0, 1)),
-}  # says which answer is chosen
+# Which of two answers is chosen, a field says
+BETTER = {"human_ref_A": ("labels", (1, 0)), "response_0": ("better_response_id", (0, 1))}
 WHOLE = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "instruction", "q", "query", "input", "history", *WHOLE)
 
@@ -135,7 +132,7 @@ def judged(row: dict, keys: Keys | None = None) -> tuple[dict, bool]:
 
 def sides(row: dict, keys: Keys | None = None) -> Sides:
     """Both sides of a row that `answers_in` knows; `keys` name its question. Raises ValueError."""
-    names = answers_in(row, keys)
+    names = shape = answers_in(row, keys)
     answers = [row[name] for name in names]
     rest = {field: value for field, value in row.items() if field not in (*names, "margin")}
     if isinstance(rest.get("input"), dict):
@@ -155,22 +152,20 @@ def sides(row: dict, keys: Keys | None = None) -> Sides:
     asking = WHOLE if names[0] in WHOLE else (*(keys or ())[:1], *PROMPTS)
     key = next((key for key in asking if not says_nothing(rest.get(key))), None)
     prompt, findings = rest.pop(key, None), _scores(rest)
-    shape = "/".join(filter(None, (key if names[0] not in WHOLE else None, *names)))
-    margin = _margin(row)
-    if all(isinstance(answer, str) for answer in answers):
-        if key is None:
-            prompt, answers = _texts(*answers)
-            return Sides(*(({**rest, "messages": _joined(prompt, a)}, None) for a in answers), shape, margin, findings)
-        if isinstance(prompt, str) and _is_dialogue(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
-            prompt, answers = None, [_dialogue(prompt + answer) for answer in answers]
-        elif not isinstance(prompt, (list, dict)):
-            both = zip(names, answers, strict=True)
-            return Sides(*(({**rest, key: prompt, n: a}, (key, n)) for n, a in both), shape, margin, findings)
+    shape = "/".join(dict.fromkeys([key, *shape] if key else shape))
+    texts = all(isinstance(answer, str) for answer in answers)
+    if texts and key is None:
+        prompt, answers = _texts(*answers)
+    elif texts and isinstance(prompt, str) and _is_dialogue(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
+        prompt, answers = None, [_dialogue(a if a.startswith(prompt) else prompt + a) for a in answers]
+    elif key and not any(isinstance(text, (list, dict)) for text in (prompt, *answers)):
+        both = [({**rest, key: prompt, name: a}, (key, name)) for name, a in zip(names, answers, strict=True)]
+        return Sides(*both, shape, _margin(row), findings)
     found = [_joined(prompt, answer) for answer in answers]
     if any(_last_question(prompt) not in (None, *map(_text_of, turns)) for turns in found):
         findings.append(("PROMPTS", f"its {key} is not in the conversations of both sides, which count"))
     rest = {field: value for field, value in rest.items() if field not in WHOLE}
-    return Sides(*(({**rest, _name(turns): turns}, None) for turns in found), shape, margin, findings)
+    return Sides(*(({**rest, _name(turns): turns}, None) for turns in found), shape, _margin(row), findings)
 
 
 def _refuse_beside(rest: dict, names: tuple[str, str]) -> None:
@@ -189,7 +184,7 @@ def _margin(row: dict) -> float:
     margin = row.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) < 1e6:
         raise ValueError(f"its margin is {repr(margin)[:40]}, expected a number. Repair the line")
     return float(margin)
 

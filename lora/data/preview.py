@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lora.data.batch import Linked
 from lora.data.encode import Encoded
 from lora.errors import one_line
 from lora.text.chat import Example
@@ -48,23 +49,34 @@ def lines(example: Example, tokenizer: Tokenizer, colour: bool) -> list[str]:
 
 
 def show(examples: Encoded, count: int, tokenizer: Tokenizer) -> None:
-    """The first `count` examples on stdout."""
+    """The first `count` examples on stdout; linked ones, as the sides of a pair, below each other, each by its name."""
     colour = coloured()
     for i in range(min(count, len(examples))):
-        example = examples[i]
-        print(f"example {i + 1} of {len(examples)}, {one_line(examples.where[i])}: {len(example.tokens)} tokens, "
-              f"{sum(example.trained)} trained (+)")  # fmt: skip
-        print("\n".join(lines(example, tokenizer, colour)) + "\n")
+        sides = named(examples[i]) if examples.group > 1 else {"": examples[i]}
+        for name, example in sides.items():
+            print(f"example {i + 1} of {len(examples)}{name}, {one_line(examples.where[i])}: {len(example.tokens)} "
+                  f"tokens, {sum(example.trained)} trained (+)")  # fmt: skip
+            print("\n".join(lines(example, tokenizer, colour)) + "\n")
+
+
+def named(linked: Linked) -> dict[str, Example]:
+    """Linked examples by what they are: the sides of a pair, or a judged answer and one to measure against."""
+    margin = linked.known.get("margin", (0.0,))[0]
+    names = f", chosen{f' by a margin of {margin:g}' if margin else ''}", ", rejected"
+    if "good" in linked.known:
+        names = ", good" if linked.known["good"][0] else ", bad", ", with another row's answer"
+    return dict(zip(names, linked.examples, strict=True))
 
 
 def numbers(examples: Encoded, tokens_per_step: int, memory: float) -> dict[str, str]:
     """The size of the data: name -> value, in this order."""
-    lengths, trained = examples.lengths, int(examples.trained.sum())
+    lengths, trained = examples.document_lengths, int(examples.trained.sum())
     p50, p95 = (int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 95))
     found = {
         "rows": examples.rows, "tokens": len(examples.tokens), "trained tokens": trained,
         "length p50": p50, "length p95": p95, "length max": lengths.max(),
         "trained share": f"{trained / len(examples.tokens):.4f}",
+        **({"equal sides": examples.equal} if examples.equal else {}),
         "dropped": examples.dropped, "truncated": examples.truncated,
         **({"split": examples.split} if examples.split else {}),
         "tokens per step": tokens_per_step, "memory": f"{memory / 1e9:.1f} GB",

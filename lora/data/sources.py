@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora.data import formats, lint
-from lora.data.encode import Encoded, encode, joined, may_be_raised
+from lora.data.encode import Encoded, encode, joined, may_be_raised, sides
 from lora.errors import BadInput, say
 from lora.text.chat import Chat
 
@@ -75,15 +75,18 @@ def named(args) -> list[tuple[str, str, float | None]]:
 
 
 def key_problems(args) -> list[str]:
-    """The line that is due where one key of rows is named without the other."""
+    """The line that is due where one key of rows is named without the other; of pairs the question's is enough."""
+    if args.prompt_key and getattr(args, "method", None) in ("dpo", "reward"):
+        return []
     line = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
     return [line] if bool(args.prompt_key) != bool(args.response_key) else []
 
 
 def how(args, kind: str = "conversation") -> dict:
     """How `formats` reads rows, by the flags and by the `kind` of rows that a method learns from."""
-    keys = (args.prompt_key, args.response_key) if args.prompt_key and args.response_key else None
-    return {"keys": keys, "leading": args.leading_answers, "kind": "pair" if kind == "scored" else kind}
+    pairs = kind in ("pair", "scored")
+    keys = (args.prompt_key, args.response_key) if args.prompt_key and (args.response_key or pairs) else None
+    return {"keys": keys, "leading": args.leading_answers, "kind": "pair" if pairs else kind}
 
 
 def _rows(
@@ -155,9 +158,10 @@ def read_sources(
         problems += _describe(flag, name, number, part, args, most)
         found[flag].append((part, number))
     if args.prompt_key and not problems:
-        pair = f"{args.prompt_key}/{args.response_key}"
-        if not any(pair in map(formats.plain_shape, part.shapes) for parts in found.values() for part, _ in parts):
-            why = f"no row has both {pair}. Check --prompt-key, --response-key"
+        pair = "/".join(filter(None, (args.prompt_key, args.response_key)))
+        shapes = {formats.plain_shape(shape) for parts in found.values() for part, _ in parts for shape in part.shapes}
+        if not any(f"{shape}/".startswith(f"{pair}/") for shape in shapes):  # of a pair, the rejected answer's follows
+            why = f"no row has {pair}. Check --prompt-key, --response-key"
             problems.append(f"wrong keys in the command line: {why}")
     if problems:
         raise BadInput(*problems)
@@ -197,7 +201,7 @@ def _describe(flag: str, name: str, number: float | None, part: Encoded, args, m
         )
         say(f"overlong {done}; over {args.max_len} tokens (--max-len), the first is {where} with {length}")
     if part.equal:
-        say(f"note     {part.equal} pairs are dropped: their sides are equal, so they teach nothing")
+        say(f"note     dropped pairs whose sides are equal, which teach nothing: {part.equal}")
     if part.first_missing:
         where, text = part.first_missing
         what = "answers are trained without what the template leaves out of them"
@@ -240,17 +244,30 @@ def _notes(args, chat: Chat) -> None:
             say(f"note     {count} {what}")
 
 
-def lint_report(args, locate: Callable[[str], Path], kind: str = "conversation") -> int:
-    """What --check finds, a line each on stdout; exit code 2 if anything."""
+def lint_report(args, locate: Callable[[str], Path], kind: str, reader: Callable[[], tuple[Chat, int]]) -> int:
+    """What --check finds, a line each on stdout; exit code 2 if anything. `reader()` gives a chat and the most tokens
+    of an example, which sides of pairs may be over."""
     if not named(args):
         raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
-    unused = []
-    hear = {"unused": lambda *found: unused.append(found)}
+    noticed = []
+    hear = {"unused": lambda *found: noticed.append(found)}
     train, held_out = (
         list(_rows(args, locate, None, kind, flags, **hear)) for flags in (("data", "replay"), ("eval",))
     )
-    findings = lint.check(train, held_out, unused)
+    if kind != "conversation":
+        noticed += _overlong_sides([*train, *held_out], *reader())
+    findings = lint.check(train, held_out, noticed)
     for finding in findings:
         print(finding)
     say(f"{len(findings)} finding{'s' if len(findings) != 1 else ''} in {len(train) + len(held_out):,} rows")
     return 2 if findings else 0
+
+
+def _overlong_sides(rows: Sequence, chat: Chat, limit: int) -> Iterator[tuple[str, str, str]]:
+    """(place, what, code) for each answer that is over the limit with its prompt."""
+    for row in (row for row in rows if isinstance(row, formats.Conversation)):
+        names = ("chosen", "rejected") if row.rejected else ("",)
+        for name, examples in zip(names, chat.tokenize_all(sides(row)), strict=True):
+            length = 0 if isinstance(examples, BadInput) else max(len(example.tokens) for example in examples)
+            if length > limit:
+                yield row.where, f"its {name} side has {length} tokens, over {limit}".replace("  ", " "), "OVERLONG"

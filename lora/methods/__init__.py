@@ -59,6 +59,14 @@ def fill(args) -> None:
         args.margin = dpo.MARGIN_OF.get(args.loss, 0.0)
 
 
+def describe(args) -> str:
+    """The method and its settings in a line; "" for sft."""
+    names = {"dpo": ("beta", "label_smoothing", "sft_weight", "margin"), "kto": ("beta", "good_weight", "bad_weight"),
+             "reward": ("margin", "center"), "sft": ()}[args.method]  # fmt: skip
+    told = [f"{name.replace('_', ' ')} {getattr(args, name):g}" for name in names if getattr(args, name)]
+    return ", ".join([f"dpo, {args.loss}" if args.method == "dpo" else args.method, *told]) if names else ""
+
+
 class Objective:
     """A method's loss as the training loop calls it: batch -> sum. What it measures besides adds up until `figures`."""
 

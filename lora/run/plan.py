@@ -135,8 +135,11 @@ class Plan:
             say(f"adapter  {trained / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {args.rank}, {linears}")
             for line in adapter.table(args, self.empty, self.targets):
                 say(line)
-        say(f"examples {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
-        say(f"plan     {self.total} steps of {args.batch_size} examples, about {self.step_tokens:,} tokens; {epochs}")
+        what = {"conversation": "examples", "judged": "answers"}.get(self.method.KIND, "pairs")
+        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
+        if lines := methods.describe(args):
+            say(f"method   {lines}")
+        say(f"plan     {self.total} steps of {args.batch_size} {what}, about {self.step_tokens:,} tokens; {epochs}")
         if not args.fsdp:
             say(f"memory   about {self.memory(args) / 1e9:.1f} GB")
 
@@ -176,12 +179,7 @@ def make_plan(
     begins_with_adapter = args.init_adapter and not checkpoint
     if begins_with_adapter:
         adapter.take_over(args, base)
-    template = args.template
-    if checkpoint and template not in (None, *BUILT_IN) and "template" not in args.given:
-        template = passport.template_of(checkpoint)  # the file itself may be gone
-    system = False if args.no_system else args.system
-    today, template_args = date.fromisoformat(args.date), read_arguments(args.template_arg)
-    chat = pretrained.load_chat(base, system, template, today, template_args, args.control_tokens)
+    chat = _chat(args, base, checkpoint)
     if begins_with_adapter:
         passport.verify_chat(args.init_adapter, base.name, chat.tokenizer, chat.template.source, args.no_verify)
     targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
@@ -209,6 +207,22 @@ def make_plan(
         base, chat, empty, adapter.on_meta(args, empty), targets, sources, why_dtype, per_epoch, total, warmup,
         step_tokens, per_step, remembered, method,
     )  # fmt: skip
+
+
+def reader(args: TrainSettings) -> tuple[Chat, int]:
+    """How rows are read, and the most tokens of an example, for --check."""
+    base = pretrained.find(args.model)
+    limit = pretrained.empty_model(base).config.max_position_embeddings
+    return _chat(args, base), min(args.max_len or limit, limit)
+
+
+def _chat(args: TrainSettings, base: pretrained.ModelFiles, checkpoint: Path | None = None) -> Chat:
+    template = args.template
+    if checkpoint and template not in (None, *BUILT_IN) and "template" not in args.given:
+        template = passport.template_of(checkpoint)  # the file itself may be gone
+    system = False if args.no_system else args.system
+    today, template_args = date.fromisoformat(args.date), read_arguments(args.template_arg)
+    return pretrained.load_chat(base, system, template, today, template_args, args.control_tokens)
 
 
 def _retention_batches(args, chat: Chat, sources: Sources, generated_rows, limit: int, device, kind) -> list | None:

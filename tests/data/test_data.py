@@ -123,8 +123,8 @@ def test_history_and_messages_are_one_form(tmp_path):
 
 @mutation(
     "lora/data/formats.py",
-    "if keys and all(key in value for key in keys if key)",
-    "if keys and all(key in value for key in keys if key) and not any(a in value for a, _ in PAIRS)",
+    "if keys and all(key in row for key in keys if key)",
+    "if keys and all(key in row for key in keys if key) and not any(a in row for a, _ in PAIRS)",
 )
 def test_any_pair_of_keys_can_be_named(tmp_path):
     path = written(

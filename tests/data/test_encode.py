@@ -215,6 +215,69 @@ def test_a_preview_by_hand():
     assert found[4].endswith("│<|im_end|>") and "<│|│" in found[4]  # the spelled one is several tokens
 
 
+@mutation(
+    "lora/data/preview.py", "sides = named(examples[i]) if examples.group > 1", 'sides = {"": examples[i]} if True'
+)
+@mutation("lora/data/preview.py", 'if linked.known["good"][0]', 'if not linked.known["good"][0]')
+def test_a_preview_shows_both_sides_of_a_pair_and_what_an_answer_was_judged_by_name(capsys):
+    question, better, worse = turns("Q", "one")[0], turns("Q", "one")[1], turns("Q", "two")[1]
+    shared = {"where": "a.jsonl:1", "messages": [question, better], "shape": "x"}
+    pairs = [Conversation(**shared, rejected=[question, worse], margin=margin) for margin in (0.0, 0.5)]
+    judged = [Conversation(**shared, good=good) for good in (True, False)]
+    shown = {}
+    for kind, rows in (("pair", pairs), ("judged", judged)):
+        preview.show(encode(rows, chat_of("chatml"), 1000, kind=kind), 2, byte_level())
+        shown[kind] = capsys.readouterr().out.rstrip("\n").split("\n\n")
+    heads = [[block.partition(", a.jsonl:1: ")[0] for block in shown[kind]] for kind in shown]
+    assert heads[0] == ["example 1 of 2, chosen", "example 1 of 2, rejected",
+                        "example 2 of 2, chosen by a margin of 0.5", "example 2 of 2, rejected"]  # fmt: skip
+    assert heads[1] == ["example 1 of 2, good", "example 1 of 2, with another row's answer",
+                        "example 2 of 2, bad", "example 2 of 2, with another row's answer"]  # fmt: skip
+    answers = [re.search(r"\n\+ (\S+)", block)[1].replace("│", "") for block in shown["pair"]]
+    assert answers == ["one<|im_end|>", "two<|im_end|>"] * 2
+
+
+@mutation(
+    "lora/data/preview.py", "lengths, trained = examples.document_lengths,", "lengths, trained = examples.lengths,"
+)
+@mutation("lora/data/preview.py", "if examples.equal else {}", "if False else {}")
+def test_the_numbers_of_pairs_are_those_of_each_side_and_count_equal_ones():
+    sides = turns("Q", "one"), turns("Q", "one and more")
+    rows = [Conversation(side, "a.jsonl:1", "x", sides[0]) for side in (sides[1], sides[1], sides[0])]
+    chat = chat_of("chatml")
+    found = preview.numbers(encode(rows, chat, 1000, kind="pair"), 1, 1.0)
+    short, long = (len(chat.tokenize(side)[0].tokens) for side in sides)
+    assert (found["length p50"], found["length max"], found["tokens"]) == (
+        str(short),
+        str(long),
+        str(2 * (short + long)),
+    )
+    assert (found["rows"], found["equal sides"]) == ("3", "1")
+
+
+@mutation("lora/data/sources.py", 'if not any(f"{shape}/".startswith(f"{pair}/")', "if not any(shape == pair")
+@mutation(
+    "lora/data/sources.py", 'if args.prompt_key and getattr(args, "method", None) in', "if args.prompt_key and None in"
+)
+@mutation("lora/data/sources.py", "(args.response_key or pairs) else None", "args.response_key else None")
+def test_the_key_of_a_pairs_question_can_be_named_and_that_of_its_good_answer(tmp_path):
+    def read(row: dict, *keys: str, method="dpo") -> int:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        argv = ["--method", method, "--data", str(tmp_path / "a.jsonl"), "--max-len", "100", *keys]
+        return len(read_sources(TrainSettings.resolve(argv, ""), chat_of("chatml"), Path, kind="pair").examples)
+
+    named, good = ("--prompt-key", "frage"), ("--response-key", "gut")
+    assert read({"frage": "Q", "chosen": "A", "rejected": "B"}, *named) == 1
+    assert read({"frage": "Q", "chosen": "A", "rejected": "B"}, *named, "--response-key", "chosen") == 1
+    assert read({"frage": "Q", "gut": "A", "rejected": "B"}, *named, *good) == 1
+    for keys in (named, (*named, *good)):
+        with pytest.raises(BadInput, match="no row has frage"):
+            read({"prompt": "Q", "chosen": "A", "rejected": "B"}, *keys)
+    for keys, method in ((good, "dpo"), (named, "sft")):
+        with pytest.raises(BadInput, match="need each other"):
+            read({"frage": "Q", "gut": "A", "rejected": "B"}, *keys, method=method)
+
+
 NAMES = ["rows", "tokens", "trained tokens", "length p50", "length p95", "length max", "trained share", "dropped",
          "truncated", "tokens per step", "memory"]  # fmt: skip
 

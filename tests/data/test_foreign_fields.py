@@ -224,7 +224,7 @@ BESIDE = {
 @mutation(
     "lora/data/foreign_fields.py", "(field in OF_A_ROW or MEDIA.fullmatch(field)) and", "False and", case="images"
 )
-@mutation("lora/data/foreign_fields.py", "elif field in THOUGHTS:", "elif False:", case="reasoning")
+@mutation("lora/data/foreign_fields.py", "if field in THOUGHTS:", "if False:", case="reasoning")
 @pytest.mark.parametrize("field", BESIDE)
 def test_what_would_not_be_learned_beside_a_row_is_refused_by_name(tmp_path, field):
     for row in ({"messages": PAIR}, {"question": "Q", "answer": "A"}, {"text": "T"}):

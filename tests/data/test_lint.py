@@ -171,7 +171,7 @@ def test_a_file_of_two_shapes_gives_one_finding():
 # ---- two rows --------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/data/lint.py", "first.setdefault(row.text, row)", "first.pop(row.text, row)")
+@mutation("lora/data/lint.py", "first.setdefault((row.text, good), row)", "first.pop((row.text, good), row)")
 def test_duplicates_but_for_case_space_and_punctuation_point_to_the_first():
     findings = check(
         rows(("What is it?", "A dog."), ("Other", "x"), ("what  is it", "a DOG"), ("ｗhat is it？", "A dog!"))

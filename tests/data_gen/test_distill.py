@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen import distill, endpoint, teacher
+from data_gen import asking, distill, endpoint, teacher
 from data_gen.distill import Pair, Prompts
 from data_gen.journal import Journal
 from data_gen.teacher import Question, Reply
@@ -290,7 +290,7 @@ def test_answers_that_only_resemble_a_refusal_are_kept(text):
 
 @mutation("data_gen/distill.py", '**dict.fromkeys(("length", "max_tokens", "max_output_tokens"), "truncated"),', "")
 @mutation("data_gen/distill.py", 'return BEFORE.sub("", reply.text, count=1).strip()', "return reply.text.strip()")
-@mutation("data_gen/teacher.py", 'return text.encode(errors="replace").decode()', "return text")
+@mutation("data_gen/asking.py", 'return text.encode(errors="replace").decode()', "return text")
 @mutation(
     "data_gen/distill.py",
     "question = prompts.question(int(reply.key) - 1)",
@@ -528,11 +528,11 @@ def test_a_missing_key_matters_only_if_the_endpoint_asks_for_one(distilled, monk
     assert done.code == 2 and "Set $MY_KEY to a valid key" in done.err
 
 
-@mutation("data_gen/teacher.py", "if self._in_a_row >= MOST_FAILED:", "if False:")
+@mutation("data_gen/asking.py", "if self._in_a_row >= MOST_FAILED:", "if False:")
 def test_an_endpoint_that_fails_every_question_is_given_up(distilled):
     with TeacherServer(lambda prompt, attempt: wrong(400, "unknown parameter")) as server:
         done = distilled(server, rows=60, concurrency=1)
-        assert len(server.asked) == teacher.MOST_FAILED
+        assert len(server.asked) == asking.MOST_FAILED
     assert done.code == 3 and "20 questions in a row failed" in done.err and done.bytes is None
 
 
@@ -603,8 +603,8 @@ def test_a_fatal_error_that_echoes_the_key_does_not_show_it(distilled, monkeypat
 
 
 @mutation(
-    "data_gen/teacher.py",
-    "if self._book.requests + self.requests >= self.max_requests:",
+    "data_gen/asking.py",
+    "if self._before + self.requests >= self.max_requests:",
     "if self.requests >= self.max_requests:",
 )
 def test_a_budget_of_requests_stops_and_a_larger_one_goes_on_to_the_same_bytes(distilled):
@@ -620,7 +620,7 @@ def test_a_budget_of_requests_stops_and_a_larger_one_goes_on_to_the_same_bytes(d
         assert len(server.asked) == 30 and rest.bytes == whole.bytes and "not asked" not in rest.err
 
 
-@mutation("data_gen/teacher.py", "reply.tokens or asked + len(reply.text.encode())", "reply.tokens")
+@mutation("data_gen/asking.py", "reply.tokens or asked + len(reply.text.encode())", "reply.tokens")
 @mutation("data_gen/journal.py", "sum(tokens), sum(cost) from replies", "sum(tokens), 0 from replies")
 def test_a_budget_of_tokens_counts_earlier_runs_and_bytes_where_tokens_are_not_told(distilled):
     with TeacherServer() as server:  # 10 tokens each
@@ -828,7 +828,7 @@ def test_a_journal_of_something_else_is_refused_and_kept(distilled, data, tmp_pa
 
 
 @mutation(
-    "data_gen/teacher.py",
+    "data_gen/asking.py",
     "for place, question in enumerate(questions) if question.key not in book)",
     "for place, question in enumerate(questions))",
 )
@@ -840,7 +840,7 @@ def test_more_or_fewer_rows_go_on_with_the_same_journal(distilled):
         assert distilled(server, rows=10).bytes == first.bytes and len(server.asked) == 25
 
 
-@mutation("data_gen/teacher.py", "if question.key in book and not book.fits(question):", "if False:")
+@mutation("data_gen/asking.py", "if question.key in book and not book.fits(question):", "if False:")
 def test_another_question_under_the_same_key_is_refused(tmp_path):
     with TeacherServer() as server:
         list(a_teacher(server).ask(questions(3), tmp_path / "j"))
