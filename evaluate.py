@@ -166,9 +166,8 @@ def labels(method: str) -> dict[str, tuple[str, str]]:
         return "{:.1%}" if name == "accuracy" else "{:.1f}" if name.startswith("length") else "{:.4f}"
 
     its = {name: (words, form(name)) for name, words in METHODS[method].FIGURES.items()}
-    return (
-        {"loss": (LOSS[method], "{:.4f}")} | its | {k: v for k, v in score.FIGURES.items() if k not in ("loss", *its)}
-    )
+    loss = score.FIGURES["loss"] if method == "sft" else (LOSS[method], "{:.4f}")
+    return {"loss": loss} | its | {name: label for name, label in score.FIGURES.items() if name not in ("loss", *its)}
 
 
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------

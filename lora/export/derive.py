@@ -240,7 +240,7 @@ def write(
     with folders.new_folder(out, overwrite) as folder:
         if template is not None:
             files.write_bytes(folder / passport.TEMPLATE, template)
-        card.write_adapter(folder, out.name, base, None)
         store.save(model, folder, base.hub_id, papers, "CAUSAL_LM")
+        card.write_adapter(folder, out.name, base, None)
     say(f"saved    {out}, {described({path: layer.rank for path, layer in layers.items()})}")
     return 0

@@ -20,7 +20,7 @@ from lora.train.evaluate import Total
 
 METHODS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward}
 EPOCHS = {"sft": 3, "dpo": 1, "kto": 1, "reward": 1}  # at least, where nobody says
-LOSS = {"sft": "loss, nats per token of the answers", "dpo": "loss a pair", "kto": "loss an answer",
+LOSS = {"sft": "loss (nats per trained token)", "dpo": "loss a pair", "kto": "loss an answer",
         "reward": "loss a pair"}  # fmt: skip
 LR = {"sft": 1.0, "dpo": 0.1, "kto": 0.1, "reward": 0.25}  # of that of sft: measured, docs/alignment.md
 

@@ -78,8 +78,8 @@ def test_a_base_that_is_on_no_hub_is_not_named(tmp_path, hub_id):
 
 @mutation(
     "lora/export/card.py",
-    "names = {name: _last_names(used.pop(name)) for name in PATHS if name in used}",
-    "names = {name: used.pop(name) for name in PATHS if name in used}",
+    "names = {name: _last_names(left.pop(name)) for name in PATHS if name in left}",
+    "names = {name: left.pop(name) for name in PATHS if name in left}",
 )
 def test_settings_and_data_are_told_without_the_way_to_them(tmp_path):
     settings = {"template": "/home/me/t.jinja", "replay": ["a/b.jsonl:0.5", "hub:owner/set/c.jsonl:1"], "lr": 0.001}
