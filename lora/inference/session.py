@@ -166,8 +166,7 @@ def open_session(
         warn_if_unchanged(net, adapter)
         merge_and_unload(net)  # plain Linears again: the adapter costs nothing from here on
         say(f"adapter  {adapter}")
-    if value_head.of(net):
-        say(f"note     {adapter or base.name} is a reward model: evaluate.py, or score() in Python, has its scores")
+    _tell_head(net, adapter or base.name)
     return Session(net, chat, how, max_new_tokens)
 
 
@@ -212,7 +211,13 @@ def open_sessions(
             sets.add(name, adapter, base.read)
             sets.switch(name)
             warn_if_unchanged(net, adapter)
+            _tell_head(net, adapter)
     return {name: Session(net, chat, *how, partial(sets.switch, name, merged=True)) for name, chat in chats.items()}
+
+
+def _tell_head(model: Model, name: str | Path) -> None:
+    if value_head.of(model):
+        say(f"note     {name} is a reward model: evaluate.py, or score() in Python, has its scores")
 
 
 def try_adapter(
