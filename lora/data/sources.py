@@ -244,7 +244,7 @@ def _notes(args, chat: Chat) -> None:
             say(f"note     {count} {what}")
 
 
-def lint_report(args, locate: Callable[[str], Path], kind: str, reader: Callable[[], tuple[Chat, int]]) -> int:
+def lint_report(args, locate: Callable, kind: str = "conversation", reader: Callable | None = None) -> int:
     """What --check finds, a line each on stdout; exit code 2 if anything. `reader()` gives a chat and the most tokens
     of an example, which sides of pairs may be over."""
     if not named(args):
