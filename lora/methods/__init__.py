@@ -20,12 +20,33 @@ from lora.train.evaluate import Total
 
 METHODS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward}
 EPOCHS = {"sft": 3, "dpo": 1, "kto": 1, "reward": 1}  # at least, where nobody says
+LOSS = {"sft": "loss (nats per trained token)", "dpo": "loss a pair", "kto": "loss an answer",
+        "reward": "loss a pair"}  # fmt: skip
 LR = {"sft": 1.0, "dpo": 0.1, "kto": 0.1, "reward": 0.25}  # of that of sft: measured, docs/alignment.md
 
 
 def compares(method: ModuleType, args) -> bool:
     """Does the loss compare with what the model of step 0 says?"""
     return hasattr(method, "compares") and method.compares(args)
+
+
+FLAGS = {  # that are not for every method
+    "loss": ("dpo",),
+    "beta": ("dpo", "kto"),
+    "label_smoothing": ("dpo",),
+    "sft_weight": ("dpo",),
+    "margin": ("dpo", "reward"),
+    "good_weight": ("kto",),
+    "bad_weight": ("kto",),
+    "center": ("reward",),
+}
+
+
+def used(settings: dict) -> dict:
+    """The settings of a run that took part in it: not those that are off, nor those of another method."""
+    method = settings.get("method", "sft")
+    its = {name: value for name, value in settings.items() if method in FLAGS.get(name, (method,))}
+    return {name: value for name, value in its.items() if value is not None and value is not False}
 
 
 def fill(args) -> None:

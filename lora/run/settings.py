@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lora.errors import BadInput
-from lora.methods import dpo
+from lora.methods import FLAGS, dpo
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
 
@@ -58,17 +58,6 @@ def _is_layers(value: str) -> bool:
     pairs = [part.split("-") for part in value.split(",")] if LAYERS.fullmatch(value) else [["1", "0"]]
     return all(int(first) <= int(last) for first, *rest in pairs for last in rest if last)
 
-
-METHODS_OF = {  # flags that are not for every method
-    "loss": ("dpo",),
-    "beta": ("dpo", "kto"),
-    "label_smoothing": ("dpo",),
-    "sft_weight": ("dpo",),
-    "margin": ("dpo", "reward"),
-    "good_weight": ("kto",),
-    "bad_weight": ("kto",),
-    "center": ("reward",),
-}
 
 # fmt: off
 
@@ -273,7 +262,7 @@ class TrainSettings(
         """A line for each flag that changes nothing with this method or loss."""
         line, found = "contradiction in the command line:", []
         of_losses = {"label_smoothing": dpo.WITH_SMOOTHING, "margin": dpo.WITH_MARGIN}
-        for name, methods in METHODS_OF.items():
+        for name, methods in FLAGS.items():
             flag = self.flags()[name].flag
             if getattr(self, name) == self.flags()[name].default:
                 continue
