@@ -32,8 +32,9 @@ from lora.inference import score, several
 from lora.inference.prompts import holds_answers
 from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
-from lora.methods import LOSS, METHODS, compares, fill, measure, reward
+from lora.methods import METHODS, compares, fill, reward
 from lora.methods.answers import log_probs
+from lora.methods.objective import measure
 from lora.pretrained import default_model, hub
 from lora.run.settings import TrainMethod
 from lora.run.use_settings import EvaluateSettings
@@ -166,7 +167,7 @@ def labels(method: str) -> dict[str, tuple[str, str]]:
         return "{:.1%}" if name == "accuracy" else "{:.1f}" if name.startswith("length") else "{:.4f}"
 
     its = {name: (words, form(name)) for name, words in METHODS[method].FIGURES.items()}
-    loss = score.FIGURES["loss"] if method == "sft" else (LOSS[method], "{:.4f}")
+    loss = score.FIGURES["loss"] if method == "sft" else (METHODS[method].LABEL, "{:.4f}")
     return {"loss": loss} | its | {name: label for name, label in score.FIGURES.items() if name not in ("loss", *its)}
 
 

@@ -18,7 +18,7 @@ from lora import files
 from lora.adapter import passport, value_head
 from lora.errors import BadInput, one_line
 from lora.export.report import table
-from lora.methods import LOSS, METHODS, dpo, used
+from lora.methods import METHODS, dpo, used
 from lora.pretrained import ModelFiles, load_chat
 from lora.text.template import read_arguments
 
@@ -254,7 +254,7 @@ def _measured(made: Made):
         return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
 
     method = _method(made.settings)
-    loss = "loss" if method == "sft" else LOSS[method]
+    loss = "loss" if method == "sft" else METHODS[method].LABEL
     figures = {name: words.partition(":")[0] for name, words in METHODS[method].FIGURES.items()}
     for name, what in {"loss": f"{loss} on what was learned", **figures}.items():
         if (found := values(name)) and (name == "loss" or not values(f"eval_{name}")):

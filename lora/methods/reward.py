@@ -6,7 +6,6 @@ Bradley and Terry 1952; Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; 
 around 0, is Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244. s is read by a value head at the end of turn.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -14,12 +13,18 @@ from lora.data.batch import Batch
 from lora.network.decoder import Model
 
 KIND = "scored"
+SETTINGS = ("margin", "center")
+LABEL, RATE, EPOCHS = "loss a pair", 0.25, 1
 FIGURES = {
     "accuracy": "pairs whose chosen answer has the higher score",
     "score_chosen": "score of the chosen answer",
     "score_rejected": "score of the rejected answer",
     "score_margin": "their difference",
 }
+
+
+def defaults(args) -> dict:
+    return {"margin": 0.0}
 
 
 def scores(model: Model, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, report
 from lora.export.card import METRICS, SETTINGS
-from lora.methods import LOSS, dpo
+from lora.methods import METHODS, dpo
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings, seconds
 from lora.run.trainable import Trainable
@@ -172,7 +172,7 @@ class Results:
         if self.processes.main:
             self.trainable.publish(run_state.at(self.out, best or last), self.out)
             files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
-            draw(record.rows, self.out / PICTURE, self._title(), best, LOSS[self.args.method])
+            draw(record.rows, self.out / PICTURE, self._title(), best, METHODS[self.args.method].LABEL)
             made = card.Made(self.state.settings, record.rows, best or last)
             self.trainable.write_card(self.out, self.out.name, self.plan.base, made)
         peak = machine.peak_memory(self.processes.device) / 1e9
