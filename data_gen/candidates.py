@@ -97,8 +97,8 @@ def _pairs(where: str, row: object) -> list[Pair]:
         raise BadInput(f"wrong row in {where}: its answers are no list of 2 to {MOST_ANSWERS}. Repair the line")
     if all(foreign_fields.says_nothing(given.get(key)) for key in pairs.PROMPTS):
         raise BadInput(f"wrong row in {where}: it has no prompt. Add one")
-    if any(map(foreign_fields.says_nothing, answers)):
-        raise BadInput(f"wrong row in {where}: an answer of it is empty. Remove it or write it")
+    if any(foreign_fields.says_nothing(answer) or not isinstance(answer, (str, list)) for answer in answers):
+        raise BadInput(f"wrong row in {where}: an answer of it is empty or no text. Remove it or write it")
     rest = {key: value for key, value in given.items() if key not in ours[0]}
     return [_pair(where, {**rest, "chosen": a, "rejected": b}) for a, b in combinations(answers, 2)]
 
