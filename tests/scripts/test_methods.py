@@ -193,7 +193,7 @@ def test_a_report_has_the_figures_of_its_method_and_its_evaluation_can_be_run_as
 
 
 @mutation("lora/export/card.py", 'aim=_aim(made.settings) if made else ""', 'aim=""', case="dpo")
-@mutation("lora/methods/__init__.py", "if method in FLAGS.get(name, (method,))}", "}", case="dpo")
+@mutation("lora/methods/__init__.py", "if method in SETTINGS.get(name, (method,))}", "}", case="dpo")
 @pytest.mark.parametrize("method", DATA)
 def test_a_card_says_what_was_trained_for_and_how_far_it_came(runs, method):
     text = (runs / method / "README.md").read_text()
