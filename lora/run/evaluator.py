@@ -155,6 +155,8 @@ def fingerprint(batches: Iterable[batch.Batch]) -> str:
     digest = hashlib.sha256()
     for b in batches:
         digest.update(f"{b.lengths} {b.tokens.tolist()} {b.trained.tolist()} {b.targets.tolist()}".encode())
+        for name in sorted(b.known.keys() - {"reference"}):  # verdicts and margins
+            digest.update(f"{name} {b.known[name].tolist()}".encode())
     return digest.hexdigest()
 
 

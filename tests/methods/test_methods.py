@@ -14,6 +14,7 @@ from lora.data.formats import Conversation
 from lora.methods import METHODS, dpo, kto
 from lora.methods.answers import log_probs
 from lora.methods.objective import Objective, measure
+from lora.run.evaluator import fingerprint
 from lora.train.step import accumulate
 from tests import cli, oracle
 from tests.helpers import as_written, close, far, patched, tiny_config, tiny_model
@@ -176,6 +177,16 @@ def test_a_measurement_is_the_mean_over_all_batches_however_they_are_cut_without
         assert all(p.grad is None for p in model.parameters())
         objective = Objective(method, model, args)
         assert accumulate(objective, objective.prepare([collate(items)]))[0] == pytest.approx(whole["loss"], abs=1e-9)
+
+
+@mutation("lora/run/evaluator.py", 'for name in sorted(b.known.keys() - {"reference"}):', "for name in ():")
+@mutation("lora/run/evaluator.py", 'sorted(b.known.keys() - {"reference"})', "sorted(b.known)")
+def test_other_verdicts_are_other_rows_to_evaluate_on_and_another_reference_is_not():
+    model, items = patched(tiny_model()), judged()
+    of = fingerprint([collate(items)])
+    assert of == fingerprint([collate(items)]) == fingerprint([collate(compared(model, items))])
+    other = [items[0]._replace(known={"good": tuple(1 - x for x in items[0].known["good"])}), *items[1:]]
+    assert fingerprint([collate(other)]) != of
 
 
 @mutation("lora/methods/objective.py", "{name: (0.0, 0.0) for name in self.method.FIGURES}", "self.sums")
