@@ -6,7 +6,6 @@ Bradley and Terry 1952; Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; 
 around 0, is Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244. s is read by a value head at the end of turn.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
