@@ -22,7 +22,8 @@ from lora import ops, pretrained
 from lora.adapter.inject import disabled
 from lora.data.sources import lint_report
 from lora.errors import StopFlag, Stopped, say
-from lora.methods import METHODS, Objective, compares
+from lora.methods import METHODS, compares
+from lora.methods.objective import Objective
 from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub

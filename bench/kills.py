@@ -1,12 +1,12 @@
 """Kill training again and again, go on each time, and compare the end with that of a run that was left alone.
 
-    python bench/kills.py [--kills 1000] [--minutes M] [--out bench/results/kills.jsonl] [--seed N]
+    python bench/kills.py [--kills 1000] [--method sft] [--minutes M] [--out bench/results/kills.jsonl] [--seed N]
 
 A run is 60 steps of a tiny model with dropout, a checkpoint every 3 and, in half of the runs, an evaluation every 10.
 It is killed (SIGKILL) up to four times, at a random time or before, within or after a random operation on a file, and
 gone on with by --resume, or started again where there was no checkpoint yet. At its end every file must be there with
 the same bytes as without kills, but for the times in metrics.jsonl. Each run adds a row to the results; started again,
-the count goes on. A run that differs leaves its folder. Exit 1 where one did.
+the count of its method goes on. A run that differs leaves its folder. Exit 1 where one did.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from lora import files  # noqa: E402
+from lora.methods import METHODS  # noqa: E402
 from lora.train import run_state  # noqa: E402
 from tests import cli  # noqa: E402
 from tests.faults import Blow, Disk  # noqa: E402
@@ -52,11 +53,25 @@ def evaluated(number: int) -> bool:
     return number % 2 == 1
 
 
-def flags(evaluated: bool) -> list[str]:
+def data(method: str, place: Path) -> Path:
+    """Ten rows that a method learns from."""
+    rows = [json.loads(line)["messages"] for line in cli.data_file().read_text().splitlines()]
+    asked = [(row[:-1], row[-1]["content"]) for row in rows]
+    path = place / f"{method}.jsonl"
+    made = []
+    for i, (prompt, good) in enumerate(asked):
+        bad = asked[i - 1][1] + " Or not."
+        judged = {"completion": [{"role": "assistant", "content": bad if i % 2 else good}], "label": i % 2 == 0}
+        made.append({"prompt": prompt, **(judged if method == "kto" else {"chosen": good, "rejected": bad})})
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return cli.data_file() if method == "sft" else path
+
+
+def flags(evaluated: bool, method: str, place: Path) -> list[str]:
     """The flags of the two runs that are made again and again. Ten examples in fours: epochs end within the run."""
     words = f"--max-steps {STEPS} --batch-size 4 --save-every 3 --keep 2 --dropout 0.1 --rank 4 --lr 0.02"
     held_out = "--eval-fraction 0.2 --eval-every 10" if evaluated else ""
-    inputs = ["--model", str(cli.model_folder()), "--data", str(cli.data_file())]
+    inputs = ["--model", str(cli.model_folder()), "--data", str(data(method, place)), "--method", method]
     return [*inputs, "--out", "out", *cli.ON_CPU, *words.split(), *held_out.split()]
 
 
@@ -87,7 +102,7 @@ class Alone(NamedTuple):
     operations: int
 
 
-def alone(place: Path, evaluated: bool) -> Alone:
+def alone(place: Path, method: str, evaluated: bool) -> Alone:
     folder = Path(tempfile.mkdtemp(dir=place))
 
     def watch() -> None:
@@ -95,14 +110,14 @@ def alone(place: Path, evaluated: bool) -> Alone:
         os._exit = lambda code: ((folder / "count").write_text(str(len(disk.ops))), end(code))
 
     start = time.monotonic()
-    code = train(folder, flags(evaluated), watch)
+    code = train(folder, flags(evaluated, method, place), watch)
     assert code == 0, (folder / "log").read_text()
     return Alone(outcome(folder / "work"), time.monotonic() - start, int((folder / "count").read_text()))
 
 
-def killed(place: Path, number: int, seed: int, expected: Alone) -> dict:
+def killed(place: Path, number: int, seed: int, method: str, expected: Alone) -> dict:
     """Run `number`, with its kills: the row of the results."""
-    chosen, argv = random.Random(f"{seed}/{number}"), flags(evaluated(number))
+    chosen, argv = random.Random(f"{seed}/{number}"), flags(evaluated(number), method, place)
     folder = Path(tempfile.mkdtemp(dir=place, prefix=f"run{number}-"))
     wanted, how, began, again = chosen.randint(1, MOST_KILLS), [], [], []
     while True:
@@ -127,7 +142,15 @@ def killed(place: Path, number: int, seed: int, expected: Alone) -> dict:
     names = expected.outcome.keys() | found.keys()
     differs = sorted(name for name in names if expected.outcome.get(name) != found.get(name))
     differs += [f"exit code {code}"] if code else []
-    row = {"run": number, "seed": seed, "kills": len(how), "how": how, "from": began[1:], "same": not differs}
+    row = {
+        "run": number,
+        "method": method,
+        "seed": seed,
+        "kills": len(how),
+        "how": how,
+        "from": began[1:],
+        "same": not differs,
+    }
     if differs:
         row |= {"differs": differs, "folder": str(folder)}
     else:
@@ -153,11 +176,12 @@ def read(path: Path) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--method", default="sft", choices=METHODS)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/kills.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many")
     args = parser.parse_args(argv)
-    rows, began = read(args.out), time.monotonic()
+    rows, began = [row for row in read(args.out) if row.get("method", "sft") == args.method], time.monotonic()
     place = Path(tempfile.mkdtemp(prefix="kills-"))
     cli.warm(), cli.model_folder(), cli.data_file(), commit()
     numbers = count(max((row["run"] for row in rows), default=-1) + 1)
@@ -165,13 +189,13 @@ def main(argv: list[str] | None = None) -> int:
         ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork"), start_worker) as workers,
         tqdm(total=args.kills, initial=sum(row["kills"] for row in rows), unit="kill", desc="killing") as bar,
     ):
-        expected = list(workers.map(alone, [place] * 2, [False, True]))
+        expected = list(workers.map(alone, [place] * 2, [args.method] * 2, [False, True]))
         running = set()
         while running or bar.n < args.kills:
             more = bar.n < args.kills and time.monotonic() - began < 60 * args.minutes
             while more and len(running) < WORKERS:
                 number = next(numbers)
-                running.add(workers.submit(killed, place, number, args.seed, expected[evaluated(number)]))
+                running.add(workers.submit(killed, place, number, args.seed, args.method, expected[evaluated(number)]))
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -19,6 +19,8 @@ from lora.network.decoder import Model
 from lora.train.evaluate import Total, evaluating
 
 KIND = "judged"
+SETTINGS = ("beta", "good_weight", "bad_weight")
+LABEL, RATE, EPOCHS = "loss an answer", 0.1, 1
 FIGURES = {
     "reward_good": "reward of a good answer: β · (log p - log p of the reference)",
     "reward_bad": "reward of a bad answer",
@@ -32,6 +34,10 @@ FIGURES = {
 
 def compares(args) -> bool:
     return True
+
+
+def defaults(args) -> dict:
+    return {"beta": 0.1}
 
 
 def losses(change: Tensor, z: Tensor, good: Tensor, args) -> Tensor:

@@ -13,12 +13,18 @@ from lora.data.batch import Batch
 from lora.network.decoder import Model
 
 KIND = "scored"
+SETTINGS = ("margin", "center")
+LABEL, RATE, EPOCHS = "loss a pair", 0.25, 1
 FIGURES = {
     "accuracy": "pairs whose chosen answer has the higher score",
     "score_chosen": "score of the chosen answer",
     "score_rejected": "score of the rejected answer",
     "score_margin": "their difference",
 }
+
+
+def defaults(args) -> dict:
+    return {"margin": 0.0}
 
 
 def scores(model: Model, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from lora.data import batch
 from lora.errors import BadNumbers, StopFlag, say
 from lora.inference import answers as measures
 from lora.inference.generate import generate
-from lora.methods import measure
+from lora.methods.objective import measure
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping

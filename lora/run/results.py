@@ -15,6 +15,7 @@ from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, report
 from lora.export.card import METRICS, SETTINGS
+from lora.methods import METHODS, dpo
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings, seconds
 from lora.run.trainable import Trainable
@@ -171,7 +172,7 @@ class Results:
         if self.processes.main:
             self.trainable.publish(run_state.at(self.out, best or last), self.out)
             files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
-            draw(record.rows, self.out / PICTURE, self._title(), best)
+            draw(record.rows, self.out / PICTURE, self._title(), best, METHODS[self.args.method].LABEL)
             made = card.Made(self.state.settings, record.rows, best or last)
             self.trainable.write_card(self.out, self.out.name, self.plan.base, made)
         peak = machine.peak_memory(self.processes.device) / 1e9
@@ -201,6 +202,8 @@ class Results:
         read += ["--leading-answers", args.leading_answers] if args.leading_answers != "error" else []
         parts = [self.plan.sources.held_out] if args.eval_data else self.plan.sources.data
         read += ["--no-generate"] if any("text" in part.shapes for part in parts) else []  # a document has no answer
+        read += ["--method", args.method] if args.method != "sft" else []
+        read += ["--beta", f"{args.beta:g}"] if args.method in ("dpo", "kto") and args.beta != dpo.BETA else []
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
             (python, "generate.py", kind, out),

@@ -12,6 +12,7 @@ from lora import methods
 from lora.adapter.inject import disabled
 from lora.data.batch import Batch, Linked, collate
 from lora.methods.answers import log_probs
+from lora.methods.objective import Objective
 from lora.run.settings import TrainSettings
 from lora.text.chat import Example
 from tests import cli
@@ -63,7 +64,7 @@ def laid_out(lengths: Sequence[Sequence[int]], **known) -> Batch:
 
 def gradients(model, method: ModuleType, args, batches: Sequence[Batch]) -> torch.Tensor:
     """All gradients of the summed loss of some batches, as one row."""
-    objective = methods.Objective(method, model, args)
+    objective = Objective(method, model, args)
     for batch in objective.prepare(batches):
         objective(batch).backward()
     return taken(model)

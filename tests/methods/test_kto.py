@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lora import methods
 from lora.data.batch import collate
 from lora.methods import kto
 from lora.methods.answers import log_probs
+from lora.methods.objective import Objective
 from tests.helpers import close, far, patched, tiny_model
 from tests.methods.linked import compared, judged, laid_out, settings
 from tests.mutation import mutation
@@ -169,11 +169,11 @@ def test_figures_are_rewards_and_log_probabilities_by_verdict_accuracy_kl_and_le
     })  # fmt: skip
 
 
-@mutation("lora/methods/__init__.py", "means.items() if count}", "means.items()}")
+@mutation("lora/methods/objective.py", "means.items() if count}", "means.items()}")
 def test_where_no_answer_is_bad_nothing_is_said_of_bad_ones():
     model, args = patched(tiny_model()), settings("kto")
     items = all_have(compared(model, judged()), good=1.0)
-    objective = methods.Objective(kto, model, args)
+    objective = Objective(kto, model, args)
     for batch in objective.prepare([collate(items)]):
         objective(batch)
     assert objective.figures().keys() == kto.FIGURES.keys() - {"reward_bad", "log_prob_bad"}

@@ -208,8 +208,7 @@ LOSSES = {"dpo": (), "kto": ("--bad-weight", 0.8), "reward": ("--center", 0.01)}
 
 @mutation(
     "lora/adapter/store.py",
-    """    if hasattr(model, "v_head"):
-        value_head.load(model, folder)
+    """    value_head.restore(model, folder)
 """,
     "",
     case="reward",

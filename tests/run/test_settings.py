@@ -128,9 +128,9 @@ FOREIGN = {  # flags, and the line that refuses them
 
 
 @mutation(
-    "lora/run/settings.py",
-    '"beta": ("dpo", "kto"),',
-    '"beta": ("dpo", "kto", "reward"),',
+    "lora/methods/reward.py",
+    'SETTINGS = ("margin", "center")',
+    'SETTINGS = ("margin", "center", "beta")',
     case="--method reward --beta 0.2",
 )
 @mutation(
