@@ -240,7 +240,7 @@ def first_loss(tmp_path, method, *words, name="out") -> float:
     inputs = ("--model", cli.model_folder(), "--max-steps", 2, "--lr", 0.01, *cli.ON_CPU, "--out", name)
     done = cli.call("train", *inputs, *given, cwd=tmp_path)
     assert done.code == 0, done.err
-    return rows(tmp_path / name)[0]["loss"]
+    return next(row["loss"] for row in rows(tmp_path / name) if "loss" in row)
 
 
 STARTS = {"a fresh adapter": (), "an adapter": ("--init-adapter", "first"), "every weight": ("--full",)}
@@ -277,3 +277,14 @@ def test_the_first_loss_of_a_reward_model_is_ln_2_exactly(tmp_path):
 def test_the_first_loss_of_kto_is_half_of_the_weights(tmp_path):
     assert first_loss(tmp_path, "kto") == pytest.approx(0.5, abs=1e-6)
     assert rows(tmp_path / "out")[0]["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_reward_model_begins_with_the_head_of_the_adapter_it_starts_from_or_with_zero(tmp_path):
+    first_loss(tmp_path, "sft", "--rank", 4, name="talks")
+    assert first_loss(tmp_path, "reward", "--init-adapter", "talks", name="a") == pytest.approx(math.log(2), abs=1e-12)
+    evaluated = ("--eval-data", data_of("reward"), "--eval-every", 2, "--retention", cli.data_file())
+    first_loss(tmp_path, "reward", "--rank", 4, *evaluated, name="scores")
+    first_loss(tmp_path, "reward", "--init-adapter", "scores", *evaluated, name="b")
+    last, next_first = rows(tmp_path / "scores")[-1], rows(tmp_path / "b")[0]
+    assert last["eval_loss"] == next_first["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
+    assert last["eval_accuracy"] == next_first["eval_accuracy"]

@@ -23,11 +23,12 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.reward_trainer import DataCollatorForPreference as DataCollatorForScores
 
-from lora import methods, pretrained
+from lora import pretrained
 from lora.adapter import value_head
 from lora.data.batch import Linked, collate
 from lora.methods import dpo, kto, reward, sft
 from lora.methods.answers import log_probs
+from lora.methods.objective import Objective, measure
 from tests import cli
 from tests.helpers import close, far
 from tests.methods.linked import judged, pairs, scored, settings
@@ -108,7 +109,7 @@ def same(model, loss, their_model, their_loss, names=None) -> bool:
 
 
 def our_loss(method, model, items, args) -> torch.Tensor:
-    objective = methods.Objective(method, model, args)
+    objective = Objective(method, model, args)
     [batch] = objective.prepare([collate(items)])
     return objective(batch) / len(items)
 
@@ -147,7 +148,7 @@ def test_the_rewards_margin_and_accuracy_of_a_batch_are_those_that_trl_logs(tmp_
     trainer = dpo_trainer(tmp_path)
     trainer.compute_loss(trainer.model, their_pairs(items))
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    found = methods.measure(dpo, ours().eval(), [collate(compared(items))], settings("dpo", "--beta", BETA))
+    found = measure(dpo, ours().eval(), [collate(compared(items))], settings("dpo", "--beta", BETA))
     for mine, name in {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected",
                        "reward_margin": "rewards/margins", "accuracy": "rewards/accuracies",
                        "log_prob_chosen": "logps/chosen", "log_prob_rejected": "logps/rejected"}.items():  # fmt: skip
@@ -243,7 +244,7 @@ def test_kto_and_its_gradients_are_those_of_trl(tmp_path, way):
         each = [tuple(log_probs(reference, collate([item])).tolist()) for item in items]
     items = [item._replace(known={**item.known, "reference": one}) for item, one in zip(items, each, strict=True)]
     args = settings("kto", "--beta", BETA, "--good-weight", 1.3, "--bad-weight", 0.7)
-    objective = methods.Objective(kto, model, args)
+    objective = Objective(kto, model, args)
     [laid] = objective.prepare([collate(items)])
     kl = trainer._metrics["train"]["kl"][-1]
     assert laid.known["z"][0].item() == pytest.approx(kl, rel=1e-5, abs=1e-5) and (kl > 0.1) == (way == "back")
