@@ -231,6 +231,16 @@ def test_the_picture_shows_both_sides(runs, tmp_path):
     assert set(panels["kto"]["reward_"]) == {"reward_good", "reward_bad"}
 
 
+@mutation("lora/run/results.py", "REPORT, REFERENCE, card.FILE", "REPORT, card.FILE", case="dpo")
+@pytest.mark.parametrize("method", DATA)
+def test_a_run_of_a_method_is_replaced_by_one_of_sft_of_which_nothing_is_left(runs, tmp_path, method):
+    shutil.copytree(runs / method, tmp_path / "out")
+    assert (tmp_path / "out/reference.safetensors").exists() == (method != "reward")
+    done = cli.train("out", "--overwrite", "--max-steps", 1, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*cli.RUN_FILES, "checkpoints"}
+
+
 @mutation("lora/run/adapter.py", 'if args.method == "reward":', "if False:", case="judge-reward")
 @pytest.mark.parametrize(
     ("start", "method", "said"),
