@@ -186,6 +186,13 @@ class Results:
     def made_no_step(self) -> bool:
         return self.state.step == self.first
 
+    def try_it(self) -> str:
+        """The command that shows what was learned."""
+        opened = (f"--{self.trainable.kind}", str(self.out))
+        if self.args.method == "reward":
+            return shlex.join(["python", "evaluate.py", *opened, "--data", numbered(self.args.data[0])[0]])
+        return shlex.join(["python", "generate.py", *opened])
+
     def how_to_resume(self) -> str:
         again = shlex.join(["python", "train.py", "--resume", "--out", str(self.out)])
         done = f"stopped after step {self.state.step} of {self.plan.total}; the {self.trainable.kind} so far is saved"
