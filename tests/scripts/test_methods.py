@@ -62,7 +62,7 @@ def log_probs(work, adapter: str | None) -> torch.Tensor:
         return torch.tensor([[of(p["prompt"], p[side]) for side in ("chosen", "rejected")] for p in PAIRS])
 
 
-@mutation("evaluate.py", "key=lambda i: size_of([examples[i]])", "key=lambda i: i")
+@mutation("lora/run/measured.py", "key=lambda i: size_of([examples[i]])", "key=lambda i: i")
 def test_evaluate_prints_pair_accuracy_scores_and_loss_of_a_reward_model_and_writes_both_scores_of_every_row(work):
     found = figures(work, "--adapter", "judge", "talker")  # --method reward by itself
     assert found["base"] == found["talker"] == {}
@@ -87,9 +87,9 @@ def test_evaluate_prints_pair_accuracy_scores_and_loss_of_a_reward_model_and_wri
     assert "pairs whose chosen answer has the higher score" in done.out and "loss a pair" in done.out
 
 
-@mutation("evaluate.py", "            with disabled(self.model):\n", "            if True:\n", case="0.1")
+@mutation("lora/run/measured.py", "            with disabled(self.model):\n", "            if True:\n", case="0.1")
 @mutation("evaluate.py", "method=args.method, beta=args.beta", "method=args.method", case="0.5")
-@mutation("evaluate.py", "return found if self.column.adapter else own", "return found", case="0.1")
+@mutation("lora/run/measured.py", "return found if self.column.adapter else own", "return found", case="0.1")
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_evaluate_measures_a_dpo_adapter_by_its_change_from_the_base(work, beta):
     found = figures(work, "--adapter", "talker", "--method", "dpo", *(() if beta == 0.1 else ("--beta", beta)))
