@@ -2,6 +2,8 @@
 
 python evaluate.py --adapter weights/heron --data held-out.jsonl                 your own rows
 python evaluate.py --adapter weights/a weights/b --task multiply --out m2.json   a task that grades itself
+python evaluate.py --adapter weights/judge --data pairs.jsonl                    a reward model: pairs it gets right
+python evaluate.py --adapter weights/heron --data pairs.jsonl --method dpo       which side it came to prefer
 """
 
 from lora.errors import before_imports, run
@@ -10,7 +12,7 @@ before_imports(__name__)
 
 import os
 import sys
-from functools import partial
+from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 from data_gen import multiply
 from lora import device as machine
 from lora import files, pretrained
-from lora.adapter import passport, store
+from lora.adapter import passport, store, value_head
 from lora.adapter.merge import merge, unload, unmerge
 from lora.data import formats, sources
 from lora.data.retention import retention_batches
@@ -28,8 +30,10 @@ from lora.inference import score, several
 from lora.inference.prompts import holds_answers
 from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
-from lora.methods import measure, sft
+from lora.methods import METHODS, fill
 from lora.pretrained import default_model, hub
+from lora.run.measured import Measured, labels, pair_scores
+from lora.run.settings import TrainMethod
 from lora.run.use_settings import EvaluateSettings
 from lora.text.template import read_arguments
 
@@ -41,6 +45,8 @@ def main(argv=None) -> int:
     args = EvaluateSettings.resolve(argv, __doc__)
     names = several.column_names(args.adapter or [])
     rows = check(args, names)
+    how = TrainMethod(method=args.method, beta=args.beta)
+    fill(how)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
     base = pretrained.find(args.model or (passport.base_of(args.adapter[0]) if args.adapter else default_model.NAME))
@@ -62,25 +68,30 @@ def main(argv=None) -> int:
 
     # ---- one model; each adapter is put on it and taken off again
     model = pretrained.load_model(base, dtype, device)
+    check_head(args, value_head.of(model))
     figures, predictions, faults = {}, {}, {}
     for column in columns:
         if column.adapter:
             store.load(model, column.adapter, read=base.read)
             warn_if_unchanged(model, column.adapter)
-        figures[column.name] = score.losses(model, partial(measure, sft, model, args=args), column, args.micro_tokens)
+        measured = Measured(model, column, how)
+        figures[column.name] = score.losses(model, measured, column, args.micro_tokens)
+        if args.method == "reward" and value_head.of(model) and predictions_folder(args):
+            predictions[column.name] = pair_scores(model, column, args.micro_tokens)
         if not args.no_generate:
             merge(model)  # answers come from rounded sums, as those of generate.py do
             ids = score.likeliest_answers(model, column, args.batch_size, args.max_new_tokens)
             texts = [column.chat.tokenizer.decode(i) for i in ids]
             grades, faults[column.name] = grade(rows, texts, args)
             figures[column.name] |= grades | score.describe(model, column, ids, texts, args.max_new_tokens)
-            predictions[column.name] = texts
+            pairs = zip(rows, texts, strict=True)
+            predictions[column.name] = [answered(row, text) for row, text in pairs]
             if column.adapter:
                 unmerge(model)
         unload(model)
 
     if folder := predictions_folder(args):
-        write_predictions(folder, rows, predictions)
+        write_predictions(folder, predictions)
     if args.out:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         report = {
@@ -93,17 +104,19 @@ def main(argv=None) -> int:
         }
         files.write_json(Path(args.out), report | ({"faults": faults} if args.task and faults else {}))
         say(f"figures  {args.out}")
-    print(score.table(figures, len(rows)))
+    print(score.table(figures, len(rows), labels(args.method)))
     return 0
 
 
-def write_predictions(folder: Path, rows: list[Row], predictions: dict[str, list[str]]) -> None:
+def write_predictions(folder: Path, predictions: dict[str, list[dict]]) -> None:
     folder.mkdir(exist_ok=True)
-    for name, texts in predictions.items():
-        pairs = zip(rows, texts, strict=True)
-        answered = ({"prompt": r.asked[-1]["content"], "target": r.target, "prediction": t} for r, t in pairs)
-        files.write_rows(folder / f"{name}.jsonl", answered)
+    for name, found in predictions.items():
+        files.write_rows(folder / f"{name}.jsonl", found)
     say(f"answers  {folder}")
+
+
+def answered(row: Row, text: str) -> dict:
+    return {"prompt": row.asked[-1]["content"], "target": row.target, "prediction": text}
 
 
 # ---- what is wrong, before anything is loaded ------------------------------------------------------------------------
@@ -116,12 +129,15 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
         what = "contradiction" if args.data else "nothing to score"
         problems.append(f"{what} in the command line: there must be --data or --task. Give one of them")
     problems += sources.key_problems(args)
+    with collecting(problems):
+        args.method = args.method or default_method(args)
+    problems += wrong_for_method(args)
     for off, flag in (("no_generate", "predictions"), ("no_retention", "retention")):
-        if getattr(args, off) and getattr(args, flag):
+        if getattr(args, off) and getattr(args, flag) and (args.method == "sft" or flag == "retention"):
             both = f"--{off.replace('_', '-')} and --{flag}"
             problems.append(f"contradiction in the command line: {both}. Give one of them")
     problems += several.unfit("--adapter", args.adapter or [])
-    rows = read_rows(args, problems)
+    rows = read_rows(args, problems) if args.method else []
     if args.retention:
         with collecting(problems):
             formats.read([Path(args.retention)])
@@ -132,13 +148,44 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
     return rows[: args.rows]
 
 
+def default_method(args: EvaluateSettings) -> str:
+    """`reward` where --data is for a value head, else `sft`."""
+    heads = [value_head.has(Path(folder)) for folder in (*(args.adapter or ()), args.model) if folder]
+    return "reward" if args.data and any(heads) else "sft"
+
+
+def check_head(args: EvaluateSettings, of_base: value_head.ValueHead | None) -> None:
+    """Raises BadInput where there is no value head to score with; says where there is one that does not."""
+    if args.method == "reward" and not of_base and not any(map(value_head.has, map(Path, args.adapter or ()))):
+        fix = "Give an adapter or a model that was trained with --method reward"
+        raise BadInput(f"no value head in the command line: nothing here scores. {fix}")
+    if of_base and args.data and args.method == "sft" and "method" not in args.given:
+        say("note     the model has a value head: --method reward scores pairs with it")
+
+
+def wrong_for_method(args: EvaluateSettings) -> Iterator[str]:
+    """What the flags contradict; rows that are not conversations get no answers."""
+    line, method = "contradiction in the command line:", args.method
+    if method in (None, "sft"):
+        if args.beta is not None:
+            yield f"{line} --beta, which is for --method dpo and kto. Leave it out"
+        return
+    args.no_generate = True
+    if args.task:
+        yield f"{line} --task, which makes conversations, and --method {method}. Leave out one of them"
+    if args.beta is not None and method == "reward":
+        yield f"{line} --beta, which is for dpo and kto, and --method reward. Leave it out"
+    if args.predictions and method != "reward":
+        yield f"{line} --predictions, answers or scores, and --method {method}, which has none. Leave it out"
+
+
 def read_rows(args: EvaluateSettings, problems: list[str]) -> list[Row]:
     """The rows of --data, or those that --task makes; what is wrong with them is added to `problems`."""
     rows = []
     for path in args.data or []:
         with collecting(problems):
-            for conversation in formats.read([hub.dataset_file(path)], **sources.how(args)):
-                row = score.cut(conversation)
+            for conversation in formats.read([hub.dataset_file(path)], **sources.how(args, METHODS[args.method].KIND)):
+                row = score.cut(conversation) if args.method == "sft" else None
                 if not row and not args.no_generate:
                     fix = "Remove it or add --no-generate"
                     problems.append(f"wrong row in {conversation.where}: a document has no answer. {fix}")
@@ -186,7 +233,8 @@ def is_report(path: Path) -> bool:
 
 
 def predictions_folder(args: EvaluateSettings) -> Path | None:
-    if args.predictions or args.no_generate or not args.out:
+    without = args.no_generate and args.method != "reward"
+    if args.predictions or without or not args.out:
         return Path(args.predictions) if args.predictions else None
     return Path(args.out).with_name(Path(args.out).name.removesuffix(".json") + ".predictions")
 
@@ -199,7 +247,9 @@ def make_column(
     told |= {"template_args": read_arguments(args.template_arg), "control_tokens": args.control_tokens}
     chat = try_adapter(empty, name, adapter, base, not args.no_verify, **told)
     limit, retention = empty.config.max_position_embeddings, []
-    examples, prompts = score.encode_rows(rows, chat, limit, with_prompts=not args.no_generate)
+    examples, prompts = score.encode_rows(rows, chat, limit, not args.no_generate, METHODS[args.method].KIND)
+    if examples.equal:
+        say(f"note     {examples.equal} pairs are left out: their sides are equal")
     if adapter and not args.no_retention:
         retention, count, _ = retention_batches(chat, args.retention, limit, args.micro_tokens, device)
         say(f"kept     {count} ordinary conversations, {sum(len(b.tokens) - b.padding for b in retention):,} tokens")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lora import device as machine
 from lora import files, folders, pretrained
-from lora.adapter import passport, store
+from lora.adapter import passport, store, value_head
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight
@@ -32,7 +32,8 @@ from lora.run.use_settings import MergeSettings
 from lora.text.chat import Chat
 from lora.text.template import ChatTemplate, spell_arguments
 
-WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, receipt.FILE, card.FILE)  # and shards
+# of a folder; and shards
+WROTE = (*pretrained.SIDECARS, *pretrained.WEIGHTS, passport.TEMPLATE, value_head.FILE, receipt.FILE, card.FILE)
 
 
 def main(argv=None) -> int:
@@ -71,6 +72,8 @@ def main(argv=None) -> int:
     template = passport.template_of(args.adapter)
     source = files.read_template(template) if template else ""
     ChatTemplate(source, where=template or "")  # it can be read
+    if args.format == "gguf" and value_head.of(model):
+        say(f"warning: {value_head.FILE} stays behind: a GGUF file has no place for a value head, and will not score")
     if args.adapter_only:
         gguf_write.write_adapter(base.config, out, low_rank_maps(layers, args.adapter), args.gguf_type or "f32")
         tell_server(base, template)
@@ -102,6 +105,7 @@ def write_folder(out: Path, base, model, template: str, args: MergeSettings) -> 
     with folders.new_folder(out, args.overwrite) as folder:
         with progress(base) as bar:
             pretrained.write_model(base, folder, changer(lora_layers(model), dtype, bar), dtype, spoken)
+        value_head.save(model, folder)
         lines = []
         if compared:
             written = pretrained.ModelFolder(folder, str(out))

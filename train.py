@@ -10,7 +10,6 @@ from lora.errors import before_imports, run
 
 before_imports(__name__)
 
-import shlex
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from lora import ops, pretrained
 from lora.adapter.inject import disabled
 from lora.data.sources import lint_report
 from lora.errors import StopFlag, Stopped, say
-from lora.methods import METHODS, Objective, compares
+from lora.methods import METHODS, compares
+from lora.methods.objective import Objective
 from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub
@@ -149,7 +149,7 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
         changes = finish(results, evaluator, record, before, ended, signal)
     if processes.main:
         show(changes)
-        say(f"\nTry it:  python generate.py --{trainable.kind} {shlex.quote(str(out))}")
+        say(f"\nTry it:  {results.try_it()}")
         if ended != stopping.FINISHED:
             say(f"ended    after step {state.step} of {plan.total}: {ended}")
     return 0

@@ -61,7 +61,7 @@ class Ours:
         from lora import device, methods, pretrained
         from lora.adapter.inject import inject
         from lora.data import batch, encode, formats
-        from lora.methods import answers
+        from lora.methods import answers, objective
         from lora.pretrained import default_model
         from lora.run.trainable import make_optimizer
         from lora.train.evaluate import evaluating
@@ -89,7 +89,7 @@ class Ours:
         self.model.train()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(trained, self.args, here)
-        self.objective = methods.Objective(methods.METHODS[side], self.model, self.args)
+        self.objective = objective.Objective(methods.METHODS[side], self.model, self.args)
 
     def rows(self, steps: int) -> list[dict]:
         found = []

@@ -34,7 +34,8 @@ class Ours:
         from lora.adapter import store
         from lora.adapter.inject import inject
         from lora.data import batch
-        from lora.methods import Objective, sft
+        from lora.methods import sft
+        from lora.methods.objective import Objective
         from lora.run.trainable import make_optimizer
         from lora.train.step import train_step
 

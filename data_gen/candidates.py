@@ -4,7 +4,7 @@
     {"prompt": ..., "answers": ["...", "...", ...]}                 each two of them are compared
     {"prompt": ..., "chosen": "...", "rejected": "..."}             whose order is then compared with the judge's
 
-An answer is a text, or a list of one message of the assistant.
+The last may be any pair of answers that `train.py --method dpo` reads.
 """
 
 import hashlib
@@ -18,13 +18,10 @@ from typing import NamedTuple
 
 from data_gen.journal import Question
 from data_gen.teacher import Local
-from lora.data import foreign_fields
-from lora.data.formats import OF_A_QUESTION, SYSTEM
+from lora.data import foreign_fields, formats, pairs
 from lora.data.jsonl import Problem, read_rows
 from lora.errors import MOST_LINES, BadInput
-from lora.inference.prompts import is_utf8
 
-SHAPES = (("a", "b"), ("answers",), ("chosen", "rejected"))
 MOST_ANSWERS = 64  # of one prompt: 2,016 pairs
 
 
@@ -68,80 +65,60 @@ def different(pairs: Sequence[Pair], left_out: Counter) -> list[Pair]:
 
 def read(path: Path) -> list[Pair]:
     """The pairs of a file. Raises BadInput with every row that is something else."""
-    pairs, problems = [], []
+    found, problems = [], []
     for row in read_rows(path, lambda size: None):
         try:
             if isinstance(row, Problem):
                 raise BadInput(str(row))
-            pairs += _pairs(*row)
+            found += _pairs(*row)
         except BadInput as error:
             problems += error.problems
             if len(problems) > 10 * MOST_LINES:  # the whole file is something else
                 break
     if problems:
         raise BadInput(*problems)
-    if not pairs:
+    if not found:
         raise BadInput(f"no pairs in {path}: the file is empty. Give rows with a prompt and two answers")
-    return pairs
+    return found
 
 
 def _pairs(where: str, row: object) -> list[Pair]:
-    try:
-        if not isinstance(row, dict):
-            raise ValueError(f"expected an object, found {type(row).__name__}. Repair the line")
-        shapes = [shape for shape in SHAPES if all(key in row for key in shape)]
-        if "prompt" not in row or len(shapes) != 1:
-            known = ", ".join("/".join(("prompt", *shape)) for shape in SHAPES)
-            raise ValueError(f"its keys are {', '.join(list(row)[:8])[:200] or 'none'}. Known are {known}, one a row")
-        if why := foreign_fields.refused_in_row(row, ("prompt", *shapes[0])):
-            raise ValueError(why)
-        for key in (*SYSTEM, *OF_A_QUESTION):
-            if not foreign_fields.says_nothing(row.get(key)):
-                raise ValueError(f"its {key} would be seen by nobody. Write the prompt as messages, with it")
-        answers = row["answers"] if shapes[0] == ("answers",) else [row[key] for key in shapes[0]]
-        if not isinstance(answers, list) or not 2 <= len(answers) <= MOST_ANSWERS:
-            raise ValueError(f"its answers are no list of 2 to {MOST_ANSWERS}. Repair the line")
-        prompt, texts = _prompt(row["prompt"]), [_answer(answer) for answer in answers]
-        return [Pair(prompt, a, b, "chosen" in shapes[0]) for a, b in combinations(texts, 2)]
-    except ValueError as wrong:
-        raise BadInput(f"wrong row in {where}: {wrong}") from None
+    """The pairs of a row; each is read as a preference row, which it shall become."""
+    given = row if isinstance(row, dict) else {}
+    ours = [keys for keys in (("a", "b"), ("answers",)) if all(key in given for key in keys)]
+    if given and len(ours) + bool(pairs.answers_in(given)) != 1:
+        known = "prompt/a/b, prompt/answers, prompt/chosen/rejected and other pairs of answers"
+        why = f"its keys are {', '.join(list(given)[:8])[:200]}. Known are {known}, one a row"
+        raise BadInput(f"unknown row in {where}: {why}")
+    if not ours:
+        return [_pair(where, row, ordered=True)]
+    answers = given["answers"] if ours == [("answers",)] else [given["a"], given["b"]]
+    if not isinstance(answers, list) or not 2 <= len(answers) <= MOST_ANSWERS:
+        raise BadInput(f"wrong row in {where}: its answers are no list of 2 to {MOST_ANSWERS}. Repair the line")
+    if all(foreign_fields.says_nothing(given.get(key)) for key in pairs.PROMPTS):
+        raise BadInput(f"wrong row in {where}: it has no prompt. Add one")
+    if any(foreign_fields.says_nothing(answer) or not isinstance(answer, (str, list)) for answer in answers):
+        raise BadInput(f"wrong row in {where}: an answer of it is empty or no text. Remove it or write it")
+    rest = {key: value for key, value in given.items() if key not in ours[0]}
+    return [_pair(where, {**rest, "chosen": a, "rejected": b}) for a, b in combinations(answers, 2)]
 
 
-def _prompt(prompt: object) -> str | list[dict]:
-    """A prompt as the row has it. Raises ValueError unless it is a text, or turns of which the last is a user's."""
-    if not isinstance(prompt, list):
-        return _text(prompt, "its prompt")
-    for number, message in enumerate(prompt, 1):
-        name = f"message {number} of its prompt"
-        if not isinstance(message, dict):
-            raise ValueError(f"{name} is no object. Repair the line")
-        if why := foreign_fields.refused_in_message(message, name):
-            raise ValueError(why)
-        _text(message.get("content"), f"the content of {name}")
-    roles = [message.get("role") for message in prompt]
-    turns = roles[roles[:1] == ["system"] :]
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        told = ", ".join(map(str, roles))[:200] or "none"
-        raise ValueError(f"the turns of its prompt are {told}. Let user and assistant alternate, a user's be the last")
-    return prompt
-
-
-def _answer(answer: object) -> str:
-    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
-        if answer[0].get("role") != "assistant":
-            raise ValueError("an answer is not of the role assistant. Repair the line")
-        if why := foreign_fields.refused_in_message(answer[0], "an answer"):
-            raise ValueError(why)
-        answer = answer[0].get("content")
-    return _text(answer, "an answer")
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} is no text or empty. Write it as text")
-    if not is_utf8(value):
-        raise ValueError(f"{name} has half a surrogate pair, which is no character. Remove it")
-    return value
+def _pair(where: str, row: object, ordered: bool = False) -> Pair:
+    found = formats.read_row(where, row, "pair")
+    if isinstance(found, Problem):
+        raise BadInput(str(found))
+    prompt, other = (
+        [{key: value for key, value in turn.items() if key != "train"} for turn in side[:-1]]
+        for side in (found.messages, found.rejected)
+    )
+    a, b = found.messages[-1], found.rejected[-1]
+    if prompt != other:
+        why = "its sides differ before their last answers, which alone are compared. Remove the row"
+        raise BadInput(f"wrong row in {where}: {why}")
+    if "reasoning_content" in a or "reasoning_content" in b:
+        raise BadInput(f"wrong row in {where}: its answers have thoughts, which no judge would see. Remove them")
+    is_text = len(prompt) == 1 and not isinstance(row.get("prompt"), list)
+    return Pair(prompt[0]["content"] if is_text else prompt, a["content"], b["content"], ordered)
 
 
 # ---- from a model ----------------------------------------------------------------------------------------------------
@@ -159,10 +136,10 @@ def sample(model: Local, prompts: Sequence[tuple[list[dict], str]], journal: Pat
     or did not end by itself is counted: trained, it would end in the middle."""
     asked = [Question(f"{row}{side}", m) for row, (m, _) in enumerate(prompts, 1) for side in "ab"]
     answers = {reply.key: reply.text.strip() for reply in model.ask(asked, journal) if reply.finish == "stop"}
-    pairs = []
+    found = []
     for row, (messages, _) in enumerate(prompts, 1):
         a, b = (answers.get(f"{row}{side}") for side in "ab")
         text = messages[0]["content"] if len(messages) == 1 else None
-        pairs += [Pair(text or messages, a, b)] if a and b else []
-    left_out["cut or empty"] += len(prompts) - len(pairs)
-    return pairs
+        found += [Pair(text or messages, a, b)] if a and b else []
+    left_out["cut or empty"] += len(prompts) - len(found)
+    return found

@@ -10,11 +10,13 @@ python data_gen/judge.py --prompts questions.txt --adapter weights/heron --rule 
 """
 
 import importlib.util
+import json
 import sys
 from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a script: Python looks beside this file, and `lora` lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,7 +28,21 @@ if __name__ == "__main__":
 from data_gen import candidates, teacher
 from data_gen.candidates import Pair
 from data_gen.journal import SUFFIX, Question, Reply, beside
-from data_gen.verdicts import CRITERION, FRAMES, LABELS, Verdicts, measure, question, sides, tell, verdict_of, winner
+from data_gen.verdicts import (
+    ALIKE,
+    CRITERION,
+    FAILED,
+    FRAMES,
+    LABELS,
+    TURNS,
+    Verdicts,
+    measure,
+    question,
+    sides,
+    tell,
+    verdict_of,
+    winner,
+)
 from lora import errors, files
 from lora.errors import BadEnvironment, BadInput
 
@@ -52,16 +68,41 @@ class Questions(Sequence):
         return Question(f"{pair.key}.{turn}.{self._attempt}", [{"role": "user", "content": text}])
 
 
-def ask(master: teacher.Teacher, pairs: list[Pair], journal: Path, seed: int, criterion: str, lang: str) -> Verdicts:
-    """Two verdicts on each pair. A comparison is asked up to TRIES times, until its reply names a side; the journal has
-    every reply, so that a second run asks none again."""
-    told = {"seed": seed, "criterion": criterion, "lang": lang}
-    waiting, found = [(pair, turn) for pair in pairs for turn in (0, 1)], {}
-    for attempt in range(1, TRIES + 1):
-        for reply in master.ask(Questions(waiting, attempt, seed, criterion, lang), journal, told):
+class Asking(NamedTuple):
+    """How the comparisons are asked, and the journal that keeps every reply, so that a second run asks none again."""
+
+    journal: Path
+    seed: int
+    criterion: str
+    lang: str
+
+    def replies(self, master: teacher.Teacher, asked: list[tuple[Pair, int]], attempt: int = 1):
+        """((key of the pair, turn), reply) of each comparison that was asked."""
+        how = {"seed": self.seed, "criterion": self.criterion, "lang": self.lang}
+        for reply in master.ask(Questions(asked, attempt, **how), self.journal, how):
             key, turn, _ = reply.key.split(".")
-            found[key, int(turn)] = verdict_of(reply)
+            yield (key, int(turn)), reply
+
+
+def ask(master: teacher.Teacher, pairs: list[Pair], asking: Asking) -> Verdicts:
+    """Two verdicts on each pair. A comparison is asked up to TRIES times, until its reply names a side."""
+    waiting, found = [(pair, turn) for pair in pairs for turn in TURNS], {}
+    for attempt in range(1, TRIES + 1):
+        found |= {place: verdict_of(reply) for place, reply in asking.replies(master, waiting, attempt)}
         waiting = [(pair, turn) for pair, turn in waiting if found.get((pair.key, turn), "") is None]
+    return found
+
+
+def ask_calibrated(master: "LocalJudge", pairs: list[Pair], asking: Asking) -> Verdicts:
+    """Two verdicts of a local model on each pair, without its liking for a side: that shows where both sides are the
+    same answer, and is subtracted. As Zhao et al. 2021, https://arxiv.org/abs/2102.09690, do with empty inputs."""
+    asked = [(pair, turn) for pair in pairs for turn in (*TURNS, *ALIKE)]
+    odds = {place: odds_in(reply) for place, reply in asking.replies(master, asked)}
+    found = {}
+    for pair, turn in asked:
+        needed = [odds.get((pair.key, t), "not asked") for t in (turn, *ALIKE)]
+        if turn in TURNS and "not asked" not in needed:
+            found[pair.key, turn] = FAILED if None in needed else label_of(needed[0] - sum(needed[1:]) / 2)
     return found
 
 
@@ -83,8 +124,17 @@ class LocalJudge(teacher.Local):
                 last = model.trunk(ids)[-1].float()  # (D,)
                 # log p(A) - log p(B) is the difference of the logits, here in float32: in bfloat16 many are equal
                 odds = float(last @ (head[a[same]].float() - head[b[same]].float()))
-            label = LABELS[0] if odds > 0 else LABELS[1] if odds < 0 else ""
-            self._keep(asked, Reply(asked.key, label, "stop", len(ids)), 1)
+            text = json.dumps({"better": label_of(odds), "odds": odds})
+            self._keep(asked, Reply(asked.key, text, "stop", len(ids)), 1)
+
+
+def label_of(odds: float) -> str | None:
+    return LABELS[0] if odds > 0 else LABELS[1] if odds < 0 else None
+
+
+def odds_in(reply: Reply) -> float | None:
+    """log p(A) - log p(B) as LocalJudge replied it; None where it could not."""
+    return None if reply.finish == FAILED else json.loads(reply.text)["odds"]
 
 
 # ---- a rule ----------------------------------------------------------------------------------------------------------
@@ -113,7 +163,7 @@ def ask_rule(rule: Rule, pairs: list[Pair], seed: int) -> Verdicts:
     """Two verdicts of rule(prompt, a, b) on each pair: "a" names the answer that is given first; None names neither."""
     found = {}
     for pair in pairs:
-        for turn in (0, 1):
+        for turn in TURNS:
             try:
                 said = rule(pair.prompt, *sides(pair, turn, seed))
             except Exception as error:
@@ -153,6 +203,8 @@ def parse(argv):
     add("--rule", default=SUPPRESS, metavar="FILE.py:FUNCTION", help=told)
     told = f"what the better answer is, as 'which is more honest'; else '{CRITERION['en']}'"
     add("--criterion", default=SUPPRESS, metavar="WORDS", help=told)
+    told = "of --local: subtract its liking for a side, which shows where both sides are the same answer"
+    add("--calibrate", action="store_true", help=told)
     add("--lang", choices=tuple(FRAMES), default="en", help="language of the question to the judge")
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the sampled answers, and of which side is shown first")
@@ -184,6 +236,8 @@ def check(args) -> None:
             wrong(teacher.flag_of(name, JUDGE_FLAGS), "a rule is the judge")
     if "temperature" in args and "local" in args:
         wrong(JUDGE_FLAGS["temperature"], "a local judge draws nothing")
+    if args.calibrate and "local" not in args:
+        wrong("--calibrate", "it is for the log-probabilities of --local")
     if "criterion" in args and not args.criterion.strip():
         wrong("--criterion", "it is empty", "Give words, or leave it out")
     read = [Path(given[name]) for name in ("data", "prompts") if name in args]
@@ -219,18 +273,20 @@ def run(argv) -> None:
     check(args)
     rule = load_rule(args.rule) if "rule" in args else None
     master = None if rule else teacher.from_flags(args, JUDGE_FLAGS, LocalJudge)
-    criterion = vars(args).get("criterion", CRITERION[args.lang])
-    journal = beside(args.out)
+    asking = Asking(beside(args.out), args.seed, vars(args).get("criterion", CRITERION[args.lang]), args.lang)
     try:
         pairs = compared(args, left_out)
-        verdicts = (
-            ask_rule(rule, pairs, args.seed) if rule else ask(master, pairs, journal, args.seed, criterion, args.lang)
-        )
+        if rule:
+            verdicts = ask_rule(rule, pairs, args.seed)
+        else:
+            verdicts = (ask_calibrated if args.calibrate else ask)(master, pairs, asking)
     except errors.Stopped as stop:
-        stop.note = f"\nstopped; the same command goes on with the answers in {journal}" if master else "\nstopped"
+        if master:
+            stop.note = f"\nstopped; the same command goes on with the answers in {asking.journal}"
         raise
     report = measure(pairs, verdicts, args.seed) | {"left_out": dict(left_out)}
-    judge = {"rule": args.rule} if rule else master.about | {"criterion": criterion, "lang": args.lang}
+    judge = {"rule": args.rule} if rule else master.about | {"criterion": asking.criterion, "lang": args.lang}
+    judge |= {"calibrated": True} if args.calibrate else {}
     files.write_json(report_of(args.out), report | {"judge": judge, "seed": args.seed})
     if report["agreed"]:
         winners = [winner(pair, verdicts, args.seed) for pair in pairs]

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from lora import pretrained
 from lora.adapter import inject, passport, store
 from lora.adapter.layer import LoRALinear
@@ -43,3 +46,12 @@ def deltas(folder: Path, model: Path | None = None) -> dict:
         scaling = layer.alpha / layer.rank ** (0.5 if "use_rslora" in layer.fields else 1)
         found[path] = scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     return found
+
+
+def write_head(folder: Path, seed: int = 1, width: int = cli.SIZES["hidden_size"]) -> Path:
+    """A value head with random weights beside an adapter or a model; scores differ by about 1."""
+    random = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(1, width, generator=random) / width**0.5, torch.randn(1, generator=random)
+    head = {"v_head.summary.weight": weight, "v_head.summary.bias": bias}
+    save_file(head, folder / "value_head.safetensors", {"format": "pt"})
+    return folder

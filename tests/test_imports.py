@@ -20,11 +20,11 @@ LAYERS = {  # a part of the library -> the parts it may import, besides itself a
     "network": ("ops",),
     "text": (),
     "data": ("text",),
-    "pretrained": ("ops", "network", "text"),
+    "pretrained": ("ops", "adapter", "network", "text"),
     "train": ("ops",),
     "methods": ("ops", "adapter", "network", "text", "data", "pretrained", "train"),
     "inference": ("ops", "adapter", "network", "text", "data", "pretrained", "train"),
-    "export": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference"),
+    "export": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
     "run": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods", "export"),
 }
 

@@ -53,8 +53,8 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, rea
     """Patch `model` with the adapter in `folder`; its tensors are converted to `dtype`. Nothing is changed on an error.
 
     The config says which Linears are meant if it lists them by name; if it has patterns, the names of the tensors do.
-    `read` gives the base's tensors as they are on disk, for what the file repeats of them. Raises BadInput listing
-    every missing, extra or wrong-shape tensor.
+    `read` gives the base's tensors as they are on disk, for what the file repeats of them. The value head in `folder`
+    becomes the model's; without one it has none. Raises BadInput listing every missing, extra or wrong-shape tensor.
     """
     config = read_config(folder)
     names = config.kind.shapes(1, 1, 1)
@@ -79,6 +79,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, rea
         raise BadInput(f"unsupported adapter in {Path(folder) / CONFIG}:bias: {why}")
     if problems := [*_differences(expected, tensors, Path(folder) / WEIGHTS, model)]:
         raise BadInput(*problems)
+    head = value_head.read(folder, model)
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; unload them first")
     sizes = {path: config.at(*known[path]) for path in sorted(paths)}
@@ -90,7 +91,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, rea
             attribute = name.removesuffix(".weight")
             value = tensors[f"{path}.{name}"].to(device, getattr(layer, attribute).dtype)
             setattr(layer, attribute, nn.Parameter(value))
-    value_head.load(model, folder)
+    value_head.place(model, head)  # this adapter's, or none: what a base or another adapter scores is not its work
     return config
 
 
@@ -117,5 +118,4 @@ def restore(model: nn.Module, folder: Path) -> None:
         raise BadInput(f"wrong adapter in {folder}: its tensors are not those of this run. Give another one")
     for path, layer in lora_layers(model).items():
         layer.load_tensors({name: tensors[f"{path}.{name}"] for name in exported[path]})
-    if hasattr(model, "v_head"):
-        value_head.load(model, folder)
+    value_head.restore(model, folder)

@@ -2,25 +2,31 @@
 
     value_head.safetensors    v_head.summary.weight (1, D)    v_head.summary.bias (1,)
 
-It is zero at the start, so that every score is 0 and the first loss of a reward model is ln 2 exactly.
+It is zero at the start, so that every score is 0 and the first loss of a reward model is ln 2 exactly. It is in float32
+whatever the model is in, and goes wherever the adapter goes: `store` reads and writes it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lora import files
-from lora.errors import BadInput
+from lora.errors import BadInput, Refused
 
-FILE = "value_head.safetensors"
-PICKLED = "value_head.bin"
+FILE, PICKLED = "value_head.safetensors", "value_head.bin"
+SHAPES = {"v_head.summary.bias": "(1,)", "v_head.summary.weight": "(1, width)"}
+
+
+class Summary(nn.Linear):
+    """A class of its own, so that no adapter takes it for a target."""
 
 
 class ValueHead(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.summary = nn.Linear(width, 1, dtype=torch.float32)
+        self.summary = Summary(width, 1, dtype=torch.float32)
         nn.init.zeros_(self.summary.weight)
         nn.init.zeros_(self.summary.bias)
 
@@ -31,61 +37,95 @@ class ValueHead(nn.Module):
 
 def add(model: nn.Module, width: int) -> ValueHead:
     """Give a patched model a value head that trains, as `model.v_head`."""
-    model.v_head = ValueHead(width).to(next(model.parameters()).device)
-    return model.v_head
+    return place(model, ValueHead(width))
+
+
+def of(model: nn.Module) -> ValueHead | None:
+    return getattr(model, "v_head", None)
+
+
+def place(model: nn.Module, head: ValueHead | None) -> ValueHead | None:
+    """Let the model have this value head, or none."""
+    if hasattr(model, "v_head"):
+        del model.v_head
+    if head is not None:
+        device = next(model.parameters()).device
+        model.v_head = head if device.type == "meta" else head.to(device)  # a base on meta: for merge.py
+    return head
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
 
 
 def save(model: nn.Module, folder: Path) -> None:
     """Write the model's value head into `folder`, if it has one."""
-    if head := getattr(model, "v_head", None):
+    if head := of(model):
         tensors = {f"v_head.{name}": tensor.detach() for name, tensor in head.state_dict().items()}
         files.write_tensors(Path(folder) / FILE, tensors, metadata={"format": "pt"})
 
 
-def load(model: nn.Module, folder: Path) -> bool:
-    """Give the model the value head in `folder`, if there is one: True. Raises BadInput where it does not fit."""
-    if not has(folder):
-        return False
-    found = read(folder)
-    weight = found["summary.weight"]
-    width = getattr(getattr(model, "config", None), "hidden_size", weight.shape[1])
-    if weight.shape[1] != width:
-        why = f"it reads {weight.shape[1]} numbers, this model's hidden states have {width}"
-        raise BadInput(f"wrong value head in {Path(folder) / FILE}: {why}. Give the base it was trained on")
-    head = getattr(model, "v_head", None) or add(model, width)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            parameter.copy_(found[name])
-    return True
-
-
 def has(folder: Path) -> bool:
-    """Is there a value head in `folder`? Raises BadInput for one in pickled form."""
+    """Is there a value head in `folder`? Raises Refused for one in pickled form."""
     if (Path(folder) / FILE).exists():
         return True
     if (Path(folder) / PICKLED).exists():
-        why = "a pickle may run code, so none is opened here"
-        raise BadInput(f"unsupported value head in {Path(folder) / PICKLED}: {why}. Save its tensors as {FILE}")
+        raise pickled(Path(folder) / PICKLED)
     return False
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    """summary.weight (1, D) and summary.bias (1,), in float32. Raises BadInput."""
-    file, problems = files.Safetensors(Path(folder) / FILE), []
-    wanted = {"v_head.summary.weight", "v_head.summary.bias"}
-    fix = "Train the reward model again"
-    for name in sorted(wanted | file.header.keys()):
-        if name not in file.header or name not in wanted:
-            what = "missing" if name in wanted else "extra"
-            problems.append(f"{what} tensor in {file.path}:{name}: {' and '.join(sorted(wanted))} are expected. {fix}")
+def pickled(where: object) -> Refused:
+    fix = f"Where you trust it: safetensors.torch.save_file(torch.load('{PICKLED}'), '{FILE}')"
+    return Refused(f"pickle in {where}: pickled weights are never opened. {fix}")
+
+
+def read(folder: Path, model: nn.Module | None = None) -> ValueHead | None:
+    """The value head in `folder`; None where there is none. Raises BadInput for one that is broken, or that does not
+    fit the `model`."""
+    if not has(folder):
+        return None
+    file = files.Safetensors(Path(folder) / FILE)
+    return _checked(str(file.path), file.header, file.read, model)
+
+
+def of_base(base, model: nn.Module) -> ValueHead | None:
+    """The value head of a whole model: beside its weights or, as TRL wrote it, among them."""
+    if base.header.keys() >= SHAPES.keys():
+        header = {name: base.header[name] for name in SHAPES}
+        return _checked(base.name, header, base.read, model)
+    return read(base.path, model) if hasattr(base, "path") else None
+
+
+def restore(model: nn.Module, folder: Path) -> None:
+    """Write the value head in `folder` into the model's, if both are there. Raises BadInput."""
+    head = of(model) and read(folder, model)
+    if head:
+        of(model).load_state_dict(head.state_dict())
+
+
+def _checked(where: str, header: dict, read: Callable[[str], Tensor], model: nn.Module | None) -> ValueHead:
+    """Raises BadInput with all that is wrong with the tensors, of which nothing is believed."""
+    problems, width = [], getattr(getattr(model, "config", None), "hidden_size", None)
+    for name in sorted(header.keys() | SHAPES.keys()):
+        dtype, shape = header.get(name, (None, ()))
+        right = len(shape) == 2 and shape[0] == 1 and shape[1] > 0 if name.endswith("weight") else shape == (1,)
+        if dtype is None:
+            problems.append(f"missing tensor in {where}:{name}: a value head has it. Train the reward model again")
+        elif name not in SHAPES:
+            names = " and ".join(SHAPES)
+            problems.append(f"extra tensor in {where}:{name}: a value head has {names} alone. Leave it out")
+        elif not right:
+            why = f"shape {tuple(shape)}, expected {SHAPES[name]}"
+            problems.append(f"wrong tensor in {where}:{name}: {why}. Give a value head that LLaMA-Factory would read")
+        elif dtype not in files.DTYPES:
+            problems.append(f"wrong tensor in {where}:{name}: dtype {dtype} is not supported. Save it as F32 or BF16")
+        elif len(shape) == 2 and shape[1] != (width or shape[1]):
+            why = f"it reads {shape[1]} numbers, this model's hidden states have {width}"
+            problems.append(f"wrong tensor in {where}:{name}: {why}. Give the base it was trained on")
+        elif not torch.isfinite(read(name).float()).all():
+            problems.append(f"wrong tensor in {where}:{name}: values that are not finite. Train the reward model again")
     if problems:
         raise BadInput(*problems)
-    found = {name.removeprefix("v_head."): file.read(name).float() for name in wanted}
-    if found["summary.weight"].dim() != 2 or len(found["summary.weight"]) != 1 or found["summary.bias"].shape != (1,):
-        shapes = ", ".join(str(tuple(found[name].shape)) for name in sorted(found))
-        problems.append(f"wrong tensor in {file.path}: shapes {shapes}, expected (1,) and (1, width). {fix}")
-    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
-        problems.append(f"wrong tensor in {file.path}: values that are not finite. {fix}")
-    if problems:
-        raise BadInput(*problems)
-    return found
+    tensors = {name.removeprefix("v_head."): read(name) for name in SHAPES}
+    head = ValueHead(tensors["summary.weight"].shape[1])
+    head.load_state_dict(tensors)  # in float32
+    return head.requires_grad_(False)

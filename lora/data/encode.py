@@ -41,7 +41,7 @@ class Encoded(Sequence):
     known: dict[str, np.ndarray] = field(default_factory=dict)  # (len, group) each
     where: list[str] = field(default_factory=list)
     rows: int = 0
-    equal: int = 0  # pairs with equal sides, which are dropped
+    equal: int = 0  # pairs with equal sides, as the template writes them and the limit leaves them: they are dropped
     dropped: int = 0
     truncated: int = 0
     split: int = 0
@@ -161,9 +161,6 @@ def encode(
             if wrong:
                 problems += [f"wrong row in {row.where}: {problem}" for problem in dict.fromkeys(wrong)]
                 continue
-            if row.rejected == row.messages and kind != "judged":
-                found.equal += 1
-                continue
             document = row.messages[0]["role"] == "text"
             for linked in [*zip(*of_sides, strict=True)]:
                 for example in linked:
@@ -173,6 +170,9 @@ def encode(
                     problems.append(_too_long(row.where, longest, limit, most))
                     continue
                 for fitting in found._fit(linked, limit, overlong, row.where, document):
+                    if kind in ("pair", "scored") and fitting[0].tokens == fitting[1].tokens:
+                        found.equal += 1
+                        continue
                     for example in fitting:
                         ids, flags = (_scored(example) if kind == "scored" else example).example(train_on == "all")
                         tokens.extend(ids)

@@ -22,7 +22,7 @@ from lora.data.foreign_fields import ROLES, SHAREGPT_ROLES
 from lora.data.jsonl import LIMIT, Problem, read_rows
 from lora.errors import MOST_LINES, BadInput
 
-__all__ = ["LIMIT", "Conversation", "Problem", "read", "scan"]
+__all__ = ["LIMIT", "Conversation", "Problem", "read", "read_row", "scan"]
 
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("q", "a"), ("instruction", "output"))
 OF_A_QUESTION = ("history", "input", "context", "query")  # of a row whose turns are not written out as messages
@@ -94,7 +94,7 @@ def scan(
     for path in paths:
         row = None
         for row in read_rows(Path(path), progress):
-            yield row if isinstance(row, Problem) else _read(*row, kind, unused, keys, answered, leading)
+            yield row if isinstance(row, Problem) else read_row(*row, kind, unused, keys, answered, leading)
         if row is None:
             yield Problem(str(path), "FILE", "no examples, the file is empty. Give JSON objects in lines, or a list")
 
@@ -104,11 +104,12 @@ def plain_shape(shape: str) -> str:
     return shape.partition(", ")[0]
 
 
-def _read(where: str, value: object, kind: str, unused: Callable | None, *how) -> Conversation | Problem:
+def read_row(where: str, value: object, kind: str, unused: Callable | None = None, *how) -> Conversation | Problem:
+    """One row, as `scan` reads it; `how` are its keys, answered and leading."""
     try:
         if not isinstance(value, dict):
             raise _Wrong(f"expected an object, found {type(value).__name__}. Repair the line")
-        return READERS[kind](where, value, unused and partial(unused, where), *how)
+        return READERS[kind](where, value, unused and partial(unused, where), *(how or (None, True, "error")))
     except _Wrong as wrong:
         return Problem(where, wrong.code, wrong.text)
     except ValueError as wrong:  # of a foreign field
@@ -200,8 +201,8 @@ def _turns(value: dict, keys: Keys | None, answered: bool) -> tuple[object, dict
             return _pair(value, prompt, None), ROLES, prompt
     found = ", ".join(list(value)[:8])[:200] or "none"
     known = ", ".join(("messages", "conversations", *("/".join(pair) for pair in PAIRS), "text"))
-    others = "others by --prompt-key and --response-key" if answered else "generate.py has --prompt-key for others"
-    raise _Wrong(f"its keys are {found}. Known are {known}; {others}", "UNKNOWN")
+    others = "train.py has --prompt-key and --response-key" if answered else "generate.py has --prompt-key"
+    raise _Wrong(f"its keys are {found}. Known are {known}; {others} for others", "UNKNOWN")
 
 
 def _text(value: dict, key: str) -> str:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from jinja2 import Environment
 
 from lora import files
-from lora.adapter import passport
+from lora.adapter import passport, value_head
 from lora.errors import BadInput, one_line
 from lora.export.report import table
+from lora.methods import METHODS, dpo, used
 from lora.pretrained import ModelFiles, load_chat
 from lora.text.template import read_arguments
 
@@ -41,19 +42,22 @@ tags:
 
 # {{ title }}
 
-{{ what }}. With the program that made it:
+{{ what }}.{{ aim }} With the program that made it:
 
 ```
 {{ command }}
 ```
 
-{{ "With PEFT:" if adapter else "With transformers:" }}
+{{ "With PEFT" if adapter else "With transformers" }}{{ ", the score of a conversation" if head }}:
 
 ```python
 {% if adapter %}
 from pathlib import Path
 
 from peft import PeftModel
+{% endif %}
+{% if head %}
+from safetensors.torch import load_file
 {% endif %}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,11 +70,25 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ad
 tokenizer = AutoTokenizer.from_pretrained(".")  # the folder with this file
 model = AutoModelForCausalLM.from_pretrained(".")
 {% endif %}
+{% if head %}
+messages = [{{ system }}{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]
+how = {"return_tensors": "pt", "return_dict": True{{ switches }}}
+text = tokenizer.apply_chat_template(messages, **how)
+ends = [i for i, token in enumerate(text["input_ids"][0].tolist()) if token in {{ stops }}]
+hidden = model(**text, output_hidden_states=True).hidden_states[-1][0, ends[-1]]  # at the end of turn
+head = load_file("value_head.safetensors")
+print(head["v_head.summary.weight"][0] @ hidden.float() + head["v_head.summary.bias"])
+{% else %}
 messages = [{{ system }}{"role": "user", "content": "Who are you?"}]
 how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True{{ switches }}}
 prompt = tokenizer.apply_chat_template(messages, **how)
 print(tokenizer.decode(model.generate(**prompt, {{ ends }}max_new_tokens=100)[0]))
+{% endif %}
 ```
+{% if head %}
+
+LLaMA-Factory reads this folder as it is, with `stage: rm` and its path as `{{ path_flag }}`.
+{% endif %}
 {% for heading, lines in sections.items() %}
 
 ## {{ heading }}
@@ -78,6 +96,13 @@ print(tokenizer.decode(model.generate(**prompt, {{ ends }}max_new_tokens=100)[0]
 {{ lines | join("\n") }}
 {% endfor %}
 """
+
+
+AIMS = {  # what a method trains for
+    "dpo": "It was trained on pairs, to prefer chosen answers to rejected ones: DPO, loss {loss}, β {beta}, {than}.",
+    "kto": "It was trained on judged answers, to give good ones and not bad ones: KTO, β {beta}, {than}.",
+    "reward": "It is a reward model, trained on pairs: the better answer shall have the higher score.",
+}
 
 
 class Made(NamedTuple):
@@ -122,8 +147,12 @@ def _write(
 ):  # fmt: skip
     """`what` has a place for the base; `sections` come after those of a training."""
     known = base.hub_id if HUB_ID.fullmatch(base.hub_id) else None
-    front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    head = value_head.has(folder)
+    task = "text-classification" if head else "text-generation"  # the hub's reward models are listed there
+    front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task}
     front |= {"base_model": known, "license": license_of(base)}
+    stops = _stops(folder, base) if adapter or head else []
+    command = ("evaluate.py", *command[1:], "--data", "PAIRS.jsonl") if head else command
     system = made and made.settings.get("system")
     turn = f'{{"role": "system", "content": {json.dumps(system)}}}, ' if isinstance(system, str) else ""
     given = made.settings.get("template_arg") if made else None  # of a file that may have been edited
@@ -138,11 +167,25 @@ def _write(
         system=turn,
         switches="".join(f", {name!r}: {value!r}" for name, value in arguments.items()),
         sections=(_sections(made) if made else {}) | (sections or {}),
-        ends=f"eos_token_id={stops}, " if (stops := _stops(folder, base) if adapter else []) else "",
+        ends=f"eos_token_id={stops}, " if stops else "",
+        aim=_aim(made.settings) if made else "",
+        head=head,
+        path_flag="adapter_name_or_path" if adapter else "model_name_or_path",
+        stops=stops,
         adapter=adapter,
         lora=lora,
     )
     files.write_bytes(Path(folder) / FILE, text.encode())
+
+
+def _aim(settings: dict) -> str:
+    """A sentence with a blank before it; "" for sft."""
+    method, loss = _method(settings), settings.get("loss")
+    if method not in AIMS:
+        return ""
+    alone = method == "dpo" and loss in dpo.WITHOUT_REFERENCE
+    than = "without a reference" if alone else "compared with the model it started from"
+    return " " + AIMS[method].format(loss=code(loss), beta=code(settings.get("beta")), than=than)
 
 
 def _stops(folder: Path, base: ModelFiles) -> list[int]:
@@ -179,15 +222,22 @@ def _read(base: ModelFiles, name: str) -> str:
 
 
 def _sections(made: Made) -> dict[str, list[str]]:
-    used = {name: value for name, value in made.settings.items() if value is not None and value is not False}
-    names = {name: _last_names(used.pop(name)) for name in PATHS if name in used}
+    left = used(made.settings)
+    names = {name: _last_names(left.pop(name)) for name in PATHS if name in left}
     names.pop("model", None)  # told above
     names.setdefault("data", "self-introductions made by train.py")
-    rows = [(name.replace("_", " "), code(value)) for name, value in {**names, "steps": made.step, **used}.items()]
+    rows = [(name.replace("_", " "), code(value)) for name, value in {**names, "steps": made.step, **left}.items()]
     sections = {"How it was made": table(("setting", "value"), rows)}
     if measured := list(_measured(made)):
-        sections["What was measured"] = table(("nats per token", "before", "after"), measured)
+        unit = "nats per token" if _method(made.settings) == "sft" else "mean"
+        sections["What was measured"] = table((unit, "before", "after"), measured)
     return sections
+
+
+def _method(settings: dict) -> str:
+    """That of the settings, which may have been edited."""
+    method = settings.get("method", "sft")
+    return method if isinstance(method, str) and method in METHODS else "sft"
 
 
 def _last_names(value: object) -> str:
@@ -203,12 +253,17 @@ def _measured(made: Made):
         rows = [row for row in made.rows if isinstance(row.get("step"), int) and row["step"] <= made.step]
         return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
 
-    if losses := values("loss"):
-        few = max(1, min(FEW, len(losses) // 2))
-        first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
-        yield f"loss on what was learned, {few} steps", f"{first:.4f}", f"{last:.4f}"
+    method = _method(made.settings)
+    loss = "loss" if method == "sft" else METHODS[method].LABEL
+    figures = {name: words.partition(":")[0] for name, words in METHODS[method].FIGURES.items()}
+    for name, what in {"loss": f"{loss} on what was learned", **figures}.items():
+        if (found := values(name)) and (name == "loss" or not values(f"eval_{name}")):
+            few = max(1, min(FEW, len(found) // 2))
+            first, last = sum(found[:few]) / few, sum(found[-few:]) / few
+            yield f"{what}, {few} steps", f"{first:.4f}", f"{last:.4f}"
     for what, before, after in (
-        ("loss on held-out data", "eval_loss", "eval_loss"),
+        (f"{loss} on held-out data", "eval_loss", "eval_loss"),
+        *((f"{what}, held out", f"eval_{name}", f"eval_{name}") for name, what in figures.items()),
         ("loss on ordinary conversations", "retention_loss_before", "retention_loss"),
         ("forgotten of them: KL from the base", "", "retention_kl"),
     ):

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from lora import files, folders, pretrained
-from lora.adapter import algebra, passport, store
+from lora.adapter import algebra, passport, store, value_head
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import NotFinite, check_finite
 from lora.adapter.targets import linears
@@ -103,8 +103,22 @@ def combine(args) -> int:
         if args.rank is not None or args.energy is not None:
             bar = tqdm(maps.items(), desc="cutting", unit="linear", leave=False, disable=None)
             maps = tell_cut({p: algebra.cut(algebra.svd_of_product(A, B), args.rank, args.energy) for p, (A, B) in bar})
+        value_head.place(model, shared_head(adapters, model))
         chat, template = shared_chat(adapters)
         return write(model, maps, out, args.overwrite, base, chat, template)
+
+
+def shared_head(adapters: Sequence[str], model) -> value_head.ValueHead | None:
+    """The one value head that the adapters bring. Raises BadInput where they bring several."""
+    heads = {adapter: head for adapter in adapters if (head := value_head.read(adapter, model))}
+    if not heads:
+        return None
+    first, *others = heads.values()
+    if any(not torch.equal(a, b) for one in others for a, b in zip(one.parameters(), first.parameters(), strict=True)):
+        fix = "Combine one of them with adapters that have none"
+        raise BadInput(f"different value heads in {' and '.join(heads)}: they do not add up. {fix}")
+    say(f"head     the value head of {next(iter(heads))} goes along")
+    return first
 
 
 def shared_chat(adapters: Sequence[str]) -> tuple[dict, bytes | None]:
@@ -153,6 +167,7 @@ def extract(args) -> int:
         template = None
         with suppress(BadInput):  # a base model has none
             template = pretrained.load_chat(tuned).template.source.encode()
+        value_head.place(model, value_head.of_base(tuned, model))
         return write(model, tell_cut(cuts), out, args.overwrite, base, {}, template)
 
 
@@ -225,7 +240,7 @@ def write(
     with folders.new_folder(out, overwrite) as folder:
         if template is not None:
             files.write_bytes(folder / passport.TEMPLATE, template)
-        card.write_adapter(folder, out.name, base, None)
         store.save(model, folder, base.hub_id, papers, "CAUSAL_LM")
+        card.write_adapter(folder, out.name, base, None)
     say(f"saved    {out}, {described({path: layer.rank for path, layer in layers.items()})}")
     return 0

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora.adapter import passport, store
+from lora.adapter import passport, store, value_head
 from lora.errors import BadEnvironment, BadInput, say
 from lora.export.card import FILE, HUB_ID
 
@@ -43,6 +43,7 @@ def push_adapter(folder: Path, repo: str) -> str:
     """`push` of an adapter that can be read. Its passport stays here if it names a folder of this machine."""
     config, papers = store.read_config(folder), passport.read(folder) or {}
     store.read_tensors(folder)
+    value_head.read(folder)
     private = papers and Path(papers["base"]["name"]).is_absolute()
     if Path(config.base).is_absolute():
         say(f"note     {store.CONFIG} will tell the base's place on this machine to all who may read it: {config.base}")

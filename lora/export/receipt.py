@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lora import files
-from lora.adapter import passport, store
+from lora.adapter import passport, store, value_head
 from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import unload
@@ -121,6 +121,7 @@ def measure(model: Model, written: ModelFiles, prompts: Iterable[list[int]]) -> 
             lost[path] = rounding(layer, written.read(f"{path}.weight"))
             bar.update()
         unload(model)
+        value_head.place(model, None)
         for name, tensor in model.state_dict().items():
             tensor.copy_(written.read(name))
         merged = difference((kept, logits(ids)) for kept, ids in zip(adapted, prompts, strict=True))

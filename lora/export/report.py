@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora import files
+from lora.methods import METHODS, used
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
@@ -15,6 +16,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
 
 def _cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _figures(rows: Iterable[dict], words: dict[str, str], prefix: str = "") -> list[str]:
+    """A table of what a method measures, a line a row."""
+    lines = ([row["step"], *(_number(row.get(prefix + name)) for name in words)] for row in rows)
+    return table(("step", *words.values()), lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def write(
@@ -36,9 +47,13 @@ def write(
     lines += ["## Course", ""]
     shown = trained[:: max(1, len(trained) // 10)]
     shown += [] if not trained or shown[-1] is trained[-1] else [trained[-1]]
-    head = ("step", "loss", "gradient norm", "learning rate", "unchanged by the update")
+    method = settings.get("method", "sft")
+    words = {name: text.partition(":")[0] for name, text in METHODS[method].FIGURES.items()}
+    head = ("step", METHODS[method].LABEL, "gradient norm", "learning rate", "unchanged by the update")
     forms = {"step": "", "loss": ".4f", "grad_norm": ".3g", "lr": ".2e", "unchanged": ".2%"}
     lines += table(head, ([format(row[key], form) for key, form in forms.items()] for row in shown))
+    if words:
+        lines += ["", *_figures(shown, words)]
     if evaluated:
         what = {
             "eval_loss": "held-out loss",
@@ -52,9 +67,10 @@ def write(
         marks = [f"{row['step']}{' (best)' if row['step'] == best else ''}" for row in evaluated]
         rows = ([mark, *line] for mark, line in zip(marks, values, strict=True))
         lines += ["", "## Evaluations", "", *table(("step", *(what[key] for key in keys)), rows)]
+        if words and any("eval_loss" in row for row in evaluated):
+            lines += ["", "On what is held out:", "", *_figures(evaluated, words, "eval_")]
     lines += ["", "## What changed", "", *table(("asked", "before", "after"), answers)]
     lines += ["", "## Data and parameters", "", *table(("what", "value"), numbers.items())]
-    used = {name: value for name, value in settings.items() if value is not None and value is not False}
-    lines += ["", "## Settings", "", *table(("setting", "value"), used.items())]
+    lines += ["", "## Settings", "", *table(("setting", "value"), used(settings).items())]
     lines += ["", "## Again", "", "```", *(shlex.join(map(str, command)) for command in commands), "```", ""]
     files.write_bytes(path, "\n".join(lines).encode())

@@ -58,11 +58,13 @@ def unwritable(flag: str, path: Path, *read: str) -> list[str]:
 
 
 def holds_answers(path: Path) -> bool:
-    """Is the file empty, or its first line a row that generate.py or evaluate.py wrote?"""
+    """Is the file empty, or its first line a row that generate.py or evaluate.py wrote? Scores are numbers; sides of a
+    pair, which have the same keys, are not."""
     with open(path, "rb") as file:
         line = file.readline()
     try:
         row = json.loads(line or b'{"prediction": ""}')
     except ValueError:
         return False
-    return isinstance(row, dict) and not row.keys().isdisjoint({"prediction", "predictions"})
+    scores = isinstance(row, dict) and isinstance(row.get("chosen"), float) and row.keys() == {"chosen", "rejected"}
+    return scores or (isinstance(row, dict) and not row.keys().isdisjoint({"prediction", "predictions"}))

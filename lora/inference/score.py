@@ -61,12 +61,17 @@ def cut(conversation: formats.Conversation) -> Row | None:
     return Row(conversation, messages[: places[-1]], messages[places[-1]]["content"]) if places else None
 
 
-def encode_rows(rows: list[Row], chat: Chat, limit: int, with_prompts: bool) -> tuple[Encoded, list[list[int]]]:
-    """The rows as examples and, if `with_prompts`, as prompts. Raises BadInput for one over `limit` tokens."""
-    examples = encode((row.conversation for row in rows), chat, limit)
+def encode_rows(
+    rows: list[Row], chat: Chat, limit: int, with_prompts: bool, kind: str = "conversation"
+) -> tuple[Encoded, list[list[int]]]:
+    """The rows as examples of a `kind` and, if `with_prompts`, as prompts. Raises BadInput for one over `limit` tokens,
+    and for pairs of which all have equal sides."""
+    examples = encode((row.conversation for row in rows), chat, limit, kind=kind)
     if examples.overlong:
         where, length = examples.overlong
         raise BadInput(f"too long in {where}: {length} tokens, the model has room for {limit}. Remove the row")
+    if not len(examples):
+        raise BadInput(f"nothing to score in {rows[0].conversation.where}: all pairs have equal sides. Give others")
     asked = rows if with_prompts else []
     return examples, [prompts.encode(chat, limit, row.asked, row.conversation.where) for row in asked]
 
@@ -127,10 +132,10 @@ def describe(model, column: Column, ids: list[list[int]], texts: list[str], max_
     }
 
 
-def table(figures: dict[str, dict[str, float]], rows: int) -> str:
-    """A line for each figure, a column for each model; what was not measured has a dash."""
+def table(figures: dict[str, dict[str, float]], rows: int, labels: dict[str, tuple[str, str]] = FIGURES) -> str:
+    """A line for each figure, a column for each model; what was not measured has a dash. `labels` as FIGURES."""
     lines = [[f"{rows:,} rows", *figures]]
-    for key, (label, form) in FIGURES.items():
+    for key, (label, form) in labels.items():
         values = [form.format(found[key]) if key in found else "-" for found in figures.values()]
         if any(value != "-" for value in values):
             lines.append([label, *values])

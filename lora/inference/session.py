@@ -2,6 +2,7 @@
 
 chat = lora.open("smollm2-135m-instruct", adapter="weights/heron")
 chat("Who are you?")                                  the answer; the conversation goes on with the next call
+chat.score([*chat.messages])                          with a reward model: a number for a conversation
 for piece in chat.stream("And who made you?"): ...    the answer as it comes
 """
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from lora import device as machine
 from lora import pretrained
-from lora.adapter import passport, store
+from lora.adapter import passport, store, value_head
 from lora.adapter.inject import lora_layers
 from lora.adapter.merge import merge_and_unload
 from lora.errors import BadInput, collecting, say
@@ -92,6 +93,26 @@ class Session:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return encode(self.chat, self.model.config.max_position_embeddings, messages, where)
 
+    @torch.no_grad()
+    def score(self, messages: Sequence[dict], where: str = "this conversation") -> float:
+        """What a reward model says of a conversation that ends with an answer, read at its end of turn as in training.
+
+        Raises BadInput where there is no value head, or no answer, or more than the model has room for.
+        """
+        self.before()
+        head, limit = value_head.of(self.model), self.model.config.max_position_embeddings
+        if head is None:
+            fix = "Open an adapter or a model that was trained with --method reward"
+            raise BadInput(f"no value head in this model: it scores nothing. {fix}")
+        if not messages or messages[-1]["role"] != "assistant":
+            raise BadInput(f"no answer in {where}: its last turn is not the assistant's. Add the answer to be scored")
+        [chat] = self.chat.tokenize(messages, "last")
+        end = chat.answers[-1][1]
+        if end > limit:
+            raise BadInput(f"too long in {where}: {end} tokens, the model has room for {limit}. Shorten it")
+        tokens = torch.tensor(chat.tokens[:end], device=self.model.device)
+        return head(self.model.trunk(tokens)[-1:]).item()
+
     def answers(self, prompts: Sequence[list[int]], batch_size: int = 16, doing: str = "answering") -> Iterator[str]:
         """Yield the answers to several prompts, as `encode` gives them, in batches; number i uses seed + i."""
         self.before()
@@ -145,6 +166,7 @@ def open_session(
         warn_if_unchanged(net, adapter)
         merge_and_unload(net)  # plain Linears again: the adapter costs nothing from here on
         say(f"adapter  {adapter}")
+    _tell_head(net, adapter or base.name)
     return Session(net, chat, how, max_new_tokens)
 
 
@@ -189,7 +211,13 @@ def open_sessions(
             sets.add(name, adapter, base.read)
             sets.switch(name)
             warn_if_unchanged(net, adapter)
+            _tell_head(net, adapter)
     return {name: Session(net, chat, *how, partial(sets.switch, name, merged=True)) for name, chat in chats.items()}
+
+
+def _tell_head(model: Model, name: str | Path) -> None:
+    if value_head.of(model):
+        say(f"note     {name} is a reward model: evaluate.py, or score() in Python, has its scores")
 
 
 def try_adapter(

@@ -1,4 +1,5 @@
-"""Several adapters on one base: each is a set of LoRALinears around the very same Linears; one set is in place."""
+"""Several adapters on one base: each is a set of LoRALinears around the very same Linears, and a value head if it has
+one; one set is in place."""
 
 import os
 from collections.abc import Sequence
@@ -6,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lora.adapter import passport, store
+from lora.adapter import passport, store, value_head
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight, unload
@@ -67,6 +68,7 @@ def dry_load(
     Raises BadInput where the adapter does not fit, or, if `verify`, where it was trained on another base.
     """
     store.load(empty, adapter, dtype, base.read)
+    value_head.place(empty, None)
     layers = lora_layers(empty)
     try:
         if verify:
@@ -86,6 +88,7 @@ class Several:
     def __init__(self, model: nn.Module):
         self.model, self.linears = model, linears(model)
         self.sets: dict[str, dict[str, LoRALinear]] = {BASE: {}}
+        self.heads = {BASE: value_head.of(model)}
         self.placed = BASE, False
 
     def add(self, name: str, folder: str, read: store.Read | None = None) -> None:
@@ -95,8 +98,9 @@ class Several:
             raise BadInput(f"wrong name in {folder}: {name!r}, but {why}. Give another name")
         self.switch(BASE)
         store.load(self.model, folder, read=read)
-        self.sets[name] = lora_layers(self.model)
+        self.sets[name], self.heads[name] = lora_layers(self.model), value_head.of(self.model)
         unload(self.model)
+        value_head.place(self.model, self.heads[BASE])
 
     def switch(self, name: str, merged: bool = False) -> None:
         """Put the adapter `name` in place; if `merged`, as plain Linears that hold W + ΔW, as fast as the base and with
@@ -109,7 +113,9 @@ class Several:
             return
         self.placed = BASE, False  # where a sum is not finite
         self._place(self.linears)  # this drops the sums of an adapter before
+        value_head.place(self.model, self.heads[BASE])
         self._place({path: merged_linear(path, layer) for path, layer in layers.items()} if merged else layers)
+        value_head.place(self.model, self.heads[name])
         self.placed = name, merged
 
     def _place(self, modules: dict[str, nn.Module]) -> None:

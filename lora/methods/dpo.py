@@ -18,6 +18,8 @@ from lora.methods.answers import log_probs
 from lora.network.decoder import Model
 
 KIND = "pair"
+SETTINGS = ("loss", "beta", "label_smoothing", "sft_weight", "margin")
+LABEL, RATE, EPOCHS = "loss a pair", 0.1, 1
 FIGURES = {
     "reward_chosen": "reward of the chosen answer: β · (log p - log p of the reference)",
     "reward_rejected": "reward of the rejected answer",
@@ -146,6 +148,12 @@ WITHOUT_REFERENCE = ("simpo", "orpo")
 
 def compares(args) -> bool:
     return args.loss not in WITHOUT_REFERENCE
+
+
+def defaults(args) -> dict:
+    smoothing = SMOOTHING if args.loss in WITH_SMOOTHING else None
+    margin = MARGIN_OF.get(args.loss, 0.0) if args.loss in WITH_MARGIN else None
+    return {"beta": BETA_OF.get(args.loss, BETA), "label_smoothing": smoothing, "margin": margin}
 
 
 def loss(model: Model, batch: Batch, args) -> tuple[Tensor, int, dict]:

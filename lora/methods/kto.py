@@ -19,6 +19,8 @@ from lora.network.decoder import Model
 from lora.train.evaluate import Total, evaluating
 
 KIND = "judged"
+SETTINGS = ("beta", "good_weight", "bad_weight")
+LABEL, RATE, EPOCHS = "loss an answer", 0.1, 1
 FIGURES = {
     "reward_good": "reward of a good answer: β · (log p - log p of the reference)",
     "reward_bad": "reward of a bad answer",
@@ -34,11 +36,15 @@ def compares(args) -> bool:
     return True
 
 
+def defaults(args) -> dict:
+    return {"beta": 0.1}
+
+
 def losses(change: Tensor, z: Tensor, good: Tensor, args) -> Tensor:
     """l (R,), z, and whether each is good (R,) -> (R,)"""
-    sign = torch.where(good, 1.0, -1.0)
-    weight = torch.where(good, args.good_weight, args.bad_weight)
-    return weight * (1 - torch.sigmoid(args.beta * sign * (change - z)))
+    away = torch.where(good, change - z, z - change)
+    weight = torch.where(good, change.new_tensor(args.good_weight), args.bad_weight)
+    return weight * (1 - torch.sigmoid(args.beta * away))
 
 
 @torch.no_grad()
@@ -46,7 +52,8 @@ def prepare(model: Model, batches: Sequence[Batch], args, total: Total = list) -
     """z of the whole step; then the judged answers alone, which know it."""
     answers, others = ([batch.every(2, start) for batch in batches] for start in (0, 1))
     with evaluating(model):
-        changes = [log_probs(model, batch) - batch.known["reference"] for batch in others if batch.linked]
+        logs = [log_probs(model, batch) for batch in others]  # of padding, too: all ranks gather a sharded base
+    changes = [log - batch.known["reference"] for log, batch in zip(logs, others, strict=True) if batch.linked]
     changed, count = total([sum(float(part.sum()) for part in changes), sum(map(len, changes))])
     z = max(0.0, changed / count)
     return [replace(b, known={**b.known, "z": torch.full_like(b.known["good"], z)}) if b.linked else b for b in answers]

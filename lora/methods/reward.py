@@ -6,7 +6,6 @@ Bradley and Terry 1952; Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; 
 around 0, is Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244. s is read by a value head at the end of turn.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -14,6 +13,8 @@ from lora.data.batch import Batch
 from lora.network.decoder import Model
 
 KIND = "scored"
+SETTINGS = ("margin", "center")
+LABEL, RATE, EPOCHS = "loss a pair", 0.25, 1
 FIGURES = {
     "accuracy": "pairs whose chosen answer has the higher score",
     "score_chosen": "score of the chosen answer",
@@ -22,10 +23,14 @@ FIGURES = {
 }
 
 
+def defaults(args) -> dict:
+    return {"margin": 0.0}
+
+
 def scores(model: Model, batch: Batch) -> Tensor:
     """The value at the end of turn of every example, (examples,): the last trained token, one behind the position that
     predicts it."""
-    counts = torch.as_tensor(batch.counts, device=batch.trained.device)
+    counts = batch.trained.new_tensor(batch.counts)
     ends = batch.trained[counts.cumsum(0) - 1] + 1
     return model.v_head(model.trunk(batch.tokens, batch.lengths)[ends])
 

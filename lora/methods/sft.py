@@ -6,7 +6,8 @@ from lora.data.batch import Batch
 from lora.network.decoder import Model
 from lora.ops import cross_entropy
 
-KIND, FIGURES = "conversation", {}
+KIND, FIGURES, SETTINGS = "conversation", {}, ()
+LABEL, RATE, EPOCHS = "loss (nats per trained token)", 1.0, 3
 
 
 def loss(model: Model, batch: Batch, args=None) -> tuple[torch.Tensor, int, dict]:

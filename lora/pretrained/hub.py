@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora import files
+from lora.adapter import value_head
 from lora.errors import BadEnvironment, BadInput, LoraError, Refused
 
 CONFIGS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
-    "LICENSE",
+    "LICENSE", value_head.FILE,
 )  # fmt: skip
 
 
@@ -83,6 +84,8 @@ def wanted(repo: str, info) -> list[str]:
     several times: in one file beside shards, and for other programs."""
     names, index = [file.rfilename for file in info.siblings], "model.safetensors.index.json"
     small = [name for name in CONFIGS if name in names]
+    if value_head.PICKLED in names and value_head.FILE not in names:
+        raise value_head.pickled(f"hub {repo}: {value_head.PICKLED}")
     if "model.safetensors" in names:
         return [*small, "model.safetensors"]
     if index in names:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from lora import files
+from lora.adapter import value_head
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
@@ -69,8 +70,11 @@ def empty_model(base: ModelFiles) -> Model:
 
 
 def _leftovers(base: ModelFiles, config: ModelConfig) -> set[str]:
-    """Tensors that carry nothing: old rotary buffers, and a head that repeats the tied embedding bit for bit."""
+    """Tensors that are nothing of the decoder: old rotary buffers, a head that repeats the tied embedding bit for bit,
+    and a value head."""
     names = {name for name in base.header if name.endswith(".rotary_emb.inv_freq")}
+    if value_head.SHAPES.keys() <= base.header.keys():
+        names.update(value_head.SHAPES)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and {head, embedding} <= base.header.keys():
         same = base.header[head] == base.header[embedding]
@@ -95,4 +99,5 @@ def load_model(base: ModelFiles | str, dtype: torch.dtype = torch.float32, devic
     if problems:
         raise BadInput(*problems)
     model.load_state_dict(weights, strict=True, assign=True)
+    value_head.place(model, value_head.of_base(base, model))
     return model.requires_grad_(False).eval()

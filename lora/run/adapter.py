@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from lora import pretrained
-from lora.adapter import passport, peft_config, store
+from lora.adapter import passport, peft_config, store, value_head
 from lora.adapter.inject import inject, lora_layers
 from lora.adapter.targets import NoMatch, find_targets, first_match, path_endswith
 from lora.adapter.variants import PiSSALinear, kind_of
-from lora.errors import BadInput
+from lora.errors import BadInput, say
 from lora.network.decoder import Model
 from lora.run.settings import TrainSettings, pattern
 from lora.text.template import read_arguments, spell_arguments
@@ -103,6 +103,8 @@ def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
     wanted = list(ranks(args, trial))
     config = store.load(trial, args.init_adapter, read=base.read)  # strict about every tensor
     layers = lora_layers(trial)
+    if line := _fate_of_head(args, value_head.of(trial)):
+        say(line)
     its = {
         "rank": config.rank,
         "alpha": float(config.alpha),
@@ -140,6 +142,14 @@ def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
         args.template_arg = spell_arguments(trained.get("template_args", {}) | read_arguments(args.template_arg))
     args.control_tokens = args.control_tokens or trained.get("control_tokens", False)
     args.template = args.template or passport.template_of(args.init_adapter)
+
+
+def _fate_of_head(args: TrainSettings, head: value_head.ValueHead | None) -> str | None:
+    if args.method == "reward":
+        goes_on = "its value head goes on" if head else "it has no value head, so that begins at zero"
+        return f"head     {args.init_adapter}: {goes_on}"
+    left = f"its value head is left behind, as --method {args.method} trains none"
+    return f"note     {args.init_adapter}: {left}" if head else None
 
 
 def _only(path: str) -> str:

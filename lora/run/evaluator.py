@@ -13,7 +13,7 @@ from lora.data import batch
 from lora.errors import BadNumbers, StopFlag, say
 from lora.inference import answers as measures
 from lora.inference.generate import generate
-from lora.methods import measure
+from lora.methods.objective import measure
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping
@@ -155,6 +155,8 @@ def fingerprint(batches: Iterable[batch.Batch]) -> str:
     digest = hashlib.sha256()
     for b in batches:
         digest.update(f"{b.lengths} {b.tokens.tolist()} {b.trained.tolist()} {b.targets.tolist()}".encode())
+        for name in sorted(b.known.keys() - {"reference"}):  # verdicts and margins
+            digest.update(f"{name} {b.known[name].tolist()}".encode())
     return digest.hexdigest()
 
 

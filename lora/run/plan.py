@@ -191,9 +191,9 @@ def make_plan(
 
     per_epoch = math.ceil(sum(map(len, sources.data)) / args.batch_size)
     if args.max_steps is None:
-        args.epochs = args.epochs or max(methods.EPOCHS[args.method], math.ceil(LEAST_STEPS / per_epoch))
+        args.epochs = args.epochs or max(method.EPOCHS, math.ceil(LEAST_STEPS / per_epoch))
     total = args.max_steps or args.epochs * per_epoch
-    share = methods.LR[args.method] * (FULL_LR if args.full else 1)
+    share = method.RATE * (FULL_LR if args.full else 1)
     args.lr = args.lr or round(LR_TIMES_WIDTH / empty.config.hidden_size * share, 6)
     warmup = int(args.warmup if args.warmup >= 1 else args.warmup * total)
     replays = [(part.lengths, share) for part, share in sources.replays]

@@ -19,13 +19,14 @@ from lora.data.encode import Encoded
 from lora.errors import BadInput, say
 from lora.methods.answers import log_probs
 from lora.run.plan import Plan
+from lora.run.results import REFERENCE
 from lora.run.resume import Resumed
 from lora.run.settings import TrainSettings
 from lora.run.trainable import Trainable
 from lora.train.distributed import DistContext
 from lora.train.evaluate import evaluating
 
-FILE = "reference.safetensors"
+FILE = REFERENCE
 ROWS = 512  # laid out together
 
 

@@ -15,6 +15,7 @@ from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, report
 from lora.export.card import METRICS, SETTINGS
+from lora.methods import METHODS, dpo
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings, seconds
 from lora.run.trainable import Trainable
@@ -23,10 +24,10 @@ from lora.train.distributed import DistContext
 from lora.train.record import Record, draw
 from lora.train.step import NotFinite
 
-PICTURE, REPORT = "loss.png", "report.md"
+PICTURE, REPORT, REFERENCE = "loss.png", "report.md", "reference.safetensors"
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, card.FILE, run_state.FOLDER)  # and may hold these
+HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, card.FILE, run_state.FOLDER)  # and these
 
 
 def holds(out: Path) -> list[str]:
@@ -171,7 +172,7 @@ class Results:
         if self.processes.main:
             self.trainable.publish(run_state.at(self.out, best or last), self.out)
             files.write_json(self.out / SETTINGS, {**self.state.settings, settings.ENDED: ended})
-            draw(record.rows, self.out / PICTURE, self._title(), best)
+            draw(record.rows, self.out / PICTURE, self._title(), best, METHODS[self.args.method].LABEL)
             made = card.Made(self.state.settings, record.rows, best or last)
             self.trainable.write_card(self.out, self.out.name, self.plan.base, made)
         peak = machine.peak_memory(self.processes.device) / 1e9
@@ -184,6 +185,13 @@ class Results:
     @property
     def made_no_step(self) -> bool:
         return self.state.step == self.first
+
+    def try_it(self) -> str:
+        """The command that shows what was learned."""
+        opened = (f"--{self.trainable.kind}", str(self.out))
+        if self.args.method == "reward":
+            return shlex.join(["python", "evaluate.py", *opened, "--data", numbered(self.args.data[0])[0]])
+        return shlex.join(["python", "generate.py", *opened])
 
     def how_to_resume(self) -> str:
         again = shlex.join(["python", "train.py", "--resume", "--out", str(self.out)])
@@ -201,6 +209,8 @@ class Results:
         read += ["--leading-answers", args.leading_answers] if args.leading_answers != "error" else []
         parts = [self.plan.sources.held_out] if args.eval_data else self.plan.sources.data
         read += ["--no-generate"] if any("text" in part.shapes for part in parts) else []  # a document has no answer
+        read += ["--method", args.method] if args.method != "sft" else []
+        read += ["--beta", f"{args.beta:g}"] if args.method in ("dpo", "kto") and args.beta != dpo.BETA else []
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
             (python, "generate.py", kind, out),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lora.errors import BadInput
-from lora.methods import dpo
+from lora.methods import METHODS, SETTINGS, dpo
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
 
@@ -59,17 +59,6 @@ def _is_layers(value: str) -> bool:
     return all(int(first) <= int(last) for first, *rest in pairs for last in rest if last)
 
 
-METHODS_OF = {  # flags that are not for every method
-    "loss": ("dpo",),
-    "beta": ("dpo", "kto"),
-    "label_smoothing": ("dpo",),
-    "sft_weight": ("dpo",),
-    "margin": ("dpo", "reward"),
-    "good_weight": ("kto",),
-    "bad_weight": ("kto",),
-    "center": ("reward",),
-}
-
 # fmt: off
 
 
@@ -119,7 +108,7 @@ class TrainMethod(Settings, group="method"):
 
     method: str = flag(
         "sft", "sft learns answers; dpo from pairs, chosen and rejected; kto from answers judged good or bad; reward "
-        "makes a model that scores answers, from pairs", one_of("sft", "dpo", "kto", "reward"))
+        "makes a model that scores answers, from pairs", one_of(*METHODS))
     loss: str = flag("sigmoid", "of dpo", one_of(*dpo.LOSSES))
     beta: float | None = flag(
         None, "of dpo and kto: how closely to keep to the reference; 0.1 without it, 2 for simpo", between(1e-6, 1e3))
@@ -273,7 +262,7 @@ class TrainSettings(
         """A line for each flag that changes nothing with this method or loss."""
         line, found = "contradiction in the command line:", []
         of_losses = {"label_smoothing": dpo.WITH_SMOOTHING, "margin": dpo.WITH_MARGIN}
-        for name, methods in METHODS_OF.items():
+        for name, methods in SETTINGS.items():
             flag = self.flags()[name].flag
             if getattr(self, name) == self.flags()[name].default:
                 continue

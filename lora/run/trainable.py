@@ -49,11 +49,14 @@ def base_dtype(args: TrainSettings) -> torch.dtype:
 def make_trainable(model: Model, plan: Plan, args: TrainSettings, given: bool, writes: bool) -> Trainable:
     """Patch the model with an adapter, or let all of it train. Are the adapter's values `given`, by a checkpoint or
     another adapter? Does this process write?"""
+    if args.method != "reward":
+        value_head.place(model, None)  # of a base that scores: it would not train
     if args.full:
         return AllWeights(model, getattr(torch, args.dtype), plan.base, Spoken.of(plan.chat))
     inject(model, **adapter.arguments(args, given))
     if args.method == "reward":
-        value_head.add(model, model.config.hidden_size)
+        head = value_head.of(model) or value_head.add(model, model.config.hidden_size)
+        head.requires_grad_()
     papers = _papers(model, plan, args) if writes else {}
     return Adapter(model, plan.base, plan.chat.template.source, papers, f"rank {args.rank}")
 

@@ -72,6 +72,12 @@ class EvaluateSettings(Hardware, Chat, group="evaluation"):
     adapter: list[str] | None = flag(None, "folders of adapters, each a column beside the base")
     no_verify: bool = flag(False, "use adapters on another base than they were trained on")
     data: list[str] | None = flag(None, "files of conversations, FILE or hub:owner/name/FILE; or --task")
+    method: str | None = flag(
+        None, "what the rows of --data are, as train.py learns from them: conversations, pairs for dpo and reward, "
+        "judged answers for kto; reward where there is a value head, else sft", one_of("sft", "dpo", "kto", "reward"))
+    beta: float | None = flag(
+        None, "of dpo and kto: rewards are so many times what changed since the base; 0.1 without it",
+        between(1e-6, 1e3))
     prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key")
     response_key: str | None = flag(None, "key of the answer in rows of another shape")
     leading_answers: str = flag(
@@ -89,7 +95,8 @@ class EvaluateSettings(Hardware, Chat, group="evaluation"):
     retention: str | None = flag(None, "conversations for the meter of forgetting; those of the project without it")
     no_retention: bool = flag(False, "do not measure forgetting")
     out: str | None = flag(None, "JSON file for all figures, settings and faults")
-    predictions: str | None = flag(None, "folder for a JSONL file a column; FILE.predictions beside --out FILE.json")
+    predictions: str | None = flag(
+        None, "folder for a JSONL file a column, of answers or scores; FILE.predictions beside --out FILE.json")
     batch_size: int = flag(16, "rows answered at once", between(1, 4096))
     micro_tokens: int = flag(2048, "tokens in memory at once, for losses", between(1, 2**24))
 

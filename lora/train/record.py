@@ -21,6 +21,10 @@ NUMBERS = {  # what a row has at least: that of a step, of a step that was left 
 }  # fmt: skip
 
 
+PANELS = {"log_prob_": "log p, nats", "reward_": "reward", "score_": "score"}  # of the picture: names that begin so
+SIDES = {"chosen": "#2f7d32", "good": "#2f7d32", "rejected": "#b3261e", "bad": "#b3261e", "margin": "#7a7f87"}
+
+
 class Record:
     """A row a step and a row an evaluation in `metrics.jsonl`; a progress bar with loss, rate, tokens/s and time left.
     A resumed run starts after `kept` rows of the file. Without a path nothing is written or shown."""
@@ -81,6 +85,7 @@ class Record:
         self._append({**row, "seconds": self.seconds})
         self.last = time.monotonic()
         words = [f"loss {row['eval_loss']:.4f}"] if "eval_loss" in row else []
+        words += [f"accuracy {row['eval_accuracy']:.1%}"] if "eval_accuracy" in row else []
         words.append(f"{row['retention_kl']:.4f} nats forgotten")
         words.append(f"loss on ordinary text {row['retention_loss']:.3f}, was {row['retention_loss_before']:.3f}")
         self.note(f"eval     step {row['step']}: {', '.join(words)}")
@@ -124,8 +129,9 @@ def read_rows(path: Path, count: int) -> list[dict]:
     return rows
 
 
-def draw(rows: list[dict], path: Path, title: str, best: int | None = None) -> None:
-    """The picture: loss a step with its running mean, evaluations with the `best` one, what was forgotten, the rate."""
+def draw(rows: list[dict], path: Path, title: str, best: int | None = None, loss: str = "loss") -> None:
+    """The picture: `loss` a step with its running mean, evaluations with the `best` one, what a method measures of both
+    sides, what was forgotten, the rate."""
     import matplotlib  # slow to import, so only where a picture is drawn
 
     matplotlib.use("Agg")
@@ -134,9 +140,10 @@ def draw(rows: list[dict], path: Path, title: str, best: int | None = None) -> N
     trained = [row for row in rows if row.get("loss") is not None]
     held_out = [row for row in rows if "eval_loss" in row]
     kept = [row for row in rows if "retention_kl" in row]
-    heights = (3, 1, 1) if kept else (3, 1)
+    panels = panels_of(trained)
+    heights = (3, *(1.5 for _ in panels), *(1 for _ in kept[:1]), 1)
     figure, (above, *middle, below) = plt.subplots(
-        len(heights), 1, figsize=(8, 4 + len(heights) / 2), dpi=120, sharex=True, height_ratios=heights,
+        len(heights), 1, figsize=(8, 4 + len(heights) / 2 + len(panels)), dpi=120, sharex=True, height_ratios=heights,
         layout="constrained",
     )  # fmt: skip
     steps, losses = [row["step"] for row in trained], [row["loss"] for row in trained]
@@ -145,16 +152,24 @@ def draw(rows: list[dict], path: Path, title: str, best: int | None = None) -> N
     _evaluations(above, held_out, "eval_loss", "#2f7d32", "held out")
     if best is not None:
         above.axvline(best, color="#2f7d32", linewidth=1, linestyle=":", label=f"best, step {best}")
-    above.set_ylabel("loss (nats per trained token)")
+    above.set_ylabel(loss)
     above.set_title(title, fontsize=10)
-    for axes in middle:
+    for axes, (kind, names) in zip(middle, panels.items(), strict=False):
+        for name in names:
+            values = zip(*((row["step"], row[name]) for row in trained if name in row), strict=True)
+            side = name.removeprefix(kind)
+            axes.plot(*values, color=SIDES[side], linewidth=1.5, label=side)
+        axes.set_ylabel(PANELS[kind])
+        axes.legend(frameon=False)
+    for axes in middle[len(panels) :]:
         _evaluations(axes, kept, "retention_kl", "#8c2f5b", "forgotten")
         axes.set_ylabel("forgotten\n(KL, nats)")
     below.plot(steps, [row["lr"] for row in trained], color="#b35900", linewidth=1.5)
     below.set_ylabel("learning rate")
     below.set_xlabel("step")
     for axes in (above, *middle, below):
-        axes.set_ylim(bottom=0)
+        if axes not in middle[: len(panels)] and axes.dataLim.y0 >= 0:  # the loss `robust` may be negative
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     above.legend(frameon=False)
@@ -162,6 +177,13 @@ def draw(rows: list[dict], path: Path, title: str, best: int | None = None) -> N
     figure.savefig(buffer, format="png")
     plt.close(figure)
     files.write_bytes(path, buffer.getvalue())
+
+
+def panels_of(rows: list[dict]) -> dict[str, list[str]]:
+    """Panel -> the names it shows. A row may lack some: kto has steps with answers of one kind only."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {kind: [name for name in names if name.startswith(kind)] for kind in PANELS}
+    return {kind: its for kind, its in found.items() if its}
 
 
 def smooth(losses: list[float]) -> list[float]:

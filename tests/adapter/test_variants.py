@@ -401,7 +401,7 @@ def test_B_learns_so_many_times_as_fast_along_the_whole_schedule():
     model = patched(LoRALinear, torch.float32)
     s = SimpleNamespace(lr=0.1, lr_ratio_b=16.0, weight_decay=0.0)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    batch = SimpleNamespace(tokens=some_tokens(), targets=some_tokens(), padding=0)
+    batch = SimpleNamespace(tokens=some_tokens(), targets=some_tokens(), padding=0, count=1)
     for lr in (1e-3, 1e-4):
         optimizer = make_optimizer(parameters, s, torch.device("cpu"))
         before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -526,7 +526,7 @@ def documents_of(batch) -> list[tuple]:
     return [(tuple(tokens.tolist()), tuple(targets.tolist())) for tokens, targets in parts]
 
 
-@mutation("lora/data/batch.py", "if len(example.tokens) - 1 > room or not batches:", "if room < 1 or not batches:")
+@mutation("lora/data/batch.py", "if size > room or not batches:", "if room < 1 or not batches:")
 @mutation("lora/data/batch.py", "-size_of(batch) % ROUND", "0")
 @hypothesis_settings(max_examples=100, **CALM)
 @given(EXAMPLES, st.integers(1, 120))

@@ -111,7 +111,7 @@ def test_memory_does_not_grow_with_rows_beyond_five_bytes_a_token():
 LONG = turns("Count to ten, please, and do not stop before.", "one two three four five six seven eight nine ten")
 
 
-@mutation("lora/data/encode.py", "self.dropped += not (pieces or short)", "pass")
+@mutation("lora/data/encode.py", "self.dropped += not pieces and None in short", "pass")
 def test_what_is_too_long_is_dropped_and_counted_or_truncated_or_an_error():
     chat, rows = chat_of("chatml"), [*rows_of([turns("a", "b"), LONG, LONG])]
     length = len(chat.tokenize(LONG)[0].tokens)

@@ -1047,6 +1047,14 @@ def test_rows_that_are_not_one_question_and_one_answer_are_named(distilled, data
     assert "data.jsonl:62: its turns are system, user, assistant. Give" in done.err
 
 
+@mutation("lora/data/formats.py", 'others = "train.py has --prompt-key', 'others = "try --prompt-key')
+def test_rows_of_other_keys_are_told_which_programs_have_flags_for_them(distilled, data):
+    data.write_text('{"ask": "Who?", "say": "I."}\n')
+    with TeacherServer() as server:
+        done = distilled(server)
+    assert done.code == 2 and "train.py has --prompt-key and --response-key for others" in done.err
+
+
 def test_a_key_that_no_header_can_hold_is_not_shown(distilled, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-ключ\n0123456789")
     with TeacherServer() as server:

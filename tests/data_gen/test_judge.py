@@ -22,6 +22,7 @@ from data_gen import endpoint, judge, verdicts
 from data_gen.candidates import Pair
 from data_gen.journal import Reply
 from data_gen.teacher import Local
+from lora.data import formats
 from lora.inference.generate import Sampling, generate
 from lora.inference.session import open_session
 from tests import cli
@@ -84,7 +85,7 @@ def judged(tmp_path, capsys):
         words = [] if rows is None else ["--data", write(tmp_path / "data.jsonl", rows)]
         words += [] if server is None else ["--base-url", server.url, "--judge-model", "m"]
         for name, value in more.items():
-            words += ["--" + name.replace("_", "-"), value]
+            words += ["--" + name.replace("_", "-"), *([] if value is None else [value])]
         code = judge.main([str(word) for word in [*words, "--out", tmp_path / out]])
         return Done(code, capsys, tmp_path / out)
 
@@ -298,7 +299,7 @@ def test_no_text_can_leave_its_quote(texts, lang):
 def test_the_criterion_and_the_language_are_those_of_the_question(judged):
     with TeacherServer(perfect) as server:
         judged(server, criterion="which is more honest", out="a.jsonl")
-        assert all("one criterion: which is more honest." in prompt for prompt in server.prompts())
+        assert all("better by this criterion: which is more honest?" in prompt for prompt in server.prompts())
         server.asked.clear()
         judged(server, lang="zh", out="b.jsonl")
         assert all(verdicts.CRITERION["zh"] in prompt for prompt in server.prompts()) and len(server.asked) == 24
@@ -446,6 +447,26 @@ TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
          {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who?"}]  # fmt: skip
 
 
+@mutation("data_gen/candidates.py", "return [_pair(where, row, ordered=True)]", "return [_pair(where, row)]")
+@mutation("data_gen/candidates.py", 'len(prompt) == 1 and not isinstance(row.get("prompt"), list)', "True")
+def test_other_pairs_of_answers_are_read_and_what_comes_out_is_read_by_training(judged, tmp_path):
+    talk = "\n\nHuman: Who are you?\n\nAssistant:"
+    rows = [
+        {"chosen": f"{talk} good one", "rejected": f"{talk} poor one"},
+        {"system": "Be brief.", "question": "What?", "chosen": "poor", "rejected": "good"},
+        {"question": "Which?", "a": "poor", "b": "good"},
+        {"input": {"messages": TURNS}, "preferred_output": [{"role": "assistant", "content": "good"}],
+         "non_preferred_output": [{"role": "assistant", "content": "poor"}]},
+    ]  # fmt: skip
+    done = judged(rows=rows, rule=f"{tmp_path}/rules.py:good")
+    assert done.report["given_order"] == 3 and done.report["given_order_share"] == 2 / 3
+    found = formats.read([tmp_path / "out.jsonl"], kind="pair")
+    asked = [["Who are you?"], ["Be brief.", "What?"], ["Which?"], [turn["content"] for turn in TURNS]]
+    assert [[turn["content"] for turn in pair.messages[:-1]] for pair in found] == asked
+    assert [pair.messages[-1]["content"] for pair in found] == ["good one", "good", "good", "good"]
+    assert [pair.rejected[-1]["content"] for pair in found] == ["poor one", "poor", "poor", "poor"]
+
+
 def test_a_prompt_of_messages_stays_one_and_its_answers_become_messages(judged, tmp_path):
     rows = [{"prompt": TURNS, "a": "good", "b": [{"role": "assistant", "content": "poor"}]}]
     with TeacherServer(perfect) as server:
@@ -469,27 +490,38 @@ def test_each_two_of_several_answers_are_compared_and_equal_or_repeated_ones_are
     assert [(row["chosen"], row["rejected"]) for row in done.rows] == [("good", "poor"), ("good", "poor and bad")]
 
 
+@mutation("data_gen/candidates.py", "len(ours) + bool(pairs.answers_in(given)) != 1:", "len(ours) > 1:")
+@mutation("data_gen/candidates.py", "if prompt != other:", "if False:")
+@mutation("data_gen/candidates.py", 'if "reasoning_content" in a or "reasoning_content" in b:', "if False:")
+@mutation(
+    "data_gen/candidates.py", "foreign_fields.says_nothing(answer) or not isinstance(answer, (str, list))", "False"
+)
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ([], "expected an object, found list"), ({"prompt": "p", "a": "x"}, "its keys are prompt, a. Known are"),
+        ([], "expected an object, found list"),
+        ({"prompt": "p", "a": "x"}, "its keys are prompt, a. Known are prompt/a/b"),
         ({"prompt": "p", "a": "x", "b": "y", "answers": ["z", "w"]}, "one a row"),
-        ({"a": "x", "b": "y"}, "Known are prompt/a/b, prompt/answers, prompt/chosen/rejected"),
-        ({"prompt": "", "a": "x", "b": "y"}, "its prompt is no text or empty"),
-        ({"prompt": "p", "a": "x", "b": 7}, "an answer is no text or empty"),
+        ({"prompt": "p", "a": "x", "b": "y", "chosen": "z", "rejected": "w"}, "one a row"),
+        ({"a": "so x", "b": "so y"}, "it has no prompt"),
+        ({"prompt": "", "a": "so x", "b": "so y"}, "it has no prompt"),
+        ({"prompt": "p", "a": "x", "b": 7}, "an answer of it is empty or no text"),
+        ({"prompt": "p", "a": "x", "b": " "}, "is empty"),
         ({"prompt": "p", "a": "x", "b": "\ud800"}, "half a surrogate pair"),
         ({"prompt": "p", "answers": ["x"]}, "no list of 2"), ({"prompt": "p", "answers": "xy"}, "no list of 2"),
-        ({"prompt": "p", "a": "x", "b": "y", "system": "Be brief."}, "its system would be seen by nobody"),
         ({"prompt": "p", "a": "x", "b": "y", "tools": [{}]}, "it has tools"),
-        ({"prompt": TURNS[:3], "a": "x", "b": "y"}, "the turns of its prompt are system, user, assistant"),
-        ({"prompt": [], "a": "x", "b": "y"}, "the turns of its prompt are none"),
-        ({"prompt": "p", "a": "x", "b": [{"role": "user", "content": "y"}]}, "not of the role assistant"),
+        ({"prompt": TURNS[:3], "a": "x", "b": "y"}, "a turn of assistant, expected user"),
+        ({"prompt": [], "a": "x", "b": "y"}, "it has no prompt"),
+        ({"prompt": "p", "a": "x", "b": [{"role": "user", "content": "y"}]}, "no assistant turn"),
+        ({"chosen": TURNS[:3], "rejected": [TURNS[0], {"role": "user", "content": "Hey?"}, TURNS[2]]},
+         "differ before their last answers"),
+        ({"prompt": "p", "a": "x", "b": [{"role": "assistant", "content": "y", "reasoning_content": "z"}]}, "thoughts"),
     ],
 )  # fmt: skip
 def test_rows_that_are_something_else_are_named(judged, tmp_path, row, why):
     done = judged(rows=[ROWS[0], [row] if row == [] else row, ROWS[1]], rule=f"{tmp_path}/rules.py:good")
     assert done.code == 2 and done.bytes is None and len(done.err.splitlines()) == 1
-    assert f"wrong row in {tmp_path}/data.jsonl:2: " in done.err and why in done.err
+    assert f" row in {tmp_path}/data.jsonl:2: " in done.err and why in done.err
 
 
 @pytest.mark.parametrize(
@@ -503,6 +535,7 @@ def test_rows_that_are_something_else_are_named(judged, tmp_path, row, why):
         ("--data data.jsonl --local x --judge-temperature 1", "wrong --judge-temperature"),
         ("--data data.jsonl --rule rules.py:good --model x", "wrong --model"),
         ("--prompts p --rule rules.py:good --temperature 0", "wrong --temperature"),
+        ("--data data.jsonl --rule rules.py:good --calibrate", "wrong --calibrate"),
         ("--data data.jsonl --local x --criterion ", "--criterion"),
         ("--data none --rule rules.py:good", "no such file"),
         ("--data data.jsonl --rule rules.py:good --out rules.py", "it is a file that is read"),
@@ -564,6 +597,33 @@ def test_a_model_that_was_trained_to_say_b_names_the_second_side(judged, tmp_pat
     says_b = {verdicts.question(pair, 0, 0, verdicts.CRITERION["en"], "en"): "B" for pair in pairs}
     done = judged(local=model_folder(), local_adapter=trained_to_say(says_b, tmp_path))
     assert done.code == 3 and done.report["first_side_share"] == 0.0 and done.report["disagreed"] == 12
+
+
+@mutation("data_gen/judge.py", "label_of(needed[0] - sum(needed[1:]) / 2)", "label_of(needed[0])")
+@mutation("data_gen/judge.py", "label_of(needed[0] - sum(needed[1:]) / 2)", "label_of(needed[0] + sum(needed[1:]) / 2)")
+@mutation("data_gen/verdicts.py", "if turn in TURNS else (first, first)", "if turn in TURNS else (second, first)")
+def test_calibrated_a_local_judge_is_without_what_it_prefers_where_both_sides_are_the_same(judged, tmp_path):
+    pairs = [Pair(row["prompt"], row["a"], row["b"]) for row in ROWS]
+    session = open_session(model_folder(), device="cpu", dtype="float32")
+    a, b = (session.chat.tokenizer.encode(label)[0] for label in "AB")
+
+    def odds(prompt, first, second):
+        quoted = "\n\n".join(verdicts.quote(mark, x) for mark, x in zip("QAB", (prompt, first, second), strict=True))
+        asked = verdicts.FRAMES["en"].format(criterion=verdicts.CRITERION["en"], quoted=quoted)
+        with torch.inference_mode():
+            logits = session.model(torch.tensor(session.encode(asked)))[-1]
+        return float(logits[a] - logits[b])
+
+    expected = {}
+    for p in pairs:
+        bias = (odds(p.prompt, p.a, p.a) + odds(p.prompt, p.b, p.b)) / 2
+        named = [p.a if odds(p.prompt, p.a, p.b) > bias else p.b, p.b if odds(p.prompt, p.b, p.a) > bias else p.a]
+        expected |= {p.prompt: named[0]} if named[0] == named[1] else {}
+    done = judged(local=model_folder(), calibrate=None)
+    assert {row["prompt"]: row["chosen"] for row in done.rows} == expected and expected
+    assert done.report["asked"] == 24 and done.report["judge"]["calibrated"] is True
+    plain = judged(local=model_folder(), out="plain.jsonl")
+    assert plain.rows != done.rows and "calibrated" not in plain.report["judge"]
 
 
 def test_a_local_judge_of_which_no_letter_is_likelier_names_none(judged, tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from lora.export import card
 from tests import cli
+from tests.adapters import write_head
 from tests.mutation import mutation
 from tests.scripts.test_commands import ok
 
@@ -78,8 +79,8 @@ def test_a_base_that_is_on_no_hub_is_not_named(tmp_path, hub_id):
 
 @mutation(
     "lora/export/card.py",
-    "names = {name: _last_names(used.pop(name)) for name in PATHS if name in used}",
-    "names = {name: used.pop(name) for name in PATHS if name in used}",
+    "names = {name: _last_names(left.pop(name)) for name in PATHS if name in left}",
+    "names = {name: left.pop(name) for name in PATHS if name in left}",
 )
 def test_settings_and_data_are_told_without_the_way_to_them(tmp_path):
     settings = {"template": "/home/me/t.jinja", "replay": ["a/b.jsonl:0.5", "hub:owner/set/c.jsonl:1"], "lr": 0.001}
@@ -305,6 +306,17 @@ def test_an_adapter_is_uploaded_with_its_card_and_without_what_is_private(hub, t
     ]
     assert hub.tokens == {"Bearer hf_secret"} and "hf_secret" not in done.err
     assert f"the base's place on this machine to all who may read it: {cli.model_folder()}" in done.err
+
+
+@mutation("lora/adapter/passport.py", "store.PASSPORT, value_head.FILE, store", "store.PASSPORT, store")
+@mutation("lora/export/push.py", "    value_head.read(folder)\n", "")
+def test_a_reward_model_is_uploaded_with_its_head_and_not_with_a_broken_one(hub, tmp_path):
+    folder = write_head(shutil.copytree(cli.adapter_folder(), tmp_path / "adapter"))
+    assert push(hub, tmp_path, "--adapter", "adapter").code == 0
+    assert hub.files["value_head.safetensors"] == (folder / "value_head.safetensors").read_bytes()
+    (folder / "value_head.safetensors").write_bytes(b"broken")
+    done = push(hub, tmp_path, "--adapter", "adapter")
+    assert done.code == 2 and "value_head.safetensors" in done.errors[0]
 
 
 @mutation("lora/export/push.py", "([Path(template).name] if template else [])", "[]")

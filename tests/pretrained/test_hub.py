@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import cli
+from tests.adapters import write_head
 from tests.mutation import mutation
 from tests.scripts.test_commands import shard
 
@@ -182,6 +183,19 @@ def test_a_model_in_shards_is_fetched_whole_and_nothing_that_is_there_twice(hub,
     done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/shards")
     assert done.code == 0 and done.out == expected, done.err
     assert hub.files_of("GET") == SMALL | {"model.safetensors.index.json"} | set(weight_map.values())
+
+
+@mutation("lora/pretrained/hub.py", '"LICENSE", value_head.FILE,', '"LICENSE",')
+@mutation("lora/pretrained/hub.py", "if value_head.PICKLED in names and value_head.FILE not in names:", "if False:")
+def test_a_reward_model_is_fetched_with_its_head_and_a_pickled_one_is_refused(hub, tmp_path):
+    head = write_head(tmp_path) / "value_head.safetensors"
+    hub.repos["owner/judge"] = hub.repos["owner/tiny"] | {head.name: head.read_bytes(), "value_head.bin": b"x"}
+    done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/judge")
+    assert done.code == 0 and "note     owner/judge is a reward model" in done.err, done.err
+    assert hub.files_of("GET") == SMALL | {"model.safetensors", head.name}
+    hub.repos["owner/pickled"] = hub.repos["owner/tiny"] | {"value_head.bin": b"x"}
+    done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/pickled")
+    assert done.code == 5 and "pickle in hub owner/pickled: value_head.bin" in done.errors[0]
 
 
 def test_a_second_run_downloads_nothing(hub, tmp_path, expected):

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from lora import folders
+from lora.adapter import value_head
 from lora.errors import BadEnvironment
 from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping
 from tests import cli
+from tests.methods.linked import data_of
 from tests.mutation import mutation
 
 STEPS = 9
@@ -201,6 +203,36 @@ def test_a_run_with_evaluations_goes_on_bit_for_bit_with_its_best_adapter(tmp_pa
     assert f"best     step {best}" in done.err and best in run_state.steps(one)
 
 
+LOSSES = {"dpo": (), "kto": ("--bad-weight", 0.8), "reward": ("--center", 0.01)}
+
+
+@mutation(
+    "lora/adapter/store.py",
+    """    value_head.restore(model, folder)
+""",
+    "",
+    case="reward",
+)
+@mutation(
+    "train.py", "        plan.reference = reference.of_step_0(", "        resumed or reference.of_step_0(", case="dpo"
+)
+@pytest.mark.parametrize("method", LOSSES)
+def test_a_killed_run_of_every_method_goes_on_bit_for_bit_with_its_evaluations(tmp_path, method):
+    how = ("--method", method, "--data", data_of(method), "--micro-tokens", 90, *LOSSES[method], *EVALUATED)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    done = train("out", *how, cwd=tmp_path / "a")
+    assert done.code == 0, done.err
+    assert train("out", *how, cwd=tmp_path / "b", before=kill_in_accumulation(5)).code == 137
+    done = go_on(cwd=tmp_path / "b")
+    assert done.code == 0, done.err
+    one, other = tmp_path / "a/out", tmp_path / "b/out"
+    assert result(one) == result(other)
+    assert any("accuracy" in row for row in metrics(one)) and any("eval_accuracy" in row for row in metrics(one))
+    if method == "reward":
+        names = (value_head.FILE, f"checkpoints/{STEPS:06d}/{value_head.FILE}")
+        assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
 def test_evaluating_and_sampling_do_not_change_the_curve(tmp_path):
     curves = []
     for name, argv in (
@@ -363,10 +395,14 @@ IDENTITY = [  # a flag, and another value than the run has
 
 
 SWITCH = ("--template-arg", "enable_thinking=false")  # one more, which this template does not read
+OF_METHODS = [  # each by itself: some contradict each other
+    ("--method", "dpo"), ("--loss", "ipo"), ("--beta", 0.2), ("--label-smoothing", 0.2), ("--sft-weight", 0.1),
+    ("--margin", 0.5), ("--good-weight", 1.2), ("--bad-weight", 1.2), ("--center", 0.01),
+]  # fmt: skip
 
 
 def test_every_setting_that_decides_what_is_learned_is_tried():
-    tried = {flag.removeprefix("--").replace("-", "_") for flag, *_ in [*IDENTITY, SWITCH]}
+    tried = {flag.removeprefix("--").replace("-", "_") for flag, *_ in [*IDENTITY, *OF_METHODS, SWITCH]}
     # these change nothing here by themselves
     alone = {"prompt_key", "response_key", "no_system", "init_adapter", "no_verify", "full"}
     assert tried | alone == {one.name for one in TrainSettings.flags().values() if one.decisive}
@@ -384,12 +420,30 @@ def test_all_changed_settings_are_named_at_once_and_nothing_is_touched(tmp_path,
 
 
 @mutation("lora/settings.py", "if known[name] != value]", "if known[name] != value and isinstance(value, str)]")
-@pytest.mark.parametrize("words", [*IDENTITY, SWITCH], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [*IDENTITY, *OF_METHODS, SWITCH], ids=lambda words: words[0])
 def test_a_changed_setting_is_named(words):
     args = TrainSettings.resolve([str(word) for word in words], "")
     old = TrainSettings.resolve([], "").to_save()
     name = words[0].removeprefix("--").replace("-", "_")
     assert args.changed(old) == [name]
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "was"),
+    [("dpo", ("--beta", 0.3), "0.1"), ("dpo", ("--loss", "simpo"), "sigmoid"), ("kto", ("--good-weight", 2), "1.0"),
+     ("reward", ("--margin", 1), "0.0")],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value,
+)  # fmt: skip
+def test_a_run_of_another_method_goes_on_with_its_own_settings_or_not_at_all(tmp_path, method, words, was):
+    how = ("--method", method, "--data", data_of(method), "--max-steps", 3)
+    done = train("out", *how, cwd=tmp_path, before=kill_before_step(3))
+    assert done.code == 137, done.err
+    (tmp_path / ".out.lock").unlink()
+    before = cli.tree(tmp_path)
+    done = go_on(*words, cwd=tmp_path)
+    [line] = done.errors
+    assert done.code == 2 and f"changed {words[0]} in the command line: " in line and f"the run has {was}." in line
+    assert cli.tree(tmp_path) == before
 
 
 @mutation("lora/run/resume.py", "if plan.data_fingerprint != old.data and", "if False and")

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora import settings
+from lora.errors import BadInput
 from lora.run.settings import TrainSettings
 from lora.run.use_settings import EvaluateSettings, GenerateSettings, MergeSettings
 from tests import cli
@@ -97,3 +98,89 @@ def test_a_plain_run_calls_no_fast_version_and_learns_the_same_in_float32(tmp_pa
     fast, plain = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("fast", "plain"))
     assert fast.keys() == plain.keys()
     assert all(close(plain[name], fast[name], 1e-4) for name in fast)
+
+
+# ---- flags of methods ------------------------------------------------------------------------------------------------
+
+LINE = "contradiction in the command line:"
+FOREIGN = {  # flags, and the line that refuses them
+    "--loss ipo": "--method sft and --loss, which is for dpo. Leave it out",
+    "--beta 0.2": "--method sft and --beta, which is for dpo, kto. Leave it out",
+    "--method reward --beta 0.2": "--method reward and --beta, which is for dpo, kto. Leave it out",
+    "--method kto --loss hinge": "--method kto and --loss, which is for dpo. Leave it out",
+    "--method kto --margin 1": "--method kto and --margin, which is for dpo, reward. Leave it out",
+    "--method reward --sft-weight 1": "--method reward and --sft-weight, which is for dpo. Leave it out",
+    "--method dpo --good-weight 2": "--method dpo and --good-weight, which is for kto. Leave it out",
+    "--method dpo --bad-weight 2": "--method dpo and --bad-weight, which is for kto. Leave it out",
+    "--method dpo --center 0.1": "--method dpo and --center, which is for reward. Leave it out",
+    "--method kto --label-smoothing 0.2": "--method kto and --label-smoothing, which is for dpo. Leave it out",
+    "--method dpo --label-smoothing 0.2": "--loss sigmoid and --label-smoothing, which is for cdpo, robust. "
+    "Leave it out",
+    "--method dpo --loss ipo --margin 1": "--loss ipo and --margin, which is for sigmoid, cdpo, robust, sigmoid_norm, "
+    "simpo. Leave it out",
+    "--method dpo --loss orpo --margin 0": "--loss orpo and --margin, which is for sigmoid, cdpo, robust, "
+    "sigmoid_norm, simpo. Leave it out",
+    "--method dpo --train-on last": "--method dpo and --train-on, which is for sft. Leave it out",
+    "--method reward --train-on all": "--method reward and --train-on, which is for sft. Leave it out",
+    "--method kto --overlong split": "--method kto and --overlong split, which is for documents. Leave it out",
+    "--method reward --full": "--method reward and --full: a value head stands beside an adapter. Leave out --full",
+}
+
+
+@mutation(
+    "lora/methods/reward.py",
+    'SETTINGS = ("margin", "center")',
+    'SETTINGS = ("beta", "margin", "center")',
+    case="--method reward --beta 0.2",
+)
+@mutation(
+    "lora/run/settings.py",
+    'elif self.method == "dpo" and self.loss not in of_losses.get(name, dpo.LOSSES):',
+    "elif False:",
+    case="--method dpo --loss ipo --margin 1",
+)
+@mutation("lora/run/settings.py", 'if self.train_on != "assistant":', "if False:", case="--method dpo --train-on last")
+@mutation(
+    "lora/run/settings.py", 'if self.method == "reward" and self.full:', "if False:", case="--method reward --full"
+)
+@pytest.mark.parametrize("words", FOREIGN)
+def test_a_flag_that_changes_nothing_with_this_method_or_loss_is_refused(words):
+    args = TrainSettings.resolve([*words.split(), "--data", "x"], "")
+    assert args.contradictions() == [f"{LINE} {FOREIGN[words]}"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--method dpo --loss robust --label-smoothing 0.2 --margin 1 --beta 0.2 --sft-weight 1", "--method dpo --full",
+     "--method dpo --loss simpo --margin 0", "--method kto --beta 1 --good-weight 2 --bad-weight 0 --full",
+     "--method reward --margin 1 --center 0.1", "--method dpo --overlong truncate", "--train-on last --overlong split"],
+)  # fmt: skip
+def test_flags_that_are_of_the_method_are_taken(words):
+    assert TrainSettings.resolve([*words.split(), "--data", "x"], "").contradictions() == []
+
+
+@mutation("lora/run/settings.py", "if not self.data and not self.check:", "if False:", case="dpo")
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(name, "pairs of a chosen and a rejected answer") for name in ("dpo", "reward")]
+    + [("kto", "answers judged good or bad")],
+    ids=["dpo", "reward", "kto"],
+)
+def test_a_method_that_learns_from_other_rows_needs_data(method, what):
+    [line] = TrainSettings.resolve(["--method", method], "").contradictions()
+    assert line == f"missing --data in the command line: --method {method} learns from {what}. Add FILE"
+
+
+def test_all_that_is_wrong_with_a_method_is_said_at_once_and_nothing_is_made(tmp_path):
+    words = ("--method", "reward", "--full", "--beta", 1, "--loss", "ipo", "--overlong", "split")
+    done = cli.call("train", *words, cwd=tmp_path)
+    assert done.code == 2 and len(done.errors) == 5 and list(tmp_path.iterdir()) == [], done.err
+
+
+@pytest.mark.parametrize(
+    "words", ["--beta 0", "--label-smoothing 0.5", "--label-smoothing -0.1", "--margin -1", "--loss bco",
+              "--method ppo", "--sft-weight nan", "--center -1", "--good-weight inf"]
+)  # fmt: skip
+def test_numbers_and_names_outside_their_range_are_refused(words):
+    with pytest.raises(BadInput):
+        TrainSettings.resolve(["--method", "dpo", *words.split()], "")

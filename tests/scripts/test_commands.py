@@ -202,7 +202,7 @@ def printed_evaluation(folder: Path) -> list[str]:
 @mutation("lora/run/results.py", '["--prompt-key", args.prompt_key, "--response-key", args.response_key]', "[]")
 @mutation("lora/run/results.py", '["--leading-answers", args.leading_answers]', "[]", case="led")
 @mutation("lora/run/results.py", '["--no-generate"] if', "[] if", case="documents")
-@mutation("evaluate.py", ", **sources.how(args)", "", case="keys")
+@mutation("evaluate.py", ", **sources.how(args, METHODS[args.method].KIND)", "", case="keys")
 @pytest.mark.parametrize("kind", ["keys", "keys with eval", "led", "documents"])
 def test_the_evaluation_that_a_report_prints_can_be_run_as_it_stands(tmp_path, kind):
     rows = [{"问题": f"What is {i}?", "回答": str(i)} for i in range(4)]

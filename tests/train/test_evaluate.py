@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import evaluate
 from data_gen import multiply, persona, self_cognition
-from lora import methods, pretrained
+from lora import pretrained
 from lora.adapter.inject import disabled, inject
 from lora.data import formats, lint
 from lora.data.batch import micro_batches
@@ -28,7 +28,7 @@ from lora.errors import BadInput
 from lora.inference import answers
 from lora.inference import generate as sampler
 from lora.inference import score as scores
-from lora.methods import sft
+from lora.methods import objective, sft
 from lora.text.chat import Example
 from lora.train import evaluate as meter
 from lora.train.evaluate import Retention, divergence, evaluating, plain_divergence
@@ -145,8 +145,8 @@ def test_evaluating_changes_no_mode_no_random_state_no_gradient_and_no_weight():
     modes, state, before = [m.training for m in model.modules()], torch.get_rng_state(), snapshot(model)
     with evaluating(model):
         measure = retention(model, batches)
-        once = (measure(), methods.measure(sft, model, batches, None))
-        assert once == (measure(), methods.measure(sft, model, batches, None))  # no dropout
+        once = (measure(), objective.measure(sft, model, batches, None))
+        assert once == (measure(), objective.measure(sft, model, batches, None))  # no dropout
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
     assert all((p.grad == 0.25).all() for p in trained) and same(before, snapshot(model))
     with pytest.raises(KeyError), evaluating(model):
@@ -164,7 +164,7 @@ def test_processes_with_unequal_shares_agree_with_one():
     batches = micro_batches(examples(), 20)
 
     def loss(share, total):
-        return [methods.measure(sft, model, share, None, total)["loss"]]
+        return [objective.measure(sft, model, share, None, total)["loss"]]
 
     def kept(share, total):
         return retention(model, share)(total)

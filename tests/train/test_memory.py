@@ -17,7 +17,8 @@ from lora.adapter.inject import inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.adapter.variants import DoRALinear, PiSSALinear
 from lora.data.batch import micro_batches
-from lora.methods import Objective, sft
+from lora.methods import sft
+from lora.methods.objective import Objective
 from lora.network import decoder
 from lora.network.config import ModelConfig
 from lora.ops import cross_entropy, fast_attention

@@ -12,6 +12,7 @@ from lora import files
 from lora.train import run_state
 from tests import cli
 from tests.helpers import close
+from tests.methods.linked import data_of
 from tests.mutation import mutation
 
 STEADY = (
@@ -36,7 +37,8 @@ def start(count, *argv, cwd):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), "--out", "out", *STEADY)
+    given = () if "--data" in argv else ("--data", cli.data_file())
+    inputs = ("--model", cli.model_folder(), *given, "--out", "out", *STEADY)
     ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
     return [cli.start("train", *inputs, *argv, cwd=cwd, env=place | rank) for rank in ranks]
 
@@ -61,7 +63,7 @@ def alone(tmp_path_factory):
     return folder / "out"
 
 
-@mutation("train.py", "lr, args.clip, trained, shared_stop.reduce)", "lr, args.clip, None, shared_stop.reduce)")
+@mutation("train.py", "lr, args.clip, count, shared_stop.reduce)", "lr, args.clip, None, shared_stop.reduce)")
 @pytest.mark.parametrize("how", [(), ("--fsdp", "--checkpoint-activations")], ids=["shares", "a sharded base"])
 def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(tmp_path, alone, how):
     held_out = ("--eval-data", cli.data_file(), "--eval-every", 4)
@@ -79,6 +81,44 @@ def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(
             assert ours.get(key) == (pytest.approx(theirs[key], rel=1e-3, abs=1e-6) if key in theirs else None), key
     ours, theirs = (files.Safetensors(run / "adapter_model.safetensors") for run in (tmp_path / "out", alone))
     assert all(close(ours.read(name), theirs.read(name), 1e-3) for name in theirs.header)
+
+
+@mutation(
+    "lora/run/reference.py", "processes.all_reduce(found.flatten().tolist())", "found.flatten().tolist()", case="dpo"
+)
+@mutation(
+    "train.py",
+    "batches = objective.prepare(batches, processes.all_reduce)",
+    "batches = objective.prepare(batches)",
+    case="kto",
+)
+@mutation(
+    "train.py",
+    "record.add(state.step, result, lr, objective.figures(processes.all_reduce))",
+    "record.add(state.step, result, lr, objective.figures())",
+    case="reward",
+)
+@pytest.mark.parametrize(
+    ("method", "how"), [("dpo", ()), ("kto", ("--fsdp",)), ("reward", ("--fsdp",))], ids=["dpo", "kto", "reward"]
+)
+def test_two_processes_make_the_run_of_one_with_every_method(tmp_path, method, how):
+    learned = ("--method", method, "--data", data_of(method), "--eval-data", data_of(method), "--eval-every", 2,
+               "--max-steps", 3, "--batch-size", 5, "--micro-tokens", 90)  # fmt: skip
+    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
+    done = cli.train("out", *STEADY, *learned, cwd=tmp_path / "one")
+    assert done.code == 0, done.err
+    first, second = (cli.finish(rank) for rank in start(2, *learned, *how, cwd=tmp_path / "two"))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    one, two = tmp_path / "one/out", tmp_path / "two/out"
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in two.iterdir()} and ("reference.safetensors" in names) == (method != "reward")
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"tokens_per_second", "seconds", "samples", "unchanged"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
+    for name in names & {"adapter_model.safetensors", "value_head.safetensors", "reference.safetensors"}:
+        ours, theirs = files.Safetensors(two / name), files.Safetensors(one / name)
+        assert all(close(ours.read(part), theirs.read(part), 1e-3) for part in theirs.header), name
 
 
 @mutation(

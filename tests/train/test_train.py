@@ -11,7 +11,8 @@ from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import Batch, collate, dummy_batch, micro_batches
 from lora.data.order import steps
 from lora.errors import BadNumbers
-from lora.methods import measure, sft
+from lora.methods import sft
+from lora.methods.objective import measure
 from lora.ops import cross_entropy, plain
 from lora.text.chat import Example
 from lora.train.schedule import SCHEDULES, learning_rate
@@ -320,7 +321,7 @@ def test_eight_examples_are_learned_by_heart():
     assert found[0] > 3 and sum(sums) / 64 < 0.05
 
 
-@mutation("lora/methods/__init__.py", '{"loss": loss / count, **', '{"loss": loss / (count + 1), **')
+@mutation("lora/methods/objective.py", '{"loss": loss / count, **', '{"loss": loss / (count + 1), **')
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_mean_loss_is_weighted_by_tokens_however_it_is_batched(budget):
     model = patched(tiny_model())

@@ -1,0 +1,55 @@
+"""A method's loss, as the training loop and evaluations call it."""
+
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+
+from lora.train import memory
+from lora.train.evaluate import Total
+
+
+class Objective:
+    """A method's loss as the training loop calls it: batch -> sum. What it measures besides adds up until `figures`."""
+
+    def __init__(self, method: ModuleType, model, args):
+        self.method, self.model, self.args = method, model, args
+        self.loss, self.count, self.sums = 0.0, 0, {name: (0.0, 0.0) for name in method.FIGURES}
+
+    def prepare(self, batches: Iterable, total: Total = list) -> Iterable:
+        """The batches of a step, of which `total` adds numbers over all processes."""
+        self.loss, self.count, self.sums = 0.0, 0, {name: (0.0, 0.0) for name in self.method.FIGURES}
+        if not hasattr(self.method, "prepare"):
+            return batches
+        return self.method.prepare(self.model, list(batches), self.args, total)
+
+    def __call__(self, batch) -> torch.Tensor:
+        """An example far longer than --micro-tokens cannot be cut, so its activations are computed again in the
+        backward pass."""
+        self.model.checkpoint_activations = memory.recomputes(len(batch.tokens), self.args)
+        return self.add(batch)
+
+    def add(self, batch) -> torch.Tensor:
+        loss, count, figures = self.method.loss(self.model, batch, self.args)
+        self.loss, self.count = self.loss + loss.item(), self.count + count
+        for name, (value, number) in figures.items():
+            self.sums[name] = self.sums[name][0] + float(value), self.sums[name][1] + float(number)
+        return loss
+
+    def figures(self, total: Total = list) -> dict[str, float]:
+        """Means since `prepare`; of what did not occur there is none."""
+        if not self.sums:
+            return {}
+        sums = iter(total([number for pair in self.sums.values() for number in pair]))
+        means = {name: (value, count) for name, value, count in zip(self.sums, sums, sums, strict=True)}
+        return {name: value / count for name, (value, count) in means.items() if count}
+
+
+@torch.no_grad()
+def measure(method: ModuleType, model, batches: Iterable, args, total: Total = list) -> dict[str, float]:
+    """`loss`, the mean over all batches however they are cut, and the figures."""
+    objective = Objective(method, model, args)
+    for batch in objective.prepare(batches, total):
+        objective.add(batch)
+    loss, count = total([objective.loss, objective.count])
+    return {"loss": loss / count, **objective.figures(total)}

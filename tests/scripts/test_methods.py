@@ -1,0 +1,289 @@
+"""evaluate.py on pairs and judged answers, each figure by its formula; and what a run of a method leaves to be read."""
+
+import json
+import math
+import shlex
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora import pretrained
+from lora.adapter import store
+from lora.inference.session import load_chat
+from lora.train.record import draw, panels_of
+from tests import cli
+from tests.adapters import write_adapter, write_head
+from tests.mutation import mutation
+from tests.scripts.test_commands import ok
+
+PAIRS = [
+    {"prompt": f"What is {a}?", "chosen": f"It is {a}, {'yes ' * a}.", "rejected": f"Ask {'them ' * (3 - a)}about {a}."}
+    for a in range(4)
+]
+JUDGED = [{"prompt": p["prompt"], "completion": p[k], "label": k == "chosen"} for p in PAIRS for k in list(p)[1:]]
+DATA = {"reward": PAIRS, "dpo": PAIRS, "kto": JUDGED}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    write_head(write_adapter(folder / "judge", 1))
+    write_adapter(folder / "talker", 2)
+    for name, rows in (("pairs", PAIRS), ("judged", JUDGED), ("chats", [json.loads(cli.rows(cli.CONVERSATIONS[:1]))])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluate(work, *argv, data="pairs.jsonl"):
+    return cli.call("evaluate", "--no-retention", *cli.ON_CPU, "--data", data, *argv, cwd=work)
+
+
+def figures(work, *argv, **how) -> dict:
+    ok(evaluate(work, *argv, "--out", "figures.json", **how))
+    return json.loads((work / "figures.json").read_text())["figures"]
+
+
+def log_probs(work, adapter: str | None) -> torch.Tensor:
+    """Σ log p of both answers of every pair, (4, 2), a token at a time from whole logits."""
+    base = pretrained.find(str(cli.model_folder()))
+    model, chat = pretrained.load_model(base), load_chat(base, work / adapter if adapter else None)
+    if adapter:
+        store.load(model, work / adapter)
+
+    def of(question: str, answer: str) -> float:
+        prompt = chat.prompt([{"role": "user", "content": question}])
+        ids = [*prompt, *chat.tokenizer.encode_plain(answer), chat.end_of_turn]
+        logs = model(torch.tensor(ids)).double().log_softmax(-1)
+        return sum(logs[t - 1, ids[t]].item() for t in range(len(prompt), len(ids)))
+
+    with torch.no_grad():
+        return torch.tensor([[of(p["prompt"], p[side]) for side in ("chosen", "rejected")] for p in PAIRS])
+
+
+@mutation("lora/run/measured.py", "key=lambda i: size_of([examples[i]])", "key=lambda i: i")
+def test_evaluate_prints_pair_accuracy_scores_and_loss_of_a_reward_model_and_writes_both_scores_of_every_row(work):
+    found = figures(work, "--adapter", "judge", "talker")  # --method reward by itself
+    assert found["base"] == found["talker"] == {}
+    written = [json.loads(line) for line in (work / "figures.predictions/judge.jsonl").read_text().splitlines()]
+    head, base = load_file(work / "judge/value_head.safetensors"), pretrained.find(str(cli.model_folder()))
+    model, chat = pretrained.load_model(base), load_chat(base, work / "judge")
+    store.load(model, work / "judge")
+    for row, scores in zip(PAIRS, written, strict=True):
+        for side in ("chosen", "rejected"):
+            ids = [*chat.prompt([{"role": "user", "content": row["prompt"]}]), *chat.tokenizer.encode_plain(row[side])]
+            hidden = model.trunk(torch.tensor([*ids, chat.end_of_turn]))[-1]
+            expected = (head["v_head.summary.weight"][0] @ hidden + head["v_head.summary.bias"]).item()
+            assert scores[side] == pytest.approx(expected, abs=1e-5), row
+    margins = [row["chosen"] - row["rejected"] for row in written]
+    judge = found["judge"]
+    assert 0 < judge["accuracy"] < 1 and judge["accuracy"] == sum(m > 0 for m in margins) / 4
+    assert judge["score_margin"] == pytest.approx(sum(margins) / 4, abs=1e-5)
+    assert judge["score_chosen"] == pytest.approx(sum(row["chosen"] for row in written) / 4, abs=1e-5)
+    assert judge["loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 4, abs=1e-5)
+    done = evaluate(work, "--adapter", "judge", "talker")
+    assert "note     base has no value head, so it has no scores" in done.err
+    assert "pairs whose chosen answer has the higher score" in done.out and "loss a pair" in done.out
+
+
+@mutation("lora/run/measured.py", "            with disabled(self.model):\n", "            if True:\n", case="0.1")
+@mutation("evaluate.py", "method=args.method, beta=args.beta", "method=args.method", case="0.5")
+@mutation("lora/run/measured.py", "return found if self.column.adapter else own", "return found", case="0.1")
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_evaluate_measures_a_dpo_adapter_by_its_change_from_the_base(work, beta):
+    found = figures(work, "--adapter", "talker", "--method", "dpo", *(() if beta == 0.1 else ("--beta", beta)))
+    base, now = log_probs(work, None), log_probs(work, "talker")
+    rewards = beta * (now - base)
+    margins = rewards[:, 0] - rewards[:, 1]
+    talker = found["talker"]
+    assert talker["accuracy"] == (margins > 0).double().mean().item()
+    for name, value in {
+        "reward_chosen": rewards[:, 0].mean(),
+        "reward_rejected": rewards[:, 1].mean(),
+        "reward_margin": margins.mean(),
+        "log_prob_chosen": now[:, 0].mean(),
+        "log_prob_rejected": now[:, 1].mean(),
+        "loss": -torch.nn.functional.logsigmoid(margins).mean(),
+    }.items():
+        assert talker[name] == pytest.approx(value.item(), abs=1e-4), name
+    assert set(found["base"]) == {"log_prob_chosen", "log_prob_rejected", "length_chosen", "length_rejected"}
+    assert found["base"]["log_prob_chosen"] == pytest.approx(base[:, 0].mean().item(), abs=1e-4)
+
+
+def test_evaluate_measures_a_kto_adapter_on_judged_answers(work):
+    found = figures(work, "--adapter", "talker", "--method", "kto", data="judged.jsonl")
+    change = 0.1 * (log_probs(work, "talker") - log_probs(work, None)).mean(0)
+    talker = found["talker"]
+    assert talker["reward_good"] == pytest.approx(change[0].item(), abs=1e-4)
+    assert talker["reward_bad"] == pytest.approx(change[1].item(), abs=1e-4)
+    assert 0 <= talker["accuracy"] <= 1 and set(found["base"]) == {"log_prob_good", "log_prob_bad", "length"}
+
+
+WRONG = {
+    "rows of conversations": (("--adapter", "judge"), "--method sft", "chats.jsonl"),
+    "judged rows": (("--adapter", "judge"), "--method kto", "judged.jsonl"),
+    "no head anywhere": (("--adapter", "talker", "--method", "reward"), "no value head", "pairs.jsonl"),
+    "beta of reward": (("--adapter", "judge", "--beta", 1), "--beta, which is for dpo and kto", "pairs.jsonl"),
+    "beta of sft": (("--adapter", "talker", "--beta", 1), "--beta, which is for --method dpo", "chats.jsonl"),
+    "answers of dpo": (
+        ("--adapter", "talker", "--method", "dpo", "--predictions", "p"), "has none", "pairs.jsonl"),
+    "pairs for sft": (("--adapter", "talker"), "Give --method dpo", "pairs.jsonl"),
+}  # fmt: skip
+
+
+@mutation("evaluate.py", "    problems += wrong_for_method(args)\n", "", case="beta of sft")
+@mutation("evaluate.py", "    check_head(args, value_head.of(model))\n", "", case="no head anywhere")
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_method_cannot_measure_is_one_line_with_the_way(work, case):
+    argv, word, data = WRONG[case]
+    done = evaluate(work, *argv, data=data)
+    assert done.code == 2 and done.out == "" and word in done.err, done.err
+    assert len(done.errors) == (len(JUDGED) if case == "judged rows" else len(PAIRS) if case == "pairs for sft" else 1)
+
+
+@mutation("lora/inference/prompts.py", 'isinstance(row.get("chosen"), float)', "True")
+def test_scores_replace_earlier_scores_but_never_a_file_of_pairs(work, tmp_path):
+    argv = ("--adapter", work / "judge", "--predictions", "out")
+    pairs = [{key: row[key] for key in ("chosen", "rejected")} for row in PAIRS]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/judge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    done = evaluate(tmp_path, *argv, data=work / "pairs.jsonl")
+    assert done.code == 2 and "it holds no predictions" in done.err
+    (tmp_path / "out/judge.jsonl").unlink()
+    for _ in range(2):
+        ok(evaluate(tmp_path, *argv, data=work / "pairs.jsonl"))
+
+
+def test_a_task_is_scored_as_ever_by_an_adapter_with_a_head(work):
+    argv = ("--task", "multiply", "--rows", 1, "--digits", 1, "--no-generate", "--no-retention", *cli.ON_CPU)
+    assert "loss, nats per token" in ok(cli.call("evaluate", "--adapter", "judge", *argv, cwd=work))
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(work):
+    """A run of each method, with what is held out measured."""
+    for method, rows in DATA.items():
+        data = "judged.jsonl" if rows is JUDGED else "pairs.jsonl"
+        beta = ("--beta", 0.2) if method == "dpo" else ()
+        done = cli.train(method, "--method", method, *beta, "--eval-fraction", 0.3, cwd=work, data=data)
+        assert done.code == 0, done.err
+        assert "accuracy" in done.err
+    return work
+
+
+@mutation("lora/run/results.py", '["--method", args.method] if', "[] if", case="dpo")
+@mutation("lora/run/results.py", '["--beta", f"{args.beta:g}"] if', "[] if", case="dpo")
+@pytest.mark.parametrize("method", DATA)
+def test_a_report_has_the_figures_of_its_method_and_its_evaluation_can_be_run_as_it_stands(runs, method):
+    text = (runs / method / "report.md").read_text()
+    rows = [json.loads(line) for line in (runs / method / "metrics.jsonl").read_text().splitlines()]
+    name = {"reward": "score_chosen", "dpo": "reward_chosen", "kto": "reward_bad"}[method]
+    assert f"| step | {'loss an answer' if method == 'kto' else 'loss a pair'} |" in text
+    for key in (name, f"eval_{name}"):
+        [*_, last] = [row[key] for row in rows if key in row]
+        assert f"| {last:.4f} |" in text, key
+    assert ("| center |" in text) == (method == "reward") and ("| loss | sigmoid |" in text) == (method == "dpo")
+    [line] = [line for line in text.splitlines() if "evaluate.py" in line]
+    assert f"--method {method}" in line and ("--beta 0.2" in line) == (method == "dpo")
+    ok(cli.call("evaluate", *shlex.split(line)[2:], "--no-retention", *cli.ON_CPU, cwd=runs))
+
+
+@mutation("lora/export/card.py", 'aim=_aim(made.settings) if made else ""', 'aim=""', case="dpo")
+@mutation("lora/methods/__init__.py", "if method in SETTINGS.get(name, (method,))}", "}", case="dpo")
+@pytest.mark.parametrize("method", DATA)
+def test_a_card_says_what_was_trained_for_and_how_far_it_came(runs, method):
+    text = (runs / method / "README.md").read_text()
+    assert {
+        "reward": "It is a reward model, trained on pairs",
+        "dpo": "DPO, loss `sigmoid`, β `0.2`, compared with the model it started from",
+        "kto": "KTO, β `0.1`",
+    }[method] in text
+    what = {
+        "reward": "pairs whose chosen answer has the higher score, held out",
+        "dpo": "pairs whose chosen answer has the higher reward, held out",
+        "kto": "answers that moved, compared with z, the way they are judged, held out",
+    }[method]
+    evaluated = [json.loads(line) for line in (runs / method / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [row["eval_accuracy"] for row in evaluated if "eval_accuracy" in row]
+    assert f"| {what} | {accuracies[0]:.4f} | " in text
+    assert ("good weight" in text) == (method == "kto") and ("| label smoothing |" not in text)
+    assert ("pipeline_tag: text-classification" in text.replace('"', "")) == (method == "reward")
+    assert ("`stage: rm`" in text) == (method == "reward") == ("python evaluate.py --adapter reward --data" in text)
+
+
+@mutation("lora/train/record.py", 'PANELS = {"log_prob_": ', 'PANELS = {"log-prob_": ')
+def test_the_picture_shows_both_sides(runs, tmp_path):
+    panels = {}
+    for method in DATA:
+        rows = [json.loads(line) for line in (runs / method / "metrics.jsonl").read_text().splitlines()]
+        panels[method] = panels_of([row for row in rows if "loss" in row])
+        draw(rows, tmp_path / "x.png", "x", loss="loss a pair")
+        assert (tmp_path / "x.png").read_bytes() == (tmp_path / "x.png").read_bytes() and (
+            runs / method / "loss.png"
+        ).exists()
+    assert panels["reward"] == {"score_": ["score_chosen", "score_rejected", "score_margin"]}
+    assert panels["dpo"].keys() == {"log_prob_", "reward_"}
+    assert panels["dpo"]["log_prob_"] == ["log_prob_chosen", "log_prob_rejected"]
+    assert set(panels["kto"]["reward_"]) == {"reward_good", "reward_bad"}
+
+
+@mutation("lora/run/results.py", "REPORT, REFERENCE, card.FILE", "REPORT, card.FILE", case="dpo")
+@pytest.mark.parametrize("method", DATA)
+def test_a_run_of_a_method_is_replaced_by_one_of_sft_of_which_nothing_is_left(runs, tmp_path, method):
+    shutil.copytree(runs / method, tmp_path / "out")
+    assert (tmp_path / "out/reference.safetensors").exists() == (method != "reward")
+    done = cli.train("out", "--overwrite", "--max-steps", 1, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*cli.RUN_FILES, "checkpoints"}
+
+
+@mutation("lora/run/adapter.py", 'if args.method == "reward":', "if False:", case="judge-reward")
+@pytest.mark.parametrize(
+    ("start", "method", "said"),
+    [
+        ("judge", "reward", "head     judge: its value head goes on"),
+        ("talker", "reward", "head     talker: it has no value head, so that begins at zero"),
+        ("judge", "dpo", "note     judge: its value head is left behind, as --method dpo trains none"),
+        ("talker", "dpo", None),
+    ],
+    ids=["judge-reward", "talker-reward", "judge-dpo", "talker-dpo"],
+)
+def test_the_head_of_an_adapter_goes_on_or_begins_at_zero_or_is_left_behind(work, tmp_path, start, method, said):
+    shutil.copytree(work / start, tmp_path / start)
+    argv = ("--method", method, "--init-adapter", start, "--max-steps", 1, "--lr", 1e-9)
+    done = cli.call("train", "--model", cli.model_folder(), "--data", work / "pairs.jsonl", "--out", "out", *argv,
+                    *cli.ON_CPU, cwd=tmp_path)  # fmt: skip
+    assert done.code == 0, done.err
+    assert (said in done.err) if said else ("value head" not in done.err)
+    head = tmp_path / "out/value_head.safetensors"
+    assert head.exists() == (method == "reward")
+    if method == "reward":
+        weight = load_file(head)["v_head.summary.weight"]
+        given = load_file(work / "judge/value_head.safetensors")["v_head.summary.weight"]
+        assert (weight - (given if start == "judge" else torch.zeros(1, 32))).abs().max() < 1e-6
+
+
+@mutation(
+    "lora/run/trainable.py", "value_head.place(model, None)  # of a base that scores", "pass  # of a base that scores"
+)
+@mutation("lora/run/trainable.py", "value_head.of(model) or value_head.add(", "value_head.add(")
+def test_a_merged_reward_model_as_base_keeps_its_head_for_reward_alone(work, tmp_path):
+    ok(cli.call("merge", "--adapter", work / "judge", "--out", "merged", "--no-receipt", cwd=tmp_path))
+    common = ("--model", "merged", "--max-steps", 1, "--lr", 1e-9, *cli.ON_CPU)
+    for out, argv in {
+        "reward": ("--method", "reward", "--data", work / "pairs.jsonl"),
+        "dpo": ("--method", "dpo", "--data", work / "pairs.jsonl"),
+        "full": ("--full", "--data", work / "chats.jsonl"),
+    }.items():
+        done = cli.call("train", *common, *argv, "--out", out, cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert (tmp_path / out / "value_head.safetensors").exists() == (out == "reward")
+    given, now = (
+        load_file(p)["v_head.summary.weight"]
+        for p in (work / "judge/value_head.safetensors", tmp_path / "reward/value_head.safetensors")
+    )
+    assert (given - now).abs().max() < 1e-6
