@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -110,13 +111,12 @@ def reward(name: str, scratch: Path) -> dict:
 
 
 def accuracies(scratch: Path, adapter: Path) -> dict[str, float]:
-    found = {}
-    for kind, rows in held_out().items():
-        data, out = scratch / f"{kind}.jsonl", scratch / f"{kind}.json"
-        files.write_rows(data, rows)
-        command("evaluate.py", "--adapter", adapter, "--data", data, "--no-retention", "--out", out)
-        found[kind] = files.read_json(out)["figures"]["adapter"]["accuracy"]
-    return found
+    """How many unseen pairs of each kind it scores in the rule's order."""
+    data, folder, tried = scratch / "unseen.jsonl", scratch / "scores", held_out()
+    files.write_rows(data, chain(*tried.values()))
+    command("evaluate.py", "--adapter", adapter, "--data", data, "--no-retention", "--predictions", folder)
+    scores = iter(read_rows(folder / f"{adapter.name}.jsonl"))
+    return {kind: mean(s["chosen"] > s["rejected"] for s in islice(scores, len(rows))) for kind, rows in tried.items()}
 
 
 # ---- tables and picture ----------------------------------------------------------------------------------------------

@@ -224,7 +224,9 @@ def draw_frontier(found: dict[str, dict]) -> None:
             y = [percent(of(f, which), is_right) for f in found.values()]
             axes.scatter(x, y, marker=mark, label=f"{which}, unseen", zorder=3)
             for name, at in zip(found, zip(x, y, strict=True), strict=True):
-                axes.annotate(name, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+                side = dict(xytext=(7, -3)) if name.startswith("sft") else dict(xytext=(-7, -3), ha="right")
+                axes.annotate(name, at, textcoords="offset points", fontsize=8, **side)
+        axes.margins(x=0.12)
         axes.set(xlabel="forgotten: KL from the base on ordinary conversations, nats", ylim=(-4, 104))
         axes.set(ylabel="right by the rule, % of unseen questions")
         axes.legend(loc="lower right")
