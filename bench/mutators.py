@@ -67,7 +67,6 @@ PAIRS = [  # of every shape in docs/data.md
         '{"prompt": "hi", "completion": "no", "label": false}',
     )
 ]
-# fmt: skip
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
