@@ -1,9 +1,10 @@
 """Does a broken file ever cost more than a line?   python bench/mutated_inputs.py [--count 50000] [--seed N] [--kind K]
 
 Files of every kind that the commands read are mutated at random, by their bytes or by their structure, and given to the
-command that reads them: rows of data, chat templates, configs and tokenizers, adapter configs, safetensors and GGUF
-headers, journals, checkpoints, files of settings. An input must be used or refused with its lines. Counted as failures
-are tracebacks (exit code 1, a crash), hangs over 10 s and memory over 1 GB; their files are kept, and exit is 1.
+command that reads them: rows of data, pairs, chat templates, configs and tokenizers, adapter configs, safetensors and
+GGUF headers, value heads, journals, checkpoints, files of settings. An input must be used or refused with its lines.
+Counted as failures are tracebacks (exit code 1, a crash), hangs over 10 s and memory over 1 GB; their files are kept,
+and exit is 1.
 
 Input i of a seed is the same on every machine. Prints a table; bench/results/mutated_inputs.json gets it.
 """
@@ -32,6 +33,7 @@ from bench import machine, mutators  # noqa: E402
 from bench.kills import commit, start_worker  # noqa: E402
 from data_gen.journal import Journal, Question, Reply  # noqa: E402
 from lora import files  # noqa: E402
+from lora.adapter import value_head  # noqa: E402
 from lora.errors import run  # noqa: E402
 from lora.pretrained.gguf import GGUFFile  # noqa: E402
 from tests import cli  # noqa: E402
@@ -76,6 +78,31 @@ def rows(place: Path, chosen: random.Random):
         [["--preview", 1], ["--preview", 1, "--overlong", "truncate", "--train-on", "all"], ["--check"]]
     )
     return command("train", "--model", cli.model_folder(), "--data", path, *cli.ON_CPU, *what)
+
+
+def pairs(place: Path, chosen: random.Random):
+    method = chosen.choice(["dpo", "dpo", "reward", "kto"])
+    judged = [row for row in mutators.PAIRS if b"label" in row or b"kto_tag" in row]
+    lines = judged if method == "kto" else [row for row in mutators.PAIRS if row not in judged]
+    lines = [chosen.choice(lines) for _ in range(chosen.randint(1, 6))]
+    number = chosen.randrange(len(lines))
+    lines[number] = mutators.json_text(lines[number], chosen)
+    path = place / "pairs.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    what = chosen.choice([["--preview", 1], ["--preview", 1, "--overlong", "truncate", "--max-len", 40], ["--check"]])
+    return command("train", "--method", method, "--model", cli.model_folder(), "--data", path, *cli.ON_CPU, *what)
+
+
+def heads(place: Path, chosen: random.Random):
+    folder = copy_of_adapter(place)
+    width = json.loads((cli.model_folder() / "config.json").read_text())["hidden_size"]
+    tensors = {"v_head.summary.weight": torch.ones(1, width), "v_head.summary.bias": torch.ones(1)}
+    files.write_tensors(folder / value_head.FILE, tensors)
+    mutate_one(folder, (value_head.FILE,), chosen)
+    path = place / "pairs.jsonl"
+    path.write_bytes(mutators.PAIRS[0])
+    return command("evaluate", "--adapter", folder, "--model", cli.model_folder(), "--data", path, *cli.ON_CPU,
+                   "--method", "reward", "--no-retention")  # fmt: skip
 
 
 def templates(place: Path, chosen: random.Random):
@@ -200,6 +227,7 @@ def settings(place: Path, chosen: random.Random):
 
 KINDS = {  # and their share of all inputs
     rows: 10, templates: 6, configs: 10, adapters: 8, safetensors: 6, gguf: 6, journals: 2, checkpoints: 1, settings: 1,
+    pairs: 8, heads: 2,
 }  # fmt: skip
 
 

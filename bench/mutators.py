@@ -28,13 +28,45 @@ ROWS = [
         {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
         {"question": "a", "answer": "b"},
         {"text": "a document of some words, which is trained as it stands"},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
-                      {"role": "assistant", "content": "b", "weight": 1}], "tools": []},
-        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "<|im_start|>a"},
-                      {"role": "assistant", "content": "<think>x</think>b", "train": False},
-                      {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {"role": "assistant", "content": "b", "weight": 1},
+            ],
+            "tools": [],
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "<|im_start|>a"},
+                {"role": "assistant", "content": "<think>x</think>b", "train": False},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d"},
+            ]
+        },
     )
-]  # fmt: skip
+]
+CHAT = '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "%s"}]'
+PAIRS = [  # of every shape in docs/data.md
+    row.encode()
+    for row in (
+        '{"prompt": "hi", "chosen": "yes", "rejected": "no", "margin": 0.5}',
+        f'{{"prompt": "hi", "chosen": {CHAT % "yes"}, "rejected": {CHAT % "no"}, "score_chosen": 2}}',
+        f'{{"chosen": {CHAT % "yes"}, "rejected": {CHAT % "no"}}}',
+        '{"chosen": "\\n\\nHuman: hi\\n\\nAssistant: yes", "rejected": "\\n\\nHuman: hi\\n\\nAssistant: no"}',
+        '{"chosen": "hi there\\nyes", "rejected": "hi there\\nno"}',
+        '{"instruction": "hi", "input": "you", "history": [["a", "b"]], "chosen": "yes", "rejected": "no"}',
+        '{"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yes"}, '
+        '"rejected": {"from": "gpt", "value": "no"}}',
+        '{"input": {"messages": [{"role": "user", "content": "hi"}]}, "preferred_output": [{"role": "assistant", '
+        '"content": "yes"}], "non_preferred_output": [{"role": "assistant", "content": "no"}]}',
+        '{"history": "hi", "human_ref_A": "yes", "human_ref_B": "no", "labels": 1}',
+        '{"prompt": "hi", "response_0": "yes", "response_1": "no", "better_response_id": 0}',
+        f'{{"messages": {CHAT % "yes"}, "rejected_response": "no"}}',
+        f'{{"messages": {CHAT % "yes"}, "kto_tag": true}}',
+        '{"prompt": "hi", "completion": "no", "label": false}',
+    )
+]
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
