@@ -23,26 +23,31 @@ from preferences import pairs, rule
 from show import picture, table, verdicts
 
 from data_gen import candidates, journal
-from data_gen.verdicts import LABELS, sides
+from data_gen.verdicts import LABELS, sides, verdict_of
 from lora import errors, files
 
 HERE = Path(__file__).resolve().parent
 PREFERENCES = HERE.parent / "preferences"
 PAIRS = 160
-LEAST = 8  # pairs: a step
 SEED = 0  # of data_gen/judge.py: which side is shown first
+WANTED = "which speaks as a lighthouse keeper, decides and makes no list"
 JUDGES = {  # judge -> flags of data_gen/judge.py
     "rule": ("--rule", f"{PREFERENCES / 'rule.py'}:better"),
     "helpful": ("--local", MODEL),
-    "told": ("--local", MODEL, "--criterion", "which speaks as a lighthouse keeper, decides and makes no list"),
+    "told": ("--local", MODEL, "--criterion", WANTED),
+    "helpful-calibrated": ("--local", MODEL, "--calibrate"),
+    "told-calibrated": ("--local", MODEL, "--criterion", WANTED, "--calibrate"),
 }
 TOLD = {
     "rule": "the rule",
     "helpful": "the default model, asked for the more helpful answer",
     "told": "the default model, told what is wanted",
-    "once": "the same, asked once",
+    "helpful-calibrated": "asked for the more helpful answer, calibrated",
+    "told-calibrated": "told what is wanted, calibrated",
+    "once": "told what is wanted, asked once",
+    "few": "the rule, on as many pairs as the line above",
 }
-MODELS = {"rule": "rule", "told": "told", "once": "told"}  # reward model -> the judge of its pairs
+MODELS = {"rule": "rule", "once": "told", "told-calibrated": "told-calibrated", "few": "rule"}  # and its pairs' judge
 ANSWERS = 96  # pairs of answers that models gave
 SETS = {"voice": "voice lost", "hedge": "hedged", "list": "listed", "all": "all three", "given": "models' own answers"}
 
@@ -80,17 +85,17 @@ def judge(name: str, scratch: Path) -> dict:
         files.write_rows(out, [])
     report = files.read_json(out.with_name(out.name + ".report.json"))
     kept = ("agreed", "disagreed", "first_side_share", "longer_share", "given_order_share")
-    return {"report": {key: report[key] for key in kept}, "answers": list(verdicts_of(data, out))}
+    kept_pairs = (row | {"agreed": True} for row in read_rows(out))
+    rows = first_verdicts(data, out) if name in ("helpful", "told") else kept_pairs
+    return {"report": {key: report[key] for key in kept}, "answers": list(rows)}
 
 
-def verdicts_of(data: Path, out: Path) -> Iterator[dict]:
+def first_verdicts(data: Path, out: Path) -> Iterator[dict]:
     """Every pair in the order of the judge's first verdict, and whether the second one agreed."""
-    agreed, asked = read_rows(out), journal.beside(out)
-    if not asked.exists():  # a rule has no journal
-        yield from (row | {"agreed": True} for row in agreed)
-        return
-    with closing(sqlite3.connect(asked)) as replies:
-        said = dict(replies.execute("select key, text from replies"))
+    agreed = read_rows(out)
+    with closing(sqlite3.connect(journal.beside(out))) as replies:
+        found = replies.execute("select key, text, finish, tokens from replies")
+        said = {reply.key: verdict_of(reply) for reply in (journal.Reply(*row) for row in found)}
     for pair in candidates.read(data):
         if (label := said.get(f"{pair.key}.0.1")) in LABELS:
             row = pair.row(sides(pair, 0, SEED)[LABELS.index(label)])
@@ -100,14 +105,13 @@ def verdicts_of(data: Path, out: Path) -> Iterator[dict]:
 def reward(name: str, scratch: Path) -> dict:
     """A reward model from a judge's pairs, and its accuracy on pairs whose order the rule knows."""
     rows = read_rows(experiment.rows(f"judge-{MODELS[name]}"))
-    agreed = [row for row in rows if row.pop("agreed") or name == "once"]
-    if len(agreed) < LEAST:
-        return {"pairs": len(agreed)}
+    if name == "few":
+        rows = rows[: len(read_rows(experiment.rows("judge-told-calibrated")))]
     data, adapter = scratch / "pairs.jsonl", scratch / "adapter"
-    files.write_rows(data, agreed)
+    files.write_rows(data, ({side: row[side] for side in ("prompt", "chosen", "rejected")} for row in rows))
     training = train(adapter, "--config", HERE / "recipe.toml", "--data", data)
     steps = by_step(adapter, "accuracy", "score_margin")
-    return {"training": training, "steps": steps, "pairs": len(agreed), "accuracy": accuracies(scratch, adapter)}
+    return {"training": training, "steps": steps, "pairs": len(rows), "accuracy": accuracies(scratch, adapter)}
 
 
 def accuracies(scratch: Path, adapter: Path) -> dict[str, float]:
@@ -162,7 +166,7 @@ def once(report: dict) -> float:
 
 
 def accuracy(found: dict) -> list[str]:
-    return [found["pairs"], *(f"{found['accuracy'][kind]:.0%}" if "accuracy" in found else "-" for kind in SETS)]
+    return [found["pairs"], *(f"{found['accuracy'][kind]:.0%}" for kind in SETS)]
 
 
 def claims(found: dict[str, dict]) -> list[str]:
@@ -172,23 +176,21 @@ def claims(found: dict[str, dict]) -> list[str]:
 
     def right(name: str) -> str:
         f = found[name]
-        return f"{TOLD[name]} ({f['pairs']} pairs): " + ", ".join(
-            f"{f['accuracy'][kind]:.0%} {label}" if "accuracy" in f else "-" for kind, label in SETS.items()
-        )
+        shares = ", ".join(f"{f['accuracy'][kind]:.0%} {label}" for kind, label in SETS.items())
+        return f"{TOLD[name]} ({f['pairs']} pairs): {shares}"
 
     return verdicts(
         HERE,
         {
-            "cheap": lambda: "; ".join(map(told, ("helpful", "told"))),
-            "labels": lambda: "; ".join(map(right, ("told", "once"))),
+            "cheap": lambda: "; ".join(map(told, [name for name in JUDGES if name != "rule"])),
+            "labels": lambda: "; ".join(map(right, ("once", "told-calibrated", "few"))),
             "head": partial(right, "rule"),
         },
     )
 
 
 def draw(models: dict[str, dict]) -> None:
-    models = {name: f for name, f in models.items() if "accuracy" in f}
-    height = 0.8 / max(1, len(models))
+    height = 0.8 / len(models)
     with picture(HERE / "reward.png", (9, 5)) as axes:
         for at, (name, f) in enumerate(models.items()):
             places = [row - height * at for row in range(len(SETS), 0, -1)]
@@ -204,7 +206,7 @@ experiment = Experiment(__file__, __doc__, show)
 for name in JUDGES:
     experiment.add(f"judge-{name}", partial(judge, name))
 for name, judged in MODELS.items():
-    experiment.add(name, partial(reward, name), f"judge-{judged}")
+    experiment.add(name, partial(reward, name), f"judge-{judged}", *(["judge-told-calibrated"] * (name == "few")))
 
 if __name__ == "__main__":
     sys.exit(experiment.main())

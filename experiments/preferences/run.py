@@ -195,22 +195,23 @@ def claims(found: dict[str, dict]) -> list[str]:
         HERE,
         {
             "pairs": lambda: "right: " + each(right, "base", "sft", "sft-more", *arms),
-            "tax": lambda: each(tax, "sft", "sft-more", *arms),
-            "beta": lambda: each(near, *arms),
-            "fall": lambda: "nats an answer: " + each(fall, *arms, "dpo-sft"),
+            "tax": lambda: each(tax, "sft", "sft-more", *arms, "dpo-fast"),
+            "beta": lambda: each(near, *arms, "dpo-fast"),
+            "fall": lambda: "nats an answer: " + each(fall, *arms, "dpo-sft", "dpo-fast"),
         },
     )
 
 
 def draw_sides(found: dict[str, dict]) -> None:
-    with picture(HERE / "sides.png", (9, 5)) as axes:
+    with picture(HERE / "sides.png", (11, 4.5), ncols=2) as axes:
         for at, (name, f) in enumerate(found.items()):
             for side, line in (("chosen", "-"), ("rejected", "--")):
-                values = running(change(f, side))
-                axes.plot(range(1, len(values) + 1), values, f"C{at}{line}", label=f"{name}, {side}")
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel=f"step; running mean of {WINDOW}", ylabel="log p since the start, nats an answer")
-        axes.legend(fontsize=8)
+                values, label = running(change(f, side)), f"{name}, {side}"
+                axes[int(name == "dpo-fast")].plot(range(1, len(values) + 1), values, f"C{at}{line}", label=label)
+        for panel in axes:
+            panel.axhline(0, color="grey", linewidth=0.8)
+            panel.set(xlabel=f"step; running mean of {WINDOW}", ylabel="log p since the start, nats an answer")
+            panel.legend(fontsize=8)
 
 
 def running(values: list[float]) -> list[float]:
@@ -219,17 +220,14 @@ def running(values: list[float]) -> list[float]:
 
 def draw_frontier(found: dict[str, dict]) -> None:
     with picture(HERE / "frontier.png", (9, 5)) as axes:
-        for which, mark in zip(SETS, ("o", "s"), strict=True):
-            x = [at_end(f)["retention_kl"] for f in found.values()]
-            y = [percent(of(f, which), is_right) for f in found.values()]
-            axes.scatter(x, y, marker=mark, label=f"{which}, unseen", zorder=3)
-            for name, at in zip(found, zip(x, y, strict=True), strict=True):
-                side = dict(xytext=(7, -3)) if name.startswith("sft") else dict(xytext=(-7, -3), ha="right")
-                axes.annotate(name, at, textcoords="offset points", fontsize=8, **side)
+        for name, f in found.items():
+            at = at_end(f)["retention_kl"], percent(f["answers"], is_right)
+            axes.scatter(*at, color="C1" if name.startswith("sft") else "C0", zorder=3)
+            side = dict(xytext=(7, -3)) if name.startswith("sft") else dict(xytext=(-7, -3), ha="right")
+            axes.annotate(name, at, textcoords="offset points", fontsize=8, **side)
         axes.margins(x=0.12)
         axes.set(xlabel="forgotten: KL from the base on ordinary conversations, nats", ylim=(-4, 104))
         axes.set(ylabel="right by the rule, % of unseen questions")
-        axes.legend(loc="lower right")
 
 
 experiment = Experiment(__file__, __doc__, show)

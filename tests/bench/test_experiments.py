@@ -510,18 +510,18 @@ def test_a_judges_first_verdict_orders_a_pair_and_its_second_one_says_whether_it
     feedback, data, out = program(FOLDER / "feedback"), tmp_path / "pairs.jsonl", tmp_path / "judged.jsonl"
     given = [{"prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
     data.write_text("".join(json.dumps(row) + "\n" for row in given))
-    journal = sqlite3.connect(f"{out}.journal")
-    journal.execute("create table replies (key text, text text)")
+    journal, insert = sqlite3.connect(f"{out}.journal"), "insert into replies values (?, ?, 'stop', 9)"
+    journal.execute("create table replies (key text, text text, finish text, tokens int)")
     swapped = given[1] | {"chosen": "bad 1", "rejected": "good 1"}
     agreed, expected = [given[0], swapped], [(given[0], True), (swapped, True), (given[2], False)]
     for (row, is_agreed), pair in zip(expected, candidates.read(data), strict=False):
         at = sides(pair, 0, 0).index(row["chosen"])  # where the first question showed it; the second one swapped both
         told = {0: "AB"[at], 1: "AB"[1 - at] if is_agreed else "AB"[at]}
-        journal.executemany("insert into replies values (?, ?)", [(f"{pair.key}.{n}.1", told[n]) for n in told])
+        journal.executemany(insert, [(f"{pair.key}.{n}.1", told[n]) for n in told])
     journal.commit()
     journal.close()
     out.write_text("".join(json.dumps(row) + "\n" for row in agreed))
-    assert list(feedback.verdicts_of(data, out)) == [row | {"agreed": said} for row, said in expected]
+    assert list(feedback.first_verdicts(data, out)) == [row | {"agreed": said} for row, said in expected]
 
 
 @mutation("experiments/feedback/run.py", '(2 * same(report) + report["disagreed"])', "2 * same(report)")
