@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import MODEL, Experiment, by_step, command, read_rows, train
 from preferences import pairs, rule
-from show import picture, table, verdicts
+from show import picture, share, table, verdicts
 
 from data_gen import candidates, journal
 from data_gen.verdicts import LABELS, sides, verdict_of
@@ -45,9 +45,8 @@ TOLD = {
     "helpful-calibrated": "asked for the more helpful answer, calibrated",
     "told-calibrated": "told what is wanted, calibrated",
     "once": "told what is wanted, asked once",
-    "few": "the rule, on as many pairs as the line above",
 }
-MODELS = {"rule": "rule", "once": "told", "told-calibrated": "told-calibrated", "few": "rule"}  # and its pairs' judge
+MODELS = {"once": "told"} | {name: name for name in ("rule", "helpful-calibrated", "told-calibrated")}  # -> its judge
 ANSWERS = 96  # pairs of answers that models gave
 SETS = {"voice": "voice lost", "hedge": "hedged", "list": "listed", "all": "all three", "given": "models' own answers"}
 
@@ -105,8 +104,6 @@ def first_verdicts(data: Path, out: Path) -> Iterator[dict]:
 def reward(name: str, scratch: Path) -> dict:
     """A reward model from a judge's pairs, and its accuracy on pairs whose order the rule knows."""
     rows = read_rows(experiment.rows(f"judge-{MODELS[name]}"))
-    if name == "few":
-        rows = rows[: len(read_rows(experiment.rows("judge-told-calibrated")))]
     data, adapter = scratch / "pairs.jsonl", scratch / "adapter"
     files.write_rows(data, ({side: row[side] for side in ("prompt", "chosen", "rejected")} for row in rows))
     training = train(adapter, "--config", HERE / "recipe.toml", "--data", data)
@@ -134,6 +131,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     return {
         "summary": claims(found),
         "judges": table(JUDGES_HEAD, [[TOLD[name], *verdict(f["report"])] for name, f in judges.items()]),
+        "kinds": table(KINDS_HEAD, [[TOLD[name], *by_fault(f)] for name, f in judges.items()]),
         "models": table(MODELS_HEAD, [[TOLD[name], *accuracy(f)] for name, f in models.items()]),
     }
 
@@ -146,13 +144,14 @@ JUDGES_HEAD = (
     "for the side shown first",
     "for the longer answer",
 )
+KINDS_HEAD = ("the rule's, of the pairs left whose faulty answer has", *list(SETS.values())[:4])
 MODELS_HEAD = ("judge", "pairs", *SETS.values())
 
 
 def verdict(report: dict) -> list[str]:
     left, shares = report["agreed"], (report[key] for key in ("first_side_share", "longer_share"))
     right = f"{same(report)} of {left}"
-    return [f"{left} of {PAIRS}", right, f"{once(report):.0%}", *(f"{share:.0%}" for share in shares)]
+    return [f"{left} of {PAIRS}", right, f"{once(report):.0%}", *(f"{part:.0%}" for part in shares)]
 
 
 def same(report: dict) -> int:
@@ -163,6 +162,15 @@ def same(report: dict) -> int:
 def once(report: dict) -> float:
     """How many single verdicts are the rule's: of a pair with two different ones, one of them is."""
     return (2 * same(report) + report["disagreed"]) / (2 * (report["agreed"] + report["disagreed"]))
+
+
+def by_fault(found: dict) -> list[str]:
+    def of(kind: str) -> list[dict]:
+        wrong = ["voice", "hedge", "list"] if kind == "all" else [kind]
+        sides = ((row, rule.faults(row["chosen"]) or rule.faults(row["rejected"])) for row in found["answers"])
+        return [row for row, faults in sides if row["agreed"] and faults == wrong]
+
+    return [share(of(kind), lambda row: rule.is_right(row["chosen"])) for kind in list(SETS)[:4]]
 
 
 def accuracy(found: dict) -> list[str]:
@@ -183,7 +191,7 @@ def claims(found: dict[str, dict]) -> list[str]:
         HERE,
         {
             "cheap": lambda: "; ".join(map(told, [name for name in JUDGES if name != "rule"])),
-            "labels": lambda: "; ".join(map(right, ("once", "told-calibrated", "few"))),
+            "labels": lambda: "; ".join(map(right, ("once", "helpful-calibrated", "told-calibrated"))),
             "head": partial(right, "rule"),
         },
     )
@@ -206,7 +214,7 @@ experiment = Experiment(__file__, __doc__, show)
 for name in JUDGES:
     experiment.add(f"judge-{name}", partial(judge, name))
 for name, judged in MODELS.items():
-    experiment.add(name, partial(reward, name), f"judge-{judged}", *(["judge-told-calibrated"] * (name == "few")))
+    experiment.add(name, partial(reward, name), f"judge-{judged}")
 
 if __name__ == "__main__":
     sys.exit(experiment.main())
