@@ -64,8 +64,8 @@ def held_out() -> dict[str, list[dict]]:
     for one, other in combinations(said, 2):
         for a, b in zip(one, other, strict=True):
             if better := rule.better(a["prompt"], a["prediction"], b["prediction"]):
-                sides = (a, b) if better == "a" else (b, a)
-                chosen, rejected = (row["prediction"] for row in sides)
+                order = (a, b) if better == "a" else (b, a)
+                chosen, rejected = (row["prediction"] for row in order)
                 found["given"].append({"prompt": a["prompt"], "chosen": chosen, "rejected": rejected})
     found["given"] = random.Random(0).sample(found["given"], ANSWERS)
     return found
