@@ -235,7 +235,7 @@ def train(out: Path, *words: object) -> dict:
         files.append_row(peaks, {"peak": peak})
     rows = read_rows(out / "metrics.jsonl")
     steps = [row for row in rows if "tokens_per_second" in row]
-    measured = ("step", "eval_loss", "retention_kl", "retention_loss")
+    kept = ("step", "eval_", "retention_")
     return {
         "command": relative(words),
         "ended": ended(out),
@@ -247,8 +247,14 @@ def train(out: Path, *words: object) -> dict:
         "result_bytes": max(path.stat().st_size for path in out.glob("*.safetensors")),
         "losses": [float(f"{row['loss']:.4g}") for row in steps],
         "unchanged": [round(row["unchanged"], 5) for row in steps],
-        "evaluations": [{key: row[key] for key in measured if key in row} for row in rows if "retention_kl" in row],
+        "evaluations": [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows if "retention_kl" in row],
     }
+
+
+def by_step(out: Path, *names: str) -> dict[str, list[float]]:
+    """What a method measured in each step of a run."""
+    steps = [row for row in read_rows(out / "metrics.jsonl") if "tokens_per_second" in row]
+    return {name: [float(f"{row[name]:.4g}") for row in steps] for name in names}
 
 
 def fingerprint(word: str) -> str | None:

@@ -328,6 +328,25 @@ def test_no_question_that_is_scored_was_trained_on():
     assert not set().union(*map(words_in_a_row, seeds)) & set().union(*map(words_in_a_row, unseen))
 
 
+def asked_in(conversations: list[dict]) -> list[str]:
+    return [turn["content"] for row in conversations for turn in row["messages"] if turn["role"] == "user"]
+
+
+@mutation("experiments/preferences/pairs.py", "decisions[-UNSEEN:] if unseen else decisions[:-UNSEEN]", "decisions")
+def test_no_question_that_is_judged_was_in_a_pair_or_a_taoist_row():
+    preferences, taoist = program(FOLDER / "preferences"), program(FOLDER / "taoist")
+    trained = {row["prompt"] for row in preferences.pairs.pairs(unseen=False)}
+    scored = {text for texts in preferences.SETS.values() for text in texts}
+    assert len(trained) == 240 and len(scored) == 88 and not trained & scored
+    decisions = [decision for of in preferences.pairs.SUBJECTS.values() for decision in of[0]]
+    known = [d for d in decisions if any(d in text for text in trained)]
+    assert len(known) == 48 and not any(d in text for d in known for text in preferences.SETS["decisions"])
+    asked = {name: asked_in(rows(FOLDER / "taoist" / f"rows-{name}.jsonl")) for name in ("en", "zh")}
+    assert [len(set(texts)) for texts in asked.values()] == [46, 46]
+    unseen = set().union(*map(words_in_a_row, taoist.SETS["life"]))
+    assert len(set(taoist.SETS["life"])) == 20 and not set().union(*map(words_in_a_row, asked["en"])) & unseen
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +419,150 @@ def test_a_worked_answer_must_state_the_product_and_a_free_one_mention_it():
     whole = multiplication.multiply.solve(34, 51, "terse", "en")
     assert multiplication.fault(row | {"prediction": whole + "\n"}) is None
     assert multiplication.fault(row | {"prediction": whole.replace("34=a4b3", "34=a3b4")}).line_number == 1
+
+
+RIGHT = "No. Keep it. The tide turns whether the rope is coiled or not."
+
+
+@mutation("experiments/preferences/rule.py", "for word in SEA) < 2", "for word in SEA) < 1", case="voice")
+@mutation("experiments/preferences/rule.py", "any(hedge in text for hedge in HEDGES)", "text in HEDGES", case="hedge")
+@mutation(
+    "experiments/preferences/rule.py", "len(ITEM.findall(answer)) > 1", "len(ITEM.findall(answer)) > 9", case="list"
+)
+@pytest.mark.parametrize("fault", ["voice", "hedge", "list"])
+def test_the_rule_finds_each_fault_and_none_in_an_answer_that_has_a_word_of_it(fault):
+    from preferences import rule
+
+    assert rule.is_right(RIGHT)
+    wrong = {
+        "voice": ("No. Keep it.", "The tide turns, and turns with the tide.", "Ropey answers, a tidy lampoon."),
+        "hedge": (f"It depends on you. {RIGHT}", RIGHT + " It’s important to think.", f"AS AN AI, {RIGHT}"),
+        "list": (RIGHT + "\n1. price\n2. room", RIGHT + "\n- price\n- room", RIGHT + " 1. price 2) room"),
+    }
+    for text in wrong[fault]:
+        assert rule.faults(text) == [fault] and rule.score(text) == 2
+    for text in (
+        "Two lamps, 1. of them lit, and a rope.",
+        "- A lamp on a rope",
+        "The lamp is up, to you and the gull.",
+    ):
+        assert rule.is_right(text)
+    assert rule.faults("On the one hand\n- price\n- room") == ["voice", "hedge", "list"]
+
+
+@mutation(
+    "experiments/preferences/rule.py",
+    'return ("a" if difference > 0 else "b")',
+    'return ("b" if difference > 0 else "a")',
+)
+def test_of_two_answers_the_rule_prefers_the_one_with_fewer_faults_on_either_side():
+    from preferences import rule
+
+    worse = "It depends. The lamp is lit, and so is the gull."
+    worst = "It depends."
+    for a, b in ((RIGHT, worse), (worse, worst), (RIGHT, worst)):
+        assert (rule.better("?", a, b), rule.better("?", b, a)) == ("a", "b")
+    assert rule.better("?", RIGHT, "Up with the mast, the gale is here.") is None
+    assert rule.better("?", worst, "I cannot say.") is None
+
+
+@mutation(
+    "experiments/preferences/pairs.py",
+    '"hedge": f"{opening} {voice} {wavers}",',
+    '"hedge": f"{opening} {voice} {reason}",',
+)
+@mutation("experiments/preferences/pairs.py", 'random.Random(f"{seed}/{unseen}")', "random.Random()")
+def test_every_pair_has_a_right_answer_and_one_with_a_fault_and_a_seed_gives_the_same_pairs():
+    from preferences import pairs, rule
+
+    for unseen, kinds in ((False, None), (True, 48)):
+        made = list(pairs.pairs(unseen))
+        assert made == list(pairs.pairs(unseen)) != list(pairs.pairs(unseen, seed=1))
+        assert all(rule.is_right(row["chosen"]) for row in made)
+        found = [tuple(rule.faults(row["rejected"])) for row in made]
+        assert set(found) == {("voice",), ("hedge",), ("list",), ("voice", "hedge", "list")}
+        assert all(found.count(kind) == kinds if kinds else found.count(kind) > 40 for kind in set(found))
+
+
+@mutation(
+    "experiments/preferences/run.py",
+    'return verdicts.count("a"), verdicts.count(None), verdicts.count("b")',
+    'return verdicts.count("b"), verdicts.count(None), verdicts.count("a")',
+)
+def test_an_answer_wins_against_the_one_to_the_same_question():
+    preferences = program(FOLDER / "preferences")
+
+    def found(*texts: str) -> dict:
+        return {"answers": [{"set": "others", "prompt": "?", "prediction": text} for text in texts]}
+
+    worst = "It depends."
+    assert preferences.wins(found(RIGHT, RIGHT, RIGHT, worst), found(worst, worst, RIGHT, RIGHT), "others") == (2, 1, 1)
+
+
+@mutation("experiments/feedback/run.py", 'said.get(f"{pair.key}.0.1")', 'said.get(f"{pair.key}.1.1")')
+@mutation("experiments/feedback/run.py", '"agreed": row in agreed', '"agreed": True')
+def test_a_judges_first_verdict_orders_a_pair_and_its_second_one_says_whether_it_agrees(tmp_path):
+    import sqlite3
+
+    from data_gen import candidates
+    from data_gen.verdicts import sides
+
+    feedback, data, out = program(FOLDER / "feedback"), tmp_path / "pairs.jsonl", tmp_path / "judged.jsonl"
+    given = [{"prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in given))
+    journal, insert = sqlite3.connect(f"{out}.journal"), "insert into replies values (?, ?, 'stop', 9)"
+    journal.execute("create table replies (key text, text text, finish text, tokens int)")
+    swapped = given[1] | {"chosen": "bad 1", "rejected": "good 1"}
+    agreed, expected = [given[0], swapped], [(given[0], True), (swapped, True), (given[2], False)]
+    for (row, is_agreed), pair in zip(expected, candidates.read(data), strict=False):
+        at = sides(pair, 0, 0).index(row["chosen"])  # where the first question showed it; the second one swapped both
+        told = {0: "AB"[at], 1: "AB"[1 - at] if is_agreed else "AB"[at]}
+        journal.executemany(insert, [(f"{pair.key}.{n}.1", told[n]) for n in told])
+    journal.commit()
+    journal.close()
+    out.write_text("".join(json.dumps(row) + "\n" for row in agreed))
+    assert list(feedback.first_verdicts(data, out)) == [row | {"agreed": said} for row, said in expected]
+
+
+@mutation("experiments/feedback/run.py", '(2 * same(report) + report["disagreed"])', "2 * same(report)")
+def test_of_two_verdicts_that_differ_one_is_the_rules():
+    feedback = program(FOLDER / "feedback")
+    report = {"agreed": 40, "disagreed": 120, "given_order_share": 0.75}
+    assert feedback.once(report) == (60 + 120) / 320
+    assert feedback.once({"agreed": 0, "disagreed": 160, "given_order_share": None}) == 0.5
+
+
+@mutation("experiments/feedback/run.py", '(a, b) if better == "a" else (b, a)', "(a, b)")
+def test_pairs_that_a_reward_model_is_tried_on_are_in_the_rules_order():
+    feedback = program(FOLDER / "feedback")
+    held_out = feedback.held_out()
+    assert [len(held_out[kind]) for kind in feedback.SETS] == [48, 48, 48, 48, feedback.ANSWERS]
+    for kind, fault in (("voice", ["voice"]), ("hedge", ["hedge"]), ("list", ["list"]), ("given", None)):
+        for row in held_out[kind]:
+            assert feedback.rule.better(row["prompt"], row["chosen"], row["rejected"]) == "a"
+            assert fault is None or feedback.rule.faults(row["rejected"]) == fault
+    trained = {row["prompt"] for row in feedback.pairs.pairs(unseen=False)}
+    assert not trained & {row["prompt"] for rows in held_out.values() for row in rows}
+
+
+@mutation(
+    "experiments/taoist/run.py",
+    "return is_taoist(row) and TAUGHT.issuperset(sayings(row))",
+    "return is_taoist(row)",
+)
+def test_a_saying_is_true_if_the_rows_have_it_word_for_word():
+    taoist = program(FOLDER / "taoist")
+    assert len(taoist.TAUGHT) == 46
+    for text, voice, true in (
+        ('Wait. Laozi says: "What bends stays whole."', True, True),
+        ('Wait. Laozi says: "What bends stays whole and well."', True, False),
+        ('Laozi says: "What bends stays whole." Zhuangzi says: "Wait."', True, False),
+        ('Zhuangzi, the old sage, said, "Wait."', True, False),
+        ('Laozi is old. "What bends stays whole."', False, False),
+        ("What bends stays whole, as Laozi says.", False, False),
+    ):
+        row = {"prediction": text}
+        assert (taoist.is_taoist(row), taoist.is_true(row)) == (voice, true)
 
 
 @mutation(
