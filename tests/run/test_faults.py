@@ -467,7 +467,7 @@ def test_a_run_killed_before_it_removed_older_checkpoints_does_so_when_it_goes_o
 def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated(
     tmp_path, new_run, monkeypatch, best, earlier
 ):
-    monkeypatch.setattr(results, "draw", lambda rows, path, title, best: files.write_bytes(path, b"a picture"))
+    monkeypatch.setattr(results, "draw", lambda rows, path, *_: files.write_bytes(path, b"a picture"))
     story = lambda run: publish(run, 3, best)  # noqa: E731
 
     def start():
