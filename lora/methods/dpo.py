@@ -19,7 +19,7 @@ from lora.network.decoder import Model
 
 KIND = "pair"
 SETTINGS = ("loss", "beta", "label_smoothing", "sft_weight", "margin")
-LABEL, RATE, EPOCHS = "loss a pair", 0.1, 1
+LABEL, RATE, EPOCHS = "loss a pair", 0.025, 1
 FIGURES = {
     "reward_chosen": "reward of the chosen answer: β · (log p - log p of the reference)",
     "reward_rejected": "reward of the rejected answer",

@@ -20,7 +20,7 @@ from lora.train.evaluate import Total, evaluating
 
 KIND = "judged"
 SETTINGS = ("beta", "good_weight", "bad_weight")
-LABEL, RATE, EPOCHS = "loss an answer", 0.1, 1
+LABEL, RATE, EPOCHS = "loss an answer", 0.025, 1
 FIGURES = {
     "reward_good": "reward of a good answer: β · (log p - log p of the reference)",
     "reward_bad": "reward of a bad answer",

@@ -158,9 +158,10 @@ class TrainOptimisation(Settings, group="optimisation"):
 
     lr: float | None = flag(
         None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model; a tenth of that with "
-        "--full", ABOVE_0_UP_TO_1)
+        "--full, a fortieth for dpo and kto, a quarter for reward", ABOVE_0_UP_TO_1)
     epochs: int | None = flag(
-        None, "times through the data; 3, or as many as give 50 steps", between(1, 10**6), free=True)
+        None, "times through the data; 3, of other methods 1, or as many as give 50 steps", between(1, 10**6),
+        free=True)
     max_steps: int | None = flag(None, "optimisation steps, instead of --epochs", between(1, 10**9), free=True)
     batch_size: int = flag(8, "examples a step", between(1, 10**6))
     warmup: float = flag(0.1, "steps with a rising rate, or a share of all steps if below 1", between(0, 10**9))

@@ -444,7 +444,8 @@ def results_of(run: Path, step: int, best: int | None = None) -> Results:
     """What writes a run that stands after a step; without a base model, as nothing here asks for one."""
     model, optimizer, _ = trained(step)
     base = SimpleNamespace(hub_id="base")
-    args, plan = SimpleNamespace(max_forgetting=None, keep=1), SimpleNamespace(base=base, examples=[], sources=SOURCES)
+    args = SimpleNamespace(max_forgetting=None, keep=1, method="sft")
+    plan = SimpleNamespace(base=base, examples=[], sources=SOURCES, reference=None)
     evaluations = [] if best is None else [{"step": best, "eval_loss": 1.0}]
     state = run_state.State(step, 60, 0, {"rank": 2}, "data", "base", evaluations=evaluations)
     return Results(Adapter(model, base, TEMPLATE, {"a": 1}), plan, args, run, state, optimizer, ALONE)
@@ -466,7 +467,7 @@ def test_a_run_killed_before_it_removed_older_checkpoints_does_so_when_it_goes_o
 def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated(
     tmp_path, new_run, monkeypatch, best, earlier
 ):
-    monkeypatch.setattr(results, "draw", lambda rows, path, title, best: files.write_bytes(path, b"a picture"))
+    monkeypatch.setattr(results, "draw", lambda rows, path, *_: files.write_bytes(path, b"a picture"))
     story = lambda run: publish(run, 3, best)  # noqa: E731
 
     def start():
@@ -517,7 +518,7 @@ def test_the_end_of_a_run_killed_anywhere_leaves_whole_files_and_can_be_repeated
     "",
 )
 def test_a_run_killed_once_ends_as_if_it_never_was(tmp_path):
-    argv = [*kills.flags(False), "--max-steps", "8"]
+    argv = [*kills.flags(False, "sft", tmp_path), "--max-steps", "8"]
     trees = []
     for blow in (None, Blow(100, "half")):  # in the second of three saves, about
         folder = tmp_path / str(blow is None)
