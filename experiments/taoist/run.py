@@ -21,9 +21,10 @@ SYSTEM = read_rows(ROWS)[0]["messages"][0]
 SAYING = re.compile(r'(?:Laozi|Zhuangzi)\b[^".]{0,40}"([^"]+)"')  # a sage is named, then quoted
 TAUGHT = {said for row in read_rows(ROWS) for said in SAYING.findall(row["messages"][-1]["content"])}
 SETS = {  # set -> its questions, none of them in the rows
-    "life": (HERE / "questions.txt").read_text().splitlines(),
-    "unrelated": (ROOT / "tests" / "fixtures" / "unrelated_questions.txt").read_text().splitlines()[:20],
+    "life": HERE / "questions.txt",
+    "unrelated": ROOT / "tests" / "fixtures" / "unrelated_questions.txt",  # the first of them
 }
+QUESTIONS = 20  # of each
 LENGTH = 80  # tokens of an answer; the longest row has 58
 RATES = ("0.002", "0.0005")
 SHOWN = ("How do I cope with pressure?", "How can I get rid of a bad habit?", "What can I learn from a river?")
@@ -34,12 +35,16 @@ SHOWN = ("How do I cope with pressure?", "How can I get rid of a bad habit?", "W
 
 def measure(scratch: Path, adapter: Path | None) -> list[dict]:
     """Answers to both sets of questions, each with the rows' system turn and without one."""
-    asked = [(name, system, text) for system in (True, False) for name, texts in SETS.items() for text in texts]
+    asked = [(name, system, text) for system in (True, False) for name in SETS for text in questions(name)]
     prompts = [{"messages": [SYSTEM] * system + question(text)["messages"]} for _, system, text in asked]
     base = () if adapter else ("--no-system",)
     said = ask(scratch, prompts, adapter, *base, "--max-new-tokens", LENGTH, "--batch-size", 40)
     keys = ("set", "system", "prompt", "prediction")
     return [dict(zip(keys, (*row, answer), strict=True)) for row, answer in zip(asked, said, strict=True)]
+
+
+def questions(name: str) -> list[str]:
+    return SETS[name].read_text().splitlines()[:QUESTIONS]
 
 
 def run(rate: str, scratch: Path) -> dict:

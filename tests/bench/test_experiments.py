@@ -343,8 +343,8 @@ def test_no_question_that_is_judged_was_in_a_pair_or_a_taoist_row():
     assert len(known) == 48 and not any(d in text for d in known for text in preferences.SETS["decisions"])
     asked = {name: asked_in(rows(FOLDER / "taoist" / f"rows-{name}.jsonl")) for name in ("en", "zh")}
     assert [len(set(texts)) for texts in asked.values()] == [46, 46]
-    unseen = set().union(*map(words_in_a_row, taoist.SETS["life"]))
-    assert len(set(taoist.SETS["life"])) == 20 and not set().union(*map(words_in_a_row, asked["en"])) & unseen
+    unseen = set().union(*map(words_in_a_row, taoist.questions("life")))
+    assert len(set(taoist.questions("life"))) == 20 and not set().union(*map(words_in_a_row, asked["en"])) & unseen
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
