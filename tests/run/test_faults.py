@@ -19,9 +19,8 @@ from torch import nn
 
 from bench import kills
 from lora import files, folders
-from lora.adapter import store
+from lora.adapter import passport, store, value_head
 from lora.adapter.inject import inject
-from lora.adapter.passport import ADAPTER
 from lora.errors import BadEnvironment, BadInput
 from lora.run import results
 from lora.run.results import SETTINGS, WROTE, Results
@@ -436,6 +435,7 @@ def test_a_state_of_other_types_is_passed_over_though_its_seal_is_right(new_run,
 # ---- the end of a run ------------------------------------------------------------------------------------------------
 
 
+ADAPTER = tuple(name for name in passport.ADAPTER if name != value_head.FILE)  # a reward model has it
 TEMPLATE, SOURCES = "{{ messages }}", SimpleNamespace(held_out=None)
 ALONE = DistContext(0, 1, torch.device("cpu"))
 
