@@ -137,8 +137,8 @@ class Plan:
                 say(line)
         what = {"conversation": "examples", "judged": "answers"}.get(self.method.KIND, "pairs")
         say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
-        if lines := methods.describe(args):
-            say(f"method   {lines}")
+        if args.method != "sft":
+            say(f"method   {methods.describe(args)}")
         say(f"plan     {self.total} steps of {args.batch_size} {what}, about {self.step_tokens:,} tokens; {epochs}")
         if not args.fsdp:
             say(f"memory   about {self.memory(args) / 1e9:.1f} GB")
