@@ -18,7 +18,7 @@ from lora import files
 from lora.adapter import passport, value_head
 from lora.errors import BadInput, one_line
 from lora.export.report import table
-from lora.methods import METHODS, dpo, used
+from lora.methods import METHODS, dpo, figures, used
 from lora.pretrained import ModelFiles, load_chat
 from lora.text.template import read_arguments
 
@@ -255,15 +255,15 @@ def _measured(made: Made):
 
     method = _method(made.settings)
     loss = "loss" if method == "sft" else METHODS[method].LABEL
-    figures = {name: words.partition(":")[0] for name, words in METHODS[method].FIGURES.items()}
-    for name, what in {"loss": f"{loss} on what was learned", **figures}.items():
+    words = figures(method)
+    for name, what in {"loss": f"{loss} on what was learned", **words}.items():
         if (found := values(name)) and (name == "loss" or not values(f"eval_{name}")):
             few = max(1, min(FEW, len(found) // 2))
             first, last = sum(found[:few]) / few, sum(found[-few:]) / few
             yield f"{what}, {few} steps", f"{first:.4f}", f"{last:.4f}"
     for what, before, after in (
         (f"{loss} on held-out data", "eval_loss", "eval_loss"),
-        *((f"{what}, held out", f"eval_{name}", f"eval_{name}") for name, what in figures.items()),
+        *((f"{what}, held out", f"eval_{name}", f"eval_{name}") for name, what in words.items()),
         ("loss on ordinary conversations", "retention_loss_before", "retention_loss"),
         ("forgotten of them: KL from the base", "", "retention_kl"),
     ):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora import files
-from lora.methods import METHODS, used
+from lora.methods import METHODS, figures, used
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
@@ -48,7 +48,7 @@ def write(
     shown = trained[:: max(1, len(trained) // 10)]
     shown += [] if not trained or shown[-1] is trained[-1] else [trained[-1]]
     method = settings.get("method", "sft")
-    words = {name: text.partition(":")[0] for name, text in METHODS[method].FIGURES.items()}
+    words = figures(method)
     head = ("step", METHODS[method].LABEL, "gradient norm", "learning rate", "unchanged by the update")
     forms = {"step": "", "loss": ".4f", "grad_norm": ".3g", "lr": ".2e", "unchanged": ".2%"}
     lines += table(head, ([format(row[key], form) for key, form in forms.items()] for row in shown))

@@ -40,6 +40,11 @@ def used(settings: dict) -> dict:
     return {name: value for name, value in its.items() if value is not None and value is not False}
 
 
+def figures(method: str) -> dict[str, str]:
+    """What a method measures, by name, in few words: those before the formula."""
+    return {name: words.partition(":")[0] for name, words in METHODS[method].FIGURES.items()}
+
+
 def describe(args) -> str:
     """The method and its settings that are not 0, in a line."""
     told = [(name.replace("_", " "), getattr(args, name)) for name in METHODS[args.method].SETTINGS]

@@ -80,6 +80,10 @@ def of_step_0(
 
 def _computed(part: Encoded, model, args: TrainSettings, processes: DistContext) -> torch.Tensor:
     """Σ log p of each answer, (rows, 2): a part by each process, then added up."""
+
+    def cut(rows) -> list[batch.Batch]:
+        return batch.micro_batches([part[i] for i in rows], args.micro_tokens, processes.device)
+
     found = torch.zeros(len(part), part.group, dtype=torch.float64)
     order = np.argsort(part.lengths, kind="stable")  # as micro-batches are laid out
     bar = tqdm(total=len(part), desc="reference", unit="row", leave=False, disable=None if processes.main else True)
@@ -87,14 +91,13 @@ def _computed(part: Encoded, model, args: TrainSettings, processes: DistContext)
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
             shares = [rows[rank :: processes.size] for rank in range(processes.size)]
-            cuts = [
-                batch.micro_batches([part[i] for i in share], args.micro_tokens, processes.device) for share in shares
-            ]
-            batches = cuts[processes.rank]
+            mine = shares[processes.rank]
             if args.fsdp:
-                batches = processes.padded(cuts, batch.dummy_batch(processes.device))
+                batches = processes.padded([cut(share) for share in shares], batch.dummy_batch(processes.device))
+            else:
+                batches = cut(mine)
             sums = [log_probs(model, b).cpu() for b in batches]
-            if len(mine := shares[processes.rank]):
+            if len(mine):
                 found[torch.from_numpy(mine)] = torch.cat(sums).double().unflatten(0, (-1, part.group))
             bar.update(len(rows))
     return torch.tensor(processes.all_reduce(found.flatten().tolist()), dtype=torch.float64).view_as(found)
