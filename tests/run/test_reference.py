@@ -189,7 +189,11 @@ def test_the_reference_of_a_run_from_an_adapter_is_the_model_with_that_adapter(s
     assert metrics(second / "out")[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
-@mutation("lora/run/reference.py", "            trainable.restore(Path(args.init_adapter))", "            pass")
+@mutation(
+    "lora/run/reference.py",
+    "            trainable.restore(Path(args.init_adapter))",
+    "            trainable.restore(resumed.path if resumed else Path(args.init_adapter))",
+)
 def test_it_is_computed_again_from_that_adapter_where_it_is_gone(tmp_path, second):
     shutil.copytree(second, tmp_path / "x")
     place = tmp_path / "x"
