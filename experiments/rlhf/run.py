@@ -273,19 +273,13 @@ def claims(found: dict[str, dict]) -> list[str]:
 
     def signs_of(*names: str) -> str:
         rows = {name: asked(found[name], "greedy") for name in names}
-        return "; ".join(
-            f"`{n}` {different(r):.0f} % different, {mean(map(sea_words, r)):.1f} words of the sea"
-            for n, r in rows.items()
-        )
+        form = "`{}` {:.0f} % different, {:.1f} words of the sea"
+        return "; ".join(form.format(n, different(its), mean(map(sea_words, its))) for n, its in rows.items())
 
     def held(*names: str) -> str:
-        kl = {
-            name: (mean(found[name]["by_step"]["kl"][-LATE:]), found[name]["training"]["evaluations"][-1])
-            for name in names
-        }
-        return "; ".join(
-            f"`{n}` KL {k:.2f} nats a token, forgotten {e['retention_kl']:.2f}" for n, (k, e) in kl.items()
-        )
+        kl = {name: mean(found[name]["by_step"]["kl"][-LATE:]) for name in names}
+        forgotten = {name: found[name]["training"]["evaluations"][-1]["retention_kl"] for name in names}
+        return "; ".join(f"`{n}` KL {kl[n]:.2f} nats a token, forgotten {forgotten[n]:.2f}" for n in names)
 
     return verdicts(
         HERE,

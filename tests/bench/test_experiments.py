@@ -586,3 +586,96 @@ def test_half_products_are_summed_in_float32_and_rounded_once():
     assert torch.equal(sum_, (c.float() + 0.5 * exact).half())
     assert torch.equal(in_place, (c.float() + exact).half())
     assert overflow.isinf().any()
+
+
+@mutation(
+    "experiments/verifiable/run.py",
+    "return multiply.pairs(2, ROWS + STEPS * PROMPTS)[ROWS:]",
+    "return multiply.pairs(2, STEPS * PROMPTS)",
+)
+def test_the_questions_of_reinforcement_were_in_no_row_of_the_start_and_are_in_none_that_is_scored():
+    verifiable = program(FOLDER / "verifiable")
+    asked = {frozenset(pair) for pair in verifiable.later_pairs()}
+    start = {frozenset(pair) for pair in verifiable.multiply.pairs(2, verifiable.ROWS)}
+    scored = {frozenset(pair) for pair in verifiable.multiply.pairs(2, verifiable.UNSEEN, held_out=True)}
+    assert len(asked) == verifiable.STEPS * verifiable.PROMPTS
+    assert not asked & start and not asked & scored and not start & scored
+
+
+@mutation(
+    "experiments/verifiable/run.py",
+    'return multiply.final(row["prediction"]) is not None',
+    "return right(row)",
+    case="states",
+)
+@mutation("experiments/verifiable/run.py", "return fault(row) is None", "return states(row)", case="proved")
+@pytest.mark.parametrize("measure", ["states", "proved"])
+def test_format_and_result_are_told_apart(measure):
+    verifiable = program(FOLDER / "verifiable")
+    whole = verifiable.multiply.solve(34, 51, "terse", "en")
+    wrong_line = whole.replace("34=a4b3", "34=a3b4")
+    for text, expected in (
+        (whole, {"right": True, "states": True, "proved": True}),
+        (wrong_line, {"right": True, "states": True, "proved": False}),
+        (whole.replace("=1734", "=1735"), {"right": False, "states": True, "proved": False}),
+        (whole.rpartition("\n")[0], {"right": False, "states": False, "proved": False}),
+    ):
+        row = {"a": 34, "b": 51, "prediction": text}
+        assert verifiable.right(row) == expected["right"]
+        assert getattr(verifiable, measure)(row) == expected[measure]
+
+
+@mutation("experiments/verifiable/run.py", "mean(values[size:-size])", "mean(values[:-size])")
+def test_a_third_of_a_course_is_a_third_of_its_steps():
+    assert program(FOLDER / "verifiable").thirds([1, 1, 2, 4, 6, 8]) == [1, 3, 7]
+
+
+@mutation(
+    "experiments/rlhf/truth.py",
+    "return [float(rule.is_right(answer)) for answer in completions]",
+    "return [rule.score(answer) / 3 for answer in completions]",
+)
+def test_the_watched_reward_is_1_where_the_rule_finds_no_fault():
+    sys.path.append(str(FOLDER / "rlhf"))
+    from truth import truth
+
+    assert truth(prompts=["?"] * 3, completions=[RIGHT, f"It depends on you. {RIGHT}", "Yes."]) == [1.0, 0.0, 0.0]
+
+
+@mutation(
+    "experiments/rlhf/run.py",
+    'return bool(OPENING.match(row["prediction"]))',
+    'return bool(OPENING.search(row["prediction"]))',
+    case="decides",
+)
+@mutation(
+    "experiments/rlhf/run.py",
+    'return len(SEA.findall(row["prediction"]))',
+    'return len(set(SEA.findall(row["prediction"])))',
+    case="sea_words",
+)
+@mutation("experiments/rlhf/run.py", 'len({row["prediction"] for row in rows})', "len(rows)", case="different")
+@pytest.mark.parametrize("sign", ["decides", "sea_words", "different"])
+def test_the_signs_of_a_gamed_rule_are_counted(sign):
+    rlhf = program(FOLDER / "rlhf")
+    texts = {
+        "Yes, do. A lamp is a lamp.": (True, 2),
+        "The lamps say yes.": (False, 1),
+        "Noon tide, mastery": (False, 1),
+    }
+    for text, (decides, words) in texts.items():
+        row = {"prediction": text}
+        assert sign != "decides" or rlhf.decides(row) == decides
+        assert sign != "sea_words" or rlhf.sea_words(row) == words
+    assert sign != "different" or rlhf.different([{"prediction": text} for text in "aabc"]) == 75
+
+
+@mutation(
+    "experiments/rlhf/run.py",
+    'step=max(row["step"] for row in found["answers"])',
+    'step=min(row["step"] for row in found["answers"])',
+)
+def test_an_arm_is_told_by_the_answers_of_its_last_checkpoint():
+    rlhf = program(FOLDER / "rlhf")
+    found = {"answers": [{"step": step, "way": way} for step in (5, 15, 10) for way in ("greedy", "sampled")]}
+    assert rlhf.asked(found, "sampled") == [{"step": 15, "way": "sampled"}]
