@@ -9,6 +9,7 @@ experiments/feedback.
 
 import re
 import sys
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,23 +33,22 @@ SETS = {  # set -> its questions, none of them trained on
     "others": (PREFERENCES / "questions.txt").read_text().splitlines(),
 }
 LENGTH = 48  # tokens of an answer
-STEPS = (5, 10, 15, 20)  # at which a run's adapter is asked
+STEPS = (4, 5, 8, 10, 12, 15, 20)  # at which an adapter is asked, where the run has a checkpoint
 WATCHED = 1e-9  # weight of a reward that is only watched
 GRPO = ("--method", "grpo", "--batch-size", 4, "--group", 8)
-PPO = ("--method", "ppo", "--batch-size", 32)
-RATE = ("--lr", 2e-4)
+PPO = ("--method", "ppo", "--batch-size", 32, "--lr", 2e-4)
 WATCHED_KL = ("--kl", 1e-6)  # measured at every step, and as good as none
+SHORT = ("--max-steps", 12, "--save-every", 4, "--eval-every", 4)
+FAST = (*GRPO, "--lr", 5e-4, *SHORT)
 ARMS = {
-    "grpo": ("GRPO, no KL", (*GRPO, *RATE, *WATCHED_KL)),
-    "grpo-kl": ("GRPO, KL 0.1", (*GRPO, *RATE, "--kl", 0.1)),
-    "grpo-stop": (
-        "GRPO, no KL, `--max-forgetting 2`",
-        (*GRPO, *RATE, *WATCHED_KL, "--max-forgetting", 2, "--eval-every", 2),
-    ),
-    "ppo": ("PPO, KL 0.05", (*PPO, *RATE, "--kl", 0.05)),
+    "grpo": ("GRPO, rate 2e-4, no KL", (*GRPO, "--lr", 2e-4, *WATCHED_KL)),
+    "grpo-fast": ("rate 5e-4, no KL", (*FAST, *WATCHED_KL)),
+    "grpo-kl": ("rate 5e-4, KL 0.5", (*FAST, "--kl", 0.5)),
+    "grpo-stop": ("rate 5e-4, no KL, `--max-forgetting 1.5`", (*FAST, *WATCHED_KL, "--max-forgetting", 1.5)),
+    "ppo": ("PPO, rate 2e-4, KL 0.05", (*PPO, *SHORT, "--kl", 0.05)),
     "ppo-adaptive": (
-        "PPO, KL from 0.05 on, adapted to 5 nats an answer",
-        (*PPO, *RATE, "--kl", 0.05, "--kl-target", 5),
+        "rate 2e-4, KL from 0.05 on, adapted to 5 nats an answer",
+        (*PPO, *SHORT, "--kl", 0.05, "--kl-target", 5, "--kl-horizon", 40),
     ),
 }
 FIGURES = ("reward", "reward_truth", "kl", "length", "ended", "entropy", "seconds")
@@ -78,7 +78,7 @@ def learn_reward(scratch: Path) -> dict:
 
 
 def before(scratch: Path) -> dict:
-    return {"answers": scored(measure(scratch, adapter_of("sft"), 0))}
+    return {"answers": scored(measure(scratch, adapter_of("sft"), 0, WAYS))}
 
 
 def reinforce(words: tuple, scratch: Path) -> dict:
@@ -89,7 +89,8 @@ def reinforce(words: tuple, scratch: Path) -> dict:
     training, found = train(adapter, *begin, *rewards, *words), []
     for step in STEPS:
         checkpoint = adapter / "checkpoints" / f"{step:06}"
-        found += measure(scratch, checkpoint, step) if checkpoint.exists() else []
+        ways = WAYS if step == training["steps"] else ("greedy",)
+        found += measure(scratch, checkpoint, step, ways) if checkpoint.exists() else []
     return {"training": training, "by_step": by_step(adapter, *FIGURES), "answers": scored(found)}
 
 
@@ -97,12 +98,12 @@ def adapter_of(name: str) -> Path:
     return experiment.scratch / name / "adapter"
 
 
-def measure(scratch: Path, adapter: Path, step: int) -> list[dict]:
-    """Answers to unseen questions: the likeliest, and one that is drawn."""
+def measure(scratch: Path, adapter: Path, step: int, ways: Iterable[str]) -> list[dict]:
+    """Answers to unseen questions: the likeliest, or one that is drawn."""
     asked, found = [(name, text) for name, texts in SETS.items() for text in texts], []
-    for way, words in WAYS.items():
+    for way in ways:
         rows = [question(text) for _, text in asked]
-        said = ask(scratch, rows, adapter, "--max-new-tokens", LENGTH, "--batch-size", len(asked) // 2, *words)
+        said = ask(scratch, rows, adapter, "--max-new-tokens", LENGTH, "--batch-size", len(asked) // 2, *WAYS[way])
         about = [{"step": step, "way": way, "set": name, "prompt": text} for name, text in asked]
         found += [row | {"prediction": answer} for row, answer in zip(about, said, strict=True)]
     return found

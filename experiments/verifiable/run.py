@@ -22,11 +22,12 @@ from lora import files
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
+FAST_SEEDS, FAST_STEPS, FAST = (0, 1), 16, ("--lr", 2e-4, "--patience", 7)
 ROWS = 1200  # that the start is trained on; a checkpoint of it is where reinforcement starts
 CHECKPOINTS = (40, 50, 60, 70, 80, 100)  # of the start, tried on TRIED pairs
 START = 70
 TRIED, UNSEEN = 60, 100  # unseen pairs
-STEPS, PROMPTS = 16, 4  # of reinforcement
+STEPS, PROMPTS = 12, 4  # of reinforcement
 WINDOW = 5  # steps, of the curves' running mean
 WAYS = {"greedy": "the likeliest answer", "sampled": "sampled at temperature 1"}
 FIGURES = ("reward", "no_signal", "entropy", "length", "ended", "seconds")
@@ -42,14 +43,14 @@ def start_rows() -> Path:
     return path
 
 
-def later_pairs() -> list[tuple[int, int]]:
+def later_pairs(steps: int = STEPS) -> list[tuple[int, int]]:
     """Pairs that the start has not seen, nor any step before."""
-    return multiply.pairs(2, ROWS + STEPS * PROMPTS)[ROWS:]
+    return multiply.pairs(2, ROWS + steps * PROMPTS)[ROWS:]
 
 
-def prompts() -> Path:
-    path = experiment.scratch / "prompts.jsonl"
-    files.write_rows(path, ({"prompt": multiply.question(a, b, "en")} for a, b in later_pairs()))
+def prompts(steps: int) -> Path:
+    path = experiment.scratch / ("prompts.jsonl" if steps == STEPS else f"prompts-{steps}.jsonl")
+    files.write_rows(path, ({"prompt": multiply.question(a, b, "en")} for a, b in later_pairs(steps)))
     return path
 
 
@@ -85,12 +86,12 @@ def before(scratch: Path) -> dict:
     return {"answers": measure(scratch, first(), *SEEDS)}
 
 
-def reinforce(seed: int, scratch: Path) -> dict:
-    prompts()
-    adapter = scratch / "adapter"
-    words = ("--config", HERE / "recipe.toml", "--init-adapter", first(), "--seed", seed)
+def reinforce(seed: int, steps: int, words: tuple, scratch: Path) -> dict:
+    adapter, data = scratch / "adapter", prompts(steps)
+    begin = ("--config", HERE / "recipe.toml", "--init-adapter", first(), "--seed", seed)
+    words = (*words, "--data", data) if words else ()
     return {
-        "training": train(adapter, *words),
+        "training": train(adapter, *begin, *words),
         "by_step": by_step(adapter, *FIGURES),
         "answers": measure(scratch, adapter, seed),
     }
@@ -180,14 +181,15 @@ COURSE_HEAD = (
 
 def show(found: dict[str, dict]) -> dict[str, list[str]]:
     seeds = {name: found[name] for seed in SEEDS if (name := f"grpo-{seed}") in found}
+    fast = {name: found[name] for seed in FAST_SEEDS if (name := f"fast-{seed}") in found}
     if seeds:
-        draw(found, seeds)
+        draw(found, seeds, fast)
     return {
         "summary": claims(found),
         "start": table(START_HEAD, start_lines(found["tried"]) if "tried" in found else []),
-        "arms": table(ARMS_HEAD, arms(found, seeds)),
-        "course": table(COURSE_HEAD, [[f"`{name}`", *course(f["by_step"])] for name, f in seeds.items()]),
-        "faults": table(FAULTS_HEAD, faults(found, seeds)),
+        "arms": table(ARMS_HEAD, arms(found, seeds, fast)),
+        "course": table(COURSE_HEAD, [[f"`{name}`", *course(f["by_step"])] for name, f in {**seeds, **fast}.items()]),
+        "faults": table(FAULTS_HEAD, faults(found, {**seeds, **fast})),
     }
 
 
@@ -203,18 +205,21 @@ def start_lines(found: dict) -> list[list]:
     return lines
 
 
-def arms(found: dict[str, dict], seeds: dict[str, dict]) -> list[list]:
+def arms(found: dict[str, dict], seeds: dict[str, dict], fast: dict[str, dict]) -> list[list]:
     lines = []
     if "before" in found:
         known = next(iter(seeds.values()), None)
         cost = tuple(known["training"]["evaluations"][0].get(key) for key in COST) if known else (None, None)
         lines.append(["before", *answers_of(found["before"]), *costs(*cost)])
     for name, f in seeds.items():
-        lines.append([f"`{name}`: {STEPS} steps of GRPO", *answers_of(f), *costs(*at_end(f))])
+        lines.append([f"`{name}`: {f['training']['steps']} steps of GRPO", *answers_of(f), *costs(*at_end(f))])
     if len(seeds) > 1:
         every = {"answers": [row for f in seeds.values() for row in f["answers"]]}
         cost = [mean(values) for values in zip(*map(at_end, seeds.values()), strict=True)]
         lines.append([f"all {len(seeds)} seeds", *answers_of(every), *costs(*cost)])
+    for name, f in fast.items():
+        steps = f["training"]["steps"]
+        lines.append([f"`{name}`: {steps} steps at four times the rate", *answers_of(f), *costs(*at_end(f))])
     if "imitate" in found:
         f = found["imitate"]
         steps = f["training"]["steps"]
@@ -313,16 +318,17 @@ def running(values: list[float]) -> list[float]:
     return [mean(values[max(0, at - WINDOW + 1) : at + 1]) for at in range(len(values))]
 
 
-def draw(found: dict[str, dict], seeds: dict[str, dict]) -> None:
+def draw(found: dict[str, dict], seeds: dict[str, dict], fast: dict[str, dict]) -> None:
     with picture(HERE / "course.png", (11, 4.2), ncols=3) as (rewards, signals, after):
-        for name, f in seeds.items():
+        for name, f in {**seeds, **fast}.items():
+            line = "--" if name in fast else "-"
             steps = range(1, len(f["by_step"]["reward"]) + 1)
-            rewards.plot(steps, [100 * value for value in running(f["by_step"]["reward"])], label=name)
-            signals.plot(steps, [100 * (1 - value) for value in running(f["by_step"]["no_signal"])], label=name)
+            rewards.plot(steps, [100 * value for value in running(f["by_step"]["reward"])], line, label=name)
+            signals.plot(steps, [100 * (1 - value) for value in running(f["by_step"]["no_signal"])], line, label=name)
         rewards.set(xlabel="step", ylabel="right answers of a step, %", ylim=(0, 100))
         signals.set(xlabel=f"step; running mean of {WINDOW}", ylabel="groups with a signal, %", ylim=(0, 104))
         rewards.legend(fontsize=8)
-        bars = {name: f for name, f in found.items() if name in ("before", *seeds, "imitate")}
+        bars = {name: f for name, f in found.items() if name in ("before", *seeds, *fast, "imitate")}
         for shift, way in ((-0.2, "greedy"), (0.2, "sampled")):
             heights = [percent(of(f, way), right) for f in bars.values()]
             drawn = after.bar([at + shift for at in range(len(bars))], heights, 0.38, label=WAYS[way])
@@ -337,7 +343,9 @@ experiment.add("start", start, leaves="adapter")
 experiment.add("tried", tried, "start")
 experiment.add("before", before, "start")
 for seed in SEEDS:
-    experiment.add(f"grpo-{seed}", partial(reinforce, seed), "start")
+    experiment.add(f"grpo-{seed}", partial(reinforce, seed, STEPS, ()), "start")
+for seed in FAST_SEEDS:
+    experiment.add(f"fast-{seed}", partial(reinforce, seed, FAST_STEPS, FAST), "start")
 experiment.add("imitate", imitate, "start")
 
 if __name__ == "__main__":
