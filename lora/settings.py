@@ -28,6 +28,7 @@ GROUPS = (
     "model",
     "data",
     "method",
+    "reinforcement",
     "adapter",
     "chat",
     "answers",

@@ -24,10 +24,10 @@ from lora.train.distributed import DistContext
 from lora.train.record import Record, draw
 from lora.train.step import NotFinite
 
-PICTURE, REPORT, REFERENCE = "loss.png", "report.md", "reference.safetensors"
+PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER = "loss.png", "report.md", "reference.safetensors", "reference"
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, card.FILE, run_state.FOLDER)  # and these
+HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE, run_state.FOLDER)  # and these
 
 
 def holds(out: Path) -> list[str]:
