@@ -39,8 +39,8 @@ class Batch:
     padding: int = 0
     counts: list[int] = field(default_factory=list)  # trained positions of each example; they sum to N
     known: dict[str, Tensor] = field(default_factory=dict)  # of linked examples, (examples,) each
-    per_token: dict[str, Tensor] = field(default_factory=dict)  # of sampled answers, (N,) each
     linked: int = 0  # how many `Linked` these are
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # of sampled answers, (N,) each
 
     @property
     def count(self) -> int:

@@ -17,9 +17,9 @@ rate as a part of that of sft, EPOCHS how many there are at least where nobody s
 
 from types import ModuleType
 
-from lora.methods import dpo, kto, reward, sft
+from lora.methods import dpo, grpo, kto, ppo, reward, rloo, sft
 
-METHODS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward}
+METHODS = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward, "grpo": grpo, "rloo": rloo, "ppo": ppo}
 SETTINGS = {name: [m for m in METHODS if name in METHODS[m].SETTINGS] for m in METHODS.values() for name in m.SETTINGS}
 LOSSES = [name for m in METHODS.values() for name in getattr(m, "LOSSES", ())]
 
