@@ -15,6 +15,7 @@ Its flags are SETTINGS; what they leave open, `defaults(args)` says. LABEL is wh
 rate as a part of that of sft, EPOCHS how many there are at least where nobody says.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 from lora.methods import dpo, grpo, kto, ppo, reward, rloo, sft
@@ -57,9 +58,11 @@ def without_others(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if method in SETTINGS.get(name, (method,))}
 
 
-def figures(method: str) -> dict[str, str]:
-    """What a method measures, by name, in few words: those before the formula."""
-    return {name: words.partition(":")[0] for name, words in METHODS[method].FIGURES.items()}
+def figures(method: str, rows: Sequence[dict] = ()) -> dict[str, str]:
+    """What a method measures, by name, in few words: those before the formula; with the rewards that these rows have."""
+    words = {name: words.partition(":")[0] for name, words in METHODS[method].FIGURES.items()}
+    parts = dict.fromkeys(name for row in rows for name in row if name.startswith("reward_"))
+    return words | {name: f"reward: {name.removeprefix('reward_')}" for name in parts if name not in words}
 
 
 def describe(args) -> str:

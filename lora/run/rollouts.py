@@ -10,14 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lora import ops
 from lora.adapter.merge import merged
 from lora.data.batch import Batch, Linked, micro_batches
 from lora.data.encode import Encoded
 from lora.errors import StopFlag
 from lora.inference.rollout import Completion, draws, sample_groups
-from lora.methods import compares, has_value_head
-from lora.methods.policy import log_probs
+from lora.methods import compares, has_value_head, policy
 from lora.rewards import Asked, Rewards
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
@@ -145,15 +143,14 @@ class Rollouts:
     def _measure(self, batches: Sequence[Batch]) -> None:
         """Write into the batches what a method needs to know before the first gradient."""
         for batch in batches if has_value_head(self.args.method) else ():
-            hidden = self.model.trunk(batch.tokens, batch.lengths)[batch.trained]
+            hidden = policy.hidden(self.model, batch)
             batch.per_token["values"] = self.model.v_head(hidden)
-            cap = self.model.config.final_logit_softcapping
-            how = batch.targets, cap, self.args.temperature
-            batch.per_token["old"] = ops.log_probs(hidden, self.model.head_weight, *how)
+            batch.per_token["old"] = policy.log_probs(self.model, hidden, batch, self.args)
         if compares(self.plan.method, self.args):
             with self.plan.reference():
                 for batch in batches:
-                    batch.per_token["reference"] = log_probs(self.model, batch, self.args)
+                    hidden = policy.hidden(self.model, batch)
+                    batch.per_token["reference"] = policy.log_probs(self.model, hidden, batch, self.args)
 
     def evaluate(self) -> dict[str, float]:
         """What the likeliest answers to held-out prompts are like; `loss` is their reward, negative."""
