@@ -77,10 +77,8 @@ def run_rank(args: TrainSettings, processes: DistContext, resumed: Resumed | Non
         plan.check_place(out, args)
         if resumed:
             resumed.check(plan, args, processes)
-        if samples(args.method):
-            plan.open_rewards(args, tasks.TASKS)
 
-        with plan.within_memory(args, processes.device):
+        with plan.rewarding(args, tasks.TASKS), plan.within_memory(args, processes.device):
             return train(plan, args, out, processes, resumed)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -23,7 +23,7 @@ from lora.errors import is_out_of_memory, out_of_memory, say
 from lora.methods import METHODS
 from lora.network.decoder import Model
 from lora.pretrained import hub
-from lora.rewards import Rewards
+from lora.rewards import Rewards, TaskFunction, parse_all
 from lora.run import adapter
 from lora.run.settings import TrainSettings
 from lora.text.chat import Chat
@@ -96,11 +96,17 @@ class Plan:
             return sum(p.numel() for p in self.empty.parameters())
         return memory.in_adapter(self.empty, self.targets, args.dora)
 
-    def open_rewards(self, args: TrainSettings, tasks: Mapping[str, Callable]) -> None:
-        """Make the rewards that --reward names ready. Raises BadInput where one cannot be, or a row lacks what it
-        needs."""
-        self.rewards = Rewards(args, tasks, self.base, self.empty)
-        self.rewards.check([row for part in (self.examples, self.sources.held_out) if part for row in part.rows])
+    @contextmanager
+    def rewarding(self, args: TrainSettings, tasks: Mapping[str, TaskFunction]):
+        """Inside the block the rewards that --reward names are ready, where the model learns from its own answers.
+        Raises BadInput where one cannot be, or a row lacks what it needs."""
+        if not methods.samples(args.method):
+            yield
+            return
+        rows = [row for part in (self.examples, self.sources.held_out) if part for row in part.rows]
+        with Rewards(parse_all(args.reward), tasks, args.reward_timeout, args.micro_tokens) as self.rewards:
+            self.rewards.check([(row.where, row.row, row.messages) for row in rows], self.base, not args.no_verify)
+            yield
 
     def check_place(self, out: Path, args: TrainSettings) -> None:
         """Raises BadInput where --overwrite would delete the base, BadEnvironment where the disk has no room for the
