@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lora.errors import BadInput, collecting
-from lora.methods import LOSSES, METHODS, SETTINGS, dpo, samples
+from lora.methods import LOSSES, METHODS, SETTINGS, dpo, has_value_head, samples
 from lora.rewards import parse_all
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
