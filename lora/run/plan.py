@@ -154,8 +154,9 @@ class Plan:
             say(f"adapter  {trained / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {args.rank}, {linears}")
             for line in adapter.table(args, self.empty, self.targets):
                 say(line)
-        what = {"conversation": "examples", "judged": "answers"}.get(self.method.KIND, "pairs")
-        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
+        what = {"conversation": "examples", "judged": "answers", "prompt": "prompts"}.get(self.method.KIND, "pairs")
+        of_them = "" if what == "prompts" else f", {learned:,} trained ({100 * learned / tokens:.0f} %)"
+        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens{of_them}")
         if args.method != "sft":
             say(f"method   {methods.describe(args)}")
         say(f"plan     {self.total} steps of {args.batch_size} {what}, about {self.step_tokens:,} tokens; {epochs}")
