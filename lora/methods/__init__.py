@@ -68,4 +68,5 @@ def figures(method: str, rows: Sequence[dict] = ()) -> dict[str, str]:
 def describe(args) -> str:
     """The method and its settings that are not 0, in a line."""
     told = [(name.replace("_", " "), getattr(args, name)) for name in METHODS[args.method].SETTINGS]
+    told = [(name, " + ".join(value) if isinstance(value, list) else value) for name, value in told]
     return ", ".join([args.method, *(f"{name} {value}" for name, value in told if value)])

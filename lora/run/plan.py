@@ -103,7 +103,7 @@ class Plan:
         if not methods.samples(args.method):
             yield
             return
-        rows = [row for part in (self.examples, self.sources.held_out) if part for row in part.rows]
+        rows = [row for part in (self.examples, self.sources.held_out) if part for row in part.prompts]
         with Rewards(parse_all(args.reward), tasks, args.reward_timeout, args.micro_tokens) as self.rewards:
             self.rewards.check([(row.where, row.row, row.messages) for row in rows], self.base, not args.no_verify)
             yield

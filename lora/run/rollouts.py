@@ -24,7 +24,7 @@ from lora.train.distributed import DistContext
 from lora.train.evaluate import evaluating
 from lora.train.stopping import WITHOUT_SIGNAL
 
-CACHED = 16  # times --micro-tokens positions in a cache: a position's keys and values need far less than its activations
+CACHED = 16  # times --micro-tokens positions in a cache: keys and values are far smaller than activations
 GREEDY = 1e-4  # a temperature
 
 
@@ -105,7 +105,7 @@ class Rollouts:
         return items
 
     def _asked(self, examples: Encoded, i: int, answer: Completion) -> Asked:
-        row, tokens = examples.rows[i], answer.tokens[: -1 if answer.ended else None]
+        row, tokens = examples.prompts[i], answer.tokens[: -1 if answer.ended else None]
         return Asked(row.row, row.messages, self.plan.chat.tokenizer.decode(tokens), len(answer.tokens))
 
     def _figures(

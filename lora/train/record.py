@@ -166,7 +166,8 @@ def draw(rows: list[dict], path: Path, title: str, best: int | None = None, loss
         len(heights), 1, figsize=(8, 4 + len(heights) / 2 + len(panels)), dpi=120, sharex=True, height_ratios=heights,
         layout="constrained",
     )  # fmt: skip
-    steps, values = zip(*((row["step"], row[top]) for row in trained if top in row), strict=True) if trained else ((), ())
+    shown = [row for row in trained if top in row]  # answers of a step that cannot be scored have no reward
+    steps, values = [row["step"] for row in shown], [row[top] for row in shown]
     above.plot(steps, values, color="#9db8d9", linewidth=1, marker=".", markersize=4, label="each step")
     above.plot(steps, smooth(values), color="#1f4e8c", linewidth=2, label="running mean")
     _evaluations(above, held_out, f"eval_{top}", "#2f7d32", "held out")
