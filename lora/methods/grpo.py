@@ -22,8 +22,8 @@ from lora.train.evaluate import Total
 
 KIND = "prompt"
 SETTINGS = (*policy.SETTINGS, "loss", "scale")
-LABEL, RATE, EPOCHS = "loss", 0.05, 1
-FIGURES = {
+LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
+FIGURES = policy.FIGURES | {
     "kl": "k3: nats a token away from the reference",
     "clipped": "tokens that the clip holds back",
 }
