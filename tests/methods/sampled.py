@@ -3,17 +3,16 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import torch
 
 from lora.adapter import value_head
 from lora.adapter.inject import disabled
 from lora.data.batch import Batch, Linked, collate
-from lora.methods import METHODS, fill, policy
+from lora.methods import METHODS, policy
 from lora.text.chat import Example
 from tests.helpers import patched, some_tokens, tiny_model
-from tests.methods.linked import taken
+from tests.methods.linked import settings, taken
 
 NONE = float("nan")  # the reward of a completion that cannot be scored
 LONG = (31, 4, 9, 17, 2, 26, 12, 1)  # tokens of completions, so unequal that a mean of means is far off
@@ -132,11 +131,11 @@ def gradient(model, loss: torch.Tensor) -> torch.Tensor:
 
 
 def args_of(method: str, **changed):
-    base = {
-        "method": method, "temperature": 1.0, "max_new_tokens": 32, "epsilon": 0.2, "epsilon_high": None, "group": None,
-        "kl": None, "updates": None, "loss": None, "scale": None, "gamma": 1.0, "lam": 0.95, "value_weight": 0.1,
-        "value_clip": 0.2, "whiten_rewards": False, "kl_target": None, "kl_horizon": 10000, "no_end_penalty": 0.0,
-    }  # fmt: skip
-    args = SimpleNamespace(**{**base, **changed})
-    fill(args)
-    return args
+    """What `train.py --method METHOD` knows, with these flags."""
+    words = [
+        word
+        for name, value in changed.items()
+        for word in ("--" + name.replace("_", "-"), value)
+        if word is not True and value is not False
+    ]
+    return settings(method, "--reward", "length:10", *words)
