@@ -33,7 +33,7 @@ FIGURES = {  # of the sampled answers, as `lora.run.rollouts` measures them; and
 }
 NOTE = (
     "The loss says nothing about success: with one update from each step's answers it is a mean of advantages, which "
-    "are 0 on average, while its gradient is not 0. Watch the reward."
+    "are about 0 on average, while its gradient is not 0. Watch the reward."
 )
 
 
