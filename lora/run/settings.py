@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from lora.errors import BadInput
 from lora.methods import LOSSES, METHODS, SETTINGS, dpo, samples
-from lora.rewards import is_reward
+from lora.rewards import wrong
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
 
@@ -140,7 +140,7 @@ class TrainRewards(Settings, group="reinforcement"):
 
     reward: list[str] | None = flag(
         None, "NAME or NAME:WEIGHT, may be repeated: multiply, countdown, format:REGEX, length:N, FILE.py:FUNCTION, or "
-        "the folder of a reward model", Range("a reward, as multiply or FILE.py:function:0.5", is_reward))
+        "the folder of a reward model")
     reward_timeout: float = flag(60.0, "seconds that a function of your own may take for a step", between(0.01, 1e6))
     group: int | None = flag(None, "answers to each prompt: 8, of ppo 1", between(1, 4096))
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", between(0.01, 100))
@@ -351,7 +351,7 @@ class TrainSettings(
         if not self.reward and not self.check and self.preview is None:
             fix = "Add --reward multiply, FILE.py:function or another"
             found.append(f"missing --reward in the command line: --method {self.method} learns from rewards. {fix}")
-        return found
+        return [*found, *wrong(self.reward or ())]
 
     def refuse_contradictions(self) -> None:
         """Raises BadInput with all of them. With --full, what belongs to adapters is None from here on."""
