@@ -47,7 +47,7 @@ class Rollouts:
         self.model, self.plan, self.args, self.processes = model, plan, args, processes
         self.carried, self.stop = carried, stop
         self.sums, self.samples = {}, []
-        plan.rewards.load(model, plan.base)
+        plan.rewards.load(model)
 
     def micro_batches(self, indices: Sequence[int], args, processes, step: int) -> list[Batch]:
         """This process's part of a step. Raises Interrupted where a signal came while answers were sampled."""

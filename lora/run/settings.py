@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lora.errors import BadInput, collecting
+from lora.errors import BadInput
 from lora.methods import LOSSES, METHODS, SETTINGS, dpo, has_value_head, samples
-from lora.rewards import parse_all
+from lora.rewards import wrong
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
 
@@ -358,9 +358,7 @@ class TrainSettings(
         if not self.reward and not self.check and self.preview is None:
             fix = "Add --reward multiply, FILE.py:function or another"
             found.append(f"missing --reward in the command line: --method {self.method} learns from rewards. {fix}")
-        with collecting(found):
-            parse_all(self.reward or ())
-        return found
+        return [*found, *wrong(self.reward or ())]
 
     def refuse_contradictions(self) -> None:
         """Raises BadInput with all of them. With --full, what belongs to adapters is None from here on."""
