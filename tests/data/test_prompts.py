@@ -92,6 +92,7 @@ def test_the_shape_of_a_prompt_names_its_key(tmp_path):
 @mutation("lora/data/prompts.py", "key = next(iter(used), None)", "key = None")
 @mutation("lora/data/prompts.py", "if key not in WHOLE:", "if True:")
 @mutation("lora/data/prompts.py", "if field == key or field not in WHOLE", "")
+@mutation("lora/data/formats.py", 'if not answered and "text" in roles:', 'if not answered and shape == "text":')
 def test_the_questions_key_can_be_named(tmp_path):
     row = {"prompt": "another", "frage": "Hi", "thoughts": "", "conversations": SAID, "messages": [*EARLIER, *EARLIER]}
     assert one(tmp_path, row, "prompt", keys=("frage", None)).messages == [USER]
@@ -213,7 +214,6 @@ def rows_of(rows=ROWS) -> list[Conversation]:
 @mutation("lora/data/encode.py", 'found.prompts += [row] if kind == "prompt" else []', "found.prompts = found.kept")
 @mutation("lora/data/encode.py", "return [_of_prompt(row, chat) for row in rows]", "pass")
 @mutation("lora/text/chat.py", "return TokenizedChat(ids, [], [])", "return TokenizedChat(ids, [(0, len(ids))], [])")
-@mutation("lora/text/chat.py", "self.guarded += bool(text.guard)\n        ids", "ids")
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "llama3"])
 def test_a_prompt_is_encoded_as_generation_has_it_with_nothing_trained_and_its_row_stays_beside_it(name):
     chat, rows = chat_of(name), rows_of()
@@ -227,6 +227,7 @@ def test_a_prompt_is_encoded_as_generation_has_it_with_nothing_trained_and_its_r
     assert found.rows == 5 and found.dropped == 1 and found.overlong == (rows[longest].where, max(lengths))
 
 
+@mutation("lora/text/chat.py", "self.guarded += bool(text.guard)\n        ids", "ids")
 def test_prompts_that_spell_a_control_token_are_counted():
     chat = chat_of("chatml")
     encode(rows_of(), chat, 1000, kind="prompt")
