@@ -72,13 +72,6 @@ class Encoded(Sequence):
         part = slice(self.ends[n], self.ends[n + 1])
         return Example(self.tokens[part].tolist(), self.trained[part].tolist())
 
-    def count_in(self, indices: Sequence[int]) -> int:
-        """What the loss of some of them is divided by, as `Batch.count`: their trained tokens, where the first token of
-        an example has nothing before it; of linked ones their number."""
-        if self.group > 1:
-            return len(indices)
-        return sum(int(self.trained[self.ends[i] + 1 : self.ends[i + 1]].sum()) for i in indices)
-
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each, (len,)."""

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -23,6 +23,7 @@ from lora.errors import is_out_of_memory, out_of_memory, say
 from lora.methods import METHODS
 from lora.network.decoder import Model
 from lora.pretrained import hub
+from lora.rewards import Rewards, TaskFunction, parse_all
 from lora.run import adapter
 from lora.run.settings import TrainSettings
 from lora.text.chat import Chat
@@ -54,6 +55,7 @@ class Plan:
     retention_batches: list[batch.Batch] | None  # on which forgetting is measured; None without evaluations
     method: ModuleType  # one of `lora.methods`
     reference: "object | None" = None  # what the model of step 0 says of the examples, where the method compares
+    rewards: Rewards | None = None  # of answers, where the model learns from its own
 
     @property
     def examples(self) -> Encoded:
@@ -74,7 +76,9 @@ class Plan:
         shares = [(len(part), share) for part, share in self.sources.replays]
         return order.steps(sizes, args.batch_size, args.seed, self.total, self.sources.weights, shares)
 
-    def micro_batches(self, indices: list[int], args: TrainSettings, processes: DistContext) -> list[batch.Batch]:
+    def micro_batches(
+        self, indices: list[int], args: TrainSettings, processes: DistContext, step: int
+    ) -> list[batch.Batch]:
         """This process's share of a step, cut so that it fits into memory."""
         lengths = self.examples.lengths
 
@@ -92,6 +96,18 @@ class Plan:
             return sum(p.numel() for p in self.empty.parameters())
         return memory.in_adapter(self.empty, self.targets, args.dora)
 
+    @contextmanager
+    def rewarding(self, args: TrainSettings, tasks: Mapping[str, TaskFunction]):
+        """Inside the block the rewards that --reward names are ready, where the model learns from its own answers.
+        Raises BadInput where one cannot be, or a row lacks what it needs."""
+        if not methods.samples(args.method):
+            yield
+            return
+        rows = [row for part in (self.examples, self.sources.held_out) if part for row in part.prompts]
+        with Rewards(parse_all(args.reward), tasks, args.reward_timeout, args.micro_tokens) as self.rewards:
+            self.rewards.check([(row.where, row.row, row.messages) for row in rows], self.base, not args.no_verify)
+            yield
+
     def check_place(self, out: Path, args: TrainSettings) -> None:
         """Raises BadInput where --overwrite would delete the base, BadEnvironment where the disk has no room for the
         checkpoints of the run."""
@@ -104,7 +120,10 @@ class Plan:
 
     def _counted(self, args: TrainSettings) -> tuple:
         """What `lora.train.memory` counts with."""
-        return self.on_meta, args, self.examples.document_lengths, self.per_step * self.examples.group
+        lengths, group = self.examples.document_lengths, self.examples.group
+        if methods.samples(args.method):
+            lengths, group = lengths + args.max_new_tokens, args.group
+        return self.on_meta, args, lengths, self.per_step * group
 
     def memory(self, args: TrainSettings) -> float:
         """Bytes that the run is expected to take at its peak."""

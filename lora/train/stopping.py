@@ -3,9 +3,15 @@
 An evaluation is a row {"step", "eval_loss", "retention_kl"}; either number may be missing. Step 0 is the start.
 """
 
+import math
 from collections.abc import Sequence
 
 FINISHED = "all steps are done"
+WITHOUT_SIGNAL = "steps_without_signal"  # so many in a row, of those whose answers are sampled
+NO_SIGNAL = (
+    "Where all answers to a prompt have the same reward nothing is learned: give easier rows, train on examples first, "
+    "or raise --temperature"
+)
 
 
 def brief(row: dict) -> dict:
@@ -45,5 +51,8 @@ def reason_to_stop(state, args, signal: int | None) -> str | None:
     """Why a run ends after the step it stands at; None where it goes on."""
     if signal:
         return f"stopped by a signal after step {state.step}"
-    early = why_end(state.evaluations, args.patience, args.max_forgetting)
+    without = state.carried.get(WITHOUT_SIGNAL)
+    if without is not None and without >= (args.patience or math.inf):
+        return f"no group of the last {without:.0f} steps had a signal (--patience). {NO_SIGNAL}"
+    early = why_end(state.evaluations, args.patience if without is None else None, args.max_forgetting)
     return early or (FINISHED if state.step >= state.total else None)
