@@ -177,7 +177,7 @@ def _messages(
         raise _Wrong(why, "UNKNOWN")
     turns, roles, shape = _turns(value, keys, answered)
     messages, led = _checked(turns, roles, leading, side)
-    if not answered and shape == "text":
+    if not answered and "text" in roles:
         raise _Wrong("a document asks nothing. Give prompts")
     if answered:
         trained, field = foreign_fields.is_trained(value, "it", used)

@@ -87,7 +87,7 @@ class TrainData(Settings, group="data"):
         "made", free=True)
     replay: list[str] | None = flag(
         None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 to 8", free=True)
-    prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key")
+    prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key, but for pairs and prompts")
     response_key: str | None = flag(None, "key of the answer in rows of another shape")
     leading_answers: str = flag(
         "error", "an answer before the first question: drop it, or keep it as context that is not trained",
