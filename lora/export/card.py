@@ -102,7 +102,8 @@ AIMS = {  # what a method trains for
     "dpo": "It was trained on pairs, to prefer chosen answers to rejected ones: DPO, loss {loss}, β {beta}, {than}.",
     "kto": "It was trained on judged answers, to give good ones and not bad ones: KTO, β {beta}, {than}.",
     **dict.fromkeys(
-        ("grpo", "rloo", "ppo"), "It was trained with rewards of answers that it gave itself: {method}, rewards {rewards}."
+        ("grpo", "rloo", "ppo"),
+        "It was trained with rewards of answers that it gave itself: {method}, rewards {rewards}.",
     ),
     "reward": "It is a reward model, trained on pairs: the better answer shall have the higher score.",
 }

@@ -57,7 +57,11 @@ def write(
     if note := getattr(METHODS[method], "NOTE", ""):
         lines += ["", note]
     if samples := [(row["step"], one) for row in shown[-4:] for one in row.get("samples") or ()]:
-        lines += ["", "Answers of the model, sampled while it learned, the best and the worst to one prompt of a step:", ""]
+        lines += [
+            "",
+            "Answers of the model, sampled while it learned, the best and the worst to one prompt of a step:",
+            "",
+        ]
         told = ([step, one["prompt"], one["answer"], _number(one["reward"])] for step, one in samples)
         lines += table(("step", "prompt", "answer", "reward"), told)
     if evaluated:

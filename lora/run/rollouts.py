@@ -1,8 +1,8 @@
 """What reinforcement learns from: answers that the model itself gives to the prompts of a step, and their rewards.
 
 A step's prompts are shared out to the ranks; each samples a group of answers to its own, with the adapter merged, and
-has them rewarded. What the method needs besides is measured without gradients: log-probabilities of the model of step 0,
-and values. The result is laid out as any other batch: prompt and answer are a document, the answer is trained.
+has them rewarded. What the method needs besides is measured without gradients: log-probabilities of the model of step
+0, and values. The result is laid out as any other batch: prompt and answer are a document, the answer is trained.
 """
 
 import math
@@ -16,7 +16,7 @@ from lora.data.encode import Encoded
 from lora.errors import StopFlag
 from lora.inference.rollout import Completion, draws, sample_groups
 from lora.methods import compares, has_value_head, policy
-from lora.rewards import Asked, Rewards
+from lora.rewards import Asked
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.text.chat import Example

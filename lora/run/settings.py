@@ -270,7 +270,14 @@ class TrainHardware(Settings, group="hardware"):
 
 @dataclass
 class TrainSettings(
-    TrainModel, TrainData, TrainMethod, TrainRewards, TrainAdapter, TrainOptimisation, TrainEvaluation, TrainSaving,
+    TrainModel,
+    TrainData,
+    TrainMethod,
+    TrainRewards,
+    TrainAdapter,
+    TrainOptimisation,
+    TrainEvaluation,
+    TrainSaving,
     TrainHardware,
 ):
     """train.py"""
