@@ -125,9 +125,10 @@ class Rollouts:
 
     def _shown(self, asked: Sequence[Asked], parts: dict, totals: Sequence[float]) -> list[dict]:
         """The best and the worst answer of the first group."""
-        first = sorted(range(min(len(asked), self.args.group)), key=lambda i: -totals[i])
+        members = [i for i in range(min(len(asked), self.args.group)) if not math.isnan(totals[i])]
+        first = sorted(members, key=lambda i: -totals[i])
         return [
-            {"prompt": asked[i].messages[-1]["content"], "answer": asked[i].text, "reward": finite(totals[i])}
+            {"prompt": asked[i].messages[-1]["content"], "answer": asked[i].text, "reward": totals[i]}
             | {f"reward_{name}": rewards[i] for name, rewards in parts.items()}
             for i in dict.fromkeys((*first[:1], *first[-1:]))
         ]
@@ -167,10 +168,6 @@ class Rollouts:
         reduced = self.processes.all_reduce([number for pair in sums.values() for number in pair])
         means = zip(sums, reduced[::2], reduced[1::2], strict=True)
         return {name: value / count for name, value, count in means if count}
-
-
-def finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 def scored(rewards: Sequence[float]) -> list[float]:
