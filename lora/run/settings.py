@@ -87,7 +87,8 @@ class TrainData(Settings, group="data"):
         "made", free=True)
     replay: list[str] | None = flag(
         None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 to 8", free=True)
-    prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key, but for pairs and prompts")
+    prompt_key: str | None = flag(
+        None, "key of the question in rows of another shape; with --response-key, but for pairs and prompts")
     response_key: str | None = flag(None, "key of the answer in rows of another shape")
     leading_answers: str = flag(
         "error", "an answer before the first question: drop it, or keep it as context that is not trained",
@@ -141,7 +142,9 @@ class TrainRewards(Settings, group="reinforcement"):
     reward: list[str] | None = flag(
         None, "NAME or NAME:WEIGHT, may be repeated: multiply, countdown, format:REGEX, length:N, FILE.py:FUNCTION, or "
         "the folder of a reward model")
-    reward_timeout: float = flag(60.0, "seconds that a function of your own may take for a step", between(0.01, 1e6))
+    reward_timeout: float = flag(
+        60.0, "seconds that a function of your own may take for a step", between(0.01, 1e6),
+        free=True)
     group: int | None = flag(None, "answers to each prompt: 8, of ppo 1", between(1, 4096))
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", between(0.01, 100))
     max_new_tokens: int = flag(128, "longest sampled answer in tokens", between(1, 2**20))
