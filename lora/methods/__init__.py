@@ -5,11 +5,11 @@ do not know which one runs.
     loss(model, batch, args)    a batch's loss as (sum, count, figures); the sum is divided once, by the step's count
     FIGURES                     what is measured besides: name -> in words; `figures` are (sum, count) of each, by name
 
-A method whose loss compares with the model of step 0 says so: `compares(args)`. One that needs to know all batches of a
-step before the first gradient has `prepare(model, batches, args, total, carried)`, which returns those that are trained;
-`carried` are numbers that a run hands from step to step. `count(batch, args)` is what a batch's sum is a mean of, where
-that is not its trained tokens or linked examples. KIND "prompt" says that the model learns from its own answers, which
-`lora.run.rollouts` samples; VALUE_HEAD, that a value head trains.
+A method whose loss compares with the model of step 0 says so: `compares(args)`. One that needs to know all batches of
+a step before the first gradient has `prepare(model, batches, args, total, carried)`, which returns those that are
+trained; `carried` are numbers that a run hands from step to step. `count(batch, args)` is what a batch's sum is a mean
+of, where that is not its trained tokens or linked examples. KIND "prompt" says that the model learns from its own
+answers, which `lora.run.rollouts` samples; VALUE_HEAD, that a value head trains; NOTE is for readers of the report.
 
 Its flags are SETTINGS; what they leave open, `defaults(args)` says. LABEL is what its loss is called, RATE the learning
 rate as a part of that of sft, EPOCHS how many there are at least where nobody says.
@@ -59,7 +59,7 @@ def without_others(settings: dict) -> dict:
 
 
 def figures(method: str, rows: Sequence[dict] = ()) -> dict[str, str]:
-    """What a method measures, by name, in few words: those before the formula; with the rewards that these rows have."""
+    """What a method measures, by name, in few words: those before the formula; and the rewards that rows have."""
     words = {name: words.partition(":")[0] for name, words in METHODS[method].FIGURES.items()}
     parts = dict.fromkeys(name for row in rows for name in row if name.startswith("reward_"))
     return words | {name: f"reward: {name.removeprefix('reward_')}" for name in parts if name not in words}

@@ -32,8 +32,8 @@ FIGURES = {  # of the sampled answers, as `lora.run.rollouts` measures them; and
     "ended": "answers that end",
 }
 NOTE = (
-    "The loss says nothing about success: with one update from each step's answers it is a mean of advantages, which are "
-    "0 on average, while its gradient is not 0. Watch the reward."
+    "The loss says nothing about success: with one update from each step's answers it is a mean of advantages, which "
+    "are about 0 on average, while its gradient is not 0. Watch the reward."
 )
 
 

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from lora import files, threads
 from lora.errors import BadInput
+from lora.rewards.part import Asked, Part, Row
 from lora.rewards.spec import Spec
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -97,58 +98,79 @@ class Worker:
         self.process.stdout.close()
 
 
-class Format:
+class InWorker(Part):
+    """A reward that has a worker, and columns of its own choice."""
+
+    def __init__(self, spec: Spec, what: str, where: str, timeout: float):
+        super().__init__(spec)
+        self.worker = Worker(what, where, timeout)
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def columns(self, asked: Sequence[Asked]) -> dict[str, list]:
+        raise NotImplementedError
+
+    def score(self, asked: Sequence[Asked]) -> list[float | None]:
+        return self.worker.ask(self.columns(asked)) if asked else []
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+class Format(InWorker):
     """1.0 where the regular expression finds anything, else 0.0. It may backtrack for ever, so it has a worker, too."""
 
     def __init__(self, spec: Spec, timeout: float):
-        self.name, self.weight, self.regex = spec.name, spec.weight, spec.target
-        self.worker = Worker(f"format:{spec.target}", "the command line", timeout)
+        super().__init__(spec, f"format:{spec.target}", "the command line", timeout)
+        self.regex = spec.target
 
     def start(self) -> None:
         self.worker.start(self.regex)
 
-    def problems(self, rows) -> Iterator[str]:
+    def problems(self, rows: Sequence[Row]) -> Iterable[str]:
         self.worker.reply(LEAST_TO_START)
-        return iter(())
+        return ()
 
-    def score(self, asked) -> list[float | None]:
-        return self.worker.ask({"completions": [one.text for one in asked]})
+    def columns(self, asked: Sequence[Asked]) -> dict[str, list]:
+        return {"completions": [one.text for one in asked]}
 
 
-class Function:
+class Function(InWorker):
     """FILE.py:FUNCTION."""
 
     def __init__(self, spec: Spec, timeout: float):
-        self.name, self.weight = spec.name, spec.weight
         self.file, _, self.function = spec.target.rpartition(":")
-        self.worker = Worker(self.function, self.file, timeout)
-        self.columns: list[str] = []
+        super().__init__(spec, self.function, self.file, timeout)
+        self.taken: list[str] = []
 
     def start(self) -> None:
         if not files.is_regular(Path(self.file)):
             raise BadInput(f"wrong --reward in {self.file}: there is no such Python file. Give FILE.py:FUNCTION")
         self.worker.start(self.file, self.function)
 
-    def problems(self, rows: Iterable[tuple[str, dict, list[dict]]]) -> Iterator[str]:
+    def problems(self, rows: Sequence[Row]) -> Iterator[str]:
         """A line for each row without a column that the function needs. Raises BadInput for a wrong function."""
+        if self.worker.process is None:  # there is no such file
+            return
         takes = self.worker.reply(max(LEAST_TO_START, self.worker.timeout))
         needed, columns = [name for name in takes["needs"] if name not in GIVEN], {}
-        for where, row, _ in rows:
-            columns |= dict.fromkeys(row)
+        for row in rows:
+            columns |= dict.fromkeys(row.row)
             for name in needed:
-                if name not in row:
+                if name not in row.row:
                     fix = "Add it, or give the parameter a default"
-                    yield f"no column {name!r} in {where}: {self.function} of {self.file} needs it. {fix}"
+                    yield f"no column {name!r} in {row.where}: {self.function} of {self.file} needs it. {fix}"
             for name in GIVEN:
-                if name in row:
+                if name in row.row:
                     why = f"a reward function is given {name} by the run"
-                    yield f"wrong column {name!r} in {where}: {why}. Give the column another name"
-        self.columns = [name for name in columns if name != "prompt" and (takes["any"] or name in takes["takes"])]
+                    yield f"wrong column {name!r} in {row.where}: {why}. Give the column another name"
+        self.taken = [name for name in columns if name != "prompt" and (takes["any"] or name in takes["takes"])]
 
-    def score(self, asked) -> list[float | None]:
-        columns = {name: [one.row.get(name) for one in asked] for name in self.columns}
+    def columns(self, asked: Sequence[Asked]) -> dict[str, list]:
+        columns = {name: [one.row.get(name) for one in asked] for name in self.taken}
         plain = [isinstance(one.row.get("prompt"), str) for one in asked]
         columns["prompts"] = [one.row["prompt"] if p else one.messages for one, p in zip(asked, plain, strict=True)]
         said = [[{"role": "assistant", "content": one.text}] for one in asked]
         columns["completions"] = [one.text if p else m for one, m, p in zip(asked, said, plain, strict=True)]
-        return self.worker.ask(columns)
+        return columns

@@ -1,36 +1,35 @@
 """A reward model: an adapter with a value head, on the base that is in memory already.
 
-A conversation is the prompt's turns and the answer, with the chat template and the system turn of the reward model's own
-training. The score is the value at the end of turn, as `Session.score` gives it.
+A conversation is the prompt's turns and the answer, with the chat template and the system turn of the reward model's
+own training. The score is the value at the end of turn, as `Session.score` gives it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from lora import pretrained
 from lora.adapter import sets, store, value_head
-from lora.data.batch import micro_batches
+from lora.data.batch import Batch, micro_batches
 from lora.errors import BadInput, say
 from lora.inference import several
 from lora.inference.session import load_chat
 from lora.network.decoder import Model
+from lora.pretrained import ModelFiles
+from lora.rewards.part import Asked, Part, Row
 from lora.rewards.spec import FORMS, Spec
 from lora.text.chat import Chat, Example
 
 
-class RewardModel:
-    def __init__(self, spec: Spec, micro_tokens: int):
-        self.name, self.weight, self.folder = spec.name, spec.weight, spec.target
-        self.micro_tokens = micro_tokens
+class RewardModel(Part):
+    def __init__(self, spec: Spec, args, base: ModelFiles, empty: Model):
+        super().__init__(spec)
+        self.folder, self.args, self.base, self.empty = spec.target, args, base, empty
         self.chat: Chat | None = None
 
-    def problems(self, base: pretrained.ModelFiles, verify: bool = True) -> Iterator[str]:
-        """What is wrong with the folder, for a policy on this base; and learn to read its conversations."""
-        folder = Path(self.folder)
-        line = f"wrong --reward in {self.folder}:"
+    def problems(self, rows: Sequence[Row]) -> Iterator[str]:
+        """What is wrong with the folder; and learn to write conversations as it reads them."""
+        folder, line, verify = Path(self.folder), f"wrong --reward in {self.folder}:", not self.args.no_verify
         if not folder.is_dir():
             yield f"{line} there is no such task, function or folder. Give {FORMS}"
         elif not (folder / store.CONFIG).exists() and (folder / "config.json").exists():
@@ -38,30 +37,27 @@ class RewardModel:
             yield f"{line} {why}. Give the adapter that was merged into it"
         elif not value_head.has(folder):
             yield f"{line} it has no {value_head.FILE}, so it scores nothing. Give one made by --method reward"
+        elif self.args.full:
+            yield f"{line} it is an adapter on the base, which --full changes. Leave out one of them"
         else:
-            try:
-                several.dry_load(pretrained.empty_model(base), self.folder, base, verify)
-                say(f"reward   {self.name}: {self.folder}")
-                self.chat = load_chat(base, self.folder, verify=verify)
-            except BadInput as error:
-                yield from error.problems
+            say(f"reward   {self.name}: {self.folder}")
+            several.dry_load(self.empty, self.folder, self.base, verify)
+            self.chat = load_chat(self.base, self.folder, verify=verify)
 
-    def load(self, model: Model, base: pretrained.ModelFiles) -> None:
-        """Read the adapter; its layers stand around the Linears of `model`, which is left as it was."""
-        self.model, self.adapter = model, sets.read(model, self.folder, base.read)
+    def load(self, model: Model) -> None:
+        """Read the adapter: its layers stand around the Linears of `model`, which is left as it was."""
+        self.model, self.adapter = model, sets.read(model, self.folder, self.base.read)
 
     @torch.no_grad()
-    def score(self, asked) -> list[float | None]:
+    def score(self, asked: Sequence[Asked]) -> list[float | None]:
         """Raises BadInput for a conversation that the model has no room for."""
         conversations = [[*one.messages, {"role": "assistant", "content": one.text}] for one in asked]
         examples = [self._example(found) for found in self.chat.tokenize_all(conversations, "last")]
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-        values: list[float | None] = [None] * len(examples)
+        batches = micro_batches([examples[i] for i in order], self.args.micro_tokens, self.model.device)
         with sets.in_place(self.model, self.adapter):
-            found = [v for b in self._batches([examples[i] for i in order]) for v in self._values(b).tolist()]
-        for i, value in zip(order, found, strict=True):
-            values[i] = value
-        return values
+            found = [value for batch in batches for value in self._values(batch)]
+        return [value for _, value in sorted(zip(order, found, strict=True))]
 
     def _example(self, found) -> Example:
         """A conversation up to its end of turn; what would follow that is trained, so that `Batch.trained` says where
@@ -75,10 +71,7 @@ class RewardModel:
             raise BadInput(f"too long in {self.folder}: a completion has {why}. Lower --max-new-tokens or --max-len")
         return Example([*found[-1].tokens[:end], 0], [False] * end + [True])
 
-    def _batches(self, examples: list[Example]):
-        return micro_batches(examples, self.micro_tokens, self.model.device)
-
-    def _values(self, batch) -> Tensor:
-        """The value at the end of every conversation, (R,)"""
+    def _values(self, batch: Batch) -> list[float]:
+        """The value at the end of every conversation of a batch."""
         hidden = self.model.trunk(batch.tokens, batch.lengths)[batch.trained]  # (R, D)
-        return value_head.of(self.model)(hidden)
+        return value_head.of(self.model)(hidden).tolist()

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lora.errors import BadInput
@@ -58,20 +58,24 @@ def parse(text: str) -> Spec:
     return Spec("model", _plain(os.path.basename(os.path.abspath(target))), target, weight)
 
 
-def parse_all(texts: Sequence[str]) -> list[Spec]:
-    """Every --reward, each under a name of its own. Raises BadInput with all that is wrong."""
-    specs, names, problems = [], Counter(), []
+def wrong(texts: Sequence[str]) -> Iterator[str]:
+    """A line for each --reward that cannot be."""
     for text in texts:
         try:
-            spec = parse(text)
+            parse(text)
         except ValueError as error:
-            problems.append(f"wrong --reward in the command line: {error}")
-            continue
+            yield f"wrong --reward in the command line: {error}"
+
+
+def parse_all(texts: Sequence[str]) -> list[Spec]:
+    """Every --reward, each under a name of its own. Raises BadInput with all that is wrong."""
+    if problems := [*wrong(texts)]:
+        raise BadInput(*problems)
+    specs, names = [], Counter()
+    for spec in map(parse, texts):
         names[spec.name] += 1
         number = names[spec.name]
         specs.append(spec._replace(name=f"{spec.name}-{number}") if number > 1 else spec)
-    if problems:
-        raise BadInput(*problems)
     return specs
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -23,7 +23,7 @@ from lora.errors import is_out_of_memory, out_of_memory, say
 from lora.methods import METHODS
 from lora.network.decoder import Model
 from lora.pretrained import hub
-from lora.rewards import Rewards, TaskFunction, parse_all
+from lora.rewards import Rewards
 from lora.run import adapter
 from lora.run.settings import TrainSettings
 from lora.text.chat import Chat
@@ -97,15 +97,15 @@ class Plan:
         return memory.in_adapter(self.empty, self.targets, args.dora)
 
     @contextmanager
-    def rewarding(self, args: TrainSettings, tasks: Mapping[str, TaskFunction]):
+    def rewarding(self, args: TrainSettings, tasks: Mapping[str, Callable]):
         """Inside the block the rewards that --reward names are ready, where the model learns from its own answers.
         Raises BadInput where one cannot be, or a row lacks what it needs."""
         if not methods.samples(args.method):
             yield
             return
         rows = [row for part in (self.examples, self.sources.held_out) if part for row in part.prompts]
-        with Rewards(parse_all(args.reward), tasks, args.reward_timeout, args.micro_tokens) as self.rewards:
-            self.rewards.check([(row.where, row.row, row.messages) for row in rows], self.base, not args.no_verify)
+        with Rewards(args, tasks, self.base, self.empty) as self.rewards:
+            self.rewards.check(rows)
             yield
 
     def check_place(self, out: Path, args: TrainSettings) -> None:

@@ -27,17 +27,9 @@ from lora.train.step import NotFinite
 PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER = "loss.png", "report.md", "reference.safetensors", "reference"
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (
-    *passport.ADAPTER,
-    *MODEL,
-    METRICS,
-    PICTURE,
-    REPORT,
-    REFERENCE,
-    REFERENCE_ADAPTER,
-    card.FILE,
-    run_state.FOLDER,
-)  # and these
+HOLDS = (  # and these
+    *passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE, run_state.FOLDER,
+)  # fmt: skip
 
 
 def holds(out: Path) -> list[str]:

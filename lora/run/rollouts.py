@@ -1,8 +1,8 @@
 """What reinforcement learns from: answers that the model itself gives to the prompts of a step, and their rewards.
 
 A step's prompts are shared out to the ranks; each samples a group of answers to its own, with the adapter merged, and
-has them rewarded. What the method needs besides is measured without gradients: log-probabilities of the model of step 0,
-and values. The result is laid out as any other batch: prompt and answer are a document, the answer is trained.
+has them rewarded. What the method needs besides is measured without gradients: log-probabilities of the model of step
+0, and values. The result is laid out as any other batch: prompt and answer are a document, the answer is trained.
 """
 
 import math
@@ -16,7 +16,7 @@ from lora.data.encode import Encoded
 from lora.errors import StopFlag
 from lora.inference.rollout import Completion, draws, sample_groups
 from lora.methods import compares, has_value_head, policy
-from lora.rewards import Asked, Rewards
+from lora.rewards import Asked
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.text.chat import Example
@@ -47,7 +47,7 @@ class Rollouts:
         self.model, self.plan, self.args, self.processes = model, plan, args, processes
         self.carried, self.stop = carried, stop
         self.sums, self.samples = {}, []
-        plan.rewards.load(model, plan.base)
+        plan.rewards.load(model)
 
     def micro_batches(self, indices: Sequence[int], args, processes, step: int) -> list[Batch]:
         """This process's part of a step. Raises Interrupted where a signal came while answers were sampled."""
@@ -125,9 +125,10 @@ class Rollouts:
 
     def _shown(self, asked: Sequence[Asked], parts: dict, totals: Sequence[float]) -> list[dict]:
         """The best and the worst answer of the first group."""
-        first = sorted(range(min(len(asked), self.args.group)), key=lambda i: -totals[i])
+        members = [i for i in range(min(len(asked), self.args.group)) if not math.isnan(totals[i])]
+        first = sorted(members, key=lambda i: -totals[i])
         return [
-            {"prompt": asked[i].messages[-1]["content"], "answer": asked[i].text, "reward": finite(totals[i])}
+            {"prompt": asked[i].messages[-1]["content"], "answer": asked[i].text, "reward": totals[i]}
             | {f"reward_{name}": rewards[i] for name, rewards in parts.items()}
             for i in dict.fromkeys((*first[:1], *first[-1:]))
         ]
@@ -167,10 +168,6 @@ class Rollouts:
         reduced = self.processes.all_reduce([number for pair in sums.values() for number in pair])
         means = zip(sums, reduced[::2], reduced[1::2], strict=True)
         return {name: value / count for name, value, count in means if count}
-
-
-def finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 def scored(rewards: Sequence[float]) -> list[float]:

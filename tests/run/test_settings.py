@@ -170,10 +170,7 @@ SAMPLED = {  # flags of a method that samples its answers, and the line that ref
 )
 @mutation("lora/run/settings.py", 'if self.train_on != "assistant":', "if False:", case="--method dpo --train-on last")
 @mutation(
-    "lora/run/settings.py",
-    "if has_value_head(self.method) and self.full:",
-    "if False:",
-    case="--method reward --full",
+    "lora/run/settings.py", "if has_value_head(self.method) and self.full:", "if False:", case="--method reward --full"
 )
 @pytest.mark.parametrize("words", FOREIGN)
 def test_a_flag_that_changes_nothing_with_this_method_or_loss_is_refused(words):
@@ -247,7 +244,7 @@ def test_all_that_is_wrong_with_a_method_is_said_at_once_and_nothing_is_made(tmp
 
 @pytest.mark.parametrize(
     "words", ["--beta 0", "--label-smoothing 0.5", "--label-smoothing -0.1", "--margin -1", "--loss bco",
-              "--method drpo", "--sft-weight nan", "--center -1", "--good-weight inf"]
+              "--method trpo", "--sft-weight nan", "--center -1", "--good-weight inf"]
 )  # fmt: skip
 def test_numbers_and_names_outside_their_range_are_refused(words):
     with pytest.raises(BadInput):
