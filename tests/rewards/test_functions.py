@@ -152,7 +152,8 @@ def test_a_file_imports_from_its_own_folder_and_keeps_its_state_between_calls(ru
     [
         ("[1, 0.5]", [1.0, 0.5]), ("(True, False)", [1.0, 0.0]), ("[None, -2]", [None, -2.0]),
         ("np.array([1, 2], dtype=np.int16)", [1.0, 2.0]), ("[np.float32(0.5), np.bool_(True)]", [0.5, 1.0]),
-        ("torch.tensor([1.5, 2], dtype=torch.bfloat16)", [1.5, 2.0]), ("[torch.tensor(3), torch.tensor(0.25)]", [3, 0.25]),
+        ("torch.tensor([1.5, 2], dtype=torch.bfloat16)", [1.5, 2.0]),
+        ("[torch.tensor(3), torch.tensor(0.25)]", [3, 0.25]),
         ("torch.ones(2, requires_grad=True)", [1.0, 1.0]), ("np.array([None, 1.0], dtype=object)", [None, 1.0]),
         ("[Fraction(1, 4), 10 ** 300]", [0.25, 1e300]),
     ],

@@ -69,7 +69,7 @@ def test_a_wrong_reward_is_refused_with_the_reason(text, why):
     with pytest.raises(ValueError) as caught:
         parse(text)
     assert why in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match="^wrong --reward in the command line: "):
+    with pytest.raises(BadInput, match=r"^wrong --reward in the command line: "):
         parse_all([text])
 
 
