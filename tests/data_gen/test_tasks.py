@@ -57,7 +57,8 @@ def test_columns_count_before_the_question():
     ("row", "turns"),
     [
         ({}, []), ({}, user("What is it?")), ({}, user("Compute 3*4*5")), ({"a": 3}, user("Compute 3")),
-        ({}, user("Compute 1.5*2")), ({}, user("Compute 1,234*5")), ({}, user("Compute -3*4")), ({"a": "x", "b": 1}, []),
+        ({}, user("Compute 1.5*2")), ({}, user("Compute 1,234*5")), ({}, user("Compute -3*4")),
+        ({"a": "x", "b": 1}, []),
         ({"a": 3.0, "b": 1}, []), ({"a": True, "b": 1}, []), ({"a": -3, "b": 1}, []), ({"a": [3], "b": 1}, []),
         ({}, user("9" * 5000 + "*3")), ({"a": "9" * 5000, "b": 3}, []), ({"a": 10**40, "b": 3}, []),
     ],
@@ -76,7 +77,8 @@ def test_a_row_without_two_factors_is_no_task(row, turns):
     "text",
     [
         "(8-5)*3", "(8 - 5) * 3 = 9", "3*8-3*5\n(8 − 5) × 3 = 9", "so: (8-5)x3.", "The answer is 3 X (8 - 5) = 9.",
-        "<answer>(8-5)*3</answer>", "<ANSWER> (8-5)*3 = 9 </ANSWER> and so on = 7", "<answer>1</answer><answer>(8-5)*3</answer>",
+        "<answer>(8-5)*3</answer>", "<ANSWER> (8-5)*3 = 9 </ANSWER> and so on = 7",
+        "<answer>1</answer><answer>(8-5)*3</answer>",
         "-(5-8)*3", "3*(8-5)", "((((8))-(5)))*+3\n\n", "<answer>\n(8-5)\n*3\n</answer>",
     ],
 )  # fmt: skip
@@ -88,16 +90,19 @@ def test_an_expression_of_every_number_once_that_makes_the_target_is_worth_1(tex
 @pytest.mark.parametrize(
     "text",
     [
-        "", "9", "(8-5)*3*1", "8+5-3-1", "8-5+3", "(8-5)*3-3+3", "8+1", "(8-5)3", "(8-5)(3)", "8 5 - 3 *", "(8-5*3", "8-5)*3",
-        "()", "((", "8-5*", "*8", "8**3-5", "8//5*3", "(8-5)^2*3", "int((8-5)*3)", "__import__('os')", "x = (8-5)*3", "9 = (8-5)*3",
-        "(8-5)*3\nSo that is it", "(8-5)*3.0", "max 8-5)*3", "(8-5)*3 <answer>9</answer>", "8/(5-5)*3", "5*3-8+2", "1e1-1",
+        "", "9", "(8-5)*3*1", "8+5-3-1", "8-5+3", "(8-5)*3-3+3", "8+1", "(8-5)3", "(8-5)(3)", "8 5 - 3 *",
+        "(8-5*3", "8-5)*3",
+        "()", "((", "8-5*", "*8", "8**3-5", "8//5*3", "(8-5)^2*3", "int((8-5)*3)", "__import__('os')",
+        "x = (8-5)*3", "9 = (8-5)*3",
+        "(8-5)*3\nSo that is it", "(8-5)*3.0", "max 8-5)*3", "(8-5)*3 <answer>9</answer>", "8/(5-5)*3", "5*3-8+2",
+        "1e1-1", "<answer>9 </answer> (8-5)*3", "</answer>(8-5)*3<answer>9",
         "(8-5)*３",
     ],
 )  # fmt: skip
 @mutation("data_gen/tasks.py", "sorted(used) == sorted(given) and", "{*used} == {*given} and", "(8-5)*3-3+3")
 @mutation("data_gen/tasks.py", "and value == target)", ")", "8-5+3")
 @mutation("data_gen/tasks.py", "except (ValueError, ZeroDivisionError):", "except ValueError:", "8/(5-5)*3")
-@mutation("data_gen/tasks.py", "return marked[-1].partition", "return text.partition", "(8-5)*3 <answer>9</answer>")
+@mutation("data_gen/tasks.py", "return marked.partition", "return text.partition", "(8-5)*3 <answer>9</answer>")
 def test_anything_else_is_worth_0(text):
     assert tasks.countdown(GAME, [], text) == 0.0
 
@@ -120,9 +125,10 @@ def test_no_answer_takes_long():
         "9" * 10**6,
         "3**8**8**8**8**8",
         "<answer>" * 10**5,
+        "</answer>" * 10**5,
         "x " * 10**6,
     ):
-        assert tasks.countdown(GAME, [], text) == 0.0
+        assert tasks.countdown(GAME, [], text) == tasks.multiply({"a": 3, "b": 4}, [], text) == 0.0
     assert time.monotonic() - begun < 10
 
 
