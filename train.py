@@ -27,11 +27,11 @@ from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.run import reference
-from lora.run.evaluator import Answers, Evaluator, Interrupted
+from lora.run.evaluator import Answers, Evaluator
 from lora.run.plan import Plan, make_plan, reader
 from lora.run.results import REPORT, Results, new_folder, reserved, show
 from lora.run.resume import Resumed, begin_state, resume
-from lora.run.rollouts import Rollouts
+from lora.run.rollouts import Interrupted, Rollouts
 from lora.run.settings import TrainSettings
 from lora.run.trainable import Trainable, base_dtype, make_optimizer, make_trainable
 from lora.train import distributed, run_state, stopping
@@ -77,10 +77,8 @@ def run_rank(args: TrainSettings, processes: DistContext, resumed: Resumed | Non
         plan.check_place(out, args)
         if resumed:
             resumed.check(plan, args, processes)
-        if samples(args.method):
-            plan.open_rewards(args, tasks.TASKS)
 
-        with plan.within_memory(args, processes.device):
+        with plan.rewarding(args, tasks.TASKS), plan.within_memory(args, processes.device):
             return train(plan, args, out, processes, resumed)
 
 

@@ -72,8 +72,8 @@ def merged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in lora_layers(model).values():
-            layer.merged_weight = None
+        if any(layer.merged for layer in lora_layers(model).values()):  # there is none where every weight trains
+            unmerge(model)
 
 
 def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | None) -> None:

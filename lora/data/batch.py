@@ -100,7 +100,7 @@ def collate(items: Sequence[Example | Linked], device="cpu", padding: int = 0) -
     each = {name: [x for item in linked for x in item.per_token[name]] for name in names}
     each = {name: upload(numbers, device, torch.float32) for name, numbers in each.items()}
     tokens, trained, targets = (upload(numbers, device) for numbers in (tokens, trained, targets))
-    return Batch(tokens, lengths, trained, targets, padding, counts, known, each, len(linked))
+    return Batch(tokens, lengths, trained, targets, padding, counts, known, len(linked), each)
 
 
 def size_of(items: Sequence[Example | Linked]) -> int:

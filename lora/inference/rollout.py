@@ -59,8 +59,8 @@ def sample_groups(
     temperature: float = 1.0,
     on_token: Callable[[], None] = lambda: None,
 ) -> list[list[Completion]]:
-    """Answers to each prompt; of prompt i as many as `draw` (prompts, group, most tokens) has rows. A prompt is computed
-    once for its group. An answer ends at a stop token, after the most tokens, or where the model's positions end."""
+    """A group of answers to each prompt, by the numbers `draw` (prompts, group, most tokens). A prompt is computed once
+    for its group. An answer ends at a stop token, after the most tokens, or where the model's positions end."""
     (_, group, most), limit = draw.shape, model.config.max_position_embeddings
     found = [[Completion() for _ in range(group)] for _ in prompts]
     answers, ends = [one for its in found for one in its], []

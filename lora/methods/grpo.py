@@ -4,9 +4,9 @@ Shao et al. 2024, https://arxiv.org/abs/2402.03300. Of a group of G answers with
 
     A = (r - mean) / (std + 1e-4)    loss = -min(ρ A, clip(ρ, 1 - ε, 1 + ε_high) A) + β ρ k3
 
-`lora.methods.policy` has ρ and k3. While ρ is 1 the loss is a mean of -A, whatever the model: about 0, as the advantages
-of a group add up to 0. Its gradient, -A ∇lp, is not 0: watch the rewards. With `--scale none` there is no division, which
-makes groups count most that are almost all right or all wrong: Liu et al. 2025, https://arxiv.org/abs/2503.20783.
+`lora.methods.policy` has ρ and k3. While ρ is 1 the loss is a mean of -A, whatever the model: about 0, as the
+advantages of a group add up to 0. Its gradient, -A ∇lp, is not 0: watch the rewards. The division makes groups count
+most that are almost all right or all wrong; `--scale none` leaves it out: Liu et al. 2025, arXiv:2503.20783.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from lora.train.evaluate import Total
 
 KIND = "prompt"
 SETTINGS = (*policy.SETTINGS, "loss", "scale")
-LABEL, RATE, EPOCHS = "loss", 0.05, 1
-FIGURES = {
+LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
+FIGURES = policy.FIGURES | {
     "kl": "k3: nats a token away from the reference",
     "clipped": "tokens that the clip holds back",
 }

@@ -24,6 +24,17 @@ from lora.network.decoder import Model
 SETTINGS = (
     "reward", "reward_timeout", "group", "temperature", "max_new_tokens", "kl", "epsilon", "epsilon_high", "updates",
 )  # fmt: skip
+FIGURES = {  # of the sampled answers, as `lora.run.rollouts` measures them; and those of every --reward
+    "reward": "reward",
+    "no_signal": "groups without a signal: all rewards are equal",
+    "entropy": "entropy of a token's distribution, nats",
+    "length": "tokens of an answer",
+    "ended": "answers that end",
+}
+NOTE = (
+    "The loss says nothing about success: with one update from each step's answers it is a mean of advantages, which "
+    "are about 0 on average, while its gradient is not 0. Watch the reward."
+)
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------------

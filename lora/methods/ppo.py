@@ -25,13 +25,13 @@ from lora.methods import policy
 from lora.network.decoder import Model
 from lora.train.evaluate import Total
 
-KIND = "prompt"
+KIND, VALUE_HEAD = "prompt", True
 SETTINGS = (
     *policy.SETTINGS, "gamma", "lam", "value_weight", "value_clip", "whiten_rewards", "kl_target", "kl_horizon",
     "no_end_penalty",
 )  # fmt: skip
-LABEL, RATE, EPOCHS = "loss", 0.05, 1
-FIGURES = {
+LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
+FIGURES = policy.FIGURES | {
     "kl": "k1: nats a token away from the reference",
     "clipped": "tokens that the clip holds back",
     "policy_loss": "loss of the policy",

@@ -20,8 +20,8 @@ from lora.train.evaluate import Total
 
 KIND = "prompt"
 SETTINGS = policy.SETTINGS
-LABEL, RATE, EPOCHS = "loss", 0.05, 1
-FIGURES = {
+LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
+FIGURES = policy.FIGURES | {
     "kl": "k1: nats a token away from the reference",
     "clipped": "answers that the clip holds back",
 }

@@ -166,6 +166,7 @@ def _asked(question: str) -> list[dict]:
 def prompts_from(conversations) -> list[list[dict]]:
     """Three first turns from the data and two questions that have nothing to do with it."""
     firsts = [
-        c.messages[: next(i for i, m in enumerate(c.messages) if m["role"] == "assistant")] for c in conversations
+        c.messages[: next((i for i, m in enumerate(c.messages) if m["role"] == "assistant"), None)]
+        for c in conversations
     ]
     return [*firsts[:: max(1, len(firsts) // 3)][:3], *map(_asked, QUESTIONS[3:])]

@@ -96,11 +96,17 @@ class Plan:
             return sum(p.numel() for p in self.empty.parameters())
         return memory.in_adapter(self.empty, self.targets, args.dora)
 
-    def open_rewards(self, args: TrainSettings, tasks: Mapping[str, Callable]) -> None:
-        """Make the rewards that --reward names ready. Raises BadInput where one cannot be, or a row lacks what it
-        needs."""
-        self.rewards = Rewards(args, tasks, self.base, self.empty)
-        self.rewards.check([row for part in (self.examples, self.sources.held_out) if part for row in part.rows])
+    @contextmanager
+    def rewarding(self, args: TrainSettings, tasks: Mapping[str, Callable]):
+        """Inside the block the rewards that --reward names are ready, where the model learns from its own answers.
+        Raises BadInput where one cannot be, or a row lacks what it needs."""
+        if not methods.samples(args.method):
+            yield
+            return
+        rows = [row for part in (self.examples, self.sources.held_out) if part for row in part.prompts]
+        with Rewards(args, tasks, self.base, self.empty) as self.rewards:
+            self.rewards.check(rows)
+            yield
 
     def check_place(self, out: Path, args: TrainSettings) -> None:
         """Raises BadInput where --overwrite would delete the base, BadEnvironment where the disk has no room for the
@@ -148,8 +154,9 @@ class Plan:
             say(f"adapter  {trained / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {args.rank}, {linears}")
             for line in adapter.table(args, self.empty, self.targets):
                 say(line)
-        what = {"conversation": "examples", "judged": "answers"}.get(self.method.KIND, "pairs")
-        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
+        what = {"conversation": "examples", "judged": "answers", "prompt": "prompts"}.get(self.method.KIND, "pairs")
+        of_them = "" if what == "prompts" else f", {learned:,} trained ({100 * learned / tokens:.0f} %)"
+        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens{of_them}")
         if args.method != "sft":
             say(f"method   {methods.describe(args)}")
         say(f"plan     {self.total} steps of {args.batch_size} {what}, about {self.step_tokens:,} tokens; {epochs}")

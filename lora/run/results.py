@@ -15,7 +15,7 @@ from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, report
 from lora.export.card import METRICS, SETTINGS
-from lora.methods import METHODS, dpo
+from lora.methods import METHODS, dpo, samples
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings, seconds
 from lora.run.trainable import Trainable
@@ -27,7 +27,9 @@ from lora.train.step import NotFinite
 PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER = "loss.png", "report.md", "reference.safetensors", "reference"
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE, run_state.FOLDER)  # and these
+HOLDS = (  # and these
+    *passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE, run_state.FOLDER,
+)  # fmt: skip
 
 
 def holds(out: Path) -> list[str]:
@@ -214,8 +216,9 @@ class Results:
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
             (python, "generate.py", kind, out),
-            (python, "evaluate.py", kind, out, "--data", *data, *read),
         ]
+        if not samples(args.method):  # whose data has no answers
+            commands.append((python, "evaluate.py", kind, out, "--data", *data, *read))
         numbers = self.plan.numbers(self.args)
         numbers["trained parameters"] = f"{self.plan.trained_parameters(self.args):,}"
         rows = record.rows

@@ -1,8 +1,8 @@
 """What reinforcement learns from: answers that the model itself gives to the prompts of a step, and their rewards.
 
 A step's prompts are shared out to the ranks; each samples a group of answers to its own, with the adapter merged, and
-has them rewarded. What the method needs besides is measured without gradients: log-probabilities of the model of step 0,
-and values. The result is laid out as any other batch: prompt and answer are a document, the answer is trained.
+has them rewarded. What the method needs besides is measured without gradients: log-probabilities of the model of step
+0, and values. The result is laid out as any other batch: prompt and answer are a document, the answer is trained.
 """
 
 import math
@@ -10,15 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from lora import ops
 from lora.adapter.merge import merged
 from lora.data.batch import Batch, Linked, micro_batches
 from lora.data.encode import Encoded
 from lora.errors import StopFlag
 from lora.inference.rollout import Completion, draws, sample_groups
-from lora.methods import compares, has_value_head
-from lora.methods.policy import log_probs
-from lora.rewards import Asked, Rewards
+from lora.methods import compares, has_value_head, policy
+from lora.rewards import Asked
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.text.chat import Example
@@ -26,7 +24,7 @@ from lora.train.distributed import DistContext
 from lora.train.evaluate import evaluating
 from lora.train.stopping import WITHOUT_SIGNAL
 
-CACHED = 16  # times --micro-tokens positions in a cache: a position's keys and values need far less than its activations
+CACHED = 16  # times --micro-tokens positions in a cache: keys and values are far smaller than activations
 GREEDY = 1e-4  # a temperature
 
 
@@ -107,7 +105,7 @@ class Rollouts:
         return items
 
     def _asked(self, examples: Encoded, i: int, answer: Completion) -> Asked:
-        row, tokens = examples.rows[i], answer.tokens[: -1 if answer.ended else None]
+        row, tokens = examples.prompts[i], answer.tokens[: -1 if answer.ended else None]
         return Asked(row.row, row.messages, self.plan.chat.tokenizer.decode(tokens), len(answer.tokens))
 
     def _figures(
@@ -127,9 +125,10 @@ class Rollouts:
 
     def _shown(self, asked: Sequence[Asked], parts: dict, totals: Sequence[float]) -> list[dict]:
         """The best and the worst answer of the first group."""
-        first = sorted(range(min(len(asked), self.args.group)), key=lambda i: -totals[i])
+        members = [i for i in range(min(len(asked), self.args.group)) if not math.isnan(totals[i])]
+        first = sorted(members, key=lambda i: -totals[i])
         return [
-            {"prompt": asked[i].messages[-1]["content"], "answer": asked[i].text, "reward": finite(totals[i])}
+            {"prompt": asked[i].messages[-1]["content"], "answer": asked[i].text, "reward": totals[i]}
             | {f"reward_{name}": rewards[i] for name, rewards in parts.items()}
             for i in dict.fromkeys((*first[:1], *first[-1:]))
         ]
@@ -145,15 +144,14 @@ class Rollouts:
     def _measure(self, batches: Sequence[Batch]) -> None:
         """Write into the batches what a method needs to know before the first gradient."""
         for batch in batches if has_value_head(self.args.method) else ():
-            hidden = self.model.trunk(batch.tokens, batch.lengths)[batch.trained]
+            hidden = policy.hidden(self.model, batch)
             batch.per_token["values"] = self.model.v_head(hidden)
-            cap = self.model.config.final_logit_softcapping
-            how = batch.targets, cap, self.args.temperature
-            batch.per_token["old"] = ops.log_probs(hidden, self.model.head_weight, *how)
+            batch.per_token["old"] = policy.log_probs(self.model, hidden, batch, self.args)
         if compares(self.plan.method, self.args):
             with self.plan.reference():
                 for batch in batches:
-                    batch.per_token["reference"] = log_probs(self.model, batch, self.args)
+                    hidden = policy.hidden(self.model, batch)
+                    batch.per_token["reference"] = policy.log_probs(self.model, hidden, batch, self.args)
 
     def evaluate(self) -> dict[str, float]:
         """What the likeliest answers to held-out prompts are like; `loss` is their reward, negative."""
@@ -170,10 +168,6 @@ class Rollouts:
         reduced = self.processes.all_reduce([number for pair in sums.values() for number in pair])
         means = zip(sums, reduced[::2], reduced[1::2], strict=True)
         return {name: value / count for name, value, count in means if count}
-
-
-def finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 def scored(rewards: Sequence[float]) -> list[float]:

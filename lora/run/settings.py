@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lora import rewards
 from lora.errors import BadInput
-from lora.methods import LOSSES, METHODS, SETTINGS, dpo, samples
-from lora.rewards import wrong
+from lora.methods import LOSSES, METHODS, SETTINGS, dpo, has_value_head, samples
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
 
@@ -87,7 +87,8 @@ class TrainData(Settings, group="data"):
         "made", free=True)
     replay: list[str] | None = flag(
         None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 to 8", free=True)
-    prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key")
+    prompt_key: str | None = flag(
+        None, "key of the question in rows of another shape; with --response-key, but for pairs and prompts")
     response_key: str | None = flag(None, "key of the answer in rows of another shape")
     leading_answers: str = flag(
         "error", "an answer before the first question: drop it, or keep it as context that is not trained",
@@ -270,7 +271,14 @@ class TrainHardware(Settings, group="hardware"):
 
 @dataclass
 class TrainSettings(
-    TrainModel, TrainData, TrainMethod, TrainRewards, TrainAdapter, TrainOptimisation, TrainEvaluation, TrainSaving,
+    TrainModel,
+    TrainData,
+    TrainMethod,
+    TrainRewards,
+    TrainAdapter,
+    TrainOptimisation,
+    TrainEvaluation,
+    TrainSaving,
     TrainHardware,
 ):
     """train.py"""
@@ -343,6 +351,7 @@ class TrainSettings(
             ("--overlong truncate, which would cut questions", self.overlong == "truncate", "Give drop or error"),
             ("--group 1: an answer is compared with others of its group", self.group == 1 and self.method != "ppo",
              "Give 2 or more"),
+            ("--kl-target without a --kl to adapt", self.kl_target and self.kl == 0, "Leave out --kl 0"),
             ("--full with --kl: the model of step 0 would be a second one", self.full and self.kl, "Leave out --kl"),
             ("--full without --kl 0: the model of step 0 would be a second one",
              self.full and self.method == "rloo" and self.kl is None, "Add --kl 0"),
@@ -351,7 +360,7 @@ class TrainSettings(
         if not self.reward and not self.check and self.preview is None:
             fix = "Add --reward multiply, FILE.py:function or another"
             found.append(f"missing --reward in the command line: --method {self.method} learns from rewards. {fix}")
-        return [*found, *wrong(self.reward or ())]
+        return [*found, *rewards.wrong(self.reward or ())]
 
     def refuse_contradictions(self) -> None:
         """Raises BadInput with all of them. With --full, what belongs to adapters is None from here on."""

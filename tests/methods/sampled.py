@@ -1,7 +1,8 @@
 """Small sampled answers, and what a step of grpo, rloo or ppo does with them."""
 
+import threading
 from collections.abc import Sequence
-from types import ModuleType
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -72,15 +73,18 @@ def laid(model, items: Sequence[Linked], args, cut: int | None = None) -> list[B
     return [measured(model, collate(items[i : i + cut]), args) for i in range(0, len(items), cut)]
 
 
-def step(model, batches: Sequence[Batch], args, total=list, carried: dict | None = None):
+def prepared(model, batches: Sequence[Batch], args, total=list, carried: dict | None = None) -> list[Batch]:
+    return METHODS[args.method].prepare(model, batches, args, total, {} if carried is None else carried)
+
+
+def step(model, batches: Sequence[Batch], args):
     """Loss of a step and all its gradients as one row, and the figures: what the training loop makes of them."""
-    method = METHODS[args.method]
-    batches = method.prepare(model, batches, args, total, {} if carried is None else carried)
-    return passed(model, method, batches, args)
+    return passed(model, prepared(model, batches, args), args)
 
 
-def passed(model, method: ModuleType, batches: Sequence[Batch], args, count: int | None = None):
+def passed(model, batches: Sequence[Batch], args, count: int | None = None):
     """One pass over prepared batches, without a step of the weights."""
+    method = METHODS[args.method]
     count = count or sum(method.count(batch, args) for batch in batches)
     whole, figures = 0.0, {}
     for batch in batches:
@@ -94,5 +98,44 @@ def passed(model, method: ModuleType, batches: Sequence[Batch], args, count: int
     return whole, taken(model), {name: value / of for name, (value, of) in figures.items() if of}
 
 
+def together(asks: Sequence) -> list:
+    """What `ask(total)` of each rank returns, where `total` adds numbers over all of them, as often as they like."""
+    said, barrier = [None] * len(asks), threading.Barrier(len(asks))
+
+    def run(rank: int):
+        def total(numbers):
+            said[rank] = list(numbers)
+            barrier.wait(30)
+            sums = [sum(column) for column in zip(*said, strict=True)]
+            barrier.wait(30)  # before anybody says the next
+            return sums
+
+        return asks[rank](total)
+
+    with ThreadPoolExecutor(len(asks)) as pool:
+        return list(pool.map(run, range(len(asks))))
+
+
+def alone(model, item: Linked, args) -> torch.Tensor:
+    """log p of each token of one completion, (N,), by PyTorch's own functions on logits of that document alone."""
+    [example] = item.examples
+    tokens, first = torch.tensor(example.tokens), example.trained.index(True)
+    logs = torch.log_softmax(model(tokens[:-1]) / args.temperature, -1)
+    return torch.stack([logs[t - 1, tokens[t]] for t in range(first, len(tokens))])
+
+
+def gradient(model, loss: torch.Tensor) -> torch.Tensor:
+    """The gradients of a number, as one row."""
+    loss.backward()
+    return taken(model)
+
+
 def args_of(method: str, **changed):
-    return settings(method, "--reward", "length:10", **changed)
+    """What `train.py --method METHOD` knows, with these flags."""
+    words = [
+        word
+        for name, value in changed.items()
+        for word in ("--" + name.replace("_", "-"), value)
+        if word is not True and value is not False
+    ]
+    return settings(method, "--reward", "length:10", *words)

@@ -17,10 +17,10 @@ CLASSES = {"train": TrainSettings, "generate": GenerateSettings, "evaluate": Eva
 
 
 @mutation("lora/settings.py", "key=lambda one: GROUPS.index(one.group)", "key=lambda one: one.name")
-def test_help_of_train_shows_its_flags_in_eight_groups_in_this_order(tmp_path):
+def test_help_of_train_shows_its_flags_in_nine_groups_in_this_order(tmp_path):
     lines = cli.call("train", "--help", cwd=tmp_path).out.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    groups = ("model", "data", "method", "adapter", "optimisation", "evaluation", "saving", "hardware")
+    groups = ("model", "data", "method", "reinforcement", "adapter", "optimisation", "evaluation", "saving", "hardware")
     assert titles == ["options:", *(f"{group}:" for group in groups)]
     first = next(one.name for one in TrainSettings.flags().values() if one.group == "adapter")
     assert lines[lines.index("adapter:") + 1].startswith(f"  --{first.replace('_', '-')}")
@@ -104,10 +104,10 @@ def test_a_plain_run_calls_no_fast_version_and_learns_the_same_in_float32(tmp_pa
 
 LINE = "contradiction in the command line:"
 FOREIGN = {  # flags, and the line that refuses them
-    "--loss ipo": "--method sft and --loss, which is for dpo. Leave it out",
+    "--loss ipo": "--method sft and --loss, which is for dpo, grpo. Leave it out",
     "--beta 0.2": "--method sft and --beta, which is for dpo, kto. Leave it out",
     "--method reward --beta 0.2": "--method reward and --beta, which is for dpo, kto. Leave it out",
-    "--method kto --loss hinge": "--method kto and --loss, which is for dpo. Leave it out",
+    "--method kto --loss hinge": "--method kto and --loss, which is for dpo, grpo. Leave it out",
     "--method kto --margin 1": "--method kto and --margin, which is for dpo, reward. Leave it out",
     "--method reward --sft-weight 1": "--method reward and --sft-weight, which is for dpo. Leave it out",
     "--method dpo --good-weight 2": "--method dpo and --good-weight, which is for kto. Leave it out",
@@ -135,13 +135,13 @@ FOREIGN = {  # flags, and the line that refuses them
 )
 @mutation(
     "lora/run/settings.py",
-    'elif self.method == "dpo" and self.loss not in of_losses.get(name, dpo.LOSSES):',
+    'elif self.method == "dpo" and (loss := self.loss or "sigmoid") not in of_losses.get(name, dpo.LOSSES):',
     "elif False:",
     case="--method dpo --loss ipo --margin 1",
 )
 @mutation("lora/run/settings.py", 'if self.train_on != "assistant":', "if False:", case="--method dpo --train-on last")
 @mutation(
-    "lora/run/settings.py", 'if self.method == "reward" and self.full:', "if False:", case="--method reward --full"
+    "lora/run/settings.py", "if has_value_head(self.method) and self.full:", "if False:", case="--method reward --full"
 )
 @pytest.mark.parametrize("words", FOREIGN)
 def test_a_flag_that_changes_nothing_with_this_method_or_loss_is_refused(words):
@@ -179,7 +179,7 @@ def test_all_that_is_wrong_with_a_method_is_said_at_once_and_nothing_is_made(tmp
 
 @pytest.mark.parametrize(
     "words", ["--beta 0", "--label-smoothing 0.5", "--label-smoothing -0.1", "--margin -1", "--loss bco",
-              "--method ppo", "--sft-weight nan", "--center -1", "--good-weight inf"]
+              "--method trpo", "--sft-weight nan", "--center -1", "--good-weight inf"]
 )  # fmt: skip
 def test_numbers_and_names_outside_their_range_are_refused(words):
     with pytest.raises(BadInput):

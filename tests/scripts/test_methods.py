@@ -225,13 +225,18 @@ def test_the_picture_shows_both_sides(runs, tmp_path):
         assert (tmp_path / "x.png").read_bytes() == (tmp_path / "x.png").read_bytes() and (
             runs / method / "loss.png"
         ).exists()
-    assert panels["reward"] == {"score_": ["score_chosen", "score_rejected", "score_margin"]}
-    assert panels["dpo"].keys() == {"log_prob_", "reward_"}
-    assert panels["dpo"]["log_prob_"] == ["log_prob_chosen", "log_prob_rejected"]
-    assert set(panels["kto"]["reward_"]) == {"reward_good", "reward_bad"}
+    assert panels["reward"] == {"score": ["score_chosen", "score_rejected", "score_margin"]}
+    assert panels["dpo"].keys() == {"log p, nats", "reward"}
+    assert panels["dpo"]["log p, nats"] == ["log_prob_chosen", "log_prob_rejected"]
+    assert set(panels["kto"]["reward"]) == {"reward_good", "reward_bad"}
 
 
-@mutation("lora/run/results.py", "REPORT, REFERENCE, card.FILE", "REPORT, card.FILE", case="dpo")
+@mutation(
+    "lora/run/results.py",
+    "REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE",
+    "REPORT, REFERENCE_ADAPTER, card.FILE",
+    case="dpo",
+)
 @pytest.mark.parametrize("method", DATA)
 def test_a_run_of_a_method_is_replaced_by_one_of_sft_of_which_nothing_is_left(runs, tmp_path, method):
     shutil.copytree(runs / method, tmp_path / "out")
