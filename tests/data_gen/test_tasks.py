@@ -99,10 +99,10 @@ def test_an_expression_of_every_number_once_that_makes_the_target_is_worth_1(tex
         "(8-5)*３",
     ],
 )  # fmt: skip
-@mutation("data_gen/tasks.py", "sorted(used) == sorted(given) and", "{*used} == {*given} and", "(8-5)*3-3+3")
-@mutation("data_gen/tasks.py", "and value == target)", ")", "8-5+3")
-@mutation("data_gen/tasks.py", "except (ValueError, ZeroDivisionError):", "except ValueError:", "8/(5-5)*3")
-@mutation("data_gen/tasks.py", "return marked.partition", "return text.partition", "(8-5)*3 <answer>9</answer>")
+@mutation("data_gen/tasks.py", "sorted(used) == sorted(given) and", "{*used} == {*given} and", case="(8-5)*3-3+3")
+@mutation("data_gen/tasks.py", "and value == target)", ")", case="8-5+3")
+@mutation("data_gen/tasks.py", "except (ValueError, ZeroDivisionError):", "except ValueError:", case="8/(5-5)*3")
+@mutation("data_gen/tasks.py", "return marked.partition", "return text.partition", case="(8-5)*3 <answer>9</answer>")
 def test_anything_else_is_worth_0(text):
     assert tasks.countdown(GAME, [], text) == 0.0
 

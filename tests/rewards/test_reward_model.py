@@ -70,19 +70,19 @@ def policy(work):
     "lora/rewards/reward_model.py",
     "return [value for _, value in sorted(zip(order, found, strict=True))]",
     "return found",
-    "1-judge",
+    case="1-judge",
 )
 @mutation(
     "lora/rewards/reward_model.py",
     "Example([*ids, 0]",
     "Example([*ids]",
-    "100-other",
+    case="100-other",
 )
 @mutation(
     "lora/rewards/reward_model.py",
     "load_chat(self.base, self.folder, verify=verify)",
     "load_chat(self.base, None, verify=verify)",
-    "100-judge",
+    case="100-judge",
 )
 def test_a_score_is_the_number_that_a_session_gives(work, name, micro_tokens):
     session = lora.open(adapter=work / name, **HOW)
@@ -120,7 +120,8 @@ def test_scoring_leaves_the_policy_as_it_was(work):
 @mutation(
     "lora/rewards/reward_model.py",
     "yield [*self.chat.prompt(one.messages), self.chat.end_of_turn]",
-    "yield self.chat.prompt(one.messages)")
+    "yield self.chat.prompt(one.messages)",
+)
 def test_an_empty_answer_is_scored_at_its_end_of_turn(work, text):
     model, part = policy(work), ready(work / "other")
     part.load(model)

@@ -33,7 +33,7 @@ from tests.mutation import mutation
 @mutation("lora/rewards/spec.py", "before, colon, number = text.rpartition", "before, colon, number = text.partition")
 @mutation(
     "lora/rewards/spec.py", 're.sub("[^A-Za-z0-9_]", "_", name)', 're.sub("[^A-Za-z0-9_.]", "_", name)',
-    "weights/judge.2/:.5-model-judge_2-weights/judge.2/-0.5",
+    case="weights/judge.2/:.5-model-judge_2-weights/judge.2/-0.5",
 )  # fmt: skip
 def test_a_reward_is_read_with_its_last_number_as_the_weight(text, kind, name, target, weight):
     assert parse(text) == (kind, name, target, weight)
@@ -57,13 +57,13 @@ def test_a_reward_is_read_with_its_last_number_as_the_weight(text, kind, name, t
     "lora/rewards/spec.py",
     "if not math.isfinite(weight) or weight == 0:",
     "if weight == 0:",
-    "judge:1e999-weighs nothing",
+    case="judge:1e999-weighs nothing",
 )
 @mutation(
     "lora/rewards/spec.py",
     "if not math.isfinite(weight) or weight == 0:",
     "if not math.isfinite(weight):",
-    "multiply:0-weighs nothing",
+    case="multiply:0-weighs nothing",
 )
 def test_a_wrong_reward_is_refused_with_the_reason(text, why):
     with pytest.raises(ValueError) as caught:
