@@ -162,7 +162,7 @@ def test_a_file_imports_from_its_own_folder_and_keeps_its_state_between_calls(ru
     "lora/rewards/worker.py",
     "        value = value.item()\n",
     "        pass\n",
-    case="[torch.tensor(3), torch.tensor(0.25)]-expected7",
+    case="[torch.tensor(3), torch.tensor(0.25)]-expected6",
 )
 @mutation(
     "lora/rewards/worker.py",

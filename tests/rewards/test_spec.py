@@ -29,7 +29,7 @@ from tests.mutation import mutation
         ("./multiply", "model", "multiply", "./multiply", 1.0),
     ],
 )
-@mutation("lora/rewards/spec.py", 'FUNCTION = re.compile(r"(.+', 'FUNCTION = re.compile(r"(.+?')
+@mutation("lora/rewards/spec.py", 'FUNCTION = re.compile(r"(.+', 'FUNCTION = re.compile(r"([^:]+')
 @mutation("lora/rewards/spec.py", "before, colon, number = text.rpartition", "before, colon, number = text.partition")
 @mutation(
     "lora/rewards/spec.py", 're.sub("[^A-Za-z0-9_]", "_", name)', 're.sub("[^A-Za-z0-9_.]", "_", name)',
