@@ -415,6 +415,9 @@ def test_a_worker_dies_with_its_run_and_prints_nothing(tmp_path, number, busy):
     time.sleep(0.2)
     run.send_signal(number)
     run.wait(30)
-    assert ends(worker)
+    ended = ends(worker)
+    if not ended:
+        os.kill(worker, signal.SIGKILL)
+    assert ended
     assert "worker.py" not in run.stderr.read()
     run.stdout.close(), run.stderr.close()

@@ -23,6 +23,7 @@ from tests.mutation import mutation
         ("a:b/rules.py:good:1e-3", "function", "good", "a:b/rules.py:good", 1e-3),
         (r"C:\x\rules.py:good:+2", "function", "good", r"C:\x\rules.py:good", 2.0),
         ("x.py:y/rules.py:gut_è", "function", "gut__", "x.py:y/rules.py:gut_è", 1.0),
+        ("rules.py:nan", "function", "nan", "rules.py:nan", 1.0),
         ("weights/calm-judge", "model", "calm_judge", "weights/calm-judge", 1.0),
         ("weights/judge.2/:.5", "model", "judge_2", "weights/judge.2/", 0.5),
         (r"D:\judge", "model", r"D__judge", r"D:\judge", 1.0),
@@ -42,7 +43,7 @@ def test_a_reward_is_read_with_its_last_number_as_the_weight(text, kind, name, t
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("multiply:0", "weighs nothing"), ("multiply:nan", "weighs nothing"), ("x.py:f:-inf", "weighs nothing"),
+        ("multiply:0", "weighs nothing"), ("multiply:nan", "weighs nothing"), ("x.py:f:-inf", "weighs nothing"), ("x.py:f:nan", "weighs nothing"),
         ("judge:1e999", "weighs nothing"), ("format:at 12:0", "behind a regular expression"),
         ("multiply:much", "'much' for a weight"), ("multiply:1:2", "'1:2' for a weight"), ("multiply:", "for a weight"),
         ("length", "says no N"), ("length:", "says no N"), ("length:0", "N is '0'"), ("length:-4", "N is '-4'"),
