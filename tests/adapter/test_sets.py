@@ -60,7 +60,7 @@ def test_a_model_computes_with_the_adapter_in_place_and_afterwards_as_before(wor
     assert (head is None) == (name == "dora")
 
 
-@mutation("lora/adapter/sets.py", "        value_head.place(model, adapter.head)", "        pass", case="")
+@mutation("lora/adapter/sets.py", "    value_head.place(model, adapter.head)", "    pass")
 def test_each_adapter_has_its_own_head_or_none(work):
     model = policy()
     own, other = value_head.of(model), sets.read(model, work / "judge")
