@@ -1,4 +1,4 @@
-"""A run that learns from its own answers: what is sampled, how often the model is passed, when it ends, what it tells."""
+"""A run that learns from its own answers: what it tells, how often the model is passed, when it ends."""
 
 import json
 import os
@@ -131,7 +131,7 @@ def passes(tmp_path, *argv, method) -> list[str]:
 
     def before():
         train, decoder = sys.modules["train"], sys.modules["lora.network.decoder"]
-        trunk, step = decoder.Model.trunk, train.train_step
+        trunk = decoder.Model.trunk
         rollouts = train.Rollouts.micro_batches
 
         def counted(self, tokens, lengths=None, positions=None, cache=None):
@@ -215,7 +215,8 @@ def test_without_an_adapter_to_start_from_the_reference_is_the_base_and_nothing_
 def test_steps_without_a_signal_end_the_run_with_what_to_do_and_only_in_a_row(tmp_path):
     own = function(
         tmp_path,
-        "import os; n = len(os.listdir('steps')); open(f'steps/{n}', 'w').close(); return [float(i % 2 and n == 1) for i, _ in enumerate(completions)]",
+        "import os; n = len(os.listdir('steps')); open(f'steps/{n}', 'w').close(); "
+        "return [float(i % 2 and n == 1) for i, _ in enumerate(completions)]",
     )
     (tmp_path / "steps").mkdir()
     inputs = ("--model", cli.model_folder(), "--method", "grpo", "--data", prompts_file(), "--out", "out")

@@ -202,10 +202,12 @@ def test_a_method_that_samples_needs_rewards_but_to_look_at_the_data(method):
 
 @pytest.mark.parametrize(
     "words",
-    ["--method grpo --loss dr_grpo --scale none --kl 0.1 --epsilon 0.3 --epsilon-high 0.4 --updates 2 --temperature 0.7",
+    ["--method grpo --loss dr_grpo --scale none --kl 0.1 --epsilon 0.3 --epsilon-high 0.4 --updates 2 "
+     "--temperature 0.7",
      "--method grpo --full --kl 0", "--method rloo --full --kl 0", "--method rloo --group 2 --overlong error",
      "--method ppo --group 1 --gamma 0.9 --lam 1 --value-weight 1 --value-clip 0.1 --whiten-rewards --kl-target 6 "
-     "--kl-horizon 5 --no-end-penalty 1", "--method ppo --patience 3 --eval-fraction 0.1", "--method grpo --patience 3"],
+     "--kl-horizon 5 --no-end-penalty 1", "--method ppo --patience 3 --eval-fraction 0.1",
+     "--method grpo --patience 3"],
 )  # fmt: skip
 def test_flags_of_sampling_are_taken(words):
     argv = [*words.split(), "--data", "x", "--reward", "length:3", "multiply:0.5"]
