@@ -188,7 +188,7 @@ def test_a_flag_that_makes_no_sense_where_answers_are_sampled_is_refused(words):
 
 
 @mutation("lora/run/settings.py", "if not self.reward and not self.check and self.preview is None:", "if False:")
-@mutation("lora/run/settings.py", "            parse_all(self.reward or ())", "            pass")
+@mutation("lora/run/settings.py", ", *rewards.wrong(self.reward or ())]", "]")
 @pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
 def test_a_method_that_samples_needs_rewards_but_to_look_at_the_data(method):
     def lines(*words: str) -> list[str]:
