@@ -42,8 +42,8 @@ def sample_tokens(logits: Tensor, draw: Tensor, temperature: float) -> tuple[Ten
     """Tokens by logits (B, V) and numbers in [0, 1) (B,): their ids, log p and the distributions' entropies, (B,)."""
     logs = torch.log_softmax(logits / temperature, -1, dtype=wide(logits.dtype))  # (B, V)
     p = logs.exp()
-    entropies = torch.special.entr(p).sum(-1)
-    cumulative = p.cumsum_(-1) if p.dtype == widest(p.device) else p.cumsum(-1, dtype=widest(p.device))
+    entropies = -torch.linalg.vecdot(p, logs)
+    cumulative = p.cumsum(-1, dtype=widest(p.device))  # summed in float32 what is unlikely would get lost
     reached = draw.to(cumulative)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, reached, right=True)  # (B, 1), the first that exceeds it: its p is not 0
     tokens.clamp_(max=logits.shape[-1] - 1)  # where a product was rounded up to the sum
