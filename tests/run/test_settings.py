@@ -145,6 +145,7 @@ SAMPLED = {  # flags of a method that samples its answers, and the line that ref
     "--method grpo --replay x:0.5": "--method grpo and --replay, which has no rewards. Leave it out",
     "--method rloo --dropout 0.1": "--method rloo and --dropout, which would sample from one model and train another. "
     "Leave it out",
+    "--method ppo --kl 0 --kl-target 6": "--method ppo and --kl-target without a --kl to adapt. Leave out --kl 0",
     "--method ppo --compile": "--method ppo and --compile. Leave it out",
     "--method grpo --fsdp": "--method grpo and --fsdp. Leave it out",
     "--method grpo --overlong truncate": "--method grpo and --overlong truncate, which would cut questions. "
@@ -188,7 +189,7 @@ def test_a_flag_that_makes_no_sense_where_answers_are_sampled_is_refused(words):
 
 
 @mutation("lora/run/settings.py", "if not self.reward and not self.check and self.preview is None:", "if False:")
-@mutation("lora/run/settings.py", ", *rewards.wrong(self.reward or ())]", "]")
+@mutation("lora/run/settings.py", "*rewards.wrong(self.reward or ())", "")
 @pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
 def test_a_method_that_samples_needs_rewards_but_to_look_at_the_data(method):
     def lines(*words: str) -> list[str]:
@@ -202,8 +203,8 @@ def test_a_method_that_samples_needs_rewards_but_to_look_at_the_data(method):
 
 @pytest.mark.parametrize(
     "words",
-    ["--method grpo --loss dr_grpo --scale none --kl 0.1 --epsilon 0.3 --epsilon-high 0.4 --updates 2 "
-     "--temperature 0.7",
+    ["--method grpo --loss dr_grpo --scale none --kl 0.1 --epsilon 0.3 --epsilon-high 0.4 --updates 2",
+     "--method grpo --temperature 0.7 --max-new-tokens 9 --reward-timeout 3",
      "--method grpo --full --kl 0", "--method rloo --full --kl 0", "--method rloo --group 2 --overlong error",
      "--method ppo --group 1 --gamma 0.9 --lam 1 --value-weight 1 --value-clip 0.1 --whiten-rewards --kl-target 6 "
      "--kl-horizon 5 --no-end-penalty 1", "--method ppo --patience 3 --eval-fraction 0.1",
