@@ -52,8 +52,8 @@ def whole(tmp_path_factory):
 
 @mutation(
     "lora/run/rollouts.py",
-    'found["length"] = len(entropies), len(answers)',
-    'found["length"] = len(answers), len(answers)',
+    'found["length"] = sum(len(one.tokens) for one in answers)',
+    'found["length"] = len(answers)',
 )
 def test_a_step_tells_rewards_by_part_and_what_its_answers_are_like(tmp_path):
     keep = f"import json; open({str(tmp_path / 'seen')!r}, 'a').write(json.dumps(completions) + chr(10))"
@@ -117,6 +117,15 @@ def test_the_report_says_why_the_loss_says_little_and_shows_answers_with_their_r
     assert "| step | prompt | answer | reward |" in text and f"| {first['reward']:.4f} |" in text
     assert "reward: vowels" in text and "reward: multiply" in text
     assert (whole / method / "out/loss.png").stat().st_size > 10_000
+
+
+@mutation("lora/run/rollouts.py", "places[len(found) : len(found) + len(some)]", "places[: len(some)]")
+def test_how_many_prompts_are_sampled_at_a_time_changes_nothing(tmp_path, whole):
+    done = train("--micro-tokens", 7, "--max-steps", 1, cwd=tmp_path)  # one prompt at a time, one answer a batch
+    assert done.code == 0, done.err
+    one, other = rows(tmp_path / "out")[0], rows(whole / "grpo/out")[0]
+    assert all(one[name] == other[name] for name in ("samples", "reward", "length", "tokens"))
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 # ---- how often the model is passed -----------------------------------------------------------------------------------
