@@ -150,8 +150,9 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
 
 def default_method(args: EvaluateSettings) -> str:
     """`reward` where --data is for a value head, else `sft`."""
-    heads = [value_head.has(Path(folder)) for folder in (*(args.adapter or ()), args.model) if folder]
-    return "reward" if args.data and any(heads) else "sft"
+    folders = [Path(folder) for folder in (*(args.adapter or ()), args.model) if folder]
+    scores = any(value_head.has(folder) and not passport.of_policy(folder) for folder in folders)
+    return "reward" if args.data and scores else "sft"
 
 
 def check_head(args: EvaluateSettings, of_base: value_head.ValueHead | None) -> None:

@@ -151,7 +151,7 @@ def _write(
 ):  # fmt: skip
     """`what` has a place for the base; `sections` come after those of a training."""
     known = base.hub_id if HUB_ID.fullmatch(base.hub_id) else None
-    head = value_head.has(folder)
+    head = value_head.has(folder) and not passport.of_policy(folder)
     task = "text-classification" if head else "text-generation"  # the hub's reward models are listed there
     front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task}
     front |= {"base_model": known, "license": license_of(base)}

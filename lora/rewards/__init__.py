@@ -10,6 +10,8 @@ with Rewards(args, TASKS, base, empty) as rewards:
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import torch
+
 from lora.errors import BadInput, collecting
 from lora.network.decoder import Model
 from lora.pretrained import ModelFiles
@@ -93,7 +95,7 @@ class Rewards:
         weights = [part.weight for part in self.parts]
         columns = zip(*(parts[part.name] for part in self.parts), strict=True)
         scored = ([w * v for w, v in zip(weights, values, strict=True) if v is not None] for values in columns)
-        return [math.fsum(values) if values else math.nan for values in scored]
+        return [_finite_sum(values) if values else math.nan for values in scored]
 
     def __enter__(self) -> "Rewards":
         return self
@@ -101,3 +103,11 @@ class Rewards:
     def __exit__(self, *error) -> None:
         for part in self.parts:
             part.close()
+
+
+def _finite_sum(values: Sequence[float]) -> float:
+    """Raises BadInput where it is over what float32 holds, as gradients are."""
+    if not sum(map(abs, values)) <= torch.finfo(torch.float32).max:
+        why = "a completion's values, times their weights, add up to more than float32 holds"
+        raise BadInput(f"wrong --reward in the command line: {why}. Give smaller weights, or smaller values")
+    return math.fsum(values)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lora.adapter import sets, store, value_head
+from lora.adapter import passport, sets, store, value_head
 from lora.data.batch import Batch, micro_batches
 from lora.errors import BadInput, say
 from lora.inference import several
@@ -37,6 +37,9 @@ class RewardModel(Part):
             yield f"{line} {why}. Give the adapter that was merged into it"
         elif not value_head.has(folder):
             yield f"{line} it has no {value_head.FILE}, so it scores nothing. Give one made by --method reward"
+        elif passport.of_policy(folder):
+            why = "it was trained by ppo, so its value head foresees rewards and scores nothing"
+            yield f"{line} {why}. Give one made by --method reward"
         elif self.args.full:
             yield f"{line} it is an adapter on the base, which --full changes. Leave out one of them"
         else:

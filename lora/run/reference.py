@@ -115,8 +115,11 @@ class Step0:
         """Raises BadInput where that adapter is nowhere."""
         self.model, self.folder = model, None
         if args.init_adapter:
-            kept = resumed and resumed.run / REFERENCE_ADAPTER
-            self.folder = kept if kept and (kept / store.CONFIG).exists() else Path(args.init_adapter)
+            self.folder, kept = Path(args.init_adapter), resumed and resumed.run / REFERENCE_ADAPTER
+            if kept and all((kept / name).exists() for name in (store.WEIGHTS, store.CONFIG)):
+                self.folder = kept
+            elif resumed:
+                say(f"note     {kept} is not whole; the model of step 0 is read from {args.init_adapter}")
             self.adapter = sets.read(model, self.folder, plan.base.read)
 
     def __call__(self) -> AbstractContextManager:

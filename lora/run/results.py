@@ -166,7 +166,8 @@ class Results:
         rows = [self.plan.examples.where[i] for i in indices]
         names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         where = f"step {self.state.step}: {found.why}; rows {names}; {run_state.last_good(self.out)}"
-        return BadNumbers(f"training diverged in {where}. {found.fix}")
+        fix = f"{found.fix}{', or give --reward a smaller weight' if samples(self.args.method) else ''}"
+        return BadNumbers(f"training diverged in {where}. {fix}")
 
     def publish(self, record: Record, ended: str) -> None:
         """The best adapter or model, or without evaluations the last, in the run's own folder; settings and card."""

@@ -137,7 +137,7 @@ class Rollouts:
     def figures(self) -> dict[str, float]:
         """Means over all ranks' answers of the last step; of what did not occur there is none."""
         found = self._means(self.sums)
-        if "no_signal" in found:
+        if "no_signal" in found and not has_value_head(self.args.method):  # which tells equal rewards apart
             before = self.carried.get(WITHOUT_SIGNAL, 0)
             self.carried[WITHOUT_SIGNAL] = before + 1 if found["no_signal"] == 1 else 0
         return {**found, "samples": self.samples}
@@ -155,14 +155,14 @@ class Rollouts:
                     batch.per_token["reference"] = policy.log_probs(self.model, hidden, batch, self.args)
 
     def evaluate(self) -> dict[str, float]:
-        """What the likeliest answers to held-out prompts are like; `loss` is their reward, negative."""
+        """What the likeliest answers to held-out prompts are like; `loss` is their reward, negative, if any has one."""
         held_out, processes = self.plan.sources.held_out, self.processes
         mine = range(processes.rank, len(held_out), processes.size)
         answers = self._likeliest([held_out[i].tokens for i in mine])
         parts = self.plan.rewards.score([self._asked(held_out, i, one) for i, one in zip(mine, answers, strict=True)])
         sums = self._figures(answers, parts, self.plan.rewards.total(parts), 1)
         found = self._means(sums)
-        return {"loss": -found.get("reward", 0.0), **found}
+        return {"loss": -found["reward"], **found} if "reward" in found else found
 
     def _likeliest(self, prompts: Sequence[list[int]]) -> list[Completion]:
         """The greedy answer to each prompt."""

@@ -304,7 +304,8 @@ class TrainSettings(
                 found.append(f"{line} {self.flags()[name].flag} names a target twice. Leave out one of them")
         if self.full and (given := [one.flag for one in self.of_adapters() if one.name in self.given]):
             found.append(f"{line} --full makes no adapter to have {', '.join(given)}. Leave them out")
-        if self.patience and not (self.eval_data or self.eval_fraction or samples(self.method)):
+        by_group = samples(self.method) and not has_value_head(self.method)
+        if self.patience and not (self.eval_data or self.eval_fraction or by_group):
             found.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
         return found + self._foreign_to_method()
 
@@ -362,6 +363,14 @@ class TrainSettings(
             fix = "Add --reward multiply, FILE.py:function or another"
             found.append(f"missing --reward in the command line: --method {self.method} learns from rewards. {fix}")
         return [*found, *rewards.wrong(self.reward or ())]
+
+    @classmethod
+    def _read_config(cls, where: str, problems: list[str]) -> dict:
+        """Runs of other methods once saved dpo's loss, too, which was the default."""
+        found = super()._read_config(where, problems)
+        if found.get("loss") == "sigmoid" and found.get("method", "sft") in ("sft", "kto", "reward"):
+            del found["loss"]
+        return found
 
     def refuse_contradictions(self) -> None:
         """Raises BadInput with all of them. With --full, what belongs to adapters is None from here on."""

@@ -71,6 +71,7 @@ def _papers(model: Model, plan: Plan, args: TrainSettings) -> dict:
         spoken["control_tokens"] = True
     learned = {**args.decisive(), "steps": plan.total}
     marks = passport.fingerprints(plan.chat.tokenizer, plan.chat.template.source, plan.data_fingerprint, learned)
+    marks |= {"method": args.method} if args.method == "ppo" else {}
     return passport.make(base.name, base.header, base.read, lora_layers(model), spoken, **marks)
 
 

@@ -91,7 +91,8 @@ class Record:
 
     def _silent(self) -> int:
         """How many steps without a signal there were last, in a row."""
-        return sum(1 for _ in takewhile(lambda row: row.get("no_signal") == 1, reversed(self.steps)))
+        silent = takewhile(lambda row: row.get("no_signal") == 1 and "value_loss" not in row, reversed(self.steps))
+        return sum(1 for _ in silent)  # a value head tells equal rewards apart
 
     def skip(self, step: int, lr: float, why: str) -> None:
         """A step whose loss or gradient was not finite, written as null: JSON has no such numbers."""

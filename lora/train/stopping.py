@@ -25,9 +25,8 @@ def best(evaluations: Sequence[dict], most: float | None = None) -> int | None:
     fitting = [row for row in evaluations if row["step"] > 0 and not _forgot(row, most)]
     if not fitting:
         return None
-    if "eval_loss" not in fitting[-1]:
-        return fitting[-1]["step"]
-    return min((row for row in fitting if "eval_loss" in row), key=lambda row: row["eval_loss"])["step"]
+    with_loss = [row for row in fitting if "eval_loss" in row]
+    return min(with_loss, key=lambda row: row["eval_loss"])["step"] if with_loss else fitting[-1]["step"]
 
 
 def why_end(evaluations: Sequence[dict], patience: int | None = None, most: float | None = None) -> str | None:

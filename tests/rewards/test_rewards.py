@@ -86,3 +86,13 @@ def test_everything_that_is_wrong_is_found_before_the_model_is_loaded(tmp_path):
 def test_a_wrong_reward_begins_nothing():
     with pytest.raises(BadInput, match="N is '0'"):
         rewards("multiply", "length:0")
+
+
+@mutation("lora/rewards/__init__.py", "if not sum(map(abs, values)) <= torch.finfo(torch.float32).max:", "if False:")
+@pytest.mark.parametrize("parts", [(1.7e308, 1.7e308), (1e308 * 10, -1e308 * 10), (3.5e38,), (-3.5e38,)])
+def test_a_sum_over_what_float32_holds_is_refused_in_a_line(parts):
+    with rewards(*(f"length:{n}" for n in range(1, len(parts) + 1))) as all_of_them:
+        values = {part.name: [value] for part, value in zip(all_of_them.parts, parts, strict=True)}
+        with pytest.raises(BadInput, match="add up to more than float32 holds"):
+            all_of_them.total(values)
+        assert all_of_them.total({name: [3e38 / 2] for name in values}) == [3e38 / 2 * len(parts)]

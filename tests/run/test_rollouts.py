@@ -245,6 +245,55 @@ def test_without_patience_ten_such_steps_are_told_once(tmp_path):
     assert len(rows(tmp_path / "out")) == 10
 
 
+@mutation("lora/run/rollouts.py", " and not has_value_head(self.args.method):", ":")
+@mutation("lora/train/record.py", ' and "value_loss" not in row', "")
+def test_ppo_whose_values_tell_equal_rewards_of_a_group_apart_goes_on_and_patience_counts_evaluations(tmp_path):
+    own = function(tmp_path, "return [i // 2 % 3 for i, _ in enumerate(completions)]")
+    how = ("--reward", own, "--group", 2, "--max-new-tokens", 2, "--max-steps", 10, "--patience", 3, "--updates", 1)
+    inputs = ("--model", cli.model_folder(), "--method", "ppo", "--data", prompts_file(), "--out", "out")
+    how = (*how, "--eval-fraction", 0.3, "--eval-every", 5)
+    done = cli.call("train", *inputs, *RUN, *how, *cli.ON_CPU, cwd=tmp_path)
+    assert done.code == 0 and stopping.NO_SIGNAL not in done.err, done.err
+    steps = [row for row in rows(tmp_path / "out") if "loss" in row]
+    assert [row["no_signal"] for row in steps] == [1.0] * 10
+
+
+@mutation("lora/run/settings.py", "or by_group)", "or samples(self.method))")
+def test_the_patience_of_ppo_needs_evaluations(tmp_path):
+    done = train("--patience", 2, method="ppo", cwd=tmp_path)
+    assert done.code == 2 and "wrong --patience in the command line: no loss is evaluated" in done.errors[0]
+
+
+@mutation(
+    "lora/run/rollouts.py", '**found} if "reward" in found else found', '**found} if "reward" in found else {"loss": 0}'
+)
+@mutation("lora/train/stopping.py", 'if with_loss else fitting[-1]["step"]', "if True else None")
+def test_held_out_answers_that_cannot_be_scored_have_no_loss_and_are_not_the_best(tmp_path):
+    inputs = ("--model", cli.model_folder(), "--method", "grpo", "--data", prompts_file(), "--out", "out")
+    how = ("--reward", function(tmp_path, "return [None] * len(completions)"), "--eval-fraction", 0.3)
+    done = cli.call("train", *inputs, *RUN, *how, "--max-new-tokens", 4, "--max-steps", 1, *cli.ON_CPU, cwd=tmp_path)
+    assert done.code == 0, done.err
+    evaluated = [row for row in rows(tmp_path / "out") if "eval_length" in row]
+    assert evaluated and not any("eval_loss" in row or "eval_reward" in row for row in evaluated)
+    scored = [{"step": 1, "eval_loss": 2.0}, {"step": 2, "eval_loss": 1.0}, {"step": 3}]
+    assert stopping.best(scored) == 2 and stopping.best([{"step": 3}]) == 3
+
+
+@mutation("lora/run/reference.py", "for name in (store.WEIGHTS, store.CONFIG))", "for name in (store.CONFIG,))")
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_reference_of_which_a_file_is_lost_is_read_from_the_adapter_of_the_start_and_told(tmp_path, lost):
+    cli.train("start", "--lr", 0.01, "--max-steps", 1, cwd=tmp_path)
+    flags = ("--kl", 0.1, "--schedule", "constant", "--max-steps")
+    inputs = ("--model", cli.model_folder(), "--method", "grpo", "--data", prompts_file(), "--init-adapter", "start")
+    how = (*inputs, *RUN[2:-2], *cli.ON_CPU, *rewarded("grpo"), *flags)
+    assert cli.call("train", *how, 2, "--out", "out", cwd=tmp_path).code == 0
+    (tmp_path / "out" / results.REFERENCE_ADAPTER / lost).unlink()
+    done = cli.call("train", "--resume", "--out", "out", "--max-steps", 3, cwd=tmp_path)
+    assert done.code == 0 and "is not whole; the model of step 0 is read from start" in done.err, done.err
+    assert cli.call("train", *how, 3, "--out", "whole", cwd=tmp_path).code == 0
+    assert rows(tmp_path / "out")[-1]["loss"] == rows(tmp_path / "whole")[-1]["loss"]
+
+
 @mutation(
     "train.py",
     "            except Interrupted:\n                continue\n",
@@ -298,3 +347,11 @@ def test_the_card_says_which_rewards_it_was_trained_with(whole):
     for method in SAMPLING:
         text = (whole / method / "out/README.md").read_text()
         assert f"rewards of answers that it gave itself: {method}" in text and "multiply:0.5" in text
+
+
+@mutation("lora/run/results.py", "if samples(self.args.method) else ''", "if False else ''")
+def test_a_step_that_diverges_by_its_rewards_says_that_they_may_weigh_less(tmp_path):
+    own = function(tmp_path, "return [(-1) ** i * 1e30 for i, _ in enumerate(completions)]")
+    inputs = ("--model", cli.model_folder(), "--method", "rloo", "--data", prompts_file(), "--out", "out")
+    done = cli.call("train", *inputs, *RUN, "--reward", own, "--max-new-tokens", 4, *cli.ON_CPU, cwd=tmp_path)
+    assert done.code == 4 and done.errors[0].endswith("or give --reward a smaller weight"), done.err

@@ -248,7 +248,7 @@ def test_a_run_of_a_method_is_replaced_by_one_of_sft_of_which_nothing_is_left(ru
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*cli.RUN_FILES, "checkpoints"}
 
 
-@mutation("lora/run/adapter.py", 'if args.method == "reward":', "if False:", case="judge-reward")
+@mutation("lora/run/adapter.py", "if has_value_head(args.method):", "if False:", case="judge-reward")
 @pytest.mark.parametrize(
     ("start", "method", "said"),
     [
@@ -432,3 +432,36 @@ def test_pairs_and_judged_answers_are_prompts_too(work, tmp_path):
         argv = ("--method", "rloo", "--reward", "length:3", "--max-new-tokens", 4, "--group", 2, "--max-steps", 1)
         done = cli.train("out", *argv, "--overwrite", cwd=tmp_path, data=work / data)
         assert done.code == 0 and "prompts  " in done.err, done.err
+
+
+@mutation("lora/adapter/passport.py", 'return (read(folder) or {}).get("method") == "ppo"', "return False")
+@mutation("lora/export/card.py", "value_head.has(folder) and not passport.of_policy(folder)", "value_head.has(folder)")
+@mutation("merge.py", "    if passport.of_policy(args.adapter):\n", "    if False:\n")
+@mutation("lora/run/adapter.py", "if has_value_head(args.method):", 'if args.method == "reward":')
+@mutation("lora/rewards/reward_model.py", "elif passport.of_policy(folder):", "elif False:")
+def test_the_value_head_of_a_ppo_run_is_not_taken_for_that_of_a_reward_model(tmp_path):
+    ok(sampled("out", "--max-steps", 1, cwd=tmp_path, method="ppo"))
+    assert (tmp_path / "out/value_head.safetensors").exists()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "text-generation" in card and "python generate.py --adapter out" in card and "stage: rm" not in card
+    ok(done := cli.ask("--adapter", "out", "--prompt", "Hello.", cwd=tmp_path))
+    assert "reward model" not in done.err
+    few = ("--rows", 2, "--no-generate", "--no-retention", *cli.ON_CPU)
+    ok(done := cli.call("evaluate", "--adapter", "out", "--data", cli.data_file(), *few, cwd=tmp_path))
+    assert "nats per token" in done.out
+    ok(cli.call("merge", "--adapter", "out", "--out", "merged", "--no-receipt", cwd=tmp_path))
+    assert not (tmp_path / "merged/value_head.safetensors").exists()
+    refused = sampled("two", "--reward", "out", cwd=tmp_path)
+    assert refused.code == 2 and "foresees rewards and scores nothing" in refused.errors[0]
+    ok(done := sampled("on", "--max-steps", 1, "--init-adapter", "out", "--lr", 1e-9, cwd=tmp_path, method="ppo"))
+    assert "head     out: its value head goes on" in done.err
+    heads = [load_file(tmp_path / run / "value_head.safetensors")["v_head.summary.weight"] for run in ("out", "on")]
+    assert (heads[0] - heads[1]).abs().max() < 1e-6 < heads[0].abs().max()
+
+
+@mutation("lora/run/settings.py", '            del found["loss"]\n', "            pass\n")
+def test_settings_of_an_older_run_which_have_dpos_loss_whatever_the_method_are_a_config(tmp_path):
+    ok(cli.train("out", cwd=tmp_path))
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    (tmp_path / "old.json").write_text(json.dumps(settings | {"loss": "sigmoid"}))
+    ok(cli.call("train", "--config", "old.json", "--out", "again", cwd=tmp_path))
