@@ -734,7 +734,7 @@ def rows(*losses, kl=()):
     return found
 
 
-@mutation("lora/train/stopping.py", "return min((row for row in fitting", "return max((row for row in fitting")
+@mutation("lora/train/stopping.py", "return min(with_loss", "return max(with_loss")
 @mutation("lora/train/stopping.py", 'if row["step"] > 0 and not _forgot(row, most)]', 'if row["step"] > 0]')
 @pytest.mark.parametrize(
     ("evaluations", "most", "step"),

@@ -198,8 +198,8 @@ def test_the_reference_of_a_run_from_an_adapter_is_the_model_with_that_adapter(s
 
 @mutation(
     "lora/run/reference.py",
-    "kept if kept and (kept / store.CONFIG).exists() else Path(args.init_adapter)",
-    "Path(args.init_adapter)",
+    "self.folder = kept",
+    "pass",
 )
 def test_a_resumed_run_has_kept_the_adapter_it_compares_with(second, tmp_path):
     copy_of(second / "out", tmp_path / "out", 2)
@@ -326,7 +326,7 @@ def test_a_signal_ends_a_run_while_answers_are_sampled_and_it_goes_on_from_there
 # ---- evaluations -----------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/run/rollouts.py", '"loss": -found.get("reward", 0.0)', '"loss": found.get("reward", 0.0)')
+@mutation("lora/run/rollouts.py", '"loss": -found["reward"]', '"loss": found["reward"]')
 def test_held_out_prompts_are_answered_greedily_and_the_best_reward_is_kept(tmp_path):
     held_out = ("--eval-data", prompts_file(), "--eval-every", 2, "--retention", ordinary())
     done = train(*held_out, cwd=tmp_path)
