@@ -128,11 +128,6 @@ def test_an_answer_ends_with_a_stop_token_or_the_most_tokens_or_where_positions_
     assert {one.ended for its in groups for one in its} == {True, False}
 
 
-@mutation(
-    "lora/inference/rollout.py",
-    "next_logits(model, cache, prompts)[shared]",
-    "next_logits(model, cache, [p for p in prompts])[shared] if model.trunk(torch.zeros(1, dtype=torch.long)) is not None else 0",
-)
 def test_a_prompt_is_computed_once_for_its_group():
     model, tokens = tiny_model(), []
     trunk = model.trunk

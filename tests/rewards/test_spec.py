@@ -43,7 +43,8 @@ def test_a_reward_is_read_with_its_last_number_as_the_weight(text, kind, name, t
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("multiply:0", "weighs nothing"), ("multiply:nan", "weighs nothing"), ("x.py:f:-inf", "weighs nothing"), ("x.py:f:nan", "weighs nothing"),
+        ("multiply:0", "weighs nothing"), ("multiply:nan", "weighs nothing"), ("x.py:f:-inf", "weighs nothing"),
+        ("x.py:f:nan", "weighs nothing"),
         ("judge:1e999", "weighs nothing"), ("format:at 12:0", "behind a regular expression"),
         ("multiply:much", "'much' for a weight"), ("multiply:1:2", "'1:2' for a weight"), ("multiply:", "for a weight"),
         ("length", "says no N"), ("length:", "says no N"), ("length:0", "N is '0'"), ("length:-4", "N is '-4'"),

@@ -1,4 +1,4 @@
-"""A run that learns from its own answers: what is sampled, how often the model is passed, when it ends, what it tells."""
+"""A run that learns from its own answers: what it tells, how often the model is passed, when it ends."""
 
 import json
 import os
@@ -52,11 +52,8 @@ def whole(tmp_path_factory):
 
 @mutation(
     "lora/run/rollouts.py",
-    'found["length"] = len(entropies), len(answers)',
-    'found["length"] = len(answers), len(answers)',
-)
-@mutation(
-    "lora/run/rollouts.py", 'found["no_signal"] = sum(len(set(its)) < 2', 'found["no_signal"] = sum(len(set(its)) < 1'
+    'found["length"] = sum(len(one.tokens) for one in answers)',
+    'found["length"] = len(answers)',
 )
 def test_a_step_tells_rewards_by_part_and_what_its_answers_are_like(tmp_path):
     keep = f"import json; open({str(tmp_path / 'seen')!r}, 'a').write(json.dumps(completions) + chr(10))"
@@ -91,7 +88,7 @@ def test_a_step_tells_rewards_by_part_and_what_its_answers_are_like(tmp_path):
     assert len(texts) == 12  # 3 prompts, 4 answers each; of each two groups one has a right answer
     assert first["reward_own"] == pytest.approx(2 / 12)
     assert first["reward"] == pytest.approx(first["reward_own"] + 0.5 * first["reward_length"])
-    assert 1 <= first["length"] <= 8 and 0 <= first["ended"] <= 1 and first["entropy"] > 0
+    assert 1 < first["length"] <= 8 and 0 <= first["ended"] <= 1 and first["entropy"] > 0
     assert [one["reward_own"] for one in first["samples"]] == [1.0, 0.0]
     assert all(one["answer"] in texts[:4] for one in first["samples"])
 
@@ -122,6 +119,15 @@ def test_the_report_says_why_the_loss_says_little_and_shows_answers_with_their_r
     assert (whole / method / "out/loss.png").stat().st_size > 10_000
 
 
+@mutation("lora/run/rollouts.py", "places[len(found) : len(found) + len(some)]", "places[: len(some)]")
+def test_how_many_prompts_are_sampled_at_a_time_changes_nothing(tmp_path, whole):
+    done = train("--micro-tokens", 7, "--max-steps", 1, cwd=tmp_path)  # one prompt at a time, one answer a batch
+    assert done.code == 0, done.err
+    one, other = rows(tmp_path / "out")[0], rows(whole / "grpo/out")[0]
+    assert all(one[name] == other[name] for name in ("samples", "reward", "length", "tokens"))
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
 # ---- how often the model is passed -----------------------------------------------------------------------------------
 
 
@@ -131,7 +137,7 @@ def passes(tmp_path, *argv, method) -> list[str]:
 
     def before():
         train, decoder = sys.modules["train"], sys.modules["lora.network.decoder"]
-        trunk, step = decoder.Model.trunk, train.train_step
+        trunk = decoder.Model.trunk
         rollouts = train.Rollouts.micro_batches
 
         def counted(self, tokens, lengths=None, positions=None, cache=None):
@@ -210,12 +216,16 @@ def test_without_an_adapter_to_start_from_the_reference_is_the_base_and_nothing_
 # ---- when it ends ----------------------------------------------------------------------------------------------------
 
 
+@mutation(
+    "lora/run/rollouts.py", 'found["no_signal"] = sum(len(set(its)) < 2', 'found["no_signal"] = sum(len(set(its)) < 1'
+)
 @mutation("lora/train/stopping.py", "without >= (args.patience or math.inf)", "without >= math.inf")
 @mutation("lora/run/rollouts.py", 'before + 1 if found["no_signal"] == 1 else 0', "before + 1")
 def test_steps_without_a_signal_end_the_run_with_what_to_do_and_only_in_a_row(tmp_path):
     own = function(
         tmp_path,
-        "import os; n = len(os.listdir('steps')); open(f'steps/{n}', 'w').close(); return [float(i % 2 and n == 1) for i, _ in enumerate(completions)]",
+        "import os; n = len(os.listdir('steps')); open(f'steps/{n}', 'w').close(); "
+        "return [float(i % 2 and n == 1) for i, _ in enumerate(completions)]",
     )
     (tmp_path / "steps").mkdir()
     inputs = ("--model", cli.model_folder(), "--method", "grpo", "--data", prompts_file(), "--out", "out")
