@@ -13,8 +13,8 @@ INTEGER = re.compile("[0-9]{1,40}")  # int() refuses 4,301 digits
 WRITTEN = re.compile(r"[-+]?[0-9]+(?:[.,][0-9]+)*")
 TOKEN = re.compile(r"\s*([0-9]{1,40}|[-+*/()×÷−xX])")
 SPELLED = {"×": "*", "x": "*", "X": "*", "÷": "/", "−": "-"}
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-EXPRESSION = re.compile(r"(?:[0-9]|[-+*/()×÷−\s]|(?<![^\W\d])[xX](?![^\W\d]))+\Z")
+TAG = re.compile("<(/?)answer>", re.IGNORECASE)
+EXPRESSION = re.compile(r"(?<!\w)(?:[0-9]|[-+*/()×÷−\s]|(?<![^\W\d])[xX](?![^\W\d]))+\Z")
 LONGEST = 1000  # characters of an expression
 MOST_NUMBERS = 20
 STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}
@@ -76,8 +76,13 @@ def game(row: dict) -> tuple[list[int], int]:
 def stated(text: str) -> str:
     """The expression that an answer states: in the last <answer>...</answer>, or at the end of what stands left of "="
     in the last line."""
-    if marked := ANSWER.findall(text):
-        return marked[-1].partition("=")[0]
+    marked, begin = None, None
+    for tag in TAG.finditer(text):  # one pattern for both tags would look for the second behind every first one
+        if tag[1] and begin is not None:
+            marked = text[begin : tag.start()]
+        begin = None if tag[1] else tag.end()
+    if marked is not None:
+        return marked.partition("=")[0]
     lines = text.strip().splitlines()
     found = EXPRESSION.search(lines[-1].partition("=")[0].rstrip(" .。")[-LONGEST:]) if lines else None
     return found[0] if found else ""

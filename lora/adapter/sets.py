@@ -48,10 +48,10 @@ def read(model: nn.Module, folder: str | Path, read_base: store.Read | None = No
         found = take_out(model)
     finally:
         put_in(model, before)
-    for p in trained:  # `store.load` freezes the base
-        p.requires_grad_()
     for module in (*found.layers.values(), *filter(None, [found.head])):
         module.requires_grad_(False).eval()
+    for p in trained:  # the base, if it trains, is a part of those layers
+        p.requires_grad_()
     return found
 
 

@@ -28,6 +28,11 @@ class Completion:
     entropies: list[float] = field(default_factory=list)
     ended: bool = False
 
+    @property
+    def text(self) -> list[int]:
+        """The tokens without the end of turn."""
+        return self.tokens[:-1] if self.ended else self.tokens
+
 
 def draws(seed: int, step: int, place: int, number: int, count: int) -> Tensor:
     """`count` numbers in [0, 1), (count,): those of one answer, a pure function of where it stands in the run."""

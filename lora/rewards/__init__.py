@@ -76,8 +76,8 @@ class Rewards:
         for part in self.parts:
             with collecting(problems):
                 problems += part.problems(rows)
-        if problems:
-            raise BadInput(*problems)
+        if problems:  # of the rewards first: of rows there may be more than are shown
+            raise BadInput(*sorted(problems, key=lambda problem: not problem.startswith("wrong --reward")))
 
     def load(self, model: Model) -> None:
         """Read the adapters of reward models; the model is left as it was."""

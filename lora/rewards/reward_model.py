@@ -51,25 +51,32 @@ class RewardModel(Part):
     @torch.no_grad()
     def score(self, asked: Sequence[Asked]) -> list[float | None]:
         """Raises BadInput for a conversation that the model has no room for."""
-        conversations = [[*one.messages, {"role": "assistant", "content": one.text}] for one in asked]
-        examples = [self._example(found) for found in self.chat.tokenize_all(conversations, "last")]
+        examples = [self._example(ids) for ids in self._conversations(asked)]
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
         batches = micro_batches([examples[i] for i in order], self.args.micro_tokens, self.model.device)
         with sets.in_place(self.model, self.adapter):
             found = [value for batch in batches for value in self._values(batch)]
         return [value for _, value in sorted(zip(order, found, strict=True))]
 
-    def _example(self, found) -> Example:
-        """A conversation up to its end of turn; what would follow that is trained, so that `Batch.trained` says where
-        each conversation ends."""
-        if isinstance(found, BadInput):
-            raise found
-        end = found[-1].answers[-1][1]
+    def _conversations(self, asked: Sequence[Asked]) -> Iterator[list[int]]:
+        """The ids of every conversation, up to its end of turn. Templates are not asked to write an empty answer: a
+        training never has one, but a model may give it."""
+        conversations = [[*one.messages, {"role": "assistant", "content": one.text}] for one in asked]
+        for one, found in zip(asked, self.chat.tokenize_all(conversations, "last"), strict=True):
+            if not self.chat.tokenizer.control_pattern.sub("", one.text).strip():
+                yield [*self.chat.prompt(one.messages), self.chat.end_of_turn]
+            elif isinstance(found, BadInput):
+                raise found
+            else:
+                yield found[-1].tokens[: found[-1].answers[-1][1]]
+
+    def _example(self, ids: list[int]) -> Example:
+        """What would follow the conversation is trained, so that `Batch.trained` says where it ends."""
         limit = self.model.config.max_position_embeddings
-        if end > limit:
-            why = f"{end} tokens with its template, the model has room for {limit}"
+        if len(ids) > limit:
+            why = f"{len(ids)} tokens with its template, the model has room for {limit}"
             raise BadInput(f"too long in {self.folder}: a completion has {why}. Lower --max-new-tokens or --max-len")
-        return Example([*found[-1].tokens[:end], 0], [False] * end + [True])
+        return Example([*ids, 0], [False] * len(ids) + [True])
 
     def _values(self, batch: Batch) -> list[float]:
         """The value at the end of every conversation of a batch."""

@@ -45,7 +45,7 @@ def parse(text: str) -> Spec:
         target, weight = _weighed(rest)
         (_check_regex if word == "format" else _check_length)(target, text)
         return Spec(word, word, target, weight)
-    target, weight = _weighed(text)
+    target, weight = (text, 1.0) if FUNCTION.fullmatch(text) else _weighed(text)  # a function may be called nan
     if word in TASKS:
         if target != word:
             raise ValueError(f"{text!r} has {rest!r} for a weight, which is no number. Give {word} or {word}:0.5")

@@ -207,7 +207,8 @@ class Results:
         python, out, kind = "python", str(self.out), f"--{self.trainable.kind}"
         args = self.args
         data = args.eval_data or [numbered(name)[0] for name in args.data or ()] or ["FILE"]
-        read = ["--prompt-key", args.prompt_key, "--response-key", args.response_key] if args.prompt_key else []
+        read = ["--prompt-key", args.prompt_key] if args.prompt_key else []
+        read += ["--response-key", args.response_key] if args.response_key else []
         read += ["--leading-answers", args.leading_answers] if args.leading_answers != "error" else []
         parts = [self.plan.sources.held_out] if args.eval_data else self.plan.sources.data
         read += ["--no-generate"] if any("text" in part.shapes for part in parts) else []  # a document has no answer

@@ -6,7 +6,7 @@ has them rewarded. What the method needs besides is measured without gradients: 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ from lora.adapter.merge import merged
 from lora.data.batch import Batch, Linked, micro_batches
 from lora.data.encode import Encoded
 from lora.errors import StopFlag
+from lora.inference.generate import generate
 from lora.inference.rollout import Completion, draws, sample_groups
 from lora.methods import compares, has_value_head, policy
 from lora.rewards import Asked
@@ -25,7 +26,6 @@ from lora.train.evaluate import evaluating
 from lora.train.stopping import WITHOUT_SIGNAL
 
 CACHED = 16  # times --micro-tokens positions in a cache: keys and values are far smaller than activations
-GREEDY = 1e-4  # a temperature
 
 
 class Interrupted(Exception):
@@ -50,34 +50,35 @@ class Rollouts:
         plan.rewards.load(model)
 
     def micro_batches(self, indices: Sequence[int], args, processes, step: int) -> list[Batch]:
-        """This process's part of a step. Raises Interrupted where a signal came while answers were sampled."""
+        """This process's part of a step, as `Plan.micro_batches` lays one out. Raises Interrupted where a signal came
+        while answers were sampled."""
         places = range(processes.rank, len(indices), processes.size)
         rows = [self.plan.examples[indices[place]].tokens for place in places]
         with evaluating(self.model):
-            groups = self._sample(rows, places, step, args.group, args.temperature)
+            groups = self._sample(rows, places, step)
         items = self._rewarded([indices[place] for place in places], places, rows, groups)
         batches = micro_batches(items, args.micro_tokens, processes.device)
         with evaluating(self.model), torch.no_grad():
             self._measure(batches)
         return batches
 
-    def _sample(
-        self, prompts: Sequence[list[int]], places: Sequence[int], step: int, group: int, temperature: float
-    ) -> list[list[Completion]]:
+    def _sample(self, prompts: Sequence[list[int]], places: Sequence[int], step: int) -> list[list[Completion]]:
         """A group of answers to each prompt, as many prompts at a time as the cache has room for."""
         args, found = self.args, []
-        room = max(map(len, prompts), default=0) + args.max_new_tokens
-        at_once = max(1, CACHED * args.micro_tokens // (room * group))
         with merged(self.model):
-            for start in range(0, len(prompts), at_once):
-                some = prompts[start : start + at_once]
+            for some in self._parts(prompts, args.group):
                 numbers = [
-                    torch.stack([draws(args.seed, step, place, k, args.max_new_tokens) for k in range(group)])
-                    for place in places[start : start + at_once]
+                    torch.stack([draws(args.seed, step, place, k, args.max_new_tokens) for k in range(args.group)])
+                    for place in places[len(found) : len(found) + len(some)]
                 ]
-                how = self.plan.chat.stops, temperature, self._raise_if_stopped
+                how = self.plan.chat.stops, args.temperature, self._raise_if_stopped
                 found += sample_groups(self.model, some, torch.stack(numbers), *how)
         return found
+
+    def _parts(self, prompts: Sequence[list[int]], group: int) -> Iterator[Sequence[list[int]]]:
+        room = max(map(len, prompts), default=0) + self.args.max_new_tokens
+        at_once = max(1, CACHED * self.args.micro_tokens // (room * group))
+        yield from (prompts[start : start + at_once] for start in range(0, len(prompts), at_once))
 
     def _raise_if_stopped(self) -> None:
         if self.stop.code and self.processes.size == 1:
@@ -105,8 +106,8 @@ class Rollouts:
         return items
 
     def _asked(self, examples: Encoded, i: int, answer: Completion) -> Asked:
-        row, tokens = examples.prompts[i], answer.tokens[: -1 if answer.ended else None]
-        return Asked(row.row, row.messages, self.plan.chat.tokenizer.decode(tokens), len(answer.tokens))
+        row = examples.prompts[i]
+        return Asked(row.row, row.messages, self.plan.chat.tokenizer.decode(answer.text), len(answer.tokens))
 
     def _figures(
         self, answers: Sequence[Completion], parts: dict, totals: Sequence[float], group: int
@@ -119,7 +120,7 @@ class Rollouts:
             found["no_signal"] = sum(len(set(its)) < 2 for its in groups), len(groups)
         entropies = [entropy for one in answers for entropy in one.entropies]
         found["entropy"] = sum(entropies), len(entropies)
-        found["length"] = len(entropies), len(answers)
+        found["length"] = sum(len(one.tokens) for one in answers), len(answers)
         found["ended"] = sum(one.ended for one in answers), len(answers)
         return found
 
@@ -157,11 +158,22 @@ class Rollouts:
         """What the likeliest answers to held-out prompts are like; `loss` is their reward, negative."""
         held_out, processes = self.plan.sources.held_out, self.processes
         mine = range(processes.rank, len(held_out), processes.size)
-        answers = [one for [one] in self._sample([held_out[i].tokens for i in mine], mine, 0, 1, GREEDY)]
+        answers = self._likeliest([held_out[i].tokens for i in mine])
         parts = self.plan.rewards.score([self._asked(held_out, i, one) for i, one in zip(mine, answers, strict=True)])
         sums = self._figures(answers, parts, self.plan.rewards.total(parts), 1)
-        found = self._means({name: pair for name, pair in sums.items() if name != "entropy"})
+        found = self._means(sums)
         return {"loss": -found.get("reward", 0.0), **found}
+
+    def _likeliest(self, prompts: Sequence[list[int]]) -> list[Completion]:
+        """The greedy answer to each prompt."""
+        chat, most, found = self.plan.chat, self.args.max_new_tokens, []
+        with merged(self.model):
+            for some in self._parts(prompts, 1):
+                answers = generate(self.model, some, chat.stops, most, on_token=lambda *_: self._raise_if_stopped())
+                for ids in answers:  # prompts leave room for the most tokens
+                    ended = len(ids) < most
+                    found.append(Completion([*ids, chat.end_of_turn] if ended else ids, ended=ended))
+        return found
 
     def _means(self, sums: dict[str, tuple]) -> dict[str, float]:
         """Over all ranks; of what did not occur there is none."""

@@ -142,7 +142,8 @@ class TrainRewards(Settings, group="reinforcement"):
     reward: list[str] | None = flag(
         None, "NAME or NAME:WEIGHT, may be repeated: multiply, countdown, format:REGEX, length:N, FILE.py:FUNCTION, or "
         "the folder of a reward model")
-    reward_timeout: float = flag(60.0, "seconds that a function of your own may take for a step", between(0.01, 1e6))
+    reward_timeout: float = flag(
+        60.0, "seconds that a function of your own may take for a step", between(0.01, 1e6), free=True)
     group: int | None = flag(None, "answers to each prompt: 8, of ppo 1", between(1, 4096))
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", between(0.01, 100))
     max_new_tokens: int = flag(128, "longest sampled answer in tokens", between(1, 2**20))

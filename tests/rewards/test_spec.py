@@ -23,17 +23,18 @@ from tests.mutation import mutation
         ("a:b/rules.py:good:1e-3", "function", "good", "a:b/rules.py:good", 1e-3),
         (r"C:\x\rules.py:good:+2", "function", "good", r"C:\x\rules.py:good", 2.0),
         ("x.py:y/rules.py:gut_è", "function", "gut__", "x.py:y/rules.py:gut_è", 1.0),
+        ("rules.py:nan", "function", "nan", "rules.py:nan", 1.0),
         ("weights/calm-judge", "model", "calm_judge", "weights/calm-judge", 1.0),
         ("weights/judge.2/:.5", "model", "judge_2", "weights/judge.2/", 0.5),
         (r"D:\judge", "model", r"D__judge", r"D:\judge", 1.0),
         ("./multiply", "model", "multiply", "./multiply", 1.0),
     ],
 )
-@mutation("lora/rewards/spec.py", 'FUNCTION = re.compile(r"(.+', 'FUNCTION = re.compile(r"(.+?')
+@mutation("lora/rewards/spec.py", 'FUNCTION = re.compile(r"(.+', 'FUNCTION = re.compile(r"([^:]+')
 @mutation("lora/rewards/spec.py", "before, colon, number = text.rpartition", "before, colon, number = text.partition")
 @mutation(
     "lora/rewards/spec.py", 're.sub("[^A-Za-z0-9_]", "_", name)', 're.sub("[^A-Za-z0-9_.]", "_", name)',
-    "weights/judge.2/:.5-model-judge_2-weights/judge.2/-0.5",
+    case="weights/judge.2/:.5-model-judge_2-weights/judge.2/-0.5",
 )  # fmt: skip
 def test_a_reward_is_read_with_its_last_number_as_the_weight(text, kind, name, target, weight):
     assert parse(text) == (kind, name, target, weight)
@@ -43,6 +44,7 @@ def test_a_reward_is_read_with_its_last_number_as_the_weight(text, kind, name, t
     ("text", "why"),
     [
         ("multiply:0", "weighs nothing"), ("multiply:nan", "weighs nothing"), ("x.py:f:-inf", "weighs nothing"),
+        ("x.py:f:nan", "weighs nothing"),
         ("judge:1e999", "weighs nothing"), ("format:at 12:0", "behind a regular expression"),
         ("multiply:much", "'much' for a weight"), ("multiply:1:2", "'1:2' for a weight"), ("multiply:", "for a weight"),
         ("length", "says no N"), ("length:", "says no N"), ("length:0", "N is '0'"), ("length:-4", "N is '-4'"),
@@ -57,19 +59,19 @@ def test_a_reward_is_read_with_its_last_number_as_the_weight(text, kind, name, t
     "lora/rewards/spec.py",
     "if not math.isfinite(weight) or weight == 0:",
     "if weight == 0:",
-    "judge:1e999-weighs nothing",
+    case="judge:1e999-weighs nothing",
 )
 @mutation(
     "lora/rewards/spec.py",
     "if not math.isfinite(weight) or weight == 0:",
     "if not math.isfinite(weight):",
-    "multiply:0-weighs nothing",
+    case="multiply:0-weighs nothing",
 )
 def test_a_wrong_reward_is_refused_with_the_reason(text, why):
     with pytest.raises(ValueError) as caught:
         parse(text)
     assert why in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match="^wrong --reward in the command line: "):
+    with pytest.raises(BadInput, match=r"^wrong --reward in the command line: "):
         parse_all([text])
 
 
