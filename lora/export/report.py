@@ -19,7 +19,9 @@ def _cell(value: object) -> str:
 
 
 def _figures(rows: Iterable[dict], words: dict[str, str], prefix: str = "") -> list[str]:
-    """A table of what a method measures, a line a row."""
+    """A table of what a method measures, a line a row; what did not occur has no column."""
+    rows = list(rows)
+    words = {name: text for name, text in words.items() if any(prefix + name in row for row in rows)}
     lines = ([row["step"], *(_number(row.get(prefix + name)) for name in words)] for row in rows)
     return table(("step", *words.values()), lines)
 

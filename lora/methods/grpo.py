@@ -24,7 +24,7 @@ KIND = "prompt"
 SETTINGS = (*policy.SETTINGS, "loss", "scale")
 LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
 FIGURES = policy.FIGURES | {
-    "kl": "k3: nats a token away from the reference",
+    "kl": "nats a token from the reference: ρ k3",
     "clipped": "tokens that the clip holds back",
 }
 SCALES = ("group", "none")

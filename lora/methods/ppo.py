@@ -32,12 +32,12 @@ SETTINGS = (
 )  # fmt: skip
 LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
 FIGURES = policy.FIGURES | {
-    "kl": "k1: nats a token away from the reference",
+    "kl": "nats a token from the reference: k1",
     "clipped": "tokens that the clip holds back",
     "policy_loss": "loss of the policy",
     "value_loss": "loss of the value head",
     "explained": "explained variance: 1 - Var(R - V) / Var(R), 1 where the value head foresees every return",
-    "kl_coefficient": "β: what a nat away from the reference costs",
+    "kl_coefficient": "what a nat from the reference costs: β",
 }
 
 

@@ -22,7 +22,7 @@ KIND = "prompt"
 SETTINGS = policy.SETTINGS
 LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
 FIGURES = policy.FIGURES | {
-    "kl": "k1: nats a token away from the reference",
+    "kl": "nats a token from the reference: k1",
     "clipped": "answers that the clip holds back",
 }
 

@@ -206,6 +206,8 @@ def panels_of(rows: list[dict]) -> dict[str, list[str]]:
     names = dict.fromkeys(name for row in rows for name in row)
     found = {label: [name for name in names if name.startswith(kind)] for kind, label in PANELS.items()}
     if "entropy" in names:
+        if len(found["reward"]) == 1:  # which is the reward above
+            del found["reward"]
         found |= {label: [name for name in its if name in names] for label, its in OF_SAMPLES.items()}
     return {label: its for label, its in found.items() if its}
 

@@ -221,7 +221,7 @@ HEADS = ("reward", "ppo")
 @mutation("train.py", "Objective(plan.method, model, args, state.carried)", "Objective(plan.method, model, args, {})",
           case="ppo")  # fmt: skip
 @mutation(
-    "lora/inference/rollout.py", 'name = f"{seed}/step', 'name = f"{id(object)}/{hash(str(seed))}/step', case="grpo"
+    "lora/inference/rollout.py", 'name = f"{seed}/step', "name = f\"{__import__('os').getpid()}/step", case="grpo"
 )
 @pytest.mark.parametrize("method", LOSSES)
 def test_a_killed_run_of_every_method_goes_on_bit_for_bit_with_its_evaluations(tmp_path, method):

@@ -302,6 +302,7 @@ def test_the_evaluation_of_pairs_under_a_key_of_their_own_can_be_run_as_it_stand
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ok(cli.train("out", "--method", "dpo", "--prompt-key", "frage", cwd=tmp_path, data="pairs.jsonl"))
     [line] = [line for line in (tmp_path / "out/report.md").read_text().splitlines() if "evaluate.py" in line]
+    assert "--prompt-key frage" in line and "--response-key" not in line
     ok(cli.call("evaluate", *shlex.split(line)[2:], "--no-retention", *cli.ON_CPU, cwd=tmp_path))
 
 
@@ -380,9 +381,7 @@ def unbroken(tmp_path_factory):
 SHORT = ("--max-steps", 7, "--reward-timeout", 1)
 
 
-@mutation(
-    "lora/run/settings.py", "between(0.01, 1e6),\n        free=True)", "between(0.01, 1e6))", case="takes too long"
-)
+@mutation("lora/run/settings.py", "between(0.01, 1e6), free=True)", "between(0.01, 1e6))", case="takes too long")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_reward_function_that_breaks_ends_the_run_with_one_line_and_its_checkpoint_goes_on(tmp_path, unbroken, case):
     body, why = BROKEN[case]
