@@ -191,7 +191,10 @@ def summary(runs: dict[str, list[dict]], warm: int) -> dict[str, dict]:
     found = {}
     for side, its in runs.items():
         rows = [row for run in its for row in run["rows"][warm:]]
-        found[side] = {"step s": median(row["seconds"] for row in rows), "peak GB": max(run["peak"] for run in its) / 1e9}
+        found[side] = {
+            "step s": median(row["seconds"] for row in rows),
+            "peak GB": max(run["peak"] for run in its) / 1e9,
+        }
         if side != "sft":
             found[side] |= {
                 "sampling s": median(row["sampling"] for row in rows),
@@ -253,8 +256,9 @@ def main() -> None:
     for name, ratio in made.items():
         print(f"{name:20} {ratio:5.2f}{f'   goal {GOALS[name]:g}' if name in GOALS else ''}")
     if not args.quick:
-        files.write_json(RESULT, {"machine": machine.described(), "command": sys.argv, "settings": settings,
-                                  "prompts": prompts, "warm": warm, "medians": found, "ratios": made, "runs": runs})  # fmt: skip
+        told = {"command": sys.argv, "settings": settings, "prompts": prompts, "warm": warm}
+        found = {"machine": machine.described(), **told, "medians": found, "ratios": made, "runs": runs}
+        files.write_json(RESULT, found)
 
 
 def told_of(its: dict[str, float], run: dict) -> str:

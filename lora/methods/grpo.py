@@ -22,7 +22,7 @@ from lora.train.evaluate import Total
 
 KIND = "prompt"
 SETTINGS = (*policy.SETTINGS, "loss", "scale")
-LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
+LABEL, RATE, EPOCHS, NOTE = "loss", 0.025, 1, policy.NOTE
 FIGURES = policy.FIGURES | {
     "kl": "nats a token from the reference: ρ k3",
     "clipped": "tokens that the clip holds back",

@@ -30,7 +30,7 @@ SETTINGS = (
     *policy.SETTINGS, "gamma", "lam", "value_weight", "value_clip", "whiten_rewards", "kl_target", "kl_horizon",
     "no_end_penalty",
 )  # fmt: skip
-LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
+LABEL, RATE, EPOCHS, NOTE = "loss", 0.025, 1, policy.NOTE
 FIGURES = policy.FIGURES | {
     "kl": "nats a token from the reference: k1",
     "clipped": "tokens that the clip holds back",

@@ -20,7 +20,7 @@ from lora.train.evaluate import Total
 
 KIND = "prompt"
 SETTINGS = policy.SETTINGS
-LABEL, RATE, EPOCHS, NOTE = "loss", 0.05, 1, policy.NOTE
+LABEL, RATE, EPOCHS, NOTE = "loss", 0.025, 1, policy.NOTE
 FIGURES = policy.FIGURES | {
     "kl": "nats a token from the reference: k1",
     "clipped": "answers that the clip holds back",

@@ -198,7 +198,7 @@ class TrainOptimisation(Settings, group="optimisation"):
 
     lr: float | None = flag(
         None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model; a tenth of that with "
-        "--full, a fortieth for dpo and kto, a quarter for reward", ABOVE_0_UP_TO_1)
+        "--full, a quarter for reward, a fortieth for all other methods", ABOVE_0_UP_TO_1)
     epochs: int | None = flag(
         None, "times through the data; 3, of other methods 1, or as many as give 50 steps", between(1, 10**6),
         free=True)
