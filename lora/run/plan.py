@@ -19,7 +19,7 @@ from lora.adapter.targets import find_targets
 from lora.data import batch, order, preview, retention
 from lora.data.encode import Encoded
 from lora.data.sources import Sources, named, read_sources, trained_rows
-from lora.errors import is_out_of_memory, out_of_memory, say
+from lora.errors import BadInput, is_out_of_memory, out_of_memory, say
 from lora.methods import METHODS
 from lora.network.decoder import Model
 from lora.pretrained import hub
@@ -205,6 +205,9 @@ def make_plan(
     targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
     limit = empty.config.max_position_embeddings
     args.max_len = min(args.max_len or limit, limit)
+    if methods.samples(args.method) and args.max_new_tokens >= args.max_len:
+        why = f"{args.max_new_tokens}, and a prompt and its answer together have at most {args.max_len} tokens"
+        raise BadInput(f"wrong --max-new-tokens in the command line: {why}. Lower it")
     methods.fill(args)
     method = METHODS[args.method]
     sources = read_sources(args, chat, hub.dataset_file, generated_rows, limit, method.KIND)

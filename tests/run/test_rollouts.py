@@ -355,3 +355,9 @@ def test_a_step_that_diverges_by_its_rewards_says_that_they_may_weigh_less(tmp_p
     inputs = ("--model", cli.model_folder(), "--method", "rloo", "--data", prompts_file(), "--out", "out")
     done = cli.call("train", *inputs, *RUN, "--reward", own, "--max-new-tokens", 4, *cli.ON_CPU, cwd=tmp_path)
     assert done.code == 4 and done.errors[0].endswith("or give --reward a smaller weight"), done.err
+
+
+@mutation("lora/run/plan.py", "args.max_new_tokens >= args.max_len", "args.max_new_tokens > args.max_len")
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(tmp_path):
+    done = train("--max-new-tokens", 40, "--max-len", 40, cwd=tmp_path)
+    assert done.code == 2 and len(done.errors) == 1 and "wrong --max-new-tokens" in done.errors[0], done.err
