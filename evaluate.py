@@ -128,9 +128,9 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
     if bool(args.data) == bool(args.task):
         what = "contradiction" if args.data else "nothing to score"
         problems.append(f"{what} in the command line: there must be --data or --task. Give one of them")
-    problems += sources.key_problems(args)
     with collecting(problems):
         args.method = args.method or default_method(args)
+    problems += sources.key_problems(args, METHODS[args.method or "sft"].KIND)
     problems += wrong_for_method(args)
     for off, flag in (("no_generate", "predictions"), ("no_retention", "retention")):
         if getattr(args, off) and getattr(args, flag) and (args.method == "sft" or flag == "retention"):
@@ -150,8 +150,9 @@ def check(args: EvaluateSettings, names: dict[str, str | None]) -> list[Row]:
 
 def default_method(args: EvaluateSettings) -> str:
     """`reward` where --data is for a value head, else `sft`."""
-    heads = [value_head.has(Path(folder)) for folder in (*(args.adapter or ()), args.model) if folder]
-    return "reward" if args.data and any(heads) else "sft"
+    folders = [Path(folder) for folder in (*(args.adapter or ()), args.model) if folder]
+    scores = any(value_head.has(folder) and not passport.of_policy(folder) for folder in folders)
+    return "reward" if args.data and scores else "sft"
 
 
 def check_head(args: EvaluateSettings, of_base: value_head.ValueHead | None) -> None:

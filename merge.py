@@ -66,6 +66,8 @@ def main(argv=None) -> int:
     # ---- on `meta` the base has no memory; only the adapter's tensors are real
     model = pretrained.empty_model(base)
     store.load(model, args.adapter, read=base.read)
+    if passport.of_policy(args.adapter):
+        value_head.place(model, None)  # it foresaw the rewards of a training that is over
     layers = lora_layers(model)
     if not args.no_verify:
         passport.verify(args.adapter, base.name, base.header, base.read, layers)

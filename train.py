@@ -15,22 +15,23 @@ from pathlib import Path
 
 import torch
 
-from data_gen import self_cognition
+from data_gen import self_cognition, tasks
 from lora import device as machine
 from lora import ops, pretrained
 from lora.adapter.inject import disabled
 from lora.data.sources import lint_report
 from lora.errors import StopFlag, Stopped, say
-from lora.methods import METHODS, compares
+from lora.methods import METHODS, compares, samples
 from lora.methods.objective import Objective
 from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.run import reference
-from lora.run.evaluator import Answers, Evaluator, Interrupted
+from lora.run.evaluator import Answers, Evaluator
 from lora.run.plan import Plan, make_plan, reader
 from lora.run.results import REPORT, Results, new_folder, reserved, show
 from lora.run.resume import Resumed, begin_state, resume
+from lora.run.rollouts import Interrupted, Rollouts
 from lora.run.settings import TrainSettings
 from lora.run.trainable import Trainable, base_dtype, make_optimizer, make_trainable
 from lora.train import distributed, run_state, stopping
@@ -77,7 +78,7 @@ def run_rank(args: TrainSettings, processes: DistContext, resumed: Resumed | Non
         if resumed:
             resumed.check(plan, args, processes)
 
-        with plan.within_memory(args, processes.device):
+        with plan.rewarding(args, tasks.TASKS), plan.within_memory(args, processes.device):
             return train(plan, args, out, processes, resumed)
 
 
@@ -108,15 +109,16 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
     if resumed:
         run_state.load_optimizer(resumed.path, optimizer, trainable.parameters)
     stop = StopFlag()
-    shared_stop, evaluator = SharedStop(processes, stop), Evaluator(model, plan, args, out, processes, stop)
+    rollouts = Rollouts(model, plan, args, processes, state.carried, stop) if samples(args.method) else None
+    shared_stop, evaluator = SharedStop(processes, stop), Evaluator(model, plan, args, out, processes, stop, rollouts)
     evaluator.begin(state)
     with disabled(model):
         before = evaluator.sample_answers()
     if start:  # until here the model was the base
         trainable.restore(start)
     results = Results(trainable, plan, args, out, state, optimizer, processes)
-    objective = Objective(plan.method, model, args)
-    steps = islice(plan.steps(args), state.step, None)
+    objective, steps = Objective(plan.method, model, args, state.carried), islice(plan.steps(args), state.step, None)
+    source = rollouts or plan  # of micro-batches: answers that are sampled, or rows of the data
     with stop.listening(), results.open() as record:
         model.train()
         while True:
@@ -128,21 +130,27 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
                 break
 
             indices = next(steps)
+            try:
+                batches = source.micro_batches(indices, args, processes, state.step + 1)
+            except Interrupted:
+                continue
             state.step += 1
             lr = learning_rate(state.step - 1, plan.total, args.lr, plan.warmup, args.schedule)
             torch.manual_seed(run_state.dropout_seed(args.seed, state.step, processes.rank))
-            batches, count = plan.micro_batches(indices, args, processes), plan.examples.count_in(indices)
             batches = objective.prepare(batches, processes.all_reduce)
+            count = objective.count_in(batches, processes.all_reduce)
             try:
-                result = train_step(objective, batches, optimizer, lr, args.clip, count, shared_stop.reduce)
+                for _ in range(args.updates or 1):  # from the same answers
+                    result = train_step(objective, batches, optimizer, lr, args.clip, count, shared_stop.reduce)
+                    trainable.sync_model()
             except NotFinite as found:
                 state.skipped += 1
                 if state.skipped > args.skip_nonfinite:
                     raise results.diverged(found, indices) from None
                 record.skip(state.step, lr, f"{found.why}; {state.skipped} of --skip-nonfinite {args.skip_nonfinite}")
             else:
-                trainable.sync_model()
-                record.add(state.step, result, lr, objective.figures(processes.all_reduce))
+                figures = objective.figures(processes.all_reduce) | (rollouts.figures() if rollouts else {})
+                record.add(state.step, result, lr, figures)
             keep_tidy()
         record.close()
         model.eval()

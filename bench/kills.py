@@ -2,11 +2,12 @@
 
     python bench/kills.py [--kills 1000] [--method sft] [--minutes M] [--out bench/results/kills.jsonl] [--seed N]
 
-A run is 60 steps of a tiny model with dropout, a checkpoint every 3 and, in half of the runs, an evaluation every 10.
-It is killed (SIGKILL) up to four times, at a random time or before, within or after a random operation on a file, and
-gone on with by --resume, or started again where there was no checkpoint yet. At its end every file must be there with
-the same bytes as without kills, but for the times in metrics.jsonl. Each run adds a row to the results; started again,
-the count of its method goes on. A run that differs leaves its folder. Exit 1 where one did.
+A run is 60 steps of a tiny model, with dropout unless it samples its answers, a checkpoint every 3 and, in half of the
+runs, an evaluation every 10. It is killed (SIGKILL) up to four times, at a random time or before, within or after a
+random operation on a file, and gone on with by --resume, or started again where there was no checkpoint yet. At its end
+every file must be there with the same bytes as without kills, but for the times in metrics.jsonl. Each run adds a row
+to the results; started again, the count of its method goes on. A run that differs leaves its folder. Exit 1 where one
+did.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from lora import files  # noqa: E402
-from lora.methods import METHODS  # noqa: E402
+from lora.methods import METHODS, samples  # noqa: E402
 from lora.train import run_state  # noqa: E402
 from tests import cli  # noqa: E402
 from tests.faults import Blow, Disk  # noqa: E402
@@ -46,6 +47,11 @@ START = 0.2  # of a run's time: about what comes before the first step
 END = 40  # operations after the last step, about
 AT_AN_OPERATION, PARTS = 0.6, ("before", "half", "after")  # of all kills
 TIMES = ("seconds", "tokens_per_second")  # in metrics.jsonl; all else must be the same
+REWARD = """
+def vowels(completions, **columns):
+    texts = [turns[-1]["content"] for turns in completions]
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in texts]
+"""
 SECONDS = 120  # a run that takes longer hangs
 
 
@@ -63,7 +69,7 @@ def data(method: str, place: Path) -> Path:
         bad = asked[i - 1][1] + " Or not."
         judged = {"completion": [{"role": "assistant", "content": bad if i % 2 else good}], "label": i % 2 == 0}
         made.append({"prompt": prompt, **(judged if method == "kto" else {"chosen": good, "rejected": bad})})
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    files.write_rows(path, made)
     return cli.data_file() if method == "sft" else path
 
 
@@ -72,6 +78,9 @@ def flags(evaluated: bool, method: str, place: Path) -> list[str]:
     words = f"--max-steps {STEPS} --batch-size 4 --save-every 3 --keep 2 --dropout 0.1 --rank 4 --lr 0.02"
     held_out = "--eval-fraction 0.2 --eval-every 10" if evaluated else ""
     inputs = ["--model", str(cli.model_folder()), "--data", str(data(method, place)), "--method", method]
+    if samples(method):
+        files.write_bytes(place / "own.py", REWARD.encode())  # whole at any time: the other worker may be reading it
+        words += f" --dropout 0 --group 2 --max-new-tokens 6 --reward {place / 'own.py'}:vowels length:3:0.5 --kl 0.1"
     return [*inputs, "--out", "out", *cli.ON_CPU, *words.split(), *held_out.split()]
 
 

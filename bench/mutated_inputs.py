@@ -1,10 +1,10 @@
 """Does a broken file ever cost more than a line?   python bench/mutated_inputs.py [--count 50000] [--seed N] [--kind K]
 
 Files of every kind that the commands read are mutated at random, by their bytes or by their structure, and given to the
-command that reads them: rows of data, pairs, chat templates, configs and tokenizers, adapter configs, safetensors and
-GGUF headers, value heads, journals, checkpoints, files of settings. An input must be used or refused with its lines.
-Counted as failures are tracebacks (exit code 1, a crash), hangs over 10 s and memory over 1 GB; their files are kept,
-and exit is 1.
+command that reads them: rows of data, pairs, prompts, chat templates, configs and tokenizers, adapter configs,
+safetensors and GGUF headers, value heads, journals, checkpoints, files of settings. An input must be used or refused
+with its lines. Counted as failures are tracebacks (exit code 1, a crash), hangs over 10 s and memory over 1 GB; their
+files are kept, and exit is 1.
 
 Input i of a seed is the same on every machine. Prints a table; bench/results/mutated_inputs.json gets it.
 """
@@ -91,6 +91,22 @@ def pairs(place: Path, chosen: random.Random):
     path.write_bytes(b"\n".join(lines))
     what = chosen.choice([["--preview", 1], ["--preview", 1, "--overlong", "truncate", "--max-len", 40], ["--check"]])
     return command("train", "--method", method, "--model", cli.model_folder(), "--data", path, *cli.ON_CPU, *what)
+
+
+def prompts(place: Path, chosen: random.Random):
+    lines = [
+        chosen.choice([*mutators.PROMPTS, *mutators.PROMPTS, *mutators.PAIRS]) for _ in range(chosen.randint(1, 6))
+    ]
+    number = chosen.randrange(len(lines))
+    lines[number] = mutators.json_text(lines[number], chosen)
+    path = place / "prompts.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    what = chosen.choice([["--preview", 2], ["--preview", 2, "--overlong", "error", "--max-len", 60], ["--check"],
+                          ["--preview", 1, "--eval-fraction", 0.5],
+                          ["--preview", 1, "--prompt-key", "question"]])  # fmt: skip
+    method = chosen.choice(["grpo", "rloo", "ppo"])
+    return command("train", "--method", method, "--model", cli.model_folder(), "--data", path, "--max-new-tokens", 16,
+                   *cli.ON_CPU, *what)  # fmt: skip
 
 
 def heads(place: Path, chosen: random.Random):
@@ -227,7 +243,7 @@ def settings(place: Path, chosen: random.Random):
 
 KINDS = {  # and their share of all inputs
     rows: 10, templates: 6, configs: 10, adapters: 8, safetensors: 6, gguf: 6, journals: 2, checkpoints: 1, settings: 1,
-    pairs: 8, heads: 2,
+    pairs: 8, heads: 2, prompts: 6,
 }  # fmt: skip
 
 

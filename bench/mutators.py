@@ -67,6 +67,18 @@ PAIRS = [  # of every shape in docs/data.md
         '{"prompt": "hi", "completion": "no", "label": false}',
     )
 ]
+PROMPTS = [
+    row.encode()
+    for row in (
+        '{"prompt": "what is 3 * 4?", "a": 3, "b": 4, "tools": [], "level": [1, {"x": null}]}',
+        '{"prompt": [{"role": "system", "content": "c"}, {"role": "user", "content": "hi"}], "answer": "yes"}',
+        '{"question": "hi", "answer": "yes", "reasoning": "why", "score": 2, "label": false}',
+        '{"q": "hi", "a": 3}',
+        '{"instruction": "hi", "input": "you", "history": [["a", "b"]], "system": "c", "output": "yes"}',
+        f'{{"messages": {CHAT % "yes"}, "nums": [1, 2], "target": 3}}',
+        '{"conversations": [{"from": "human", "value": "hi"}], "system": "c"}',
+    )
+]
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,11 @@ def few_rows(count: int, device: torch.device):
         torch.backends.mkldnn.enabled = before
 
 
+def widest(device: torch.device | str) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def give_back(size: int) -> None:
     """Let glibc return every block of `size` bytes or more to the system when it is freed; elsewhere nothing.
 

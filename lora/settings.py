@@ -28,6 +28,7 @@ GROUPS = (
     "model",
     "data",
     "method",
+    "reinforcement",
     "adapter",
     "chat",
     "answers",
@@ -114,10 +115,10 @@ class Settings:
 
     given: set[str] = field(default_factory=set, kw_only=True)
     one_of_two: ClassVar[tuple[tuple[str, str], ...]] = ()  # settings that exclude each other
-    group: ClassVar[str] = ""  # of the flags that this class adds
+    heading: ClassVar[str] = ""  # the group of the flags that this class adds
 
     def __init_subclass__(cls, group: str = "") -> None:
-        cls.group = group
+        cls.heading = group
 
     @classmethod
     @cache
@@ -126,7 +127,7 @@ class Settings:
         hints, found = get_type_hints(cls), []
         for f in fields(cls):
             if f.metadata:
-                group = next(base.group for base in cls.__mro__ if f.name in get_annotations(base))
+                group = next(base.heading for base in cls.__mro__ if f.name in get_annotations(base))
                 found.append(Flag(f.name, *_kind(hints[f.name]), group=group, **f.metadata))
         return {one.name: one for one in sorted(found, key=lambda one: GROUPS.index(one.group))}
 

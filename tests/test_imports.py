@@ -24,8 +24,21 @@ LAYERS = {  # a part of the library -> the parts it may import, besides itself a
     "train": ("ops",),
     "methods": ("ops", "adapter", "network", "text", "data", "pretrained", "train"),
     "inference": ("ops", "adapter", "network", "text", "data", "pretrained", "train"),
+    "rewards": ("ops", "adapter", "network", "text", "data", "pretrained", "inference"),
     "export": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
-    "run": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods", "export"),
+    "run": (
+        "ops",
+        "adapter",
+        "network",
+        "text",
+        "data",
+        "pretrained",
+        "train",
+        "inference",
+        "methods",
+        "rewards",
+        "export",
+    ),
 }
 
 

@@ -1,5 +1,8 @@
 """Merge an adapter into the weights (one rounding), unmerge (bit for bit), unload (plain Linears again)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -60,6 +63,17 @@ def unmerge(model: nn.Module) -> None:
         raise ValueError("no layer is merged")
     for layer in layers:
         layer.merged_weight = None
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is merged. Raises NotFinite."""
+    merge(model)
+    try:
+        yield
+    finally:
+        if any(layer.merged for layer in lora_layers(model).values()):  # there is none where every weight trains
+            unmerge(model)
 
 
 def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | None) -> None:

@@ -13,7 +13,8 @@ template              sha256 of the chat template, which lies beside it as `chat
 data                  sha256 over all examples, in order, and how sources are mixed
 settings              sha256 over the settings that decide what is learned, and the number of steps planned
 step                  how many steps it has learned
-Adapters that are older have none of the last five, and those made elsewhere no passport: nothing is compared then.
+method                ppo, whose value head foresees rewards and scores nothing; not there for others
+Adapters that are older have none of the last six, and those made elsewhere no passport: nothing is compared then.
 """
 
 import hashlib
@@ -91,6 +92,11 @@ def fingerprints(tokenizer, template: str, data: str, settings: dict) -> dict:
     }
 
 
+def of_policy(folder: str | Path) -> bool:
+    """Was it trained by ppo? Then its value head, if it has one, is none of a reward model."""
+    return (read(folder) or {}).get("method") == "ppo"
+
+
 def _is_date(value: object) -> bool:
     try:
         return value is None or str(date.fromisoformat(value)) == value
@@ -98,7 +104,7 @@ def _is_date(value: object) -> bool:
         return False
 
 
-def read(folder: Path) -> dict | None:
+def read(folder: str | Path) -> dict | None:
     """The passport in an adapter's folder, or None: adapters made elsewhere have none. Raises BadInput."""
     path = Path(folder) / store.PASSPORT
     if not path.exists():

@@ -4,25 +4,28 @@ A step is a set of examples. How it is cut into micro-batches changes nothing bu
 summed and divided once for the whole step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora.device import ROUND, upload
+from lora.device import ROUND, upload, widest
 from lora.text.chat import Example
 
 STEP = 256  # a filled micro-batch over its budget has a multiple of so many tokens
 
 
 class Linked(NamedTuple):
-    """Examples that stay in one micro-batch, as the sides of a pair, and by name a number that is known of each."""
+    """Examples that stay in one micro-batch, as the sides of a pair, and by name a number that is known of each. Of a
+    sampled answer, numbers of each trained token."""
 
     examples: tuple[Example, ...]
     known: dict[str, tuple[float, ...]]
+    per_token: Mapping[str, Sequence[float]] = MappingProxyType({})
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Batch:
     counts: list[int] = field(default_factory=list)  # trained positions of each example; they sum to N
     known: dict[str, Tensor] = field(default_factory=dict)  # of linked examples, (examples,) each
     linked: int = 0  # how many `Linked` these are
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # of sampled answers, (N,) each
 
     @property
     def count(self) -> int:
@@ -46,7 +50,7 @@ class Batch:
     def sums(self, values: Tensor) -> Tensor:
         """The sum of each example's values (N,) -> (examples,), in float64 where there is one: float32 numbers between
         256 and 512 nats are 3e-5 apart."""
-        values = values.to(_high(values.device))
+        values = values.to(widest(values.device))
         return torch.stack([part.sum() for part in values.split(self.counts)]) if self.counts else values[:0]
 
     def every(self, step: int, start: int) -> "Batch":
@@ -65,12 +69,8 @@ class Batch:
             self.padding if kept[-1] == len(self.lengths) - 1 else 0,
             [self.counts[i] for i in kept],
             {name: numbers[start::step] for name, numbers in self.known.items()},
-            self.linked,
+            linked=self.linked,
         )
-
-
-def _high(device: torch.device | str) -> torch.dtype:
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def parts(item: Example | Linked) -> tuple[Example, ...]:
@@ -95,9 +95,12 @@ def collate(items: Sequence[Example | Linked], device="cpu", padding: int = 0) -
     tokens += [0] * padding
     linked = [item for item in items if isinstance(item, Linked)]
     known = {name: [x for item in linked for x in item.known[name]] for name in (linked[0].known if linked else ())}
-    known = {name: upload(numbers, device, _high(device)) for name, numbers in known.items()}
+    known = {name: upload(numbers, device, widest(device)) for name, numbers in known.items()}
+    names = linked[0].per_token if linked else ()
+    each = {name: [x for item in linked for x in item.per_token[name]] for name in names}
+    each = {name: upload(numbers, device, torch.float32) for name, numbers in each.items()}
     tokens, trained, targets = (upload(numbers, device) for numbers in (tokens, trained, targets))
-    return Batch(tokens, lengths, trained, targets, padding, counts, known, len(linked))
+    return Batch(tokens, lengths, trained, targets, padding, counts, known, len(linked), each)
 
 
 def size_of(items: Sequence[Example | Linked]) -> int:

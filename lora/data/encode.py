@@ -14,11 +14,13 @@ from lora.errors import MOST_LINES, BadInput
 from lora.text.chat import Chat, Example, TokenizedChat
 
 ROWS = 512  # encoded together
+RAISE_OR_LOWER = "Raise --max-len, or lower --max-new-tokens"
 KEPT = 64  # conversations kept at most, to show some
 # How many examples of a row are linked. A pair is "scored" where a value is read at its ends of turn
-KINDS = {"conversation": 1, "pair": 2, "scored": 2, "judged": 2}
+KINDS = {"conversation": 1, "pair": 2, "scored": 2, "judged": 2, "prompt": 1}
 KNOWN = {  # by kind: name -> the numbers of a row's examples
     "conversation": {},
+    "prompt": {},
     "pair": {"margin": lambda row: (row.margin,) * 2},
     "scored": {"margin": lambda row: (row.margin,) * 2},
     "judged": {"good": lambda row: (row.good,) * 2},
@@ -31,7 +33,8 @@ class Encoded(Sequence):
 
     `dropped`, `truncated` and `split` count those that were longer than the limit; `overlong` is the first one's place
     and length. `kept` are conversations from all over the file. Where `group` is 2, so many examples are linked: the
-    sides of a pair; or a judged answer, and another row's answer to its question. `known` has their numbers.
+    sides of a pair; or a judged answer, and another row's answer to its question. `known` has their numbers. In
+    prompts nothing is trained; `prompts` are their rows, in the order of the examples.
     """
 
     group: int = 1
@@ -40,6 +43,7 @@ class Encoded(Sequence):
     ends: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     known: dict[str, np.ndarray] = field(default_factory=dict)  # (len, group) each
     where: list[str] = field(default_factory=list)
+    prompts: list[Conversation] = field(default_factory=list)
     rows: int = 0
     equal: int = 0  # pairs with equal sides, as the template writes them and the limit leaves them: they are dropped
     dropped: int = 0
@@ -67,13 +71,6 @@ class Encoded(Sequence):
     def _example(self, n: int) -> Example:
         part = slice(self.ends[n], self.ends[n + 1])
         return Example(self.tokens[part].tolist(), self.trained[part].tolist())
-
-    def count_in(self, indices: Sequence[int]) -> int:
-        """What the loss of some of them is divided by, as `Batch.count`: their trained tokens, where the first token of
-        an example has nothing before it; of linked ones their number."""
-        if self.group > 1:
-            return len(indices)
-        return sum(int(self.trained[self.ends[i] + 1 : self.ends[i + 1]].sum()) for i in indices)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -147,8 +144,7 @@ def encode(
     rows = iter(_with_others(rows) if kind == "judged" else rows)
     tokens, trained, lengths, known = array("i"), bytearray(), array("i"), {name: array("d") for name in KNOWN[kind]}
     while (part := list(islice(rows, ROWS))) and len(problems) <= 10 * MOST_LINES:  # then the file is something else
-        texts = [side for row in part if isinstance(row, Conversation) for side in sides(row)]
-        tokenized = iter(chat.tokenize_all(texts, train_on))
+        tokenized = iter(tokenize([row for row in part if isinstance(row, Conversation)], chat, train_on))
         for row in part:
             if isinstance(row, Problem):
                 problems.append(str(row))
@@ -167,7 +163,7 @@ def encode(
                     found._count_missing(example, row.where)
                 longest = max(len(example.tokens) for example in linked)
                 if overlong == "error" and longest > limit:
-                    problems.append(_too_long(row.where, longest, limit, most))
+                    problems.append(_too_long(row, longest, limit, most))
                     continue
                 for fitting in found._fit(linked, limit, overlong, row.where, document):
                     if kind in ("pair", "scored") and fitting[0].tokens == fitting[1].tokens:
@@ -179,6 +175,7 @@ def encode(
                         trained.extend(flags)
                         lengths.append(len(ids))
                     found.where.append(row.where)
+                    found.prompts += [row] if kind == "prompt" else []
                     for name in known:
                         known[name].extend(KNOWN[kind][name](row))
     if problems:
@@ -190,11 +187,27 @@ def encode(
     return found
 
 
-def _too_long(where: str, length: int, limit: int, most: int | None) -> str:
-    why, fix = f"the model takes at most {most}", "Give"
-    if may_be_raised(limit, most):
-        why, fix = f"--max-len is {limit}", "Raise --max-len, or give"
-    return f"too long in {where}: {length} tokens, {why}. {fix} --overlong drop, truncate or split"
+def _too_long(row: Conversation, length: int, limit: int, most: int | None) -> str:
+    why, fix = f"the model takes at most {most}", "Give --overlong drop, truncate or split"
+    if row.row is not None:
+        why, fix = f"{limit} are left beside --max-new-tokens", f"{RAISE_OR_LOWER}, or give --overlong drop"
+    elif may_be_raised(limit, most):
+        why, fix = f"--max-len is {limit}", "Raise --max-len, or give --overlong drop, truncate or split"
+    return f"too long in {row.where}: {length} tokens, {why}. {fix}"
+
+
+def tokenize(rows: Sequence[Conversation], chat: Chat, train_on: str = "assistant") -> list[list | BadInput]:
+    """What `Chat.tokenize_all` makes of the sides of some rows, one after another; a prompt is as generation has it."""
+    if rows and rows[0].row is not None:
+        return [_of_prompt(row, chat) for row in rows]
+    return chat.tokenize_all([side for row in rows for side in sides(row)], train_on)
+
+
+def _of_prompt(row: Conversation, chat: Chat) -> list[TokenizedChat] | BadInput:
+    try:
+        return [chat.tokenize_prompt(row.messages)]
+    except BadInput as error:
+        return error
 
 
 def sides(row: Conversation) -> tuple[list[dict], ...]:
@@ -243,6 +256,7 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
     whole.ends = np.concatenate([[0], np.cumsum(np.concatenate([p.document_lengths for p in parts]))])
     whole.known = {name: np.concatenate([p.known[name] for p in parts]) for name in parts[0].known}
     whole.where = [where for part in parts for where in part.where]
+    whole.prompts = [row for part in parts for row in part.prompts]
     for shape in [shape for part in parts for shape in part.shapes]:
         whole.shapes[shape] = sum(part.shapes.get(shape, 0) for part in parts)
     for count in ("rows", "equal", "dropped", "truncated", "split"):

@@ -36,6 +36,8 @@ REFUSED = {
     **dict.fromkeys(("reasoning_details", "thinking_blocks", "refusal"), _BESIDE),
 }
 OF_A_ROW = REFUSED.keys() - {"refusal"}  # there it is what a data set knows of the row
+# Of a row whose answers are not learned they are columns like others
+OF_AN_ANSWER = {*MASKS, *JUDGED, *THOUGHTS, *(f for f, why in REFUSED.items() if why in (_TOKENS, _PART, _BESIDE))}
 KNOWN = {"role", "content", "from", "value", *MASKS, *THOUGHTS, *REFUSED}  # of a message
 
 
@@ -46,6 +48,14 @@ def is_blank(value: object) -> bool:
 
 def says_nothing(value: object) -> bool:
     return is_blank(value) or value in ([], {})
+
+
+def sharegpt(turns: object) -> object:
+    """ShareGPT's turns under the names of OpenAI's form; what are no turns as they are."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return turns
+    return [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
+            for turn in turns]  # fmt: skip
 
 
 def refused_in_row(row: dict, used: tuple = ()) -> str | None:

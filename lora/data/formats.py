@@ -6,7 +6,8 @@
     {"prompt", "completion"}, {"question", "answer"}, {"q", "a"}, or any two keys that are named
     {"text": "..."}                                            a document: one message of the role "text"
 
-A pair of answers (`pairs.py` has their shapes) is two such rows, an answer that is judged one of them.
+A pair of answers (`pairs.py` has their shapes) is two such rows, an answer that is judged one of them, and a prompt
+(`prompts.py`) what one of them asks.
 
 Nothing is repaired silently, and no field that changes what is learned is passed over: what is wrong is collected with
 its line and raised. `jsonl.py` reads the files.
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lora.data import foreign_fields, pairs
+from lora.data import foreign_fields, pairs, prompts
 from lora.data.foreign_fields import ROLES, SHAREGPT_ROLES
 from lora.data.jsonl import LIMIT, Problem, read_rows
 from lora.errors import MOST_LINES, BadInput
@@ -41,7 +42,7 @@ class Conversation(NamedTuple):
 
     The messages of a pair are those of the chosen side, `rejected` those of the other, `margin` by how much the chosen
     answer shall be better. `good` says of an answer that is judged whether it is. Only answers that are compared or
-    judged are trained.
+    judged are trained. A prompt ends with a turn of the user; `row` is its row as it was read, for the rewards.
     """
 
     messages: list[dict]
@@ -50,6 +51,7 @@ class Conversation(NamedTuple):
     rejected: list[dict] | None = None
     good: bool | None = None
     margin: float = 0.0
+    row: dict | None = None
 
 
 class _Wrong(Exception):
@@ -85,11 +87,11 @@ def scan(
 ) -> Iterator[Conversation | Problem]:
     """Every row of some files, in order, as it is read: a conversation, or what is wrong with it.
 
-    The `kind` of all rows is "conversation", "pair" or "judged". `keys` are those of question and answer in rows that
-    have both (of a prompt or of a pair, the answer's is None). An answer that `leading` finds before the first question
-    is an error, dropped, or kept as context. `progress` hears how many bytes have been read, `unused` of fields that
-    nothing reads (place, field) and of what else --check finds in them (place, what, code). Raises BadInput for a file
-    that cannot be opened.
+    All rows are of one `kind`: "conversation", "pair", "judged", "prompt". `keys` are those of question and answer in
+    rows that have both (of a prompt or a pair, the answer's is None). An answer that `leading` finds before the first
+    question is an error, dropped, or kept as context. `progress` hears how many bytes have been read, `unused` of
+    fields that nothing reads (place, field) and of what else --check finds in them (place, what, code). Raises BadInput
+    for a file that cannot be opened.
     """
     for path in paths:
         row = None
@@ -148,7 +150,17 @@ def _both_sides(where: str, value: dict, hear: Callable | None, keys: Keys | Non
     return Conversation(chosen, where, row.shape, rejected, margin=row.margin)
 
 
-READERS = {"conversation": _conversation, "judged": _judged, "pair": _both_sides}
+def _asked(where: str, value: dict, hear: Callable | None, keys: Keys | None, _, leading: str) -> Conversation:
+    used = _used(value, keys)
+    if why := prompts.refused(value, used):
+        raise _Wrong(why, "UNKNOWN")
+    sides, shape = prompts.sides(value, used)
+    found = [_messages(where, side, hear, names, False, leading) for side, names in sides]
+    shape = shape or found[0][2]
+    return Conversation(prompts.question([turns for turns, *_ in found], shape), where, shape, row=value)
+
+
+READERS = {"conversation": _conversation, "judged": _judged, "pair": _both_sides, "prompt": _asked}
 
 
 def _used(row: dict, keys: Keys | None) -> tuple:
@@ -165,7 +177,7 @@ def _messages(
         raise _Wrong(why, "UNKNOWN")
     turns, roles, shape = _turns(value, keys, answered)
     messages, led = _checked(turns, roles, leading, side)
-    if not answered and shape == "text":
+    if not answered and "text" in roles:
         raise _Wrong("a document asks nothing. Give prompts")
     if answered:
         trained, field = foreign_fields.is_trained(value, "it", used)
@@ -190,7 +202,7 @@ def _turns(value: dict, keys: Keys | None, answered: bool) -> tuple[object, dict
     if "messages" in value:
         return _with_system(value, value["messages"]), ROLES, "messages"
     if "conversations" in value:
-        return _with_system(value, _sharegpt(value["conversations"])), SHAREGPT_ROLES, "conversations"
+        return _with_system(value, foreign_fields.sharegpt(value["conversations"])), SHAREGPT_ROLES, "conversations"
     for prompt, answer in PAIRS:
         if prompt in value and answer in value:
             return _pair(value, prompt, answer), ROLES, f"{prompt}/{answer}"
@@ -248,22 +260,10 @@ def _with_system(value: dict, turns: object, *used: str | None) -> object:
         if key not in used and not foreign_fields.says_nothing(value.get(key)):
             raise _Wrong(f"its {key} would not be learned beside messages. Put it into them")
     texts = {_text(value, key) for key in SYSTEM if key not in used and value.get(key) not in (None, "")}
-    if not isinstance(turns, list) or (len(texts) == 1 and _begins_with(turns, *texts)):
+    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    if not isinstance(turns, list) or (first.get("role") == "system" and [*texts] == [first.get("content")]):
         return turns
     return [*({"role": "system", "content": text} for text in sorted(texts)), *turns]
-
-
-def _begins_with(turns: list, system: str) -> bool:
-    """Do the turns begin with this system text themselves?"""
-    return bool(turns) and isinstance(turns[0], dict) and (turns[0].get("role"), turns[0].get("content")) == (
-        "system", system)  # fmt: skip
-
-
-def _sharegpt(turns: object) -> object:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return turns
-    return [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
-            for turn in turns]  # fmt: skip
 
 
 def _checked(messages: object, roles: dict[str, str], leading: str, side: str = "") -> tuple[list[dict], bool]:

@@ -40,7 +40,7 @@ CODES = {  # code -> what it means; first what a row is itself, then what it is 
     "SCORES": "the rejected answer has the better score",
     "LENGTH": "the length alone says of most pairs which answer is chosen",
     "LABELS": "all answers are good, or all are bad",
-    "OVERLONG": "a side of a pair is longer than --max-len or the model takes",
+    "OVERLONG": "a side of a pair, or a prompt with its completion, is longer than --max-len or the model takes",
 }
 MEND = {  # what was noticed while rows were read
     "PROMPTS": "Repair the row, or remove the prompt",
@@ -110,7 +110,8 @@ def _by_itself(row: Conversation) -> Iterator[Finding]:
     if slot := next(filter(None, slots), None):
         yield _finding(row.where, "PLACEHOLDER", f"{_quote(slot[0])} is not filled in. Fill it in or remove the row")
     for message in row.messages if row.good is not False else ():  # a bad answer may be one
-        if message["role"] in ("assistant", "text") and message.get("train", True) and is_leftover(message["content"]):
+        learned = message["role"] in ("assistant", "text") and message.get("train", row.row is None)
+        if learned and is_leftover(message["content"]):
             why = "is an error message or a refusal. Ask again or remove the row"
             yield _finding(row.where, "LEFTOVER", f"{_quote(message['content'])} {why}")
             return
@@ -207,7 +208,8 @@ class _Row(NamedTuple):
     @classmethod
     def of(cls, row: Conversation) -> "_Row":
         turns = row.messages
-        answers = frozenset(i for i, m in enumerate(turns) if m["role"] == "assistant" and m.get("train", True))
+        learned = (i for i, m in enumerate(turns) if m["role"] == "assistant" and m.get("train", True))
+        answers = frozenset(learned if row.row is None else ())  # those of a prompt belong to its question
         lines, verdicts = cls._lines(turns), None
         if row.good is not None:
             verdicts = (("\n".join(lines[:-1]), lines[-1], row.good),)

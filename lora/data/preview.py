@@ -1,5 +1,6 @@
 """The preview shows what a model will see and what it will learn, token by token, and the numbers of a data set."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -8,10 +9,12 @@ import numpy as np
 
 from lora.data.batch import Linked
 from lora.data.encode import Encoded
+from lora.data.formats import Conversation
 from lora.errors import one_line
 from lora.text.chat import Example
 from lora.text.tokenizer import BROKEN, Tokenizer
 
+COLUMNS, WIDTH = 3, 100  # of a prompt's row, and characters of each
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
@@ -54,9 +57,19 @@ def show(examples: Encoded, count: int, tokenizer: Tokenizer) -> None:
     for i in range(min(count, len(examples))):
         sides = named(examples[i]) if examples.group > 1 else {"": examples[i]}
         for name, example in sides.items():
-            print(f"example {i + 1} of {len(examples)}{name}, {one_line(examples.where[i])}: {len(example.tokens)} "
-                  f"tokens, {sum(example.trained)} trained (+)")  # fmt: skip
-            print("\n".join(lines(example, tokenizer, colour)) + "\n")
+            what, learned = ("prompt", "") if examples.prompts else ("example", f", {sum(example.trained)} trained (+)")
+            print(f"{what} {i + 1} of {len(examples)}{name}, {one_line(examples.where[i])}: {len(example.tokens)} "
+                  f"tokens{learned}")  # fmt: skip
+            print("\n".join([*lines(example, tokenizer, colour), *columns(examples.prompts[i : i + 1])]) + "\n")
+
+
+def columns(prompts: list[Conversation]) -> Iterator[str]:
+    """A line for each of the first COLUMNS columns that rewards get besides the question."""
+    for prompt in prompts:
+        others = [item for item in prompt.row.items() if item[0] not in prompt.shape.split("/")]
+        for name, value in others[:COLUMNS]:
+            text = one_line(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+            yield text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
 def named(linked: Linked) -> dict[str, Example]:
@@ -73,9 +86,10 @@ def numbers(examples: Encoded, tokens_per_step: int, memory: float) -> dict[str,
     lengths, trained = examples.document_lengths, int(examples.trained.sum())
     p50, p95 = (int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 95))
     found = {
-        "rows": examples.rows, "tokens": len(examples.tokens), "trained tokens": trained,
+        "rows": examples.rows, "tokens": len(examples.tokens),
+        **({} if examples.prompts else {"trained tokens": trained}),
         "length p50": p50, "length p95": p95, "length max": lengths.max(),
-        "trained share": f"{trained / len(examples.tokens):.4f}",
+        **({} if examples.prompts else {"trained share": f"{trained / len(examples.tokens):.4f}"}),
         **({"equal sides": examples.equal} if examples.equal else {}),
         "dropped": examples.dropped, "truncated": examples.truncated,
         **({"split": examples.split} if examples.split else {}),

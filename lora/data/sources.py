@@ -1,6 +1,7 @@
 """The files that --data, --replay and --eval-data name: read, counted, and what is to say about them."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from lora.data import formats, lint
-from lora.data.encode import Encoded, encode, joined, may_be_raised, sides
+from lora.data.encode import RAISE_OR_LOWER, Encoded, encode, joined, may_be_raised, tokenize
 from lora.errors import BadInput, say
 from lora.text.chat import Chat
 
+BOTH_KEYS = ("conversation", "judged")  # kinds of rows in which the answer's key must be named beside the question's
 MOST_NAMES = 5  # of control tokens that one line lists
 
 
@@ -40,6 +42,8 @@ class Sources:
         arrays = (self.examples.tokens, self.examples.trained, self.examples.ends, *self.examples.known.values())
         for array in arrays:
             digest.update(np.ascontiguousarray(array))
+        for prompt in self.examples.prompts:  # rewards depend on all its columns
+            digest.update(f"{json.dumps(prompt.row, sort_keys=True)}\n".encode())
         return digest.hexdigest()
 
 
@@ -58,8 +62,9 @@ def numbered(name: str) -> tuple[str, float | None]:
     return (path, number) if path and not math.isnan(number) else (name, None)
 
 
-def named(args) -> list[tuple[str, str, float | None]]:
-    """Flag, file and number of every file that is named. Raises BadInput for a number that makes no sense."""
+def named(args, kind: str | None = None) -> list[tuple[str, str, float | None]]:
+    """Flag, file and number of every file that is named. Raises BadInput for a number that makes no sense, and for
+    keys that do not suit the `kind` of its rows."""
     files, problems = [], []
     for flag, names in (("data", args.data), ("replay", args.replay), ("eval", args.eval_data)):
         for name in names or ():
@@ -69,14 +74,18 @@ def named(args) -> list[tuple[str, str, float | None]]:
             if (flag == "replay" and number is None) or (number is not None and not 0 < number <= most):
                 why = f"{name!r} has no number that could be {what}"
                 problems.append(f"wrong --{flag} in the command line: {why}. Give FILE:NUMBER, above 0, as 0.25")
-    if problems := [*problems, *key_problems(args)]:
+    if problems := [*problems, *key_problems(args, kind)]:
         raise BadInput(*problems)
     return files
 
 
-def key_problems(args) -> list[str]:
-    """The line that is due where one key of rows is named without the other; of pairs the question's is enough."""
-    if args.prompt_key and getattr(args, "method", None) in ("dpo", "reward"):
+def key_problems(args, kind: str | None) -> list[str]:
+    """The line that is due where the keys that are named do not suit the kind of rows: the question's is enough but for
+    BOTH_KEYS."""
+    if kind == "prompt" and args.response_key:
+        why = "answers are sampled, and rewards get all columns of a row"
+        return [f"contradiction in the command line: --method {args.method} and --response-key: {why}. Leave it out"]
+    if kind is None or (args.prompt_key and kind not in BOTH_KEYS):
         return []
     line = "wrong keys in the command line: --prompt-key and --response-key need each other. Give both"
     return [line] if bool(args.prompt_key) != bool(args.response_key) else []
@@ -84,9 +93,15 @@ def key_problems(args) -> list[str]:
 
 def how(args, kind: str = "conversation") -> dict:
     """How `formats` reads rows, by the flags and by the `kind` of rows that a method learns from."""
-    pairs = kind in ("pair", "scored")
-    keys = (args.prompt_key, args.response_key) if args.prompt_key and (args.response_key or pairs) else None
-    return {"keys": keys, "leading": args.leading_answers, "kind": "pair" if pairs else kind}
+    enough = args.response_key or kind not in BOTH_KEYS
+    keys = (args.prompt_key, args.response_key) if args.prompt_key and enough else None
+    return {"keys": keys, "leading": args.leading_answers, "kind": "pair" if kind == "scored" else kind}
+
+
+def limit(args, kind: str, most: int | None = None) -> int:
+    """The most tokens of an example, --max-len or what the model takes; of a prompt, what is left for it."""
+    longest = args.max_len or most
+    return max(1, longest - args.max_new_tokens) if kind == "prompt" else longest
 
 
 def _rows(
@@ -139,8 +154,8 @@ def read_sources(
 
     Says in a line what each file is. Raises BadInput with everything that is wrong in any of them.
     """
-    found, problems, files = {"data": [], "replay": [], "eval": []}, [], named(args)
-    limits = args.max_len, args.train_on, args.overlong, most, kind
+    found, problems, files = {"data": [], "replay": [], "eval": []}, [], named(args, kind)
+    limits = limit(args, kind), args.train_on, args.overlong, most, kind
     chosen = set()
     if args.eval_fraction is not None:
         chosen = _to_hold_out(_rows(args, locate, generated_rows, kind), args.eval_fraction, args.seed)
@@ -148,14 +163,14 @@ def read_sources(
         rows = (row for row in _rows(args, locate, generated_rows, kind, ()) if group(row) not in chosen)
         found["data"].append((encode(rows, chat, *limits), None))
         if not len(found["data"][0][0]):
-            raise BadInput(f"nothing to train in the rows made here: {_none_fits(args, most)}")
+            raise BadInput(f"nothing to train in the rows made here: {_none_fits(args, limits)}")
     for flag, name, number in files:
         try:
             part = _read(locate(name), args, chat, limits, chosen if flag != "eval" else set())
         except BadInput as error:
             problems += error.problems
             continue
-        problems += _describe(flag, name, number, part, args, most)
+        problems += _describe(flag, name, number, part, args, limits)
         found[flag].append((part, number))
     if args.prompt_key and not problems:
         pair = "/".join(filter(None, (args.prompt_key, args.response_key)))
@@ -165,10 +180,10 @@ def read_sources(
             problems.append(f"wrong keys in the command line: {why}")
     if problems:
         raise BadInput(*problems)
-    _notes(args, chat)
+    _notes(args, chat, kind)
     if chosen:
         part = encode((row for row in _rows(args, locate, generated_rows, kind) if group(row) in chosen), chat, *limits)
-        over = f", {part.dropped} over {args.max_len} tokens dropped" if part.dropped else ""
+        over = f", {part.dropped} over {limits[0]} tokens dropped" if part.dropped else ""
         say(f"held out {part.rows:,} rows, chosen by question{over}")
         if len(part):
             found["eval"].append((part, None))
@@ -187,7 +202,7 @@ def _read(path: Path, args, chat: Chat, limits: tuple, without: set[bytes]) -> E
         return encode(rows, chat, *limits)
 
 
-def _describe(flag: str, name: str, number: float | None, part: Encoded, args, most: int | None) -> list[str]:
+def _describe(flag: str, name: str, number: float | None, part: Encoded, args, limits: tuple) -> list[str]:
     """Says what a file is; returns why nothing of it can be used."""
     shapes = [f"{count:,} {shape}" for shape, count in part.shapes.items()] if len(part.shapes) > 1 else part.shapes
     times = "" if number is None else f", weight {number:g}"
@@ -199,7 +214,8 @@ def _describe(flag: str, name: str, number: float | None, part: Encoded, args, m
         done = f"{part.dropped} dropped, {part.truncated} truncated" + (
             f", {part.split} documents split" if part.split else ""
         )
-        say(f"overlong {done}; over {args.max_len} tokens (--max-len), the first is {where} with {length}")
+        flags = "--max-len less --max-new-tokens" if limits[-1] == "prompt" else "--max-len"
+        say(f"overlong {done}; over {limits[0]} tokens ({flags}), the first is {where} with {length}")
     if part.equal:
         say(f"note     dropped pairs whose sides are equal, which teach nothing: {part.equal}")
     if part.first_missing:
@@ -208,20 +224,23 @@ def _describe(flag: str, name: str, number: float | None, part: Encoded, args, m
         say(f"note     {part.missing} {what}; the first is {where}, without: {text[:60]}{'…' * (len(text) > 60)}")
     if len(part):
         return []
-    why = _none_fits(args, most)
+    why = _none_fits(args, limits)
     if not part.rows:
         why = "all its questions are held out. Lower --eval-fraction, or give --eval-data"
     return [f"nothing to {'measure' if flag == 'eval' else 'train'} in {name}: {why}"]
 
 
-def _none_fits(args, most: int | None) -> str:
+def _none_fits(args, limits: tuple) -> str:
+    longest, *_, most, kind = limits
+    if kind == "prompt":
+        return f"no prompt fits the {longest} tokens that are left beside --max-new-tokens. {RAISE_OR_LOWER}"
     if may_be_raised(args.max_len, most):
         return f"no example fits {args.max_len} tokens. Raise --max-len"
     fix = "Shorten the rows" if args.overlong == "truncate" else "Give --overlong truncate"
     return f"no example fits {args.max_len} tokens, and the model takes no more. {fix}"
 
 
-def _notes(args, chat: Chat) -> None:
+def _notes(args, chat: Chat, kind: str) -> None:
     """What the template and the tokenizer do that a reader of the data would not expect."""
     if chat.own_system and args.system is None and not args.no_system:
         own = " ".join(chat.own_system.split())
@@ -235,7 +254,7 @@ def _notes(args, chat: Chat) -> None:
             chat.foreign.total(),
             f"times documents spell {foreign}, which this tokenizer has no tokens for; it stays text",
         ),
-        (chat.cuts, "examples are cut into tokens where the answer begins, as in generation"),
+        (kind != "prompt" and chat.cuts, "examples are cut into tokens where the answer begins, as in generation"),
         (chat.split, "rows became an example for each answer, because the template rewrites earlier turns"),
         (chat.joined, "examples are put together, prompt and answer, because the template writes the whole otherwise"),
         (chat.unclosed, "of these answers stand in the thought that the prompt opens; give them a thought and its end"),
@@ -246,8 +265,8 @@ def _notes(args, chat: Chat) -> None:
 
 def lint_report(args, locate: Callable, kind: str = "conversation", reader: Callable | None = None) -> int:
     """What --check finds, a line each on stdout; exit code 2 if anything. `reader()` gives a chat and the most tokens
-    of an example, which sides of pairs may be over."""
-    if not named(args):
+    of an example, which sides of pairs or prompts may be over."""
+    if not named(args, kind):
         raise BadInput("nothing to check in the command line: there is no --data. Give files of conversations")
     noticed = []
     hear = {"unused": lambda *found: noticed.append(found)}
@@ -255,7 +274,8 @@ def lint_report(args, locate: Callable, kind: str = "conversation", reader: Call
         list(_rows(args, locate, None, kind, flags, **hear)) for flags in (("data", "replay"), ("eval",))
     )
     if kind != "conversation":
-        noticed += _overlong_sides([*train, *held_out], *reader())
+        chat, most = reader()
+        noticed += _overlong_sides([*train, *held_out], chat, limit(args, kind, most))
     findings = lint.check(train, held_out, noticed)
     for finding in findings:
         print(finding)
@@ -263,11 +283,11 @@ def lint_report(args, locate: Callable, kind: str = "conversation", reader: Call
     return 2 if findings else 0
 
 
-def _overlong_sides(rows: Sequence, chat: Chat, limit: int) -> Iterator[tuple[str, str, str]]:
+def _overlong_sides(rows: Sequence, chat: Chat, most: int) -> Iterator[tuple[str, str, str]]:
     """(place, what, code) for each answer that is over the limit with its prompt."""
     for row in (row for row in rows if isinstance(row, formats.Conversation)):
-        names = ("chosen", "rejected") if row.rejected else ("",)
-        for name, examples in zip(names, chat.tokenize_all(sides(row)), strict=True):
+        names = ("chosen side", "rejected side") if row.rejected else ("prompt" if row.row else "side",)
+        for name, examples in zip(names, tokenize([row], chat), strict=True):
             length = 0 if isinstance(examples, BadInput) else max(len(example.tokens) for example in examples)
-            if length > limit:
-                yield row.where, f"its {name} side has {length} tokens, over {limit}".replace("  ", " "), "OVERLONG"
+            if length > most:
+                yield row.where, f"its {name} has {length} tokens, over {most}", "OVERLONG"

@@ -101,6 +101,10 @@ LLaMA-Factory reads this folder as it is, with `stage: rm` and its path as `{{ p
 AIMS = {  # what a method trains for
     "dpo": "It was trained on pairs, to prefer chosen answers to rejected ones: DPO, loss {loss}, β {beta}, {than}.",
     "kto": "It was trained on judged answers, to give good ones and not bad ones: KTO, β {beta}, {than}.",
+    **dict.fromkeys(
+        ("grpo", "rloo", "ppo"),
+        "It was trained with rewards of answers that it gave itself: {method}, rewards {rewards}.",
+    ),
     "reward": "It is a reward model, trained on pairs: the better answer shall have the higher score.",
 }
 
@@ -147,7 +151,7 @@ def _write(
 ):  # fmt: skip
     """`what` has a place for the base; `sections` come after those of a training."""
     known = base.hub_id if HUB_ID.fullmatch(base.hub_id) else None
-    head = value_head.has(folder)
+    head = value_head.has(folder) and not passport.of_policy(folder)
     task = "text-classification" if head else "text-generation"  # the hub's reward models are listed there
     front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task}
     front |= {"base_model": known, "license": license_of(base)}
@@ -185,7 +189,8 @@ def _aim(settings: dict) -> str:
         return ""
     alone = method == "dpo" and loss in dpo.WITHOUT_REFERENCE
     than = "without a reference" if alone else "compared with the model it started from"
-    return " " + AIMS[method].format(loss=code(loss), beta=code(settings.get("beta")), than=than)
+    rewards, beta = code(", ".join(map(str, settings.get("reward") or ()))), code(settings.get("beta"))
+    return " " + AIMS[method].format(method=method, loss=code(loss), beta=beta, than=than, rewards=rewards)
 
 
 def _stops(folder: Path, base: ModelFiles) -> list[int]:
@@ -255,7 +260,7 @@ def _measured(made: Made):
 
     method = _method(made.settings)
     loss = "loss" if method == "sft" else METHODS[method].LABEL
-    words = figures(method)
+    words = figures(method, made.rows)
     for name, what in {"loss": f"{loss} on what was learned", **words}.items():
         if (found := values(name)) and (name == "loss" or not values(f"eval_{name}")):
             few = max(1, min(FEW, len(found) // 2))

@@ -216,7 +216,7 @@ def open_sessions(
 
 
 def _tell_head(model: Model, name: str | Path) -> None:
-    if value_head.of(model):
+    if value_head.of(model) and not passport.of_policy(name):
         say(f"note     {name} is a reward model: evaluate.py, or score() in Python, has its scores")
 
 

@@ -151,9 +151,10 @@ def compares(args) -> bool:
 
 
 def defaults(args) -> dict:
-    smoothing = SMOOTHING if args.loss in WITH_SMOOTHING else None
-    margin = MARGIN_OF.get(args.loss, 0.0) if args.loss in WITH_MARGIN else None
-    return {"beta": BETA_OF.get(args.loss, BETA), "label_smoothing": smoothing, "margin": margin}
+    loss = args.loss or "sigmoid"
+    smoothing = SMOOTHING if loss in WITH_SMOOTHING else None
+    margin = MARGIN_OF.get(loss, 0.0) if loss in WITH_MARGIN else None
+    return {"loss": loss, "beta": BETA_OF.get(loss, BETA), "label_smoothing": smoothing, "margin": margin}
 
 
 def loss(model: Model, batch: Batch, args) -> tuple[Tensor, int, dict]:

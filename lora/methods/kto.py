@@ -48,7 +48,7 @@ def losses(change: Tensor, z: Tensor, good: Tensor, args) -> Tensor:
 
 
 @torch.no_grad()
-def prepare(model: Model, batches: Sequence[Batch], args, total: Total = list) -> list[Batch]:
+def prepare(model: Model, batches: Sequence[Batch], args, total: Total = list, _=None) -> list[Batch]:
     """z of the whole step; then the judged answers alone, which know it."""
     answers, others = ([batch.every(2, start) for batch in batches] for start in (0, 1))
     with evaluating(model):

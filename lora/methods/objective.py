@@ -10,10 +10,12 @@ from lora.train.evaluate import Total
 
 
 class Objective:
-    """A method's loss as the training loop calls it: batch -> sum. What it measures besides adds up until `figures`."""
+    """A method's loss as the training loop calls it: batch -> sum. What it measures besides adds up until `figures`.
+    `carried` are numbers that a method hands from step to step, as an adaptive coefficient."""
 
-    def __init__(self, method: ModuleType, model, args):
+    def __init__(self, method: ModuleType, model, args, carried: dict[str, float] | None = None):
         self.method, self.model, self.args = method, model, args
+        self.carried = {} if carried is None else carried
         self.loss, self.count, self.sums = 0.0, 0, {name: (0.0, 0.0) for name in method.FIGURES}
 
     def prepare(self, batches: Iterable, total: Total = list) -> Iterable:
@@ -21,7 +23,13 @@ class Objective:
         self.loss, self.count, self.sums = 0.0, 0, {name: (0.0, 0.0) for name in self.method.FIGURES}
         if not hasattr(self.method, "prepare"):
             return batches
-        return self.method.prepare(self.model, list(batches), self.args, total)
+        return self.method.prepare(self.model, list(batches), self.args, total, self.carried)
+
+    def count_in(self, batches: Iterable, total: Total = list) -> int:
+        """What the sum of a whole step is divided by."""
+        count = getattr(self.method, "count", lambda batch, args: batch.count)
+        [found] = total([sum(count(batch, self.args) for batch in batches)])
+        return max(1, int(found))
 
     def __call__(self, batch) -> torch.Tensor:
         """An example far longer than --micro-tokens cannot be cut, so its activations are computed again in the

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from lora.data.batch import Batch
 from lora.network.decoder import Model
 
-KIND = "scored"
+KIND, VALUE_HEAD = "scored", True
 SETTINGS = ("margin", "center")
 LABEL, RATE, EPOCHS = "loss a pair", 0.25, 1
 FIGURES = {

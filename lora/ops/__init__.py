@@ -96,8 +96,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: floa
     return plain.attend(q, k, v) if short else flash_attention.attend(q, k, v)
 
 
-def log_probs(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    return (plain if _plain or is_autocast(hidden) else fast_log_probs).log_probs(hidden, head, targets, cap)
+def log_probs(
+    hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None, temperature: float = 1.0
+) -> Tensor:
+    form = plain if _plain or is_autocast(hidden) else fast_log_probs
+    return form.log_probs(hidden, head, targets, cap, temperature)
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:

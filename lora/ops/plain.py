@@ -110,9 +110,11 @@ def logits(hidden: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     return soft_cap(hidden @ head.T, cap)
 
 
-def log_probs(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    """log softmax(logits_n)[y_n] in nats, (N,), for hidden (N, D), head (V, D), targets y (N,)."""
-    z = logits(hidden, head, cap)
+def log_probs(
+    hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None, temperature: float = 1.0
+) -> Tensor:
+    """log softmax(logits_n / temperature)[y_n] in nats, (N,), for hidden (N, D), head (V, D), targets y (N,)."""
+    z = logits(hidden, head, cap) / temperature
     return F.log_softmax(z, -1, dtype=wide(z.dtype)).gather(1, targets[:, None])[:, 0]
 
 

@@ -13,6 +13,7 @@ from lora.adapter.inject import inject, lora_layers
 from lora.adapter.targets import NoMatch, find_targets, first_match, path_endswith
 from lora.adapter.variants import PiSSALinear, kind_of
 from lora.errors import BadInput, say
+from lora.methods import has_value_head
 from lora.network.decoder import Model
 from lora.run.settings import TrainSettings, pattern
 from lora.text.template import read_arguments, spell_arguments
@@ -145,7 +146,7 @@ def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
 
 
 def _fate_of_head(args: TrainSettings, head: value_head.ValueHead | None) -> str | None:
-    if args.method == "reward":
+    if has_value_head(args.method):
         goes_on = "its value head goes on" if head else "it has no value head, so that begins at zero"
         return f"head     {args.init_adapter}: {goes_on}"
     left = f"its value head is left behind, as --method {args.method} trains none"

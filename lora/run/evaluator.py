@@ -15,6 +15,7 @@ from lora.inference import answers as measures
 from lora.inference.generate import generate
 from lora.methods.objective import measure
 from lora.run.plan import Plan
+from lora.run.rollouts import Interrupted, Rollouts
 from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping
 from lora.train.distributed import DistContext
@@ -29,10 +30,6 @@ QUESTIONS = (
     "Write one sentence about the sea.",
 )
 ANSWER_TOKENS = 48
-
-
-class Interrupted(Exception):
-    """A signal came during an evaluation."""
 
 
 class Answers(NamedTuple):
@@ -55,9 +52,10 @@ class Evaluator:
         out: Path,
         processes: DistContext,
         stop: StopFlag,
+        rollouts: Rollouts | None = None,
     ):
         self.model, self.args, self.chat, self.processes, self.stop = model, args, plan.chat, processes, stop
-        self.method = plan.method
+        self.method, self.rollouts = plan.method, rollouts
         self.sharded, self.out = args.fsdp, out
         self.prompts = prompts_from(plan.sources.data[0].kept) if args.data else [*map(_asked, QUESTIONS)]
         self.total, self.every = plan.total, args.eval_every or max(1, math.ceil(plan.total / 10))
@@ -98,9 +96,7 @@ class Evaluator:
         try:
             with evaluating(self.model):
                 if self.has_loss:
-                    found = measure(
-                        self.method, self.model, self._until_stopped(), self.args, self.processes.all_reduce
-                    )
+                    found = self.rollouts.evaluate() if self.rollouts else self._measured()
                     row |= {f"eval_{name}": value for name, value in found.items()}
                 kept, answers = self.meter(self.processes.all_reduce), self.sample_answers()
         except Interrupted:
@@ -140,6 +136,9 @@ class Evaluator:
         if self.stop.code and self.processes.size == 1:
             raise Interrupted
 
+    def _measured(self) -> dict[str, float]:
+        return measure(self.method, self.model, self._until_stopped(), self.args, self.processes.all_reduce)
+
     def _until_stopped(self) -> Iterable[batch.Batch]:
         for b in self.batches:
             self._raise_if_stopped()
@@ -167,6 +166,7 @@ def _asked(question: str) -> list[dict]:
 def prompts_from(conversations) -> list[list[dict]]:
     """Three first turns from the data and two questions that have nothing to do with it."""
     firsts = [
-        c.messages[: next(i for i, m in enumerate(c.messages) if m["role"] == "assistant")] for c in conversations
+        c.messages[: next((i for i, m in enumerate(c.messages) if m["role"] == "assistant"), None)]
+        for c in conversations
     ]
     return [*firsts[:: max(1, len(firsts) // 3)][:3], *map(_asked, QUESTIONS[3:])]

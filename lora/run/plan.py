@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -19,10 +19,11 @@ from lora.adapter.targets import find_targets
 from lora.data import batch, order, preview, retention
 from lora.data.encode import Encoded
 from lora.data.sources import Sources, named, read_sources, trained_rows
-from lora.errors import is_out_of_memory, out_of_memory, say
+from lora.errors import BadInput, is_out_of_memory, out_of_memory, say
 from lora.methods import METHODS
 from lora.network.decoder import Model
 from lora.pretrained import hub
+from lora.rewards import Rewards
 from lora.run import adapter
 from lora.run.settings import TrainSettings
 from lora.text.chat import Chat
@@ -54,6 +55,7 @@ class Plan:
     retention_batches: list[batch.Batch] | None  # on which forgetting is measured; None without evaluations
     method: ModuleType  # one of `lora.methods`
     reference: "object | None" = None  # what the model of step 0 says of the examples, where the method compares
+    rewards: Rewards | None = None  # of answers, where the model learns from its own
 
     @property
     def examples(self) -> Encoded:
@@ -74,7 +76,9 @@ class Plan:
         shares = [(len(part), share) for part, share in self.sources.replays]
         return order.steps(sizes, args.batch_size, args.seed, self.total, self.sources.weights, shares)
 
-    def micro_batches(self, indices: list[int], args: TrainSettings, processes: DistContext) -> list[batch.Batch]:
+    def micro_batches(
+        self, indices: list[int], args: TrainSettings, processes: DistContext, step: int
+    ) -> list[batch.Batch]:
         """This process's share of a step, cut so that it fits into memory."""
         lengths = self.examples.lengths
 
@@ -92,6 +96,18 @@ class Plan:
             return sum(p.numel() for p in self.empty.parameters())
         return memory.in_adapter(self.empty, self.targets, args.dora)
 
+    @contextmanager
+    def rewarding(self, args: TrainSettings, tasks: Mapping[str, Callable]):
+        """Inside the block the rewards that --reward names are ready, where the model learns from its own answers.
+        Raises BadInput where one cannot be, or a row lacks what it needs."""
+        if not methods.samples(args.method):
+            yield
+            return
+        rows = [row for part in (self.examples, self.sources.held_out) if part for row in part.prompts]
+        with Rewards(args, tasks, self.base, self.empty) as self.rewards:
+            self.rewards.check(rows)
+            yield
+
     def check_place(self, out: Path, args: TrainSettings) -> None:
         """Raises BadInput where --overwrite would delete the base, BadEnvironment where the disk has no room for the
         checkpoints of the run."""
@@ -104,7 +120,10 @@ class Plan:
 
     def _counted(self, args: TrainSettings) -> tuple:
         """What `lora.train.memory` counts with."""
-        return self.on_meta, args, self.examples.document_lengths, self.per_step * self.examples.group
+        lengths, group = self.examples.document_lengths, self.examples.group
+        if methods.samples(args.method):
+            lengths, group = lengths + args.max_new_tokens, args.group
+        return self.on_meta, args, lengths, self.per_step * group
 
     def memory(self, args: TrainSettings) -> float:
         """Bytes that the run is expected to take at its peak."""
@@ -135,8 +154,9 @@ class Plan:
             say(f"adapter  {trained / 1e6:,.2f} M parameters, {share:.2f} % of all, rank {args.rank}, {linears}")
             for line in adapter.table(args, self.empty, self.targets):
                 say(line)
-        what = {"conversation": "examples", "judged": "answers"}.get(self.method.KIND, "pairs")
-        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens, {learned:,} trained ({100 * learned / tokens:.0f} %)")
+        what = {"conversation": "examples", "judged": "answers", "prompt": "prompts"}.get(self.method.KIND, "pairs")
+        of_them = "" if what == "prompts" else f", {learned:,} trained ({100 * learned / tokens:.0f} %)"
+        say(f"{what:8} {len(self.examples):,}, {tokens:,} tokens{of_them}")
         if args.method != "sft":
             say(f"method   {methods.describe(args)}")
         say(f"plan     {self.total} steps of {args.batch_size} {what}, about {self.step_tokens:,} tokens; {epochs}")
@@ -185,6 +205,9 @@ def make_plan(
     targets = dict.fromkeys(find_targets(empty), 0) if args.full else adapter.ranks(args, empty)
     limit = empty.config.max_position_embeddings
     args.max_len = min(args.max_len or limit, limit)
+    if methods.samples(args.method) and args.max_new_tokens >= args.max_len:
+        why = f"{args.max_new_tokens}, and a prompt and its answer together have at most {args.max_len} tokens"
+        raise BadInput(f"wrong --max-new-tokens in the command line: {why}. Lower it")
     methods.fill(args)
     method = METHODS[args.method]
     sources = read_sources(args, chat, hub.dataset_file, generated_rows, limit, method.KIND)

@@ -1,25 +1,28 @@
 """What the model of step 0 says of every answer, which preference losses compare with: `reference.safetensors`.
 
 It is computed once, before the first step, and kept in the run's folder: a resumed run, whose model has moved on, reads
-it there, so no second model is held and no second pass made.
+it there, so no second model is held and no second pass made. Answers that are sampled meanwhile have no such numbers:
+with them the run keeps the adapter of step 0, if there was one, in `reference/`.
 """
 
 import hashlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lora import files
+from lora import files, folders
+from lora.adapter import sets, store
 from lora.adapter.inject import disabled
 from lora.data import batch
 from lora.data.encode import Encoded
 from lora.errors import BadInput, say
+from lora.methods import samples
 from lora.methods.answers import log_probs
 from lora.run.plan import Plan
-from lora.run.results import REFERENCE
+from lora.run.results import REFERENCE, REFERENCE_ADAPTER
 from lora.run.resume import Resumed
 from lora.run.settings import TrainSettings
 from lora.run.trainable import Trainable
@@ -54,9 +57,11 @@ class Reference:
 
 def of_step_0(
     plan: Plan, model, trainable: Trainable, args: TrainSettings, processes: DistContext, resumed: Resumed | None
-) -> Reference:
+) -> "Reference | Step0":
     """Give every example of the plan its reference; `model` is as it was loaded. Raises BadInput where the adapter that
     a resumed run started from is needed again and gone."""
+    if samples(args.method):
+        return Step0(model, plan, args, resumed)
     parts = {"train": plan.examples, "held_out": plan.sources.held_out}
     parts = {name: part for name, part in parts.items() if part is not None}
     data = hashlib.sha256(plan.data_fingerprint.encode())
@@ -101,6 +106,33 @@ def _computed(part: Encoded, model, args: TrainSettings, processes: DistContext)
                 found[torch.from_numpy(mine)] = torch.cat(sums).double().unflatten(0, (-1, part.group))
             bar.update(len(rows))
     return torch.tensor(processes.all_reduce(found.flatten().tolist()), dtype=torch.float64).view_as(found)
+
+
+class Step0:
+    """The model of step 0 in a run that samples: the base alone, or with the adapter that the run started from."""
+
+    def __init__(self, model, plan: Plan, args: TrainSettings, resumed: Resumed | None):
+        """Raises BadInput where that adapter is nowhere."""
+        self.model, self.folder = model, None
+        if args.init_adapter:
+            self.folder, kept = Path(args.init_adapter), resumed and resumed.run / REFERENCE_ADAPTER
+            if kept and all((kept / name).exists() for name in (store.WEIGHTS, store.CONFIG)):
+                self.folder = kept
+            elif resumed:
+                say(f"note     {kept} is not whole; the model of step 0 is read from {args.init_adapter}")
+            self.adapter = sets.read(model, self.folder, plan.base.read)
+
+    def __call__(self) -> AbstractContextManager:
+        """Inside the block the model is what it was at step 0."""
+        return sets.in_place(self.model, self.adapter) if self.folder else disabled(self.model)
+
+    def write(self, run: Path) -> None:
+        if self.folder:
+            folders.make_folder(run / REFERENCE_ADAPTER)
+        for name in (store.WEIGHTS, store.CONFIG) if self.folder else ():  # the config last: with it, both are there
+            if not (run / REFERENCE_ADAPTER / name).exists():
+                content = files.read_bytes(self.folder / name, limit=2**40)
+                files.write_bytes(run / REFERENCE_ADAPTER / name, content)
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -15,7 +15,7 @@ from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, report
 from lora.export.card import METRICS, SETTINGS
-from lora.methods import METHODS, dpo
+from lora.methods import METHODS, dpo, samples
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings, seconds
 from lora.run.trainable import Trainable
@@ -24,10 +24,12 @@ from lora.train.distributed import DistContext
 from lora.train.record import Record, draw
 from lora.train.step import NotFinite
 
-PICTURE, REPORT, REFERENCE = "loss.png", "report.md", "reference.safetensors"
+PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER = "loss.png", "report.md", "reference.safetensors", "reference"
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
-HOLDS = (*passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, card.FILE, run_state.FOLDER)  # and these
+HOLDS = (  # and these
+    *passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE, run_state.FOLDER,
+)  # fmt: skip
 
 
 def holds(out: Path) -> list[str]:
@@ -164,7 +166,8 @@ class Results:
         rows = [self.plan.examples.where[i] for i in indices]
         names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         where = f"step {self.state.step}: {found.why}; rows {names}; {run_state.last_good(self.out)}"
-        return BadNumbers(f"training diverged in {where}. {found.fix}")
+        fix = f"{found.fix}{', or give --reward a smaller weight' if samples(self.args.method) else ''}"
+        return BadNumbers(f"training diverged in {where}. {fix}")
 
     def publish(self, record: Record, ended: str) -> None:
         """The best adapter or model, or without evaluations the last, in the run's own folder; settings and card."""
@@ -205,7 +208,8 @@ class Results:
         python, out, kind = "python", str(self.out), f"--{self.trainable.kind}"
         args = self.args
         data = args.eval_data or [numbered(name)[0] for name in args.data or ()] or ["FILE"]
-        read = ["--prompt-key", args.prompt_key, "--response-key", args.response_key] if args.prompt_key else []
+        read = ["--prompt-key", args.prompt_key] if args.prompt_key else []
+        read += ["--response-key", args.response_key] if args.response_key else []
         read += ["--leading-answers", args.leading_answers] if args.leading_answers != "error" else []
         parts = [self.plan.sources.held_out] if args.eval_data else self.plan.sources.data
         read += ["--no-generate"] if any("text" in part.shapes for part in parts) else []  # a document has no answer
@@ -214,8 +218,9 @@ class Results:
         commands = [
             (python, "train.py", "--config", f"{out}/{SETTINGS}", "--out", f"{out}-again"),
             (python, "generate.py", kind, out),
-            (python, "evaluate.py", kind, out, "--data", *data, *read),
         ]
+        if not samples(args.method):  # whose data has no answers
+            commands.append((python, "evaluate.py", kind, out, "--data", *data, *read))
         numbers = self.plan.numbers(self.args)
         numbers["trained parameters"] = f"{self.plan.trained_parameters(self.args):,}"
         rows = record.rows

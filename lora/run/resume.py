@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora import methods
 from lora.errors import BadEnvironment, BadInput, say
 from lora.run.plan import Plan
 from lora.run.results import latest_folder
@@ -85,6 +86,7 @@ def resume(args: TrainSettings, argv: Sequence[str] | None, about: str) -> tuple
     if args.out is not None and Path(args.out).resolve() != run.resolve():
         raise BadInput(f"contradiction in the command line: --out {args.out}, and --resume {run}. Leave out --out")
     state = run_state.read_state(path)
+    state.settings = methods.without_others(state.settings)
     found = Resumed(run, path, passed_over, state, run_state.steps(run))
     return TrainSettings.resolve(argv, about, state.settings), found
 

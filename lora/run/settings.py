@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lora import rewards
 from lora.errors import BadInput
-from lora.methods import METHODS, SETTINGS, dpo
+from lora.methods import LOSSES, METHODS, SETTINGS, dpo, has_value_head, samples
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
 
@@ -38,6 +39,12 @@ def pattern_of(kind: Callable, low: float, high: float) -> Range:
     return Range(f"SUFFIX=VALUE, from {low:g} to {high:g}", holds)
 
 
+LEARNS_FROM = {  # kind of rows -> what they are
+    "pair": "pairs of a chosen and a rejected answer",
+    "scored": "pairs of a chosen and a rejected answer",
+    "judged": "answers judged good or bad",
+    "prompt": "its own answers to prompts",
+}
 TEMPLATE_ARG = Range("NAME=VALUE; not messages, add_generation_prompt, tools, documents or a _token", is_argument)
 
 
@@ -80,7 +87,8 @@ class TrainData(Settings, group="data"):
         "made", free=True)
     replay: list[str] | None = flag(
         None, "FILE:SHARE, ordinary conversations on top of every step against forgetting; 0.25 adds 2 to 8", free=True)
-    prompt_key: str | None = flag(None, "key of the question in rows of another shape; with --response-key")
+    prompt_key: str | None = flag(
+        None, "key of the question in rows of another shape; with --response-key, but for pairs and prompts")
     response_key: str | None = flag(None, "key of the answer in rows of another shape")
     leading_answers: str = flag(
         "error", "an answer before the first question: drop it, or keep it as context that is not trained",
@@ -108,8 +116,10 @@ class TrainMethod(Settings, group="method"):
 
     method: str = flag(
         "sft", "sft learns answers; dpo from pairs, chosen and rejected; kto from answers judged good or bad; reward "
-        "makes a model that scores answers, from pairs", one_of(*METHODS))
-    loss: str = flag("sigmoid", "of dpo", one_of(*dpo.LOSSES))
+        "makes a model that scores answers, from pairs; grpo, rloo and ppo learn from rewards of answers that the "
+        "model gives itself", one_of(*METHODS))
+    loss: str | None = flag(
+        None, "of dpo (sigmoid without it) and of grpo: dapo, the default, grpo, bnpo or dr_grpo", one_of(*LOSSES))
     beta: float | None = flag(
         None, "of dpo and kto: how closely to keep to the reference; 0.1 without it, 2 for simpo", between(1e-6, 1e3))
     label_smoothing: float | None = flag(
@@ -123,6 +133,36 @@ class TrainMethod(Settings, group="method"):
     good_weight: float = flag(1.0, "of kto: how much a good answer counts", between(0, 1e3))
     bad_weight: float = flag(1.0, "of kto: how much a bad answer counts", between(0, 1e3))
     center: float = flag(0.0, "of reward: keeps scores around 0; 0.01 in its paper", between(0, 1e3))
+
+
+@dataclass
+class TrainRewards(Settings, group="reinforcement"):
+    """How grpo, rloo and ppo sample answers, and what they make of their rewards."""
+
+    reward: list[str] | None = flag(
+        None, "NAME or NAME:WEIGHT, may be repeated: multiply, countdown, format:REGEX, length:N, FILE.py:FUNCTION, or "
+        "the folder of a reward model")
+    reward_timeout: float = flag(
+        60.0, "seconds that a function of your own may take for a step", between(0.01, 1e6), free=True)
+    group: int | None = flag(None, "answers to each prompt: 8, of ppo 1", between(1, 4096))
+    temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", between(0.01, 100))
+    max_new_tokens: int = flag(128, "longest sampled answer in tokens", between(1, 2**20))
+    kl: float | None = flag(
+        None, "how much the distance from the model of step 0 costs, a nat: 0 for grpo, 0.05 for rloo and ppo",
+        between(0, 1e3))
+    epsilon: float = flag(0.2, "a likelihood ratio counts up to 1 + epsilon, down to 1 - epsilon", between(1e-6, 1e3))
+    epsilon_high: float | None = flag(None, "another epsilon upwards, 0.28 in DAPO", between(1e-6, 1e3))
+    scale: str = flag("group", "of grpo: divide advantages by the group's deviation, or not", one_of("group", "none"))
+    updates: int | None = flag(None, "updates from the same answers: 1, of ppo 4", between(1, 1000))
+    gamma: float = flag(1.0, "of ppo: what a reward a token later is worth", between(0, 1))
+    lam: float = flag(0.95, "of ppo: λ of the advantages, from values alone (0) to rewards alone (1)", between(0, 1))
+    value_weight: float = flag(0.1, "of ppo: how much the loss of the values counts", between(0, 1e3))
+    value_clip: float = flag(0.2, "of ppo: how far a value may move in a step", between(1e-6, 1e6))
+    whiten_rewards: bool = flag(False, "of ppo: rewards of a step have a deviation of 1")
+    kl_target: float | None = flag(
+        None, "of ppo: adapt --kl so that an answer is so many nats from the model of step 0", between(1e-6, 1e6))
+    kl_horizon: float = flag(10000.0, "of ppo: answers after which --kl may have doubled", between(1, 1e12))
+    no_end_penalty: float = flag(0.0, "of ppo: what is taken off where an answer does not end", between(0, 1e6))
 
 
 @dataclass
@@ -158,7 +198,7 @@ class TrainOptimisation(Settings, group="optimisation"):
 
     lr: float | None = flag(
         None, "peak learning rate; 1.15 / hidden_size without it, 0.002 for the default model; a tenth of that with "
-        "--full, a fortieth for dpo and kto, a quarter for reward", ABOVE_0_UP_TO_1)
+        "--full, a quarter for reward, a fortieth for all other methods", ABOVE_0_UP_TO_1)
     epochs: int | None = flag(
         None, "times through the data; 3, of other methods 1, or as many as give 50 steps", between(1, 10**6),
         free=True)
@@ -185,7 +225,8 @@ class TrainEvaluation(Settings, group="evaluation"):
     eval_every: int | None = flag(
         None, "steps from one evaluation to the next; a tenth of the run", between(1, 10**9), free=True)
     patience: int | None = flag(
-        None, "end after N evaluations in a row that are no better than the best one", between(1, 10**6), free=True)
+        None, "end after N evaluations in a row that are no better than the best one; of grpo and rloo, after N steps "
+        "in whose groups all rewards are equal", between(1, 10**6), free=True)
     retention: str | None = flag(
         None, "file of ordinary conversations that show what is forgotten; ours without it", free=True)
     max_forgetting: float | None = flag(
@@ -231,7 +272,15 @@ class TrainHardware(Settings, group="hardware"):
 
 @dataclass
 class TrainSettings(
-    TrainModel, TrainData, TrainMethod, TrainAdapter, TrainOptimisation, TrainEvaluation, TrainSaving, TrainHardware
+    TrainModel,
+    TrainData,
+    TrainMethod,
+    TrainRewards,
+    TrainAdapter,
+    TrainOptimisation,
+    TrainEvaluation,
+    TrainSaving,
+    TrainHardware,
 ):
     """train.py"""
 
@@ -255,7 +304,8 @@ class TrainSettings(
                 found.append(f"{line} {self.flags()[name].flag} names a target twice. Leave out one of them")
         if self.full and (given := [one.flag for one in self.of_adapters() if one.name in self.given]):
             found.append(f"{line} --full makes no adapter to have {', '.join(given)}. Leave them out")
-        if self.patience and not (self.eval_data or self.eval_fraction):
+        by_group = samples(self.method) and not has_value_head(self.method)
+        if self.patience and not (self.eval_data or self.eval_fraction or by_group):
             found.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
         return found + self._foreign_to_method()
 
@@ -271,14 +321,15 @@ class TrainSettings(
                 found.append(
                     f"{line} --method {self.method} and {flag}, which is for {', '.join(methods)}. Leave it out"
                 )
-            elif self.method == "dpo" and self.loss not in of_losses.get(name, dpo.LOSSES):
+            elif name == "loss" and self.loss not in METHODS[self.method].LOSSES:
+                losses = ", ".join(METHODS[self.method].LOSSES)
+                found.append(f"{line} --method {self.method} and --loss {self.loss}. Give one of {losses}")
+            elif self.method == "dpo" and (loss := self.loss or "sigmoid") not in of_losses.get(name, dpo.LOSSES):
                 losses = ", ".join(of_losses[name])
-                found.append(f"{line} --loss {self.loss} and {flag}, which is for {losses}. Leave it out")
+                found.append(f"{line} --loss {loss} and {flag}, which is for {losses}. Leave it out")
         if self.method != "sft":
             if not self.data and not self.check:
-                what = (
-                    "answers judged good or bad" if self.method == "kto" else "pairs of a chosen and a rejected answer"
-                )
+                what = LEARNS_FROM[METHODS[self.method].KIND]
                 found.append(f"missing --data in the command line: --method {self.method} learns from {what}. Add FILE")
             if self.train_on != "assistant":
                 found.append(f"{line} --method {self.method} and --train-on, which is for sft. Leave it out")
@@ -286,9 +337,39 @@ class TrainSettings(
                 found.append(
                     f"{line} --method {self.method} and --overlong split, which is for documents. Leave it out"
                 )
-        if self.method == "reward" and self.full:
+        if has_value_head(self.method) and self.full:
             why = "a value head stands beside an adapter"
-            found.append(f"{line} --method reward and --full: {why}. Leave out --full")
+            found.append(f"{line} --method {self.method} and --full: {why}. Leave out --full")
+        return found + (self._foreign_to_sampling() if samples(self.method) else [])
+
+    def _foreign_to_sampling(self) -> list[str]:
+        """A line for each flag that has no meaning, or another one, where the model learns from its own answers."""
+        line = f"contradiction in the command line: --method {self.method} and"
+        wrong = (
+            ("--replay, which has no rewards", self.replay, "Leave it out"),
+            ("--dropout, which would sample from one model and train another", self.dropout, "Leave it out"),
+            ("--compile", self.compile, "Leave it out"),
+            ("--fsdp", self.fsdp, "Leave it out"),
+            ("--overlong truncate, which would cut questions", self.overlong == "truncate", "Give drop or error"),
+            ("--group 1: an answer is compared with others of its group", self.group == 1 and self.method != "ppo",
+             "Give 2 or more"),
+            ("--kl-target without a --kl to adapt", self.kl_target and self.kl == 0, "Leave out --kl 0"),
+            ("--full with --kl: the model of step 0 would be a second one", self.full and self.kl, "Leave out --kl"),
+            ("--full without --kl 0: the model of step 0 would be a second one",
+             self.full and self.method == "rloo" and self.kl is None, "Add --kl 0"),
+        )  # fmt: skip
+        found = [f"{line} {what}. {fix}" for what, is_wrong, fix in wrong if is_wrong]
+        if not self.reward and not self.check and self.preview is None:
+            fix = "Add --reward multiply, FILE.py:function or another"
+            found.append(f"missing --reward in the command line: --method {self.method} learns from rewards. {fix}")
+        return [*found, *rewards.wrong(self.reward or ())]
+
+    @classmethod
+    def _read_config(cls, where: str, problems: list[str]) -> dict:
+        """Runs of other methods once saved dpo's loss, too, which was the default."""
+        found = super()._read_config(where, problems)
+        if found.get("loss") == "sigmoid" and found.get("method", "sft") in ("sft", "kto", "reward"):
+            del found["loss"]
         return found
 
     def refuse_contradictions(self) -> None:

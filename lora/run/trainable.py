@@ -13,6 +13,7 @@ from lora.adapter import passport, store, value_head
 from lora.adapter.inject import inject, lora_layers
 from lora.errors import BadInput
 from lora.export import card
+from lora.methods import has_value_head
 from lora.network.decoder import Model
 from lora.pretrained import ModelFiles, ModelFolder, Spoken
 from lora.run import adapter
@@ -49,12 +50,12 @@ def base_dtype(args: TrainSettings) -> torch.dtype:
 def make_trainable(model: Model, plan: Plan, args: TrainSettings, given: bool, writes: bool) -> Trainable:
     """Patch the model with an adapter, or let all of it train. Are the adapter's values `given`, by a checkpoint or
     another adapter? Does this process write?"""
-    if args.method != "reward":
+    if not has_value_head(args.method):
         value_head.place(model, None)  # of a base that scores: it would not train
     if args.full:
         return AllWeights(model, getattr(torch, args.dtype), plan.base, Spoken.of(plan.chat))
     inject(model, **adapter.arguments(args, given))
-    if args.method == "reward":
+    if has_value_head(args.method):
         head = value_head.of(model) or value_head.add(model, model.config.hidden_size)
         head.requires_grad_()
     papers = _papers(model, plan, args) if writes else {}
@@ -70,6 +71,7 @@ def _papers(model: Model, plan: Plan, args: TrainSettings) -> dict:
         spoken["control_tokens"] = True
     learned = {**args.decisive(), "steps": plan.total}
     marks = passport.fingerprints(plan.chat.tokenizer, plan.chat.template.source, plan.data_fingerprint, learned)
+    marks |= {"method": args.method} if args.method == "ppo" else {}
     return passport.make(base.name, base.header, base.read, lora_layers(model), spoken, **marks)
 
 

@@ -118,15 +118,20 @@ class Chat:
 
     def prompt(self, messages: Sequence[dict], where: str = "this conversation") -> list[int]:
         """Ids of a conversation up to where the next answer begins. Raises BadInput, naming `where`."""
-        text = self._renderer.prompt(messages)
         try:
-            ids = self._place_answers(text, borders.encode(text, self.tokenizer)).tokens
+            return self.tokenize_prompt(messages).tokens
         except WithoutRow as error:
             raise BadInput(f"wrong prompt in {where}: {error}") from None
+
+    def tokenize_prompt(self, messages: Sequence[dict]) -> TokenizedChat:
+        """`prompt` as an example without an answer."""
+        text = self._renderer.prompt(messages)
+        self.guarded += bool(text.guard)
+        ids = self._place_answers(text, borders.encode(text, self.tokenizer)).tokens
         if not ids:
             why = "it writes nothing for this conversation, so no answer can begin"
             raise BadInput(f"chat template in {self.template.where}: {why}. Repair or replace it")
-        return ids
+        return TokenizedChat(ids, [], [])
 
     def tokenize(self, messages: Sequence[dict], train_on: str = "assistant") -> list[TokenizedChat]:
         """The examples of one conversation, as `tokenize_all`. Raises what is wrong with it."""

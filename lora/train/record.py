@@ -3,7 +3,8 @@
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle, takewhile
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from lora import files
 from lora.errors import BadInput, say
 from lora.train.step import StepResult
+from lora.train.stopping import NO_SIGNAL
 
 NUMBERS = {  # what a row has at least: that of a step, of a step that was left out, of an evaluation
     "step": ("step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "unchanged", "tokens_per_second",
@@ -22,7 +24,16 @@ NUMBERS = {  # what a row has at least: that of a step, of a step that was left 
 
 
 PANELS = {"log_prob_": "log p, nats", "reward_": "reward", "score_": "score"}  # of the picture: names that begin so
+OF_SAMPLES = {  # of a run that samples answers: panel -> names
+    "loss": ("loss",),
+    "KL, nats\na token": ("kl",),
+    "entropy, nats": ("entropy",),
+    "tokens": ("length",),
+    "share": ("ended", "no_signal", "clipped"),
+}
 SIDES = {"chosen": "#2f7d32", "good": "#2f7d32", "rejected": "#b3261e", "bad": "#b3261e", "margin": "#7a7f87"}
+OTHERS = ("#1f4e8c", "#b35900", "#2f7d32", "#8c2f5b", "#7a7f87")  # colours of other names
+SILENT = 10  # steps in a row without a signal, after which that is said
 
 
 class Record:
@@ -69,11 +80,19 @@ class Record:
             "tokens_per_second": round(result.tokens / (now - self.last), 1),
             "seconds": self.seconds,
         })  # fmt: skip
+        if self._silent() == SILENT:
+            self.note(f"note     no group of the last {SILENT} steps had a signal. {NO_SIGNAL}")
         self.tokens += result.tokens
         self.last = now
         speed = self.tokens / (now - self.start)
-        self.bar.set_postfix_str(f"loss {result.loss:.3f}, lr {lr:.1e}, {speed:.0f} tok/s")
+        reward = f"reward {figures['reward']:.3f}, " if "reward" in figures else ""
+        self.bar.set_postfix_str(f"{reward}loss {result.loss:.3f}, lr {lr:.1e}, {speed:.0f} tok/s")
         self.bar.update()
+
+    def _silent(self) -> int:
+        """How many steps without a signal there were last, in a row."""
+        silent = takewhile(lambda row: row.get("no_signal") == 1 and "value_loss" not in row, reversed(self.steps))
+        return sum(1 for _ in silent)  # a value head tells equal rewards apart
 
     def skip(self, step: int, lr: float, why: str) -> None:
         """A step whose loss or gradient was not finite, written as null: JSON has no such numbers."""
@@ -84,7 +103,8 @@ class Record:
     def evaluated(self, row: dict) -> None:
         self._append({**row, "seconds": self.seconds})
         self.last = time.monotonic()
-        words = [f"loss {row['eval_loss']:.4f}"] if "eval_loss" in row else []
+        what = "reward" if "eval_reward" in row else "loss"
+        words = [f"{what} {row[f'eval_{what}']:.4f}"] if f"eval_{what}" in row else []
         words += [f"accuracy {row['eval_accuracy']:.1%}"] if "eval_accuracy" in row else []
         words.append(f"{row['retention_kl']:.4f} nats forgotten")
         words.append(f"loss on ordinary text {row['retention_loss']:.3f}, was {row['retention_loss_before']:.3f}")
@@ -130,15 +150,16 @@ def read_rows(path: Path, count: int) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path, title: str, best: int | None = None, loss: str = "loss") -> None:
-    """The picture: `loss` a step with its running mean, evaluations with the `best` one, what a method measures of both
-    sides, what was forgotten, the rate."""
+    """The picture: `loss` a step, or the reward of sampled answers, with its running mean, evaluations with the `best`
+    one, what a method measures besides, what was forgotten, the rate."""
     import matplotlib  # slow to import, so only where a picture is drawn
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     trained = [row for row in rows if row.get("loss") is not None]
-    held_out = [row for row in rows if "eval_loss" in row]
+    top = "reward" if any("entropy" in row for row in trained) else "loss"
+    held_out = [row for row in rows if f"eval_{top}" in row]
     kept = [row for row in rows if "retention_kl" in row]
     panels = panels_of(trained)
     heights = (3, *(1.5 for _ in panels), *(1 for _ in kept[:1]), 1)
@@ -146,25 +167,26 @@ def draw(rows: list[dict], path: Path, title: str, best: int | None = None, loss
         len(heights), 1, figsize=(8, 4 + len(heights) / 2 + len(panels)), dpi=120, sharex=True, height_ratios=heights,
         layout="constrained",
     )  # fmt: skip
-    steps, losses = [row["step"] for row in trained], [row["loss"] for row in trained]
-    above.plot(steps, losses, color="#9db8d9", linewidth=1, marker=".", markersize=4, label="each step")
-    above.plot(steps, smooth(losses), color="#1f4e8c", linewidth=2, label="running mean")
-    _evaluations(above, held_out, "eval_loss", "#2f7d32", "held out")
+    shown = [row for row in trained if top in row]  # answers of a step that cannot be scored have no reward
+    steps, values = [row["step"] for row in shown], [row[top] for row in shown]
+    above.plot(steps, values, color="#9db8d9", linewidth=1, marker=".", markersize=4, label="each step")
+    above.plot(steps, smooth(values), color="#1f4e8c", linewidth=2, label="running mean")
+    _evaluations(above, held_out, f"eval_{top}", "#2f7d32", "held out")
     if best is not None:
         above.axvline(best, color="#2f7d32", linewidth=1, linestyle=":", label=f"best, step {best}")
-    above.set_ylabel(loss)
+    above.set_ylabel(loss if top == "loss" else "reward")
     above.set_title(title, fontsize=10)
-    for axes, (kind, names) in zip(middle, panels.items(), strict=False):
-        for name in names:
+    for axes, (label, names) in zip(middle, panels.items(), strict=False):
+        for name, color in zip(names, cycle(OTHERS), strict=False):
             values = zip(*((row["step"], row[name]) for row in trained if name in row), strict=True)
-            side = name.removeprefix(kind)
-            axes.plot(*values, color=SIDES[side], linewidth=1.5, label=side)
-        axes.set_ylabel(PANELS[kind])
+            side = name.removeprefix(next(filter(name.startswith, PANELS), ""))
+            axes.plot(*values, color=SIDES.get(side, color), linewidth=1.5, label=side.replace("_", " "))
+        axes.set_ylabel(label)
         axes.legend(frameon=False)
     for axes in middle[len(panels) :]:
         _evaluations(axes, kept, "retention_kl", "#8c2f5b", "forgotten")
         axes.set_ylabel("forgotten\n(KL, nats)")
-    below.plot(steps, [row["lr"] for row in trained], color="#b35900", linewidth=1.5)
+    below.plot([row["step"] for row in trained], [row["lr"] for row in trained], color="#b35900", linewidth=1.5)
     below.set_ylabel("learning rate")
     below.set_xlabel("step")
     for axes in (above, *middle, below):
@@ -182,11 +204,15 @@ def draw(rows: list[dict], path: Path, title: str, best: int | None = None, loss
 def panels_of(rows: list[dict]) -> dict[str, list[str]]:
     """Panel -> the names it shows. A row may lack some: kto has steps with answers of one kind only."""
     names = dict.fromkeys(name for row in rows for name in row)
-    found = {kind: [name for name in names if name.startswith(kind)] for kind in PANELS}
-    return {kind: its for kind, its in found.items() if its}
+    found = {label: [name for name in names if name.startswith(kind)] for kind, label in PANELS.items()}
+    if "entropy" in names:
+        if len(found["reward"]) == 1:  # which is the reward above
+            del found["reward"]
+        found |= {label: [name for name in its if name in names] for label, its in OF_SAMPLES.items()}
+    return {label: its for label, its in found.items() if its}
 
 
-def smooth(losses: list[float]) -> list[float]:
+def smooth(losses: Sequence[float]) -> list[float]:
     """The running mean over about the last ten losses, fewer in a short run."""
     means, mean = [], losses[0] if losses else 0.0
     weight = max(0.1, 1 - len(losses) / 100)

@@ -42,6 +42,7 @@ class State:
     skipped: int = 0  # steps left out because they were not finite
     rows: int = 0  # in metrics.jsonl
     evaluations: list = field(default_factory=list)
+    carried: dict = field(default_factory=dict)  # numbers that a method hands from step to step
     examined: str = ""  # fingerprint of what evaluations measure on
     computed: dict = field(default_factory=dict)  # the machine: bits are promised on the same one only
     format: int = FORMAT

@@ -3,9 +3,15 @@
 An evaluation is a row {"step", "eval_loss", "retention_kl"}; either number may be missing. Step 0 is the start.
 """
 
+import math
 from collections.abc import Sequence
 
 FINISHED = "all steps are done"
+WITHOUT_SIGNAL = "steps_without_signal"  # so many in a row, of those whose answers are sampled
+NO_SIGNAL = (
+    "Where all answers to a prompt have the same reward nothing is learned: give easier rows, train on examples first, "
+    "or raise --temperature"
+)
 
 
 def brief(row: dict) -> dict:
@@ -19,9 +25,8 @@ def best(evaluations: Sequence[dict], most: float | None = None) -> int | None:
     fitting = [row for row in evaluations if row["step"] > 0 and not _forgot(row, most)]
     if not fitting:
         return None
-    if "eval_loss" not in fitting[-1]:
-        return fitting[-1]["step"]
-    return min((row for row in fitting if "eval_loss" in row), key=lambda row: row["eval_loss"])["step"]
+    with_loss = [row for row in fitting if "eval_loss" in row]
+    return min(with_loss, key=lambda row: row["eval_loss"])["step"] if with_loss else fitting[-1]["step"]
 
 
 def why_end(evaluations: Sequence[dict], patience: int | None = None, most: float | None = None) -> str | None:
@@ -45,5 +50,8 @@ def reason_to_stop(state, args, signal: int | None) -> str | None:
     """Why a run ends after the step it stands at; None where it goes on."""
     if signal:
         return f"stopped by a signal after step {state.step}"
-    early = why_end(state.evaluations, args.patience, args.max_forgetting)
+    without = state.carried.get(WITHOUT_SIGNAL)
+    if without is not None and without >= (args.patience or math.inf):
+        return f"no group of the last {without:.0f} steps had a signal (--patience). {NO_SIGNAL}"
+    early = why_end(state.evaluations, args.patience if without is None else None, args.max_forgetting)
     return early or (FINISHED if state.step >= state.total else None)

@@ -69,7 +69,7 @@ def test_what_is_merged_under_autocast_has_the_bits_of_what_is_merged_without(ki
     assert delta.dtype == torch.float32 and torch.equal(delta, layer.delta())
 
 
-@mutation("lora/ops/__init__.py", "(plain if _plain or is_autocast(hidden) else", "(plain if _plain else")
+@mutation("lora/ops/__init__.py", "form = plain if _plain or is_autocast(hidden) else", "form = plain if _plain else")
 @mutation("lora/ops/__init__.py", "        return plain.attention(", "        return fast_attention.attention(")
 def test_the_whole_decoder_trains_under_autocast():
     """Its other formulas as well: RoPE's angles in float32 meet products in bfloat16."""

@@ -256,15 +256,13 @@ def test_the_numbers_of_pairs_are_those_of_each_side_and_count_equal_ones():
 
 
 @mutation("lora/data/sources.py", 'if not any(f"{shape}/".startswith(f"{pair}/")', "if not any(shape == pair")
-@mutation(
-    "lora/data/sources.py", 'if args.prompt_key and getattr(args, "method", None) in', "if args.prompt_key and None in"
-)
-@mutation("lora/data/sources.py", "(args.response_key or pairs) else None", "args.response_key else None")
+@mutation("lora/data/sources.py", "(args.prompt_key and kind not in BOTH_KEYS)", "False")
+@mutation("lora/data/sources.py", "if args.prompt_key and enough else None", "if args.response_key else None")
 def test_the_key_of_a_pairs_question_can_be_named_and_that_of_its_good_answer(tmp_path):
-    def read(row: dict, *keys: str, method="dpo") -> int:
+    def read(row: dict, *keys: str, method="dpo", kind="pair") -> int:
         (tmp_path / "a.jsonl").write_text(json.dumps(row))
         argv = ["--method", method, "--data", str(tmp_path / "a.jsonl"), "--max-len", "100", *keys]
-        return len(read_sources(TrainSettings.resolve(argv, ""), chat_of("chatml"), Path, kind="pair").examples)
+        return len(read_sources(TrainSettings.resolve(argv, ""), chat_of("chatml"), Path, kind=kind).examples)
 
     named, good = ("--prompt-key", "frage"), ("--response-key", "gut")
     assert read({"frage": "Q", "chosen": "A", "rejected": "B"}, *named) == 1
@@ -273,9 +271,9 @@ def test_the_key_of_a_pairs_question_can_be_named_and_that_of_its_good_answer(tm
     for keys in (named, (*named, *good)):
         with pytest.raises(BadInput, match="no row has frage"):
             read({"prompt": "Q", "chosen": "A", "rejected": "B"}, *keys)
-    for keys, method in ((good, "dpo"), (named, "sft")):
+    for keys, method, kind in ((good, "dpo", "pair"), (named, "sft", "conversation"), (named, "kto", "judged")):
         with pytest.raises(BadInput, match="need each other"):
-            read({"frage": "Q", "gut": "A", "rejected": "B"}, *keys, method=method)
+            read({"frage": "Q", "gut": "A", "rejected": "B"}, *keys, method=method, kind=kind)
 
 
 NAMES = ["rows", "tokens", "trained tokens", "length p50", "length p95", "length max", "trained share", "dropped",

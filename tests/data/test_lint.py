@@ -128,7 +128,7 @@ def test_an_answer_about_errors_or_of_another_kind_of_sorrow_is_none(answer):
     assert not is_leftover(answer)
 
 
-@mutation("lora/data/lint.py", 'message.get("train", True) and is_leftover', "is_leftover")
+@mutation("lora/data/lint.py", 'message.get("train", row.row is None)', "True")
 def test_a_question_or_an_answer_that_is_not_learned_may_be_an_error_message():
     assert codes(("network error", "What happened?")) == []
     assert found([row("a", "network error", "b", "Fine.", untrained=[1])]) == []

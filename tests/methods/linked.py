@@ -109,5 +109,35 @@ def judged_file() -> Path:
     return _written("judged.jsonl", [{"prompt": q, "completion": a, "label": good} for q, a, good in rows])
 
 
+@cache
+def prompts_file() -> Path:
+    """Nine questions with the columns that their rewards read."""
+    rows = [{"prompt": q, "a": int(q[8]), "b": int(q[14]), "letters": "aeiou"} for q, *_ in ASKED]
+    return _written("prompts.jsonl", rows)
+
+
+@cache
+def own_reward() -> Path:
+    """A file with a reward that tells most answers of an untrained model apart."""
+    path = cli.scratch() / "own.py"
+    path.write_text(
+        "def vowels(prompts, completions, letters, **columns):\n"
+        "    return [sum(c in l for c in text) / max(1, len(text)) for text, l in zip(completions, letters)]\n"
+    )
+    return path
+
+
+SAMPLING = ("grpo", "rloo", "ppo")
+
+
+def rewarded(method: str, group: int = 4) -> tuple:
+    """The flags without which a method that samples its answers does not run; short answers, and no dropout."""
+    if method not in SAMPLING:
+        return ()
+    rewards = ("--reward", f"{own_reward()}:vowels", "multiply:0.5")
+    return (*rewards, "--group", group, "--max-new-tokens", 8, "--dropout", 0)
+
+
 def data_of(method: str) -> Path:
-    return {"sft": cli.data_file, "kto": judged_file}.get(method, pairs_file)()
+    files = {"sft": cli.data_file, "kto": judged_file, **dict.fromkeys(SAMPLING, prompts_file)}
+    return files.get(method, pairs_file)()

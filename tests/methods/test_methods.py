@@ -208,7 +208,7 @@ def test_sft_measures_nothing_besides_its_loss():
 
 
 def test_a_method_is_a_kind_a_loss_and_figures_in_words():
-    assert list(METHODS) == ["sft", "dpo", "kto", "reward"]
+    assert list(METHODS) == ["sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo"]
     for method in METHODS.values():
         assert method.KIND and callable(method.loss)
         assert all(len(words) > 3 and words.isprintable() for words in method.FIGURES.values())

@@ -262,7 +262,7 @@ def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
     expected = torch.nn.functional.cross_entropy(model.head(hidden), targets, reduction="sum")
     cap, found = c.final_logit_softcapping, []
     for loss in (expected, plain.cross_entropy(hidden, model.head_weight, targets, cap),
-                 (-fast_log_probs.log_probs(hidden, model.head_weight, targets, cap, rows)).sum()):  # fmt: skip
+                 (-fast_log_probs.log_probs(hidden, model.head_weight, targets, cap, 1.0, rows)).sum()):  # fmt: skip
         found.append([loss, *torch.autograd.grad(loss, hidden)])
     assert all(close(a, b, TOL) for other in found[1:] for a, b in zip(other, found[0], strict=True))
     assert far(plain.cross_entropy(hidden, model.head_weight, targets), expected, TOL)

@@ -33,7 +33,7 @@ def value_and_gradient(form, hidden, *rest):
 @pytest.mark.parametrize("rows", [1, 5, 7, 22, 23, 24, 256])
 def test_chunked_loss_equals_plain_loss_equals_the_numpy_oracle(rows):
     hidden, head, targets = loss_case()
-    chunked = value_and_gradient(cross_entropy, hidden, head, targets, None, rows)
+    chunked = value_and_gradient(cross_entropy, hidden, head, targets, None, 1.0, rows)
     formula = value_and_gradient(plain.cross_entropy, hidden, head, targets)
     logits = hidden.numpy() @ head.numpy().T
     total, count = oracle.nll(logits, targets.tolist(), [True] * 23)
@@ -66,22 +66,25 @@ def test_a_loss_without_gradients_and_a_trainable_head_have_the_same_value():
 @mutation("lora/ops/fast_log_probs.py", "d_hidden = None if d_hidden is None else (d_hidden * upstream[:, None])",
           "d_hidden = None if d_hidden is None else (d_hidden * upstream.mean())")  # fmt: skip
 @mutation("lora/ops/fast_log_probs.py", "d_head += (e * upstream[part, None])", "d_head += (e * upstream[0])")
+@mutation("lora/ops/fast_log_probs.py", "else e.div_(temperature)", "else e")
+@mutation("lora/ops/fast_log_probs.py", "else z / temperature, -1", "else z * temperature, -1")
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("rows", [1, 5, 22, 23, 256])
-def test_every_position_has_a_gradient_of_its_own(rows, cap):
+def test_every_position_has_a_gradient_of_its_own(rows, cap, temperature):
     """Of Σ_n g_n log p_n with another g_n each, as preference losses have it; the head trains, too."""
     hidden, head, targets = loss_case()
     weights, found = torch.linspace(-1, 2, 23, dtype=torch.float64), []
     for form, more in ((plain.log_probs, ()), (fast_log_probs.log_probs, (rows,))):
         inputs = [tensor.clone().requires_grad_() for tensor in (hidden, head)]
-        values = form(*inputs, targets, cap, *more)
+        values = form(*inputs, targets, cap, temperature, *more)
         found.append([values, *torch.autograd.grad((weights * values).sum(), inputs)])
     assert all(close(a, b, 1e-12) for a, b in zip(*found, strict=True))
 
 
 def test_no_trained_position_is_a_loss_of_zero_and_no_gradient():
     hidden, head, targets = loss_case()
-    value, gradient = value_and_gradient(cross_entropy, hidden[:0], head, targets[:0], None, 5)
+    value, gradient = value_and_gradient(cross_entropy, hidden[:0], head, targets[:0], None, 1.0, 5)
     assert value == 0 and gradient.shape == (0, 12)
 
 
@@ -92,7 +95,7 @@ def test_logits_never_exist_for_more_positions_than_a_chunk(monkeypatch):
         fast_log_probs.F, "log_softmax", lambda x, *a, **k: sizes.append(len(x)) or log_softmax(x, *a, **k)
     )
     hidden, head, targets = loss_case()
-    value_and_gradient(cross_entropy, hidden, head, targets, None, 10)
+    value_and_gradient(cross_entropy, hidden, head, targets, None, 1.0, 10)
     assert sizes == [10, 10, 3]
 
 

@@ -95,8 +95,8 @@ def test_the_cases_cover_every_op_that_has_a_fast_version():
 )
 @mutation(
     "lora/ops/__init__.py",
-    "return (plain if _plain or is_autocast(hidden) else fast_log_probs)",
-    "return fast_log_probs",
+    "form = plain if _plain or is_autocast(hidden) else fast_log_probs",
+    "form = fast_log_probs",
 )
 def test_with_use_plain_no_fast_version_runs(monkeypatch):
     model, tokens = patched(tiny_model()).train(), some_tokens(20)

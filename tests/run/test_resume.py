@@ -18,7 +18,7 @@ from lora.errors import BadEnvironment
 from lora.run.settings import TrainSettings
 from lora.train import run_state, stopping
 from tests import cli
-from tests.methods.linked import data_of
+from tests.methods.linked import SAMPLING, data_of, rewarded
 from tests.mutation import mutation
 
 STEPS = 9
@@ -203,7 +203,9 @@ def test_a_run_with_evaluations_goes_on_bit_for_bit_with_its_best_adapter(tmp_pa
     assert f"best     step {best}" in done.err and best in run_state.steps(one)
 
 
-LOSSES = {"dpo": (), "kto": ("--bad-weight", 0.8), "reward": ("--center", 0.01)}
+LOSSES = {"dpo": (), "kto": ("--bad-weight", 0.8), "reward": ("--center", 0.01), "grpo": ("--kl", 0.1),
+          "rloo": ("--temperature", 1.5), "ppo": ("--kl-target", 0.5, "--kl-horizon", 50)}  # fmt: skip
+HEADS = ("reward", "ppo")
 
 
 @mutation(
@@ -216,19 +218,27 @@ LOSSES = {"dpo": (), "kto": ("--bad-weight", 0.8), "reward": ("--center", 0.01)}
 @mutation(
     "train.py", "        plan.reference = reference.of_step_0(", "        resumed or reference.of_step_0(", case="dpo"
 )
+@mutation("train.py", "Objective(plan.method, model, args, state.carried)", "Objective(plan.method, model, args, {})",
+          case="ppo")  # fmt: skip
+@mutation(
+    "lora/inference/rollout.py", 'name = f"{seed}/step', "name = f\"{__import__('os').getpid()}/step", case="grpo"
+)
 @pytest.mark.parametrize("method", LOSSES)
 def test_a_killed_run_of_every_method_goes_on_bit_for_bit_with_its_evaluations(tmp_path, method):
     how = ("--method", method, "--data", data_of(method), "--micro-tokens", 90, *LOSSES[method], *EVALUATED)
+    how = (*how, *rewarded(method))
+    place = 5 if method != "ppo" else 18  # the second of four updates in step 5
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     done = train("out", *how, cwd=tmp_path / "a")
     assert done.code == 0, done.err
-    assert train("out", *how, cwd=tmp_path / "b", before=kill_in_accumulation(5)).code == 137
+    assert train("out", *how, cwd=tmp_path / "b", before=kill_in_accumulation(place)).code == 137
     done = go_on(cwd=tmp_path / "b")
     assert done.code == 0, done.err
     one, other = tmp_path / "a/out", tmp_path / "b/out"
     assert result(one) == result(other)
-    assert any("accuracy" in row for row in metrics(one)) and any("eval_accuracy" in row for row in metrics(one))
-    if method == "reward":
+    name = "reward_vowels" if method in SAMPLING else "accuracy"
+    assert any(name in row for row in metrics(one)) and any(f"eval_{name}" in row for row in metrics(one))
+    if method in HEADS:
         names = (value_head.FILE, f"checkpoints/{STEPS:06d}/{value_head.FILE}")
         assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
@@ -398,6 +408,10 @@ SWITCH = ("--template-arg", "enable_thinking=false")  # one more, which this tem
 OF_METHODS = [  # each by itself: some contradict each other
     ("--method", "dpo"), ("--loss", "ipo"), ("--beta", 0.2), ("--label-smoothing", 0.2), ("--sft-weight", 0.1),
     ("--margin", 0.5), ("--good-weight", 1.2), ("--bad-weight", 1.2), ("--center", 0.01),
+    ("--reward", "length:5"), ("--group", 4), ("--temperature", 1.5), ("--max-new-tokens", 5), ("--kl", 0.2),
+    ("--epsilon", 0.1), ("--epsilon-high", 0.3), ("--scale", "none"), ("--updates", 2), ("--gamma", 0.9),
+    ("--lam", 0.9), ("--value-weight", 0.5), ("--value-clip", 0.1), ("--whiten-rewards",), ("--kl-target", 6),
+    ("--kl-horizon", 100), ("--no-end-penalty", 1),
 ]  # fmt: skip
 
 
@@ -431,12 +445,14 @@ def test_a_changed_setting_is_named(words):
 @pytest.mark.parametrize(
     ("method", "words", "was"),
     [("dpo", ("--beta", 0.3), "0.1"), ("dpo", ("--loss", "simpo"), "sigmoid"), ("kto", ("--good-weight", 2), "1.0"),
-     ("reward", ("--margin", 1), "0.0")],
+     ("reward", ("--margin", 1), "0.0"), ("grpo", ("--group", 8), "4"), ("rloo", ("--kl", 0), "0.05"),
+     ("ppo", ("--updates", 2), "4")],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value,
 )  # fmt: skip
 def test_a_run_of_another_method_goes_on_with_its_own_settings_or_not_at_all(tmp_path, method, words, was):
-    how = ("--method", method, "--data", data_of(method), "--max-steps", 3)
-    done = train("out", *how, cwd=tmp_path, before=kill_before_step(3))
+    how = ("--method", method, "--data", data_of(method), "--max-steps", 3, *rewarded(method))
+    updates = 4 if method == "ppo" else 1
+    done = train("out", *how, cwd=tmp_path, before=kill_before_step(3 * updates))
     assert done.code == 137, done.err
     (tmp_path / ".out.lock").unlink()
     before = cli.tree(tmp_path)
@@ -718,7 +734,7 @@ def rows(*losses, kl=()):
     return found
 
 
-@mutation("lora/train/stopping.py", "return min((row for row in fitting", "return max((row for row in fitting")
+@mutation("lora/train/stopping.py", "return min(with_loss", "return max(with_loss")
 @mutation("lora/train/stopping.py", 'if row["step"] > 0 and not _forgot(row, most)]', 'if row["step"] > 0]')
 @pytest.mark.parametrize(
     ("evaluations", "most", "step"),

@@ -17,10 +17,10 @@ CLASSES = {"train": TrainSettings, "generate": GenerateSettings, "evaluate": Eva
 
 
 @mutation("lora/settings.py", "key=lambda one: GROUPS.index(one.group)", "key=lambda one: one.name")
-def test_help_of_train_shows_its_flags_in_eight_groups_in_this_order(tmp_path):
+def test_help_of_train_shows_its_flags_in_nine_groups_in_this_order(tmp_path):
     lines = cli.call("train", "--help", cwd=tmp_path).out.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    groups = ("model", "data", "method", "adapter", "optimisation", "evaluation", "saving", "hardware")
+    groups = ("model", "data", "method", "reinforcement", "adapter", "optimisation", "evaluation", "saving", "hardware")
     assert titles == ["options:", *(f"{group}:" for group in groups)]
     first = next(one.name for one in TrainSettings.flags().values() if one.group == "adapter")
     assert lines[lines.index("adapter:") + 1].startswith(f"  --{first.replace('_', '-')}")
@@ -104,10 +104,10 @@ def test_a_plain_run_calls_no_fast_version_and_learns_the_same_in_float32(tmp_pa
 
 LINE = "contradiction in the command line:"
 FOREIGN = {  # flags, and the line that refuses them
-    "--loss ipo": "--method sft and --loss, which is for dpo. Leave it out",
+    "--loss ipo": "--method sft and --loss, which is for dpo, grpo. Leave it out",
     "--beta 0.2": "--method sft and --beta, which is for dpo, kto. Leave it out",
     "--method reward --beta 0.2": "--method reward and --beta, which is for dpo, kto. Leave it out",
-    "--method kto --loss hinge": "--method kto and --loss, which is for dpo. Leave it out",
+    "--method kto --loss hinge": "--method kto and --loss, which is for dpo, grpo. Leave it out",
     "--method kto --margin 1": "--method kto and --margin, which is for dpo, reward. Leave it out",
     "--method reward --sft-weight 1": "--method reward and --sft-weight, which is for dpo. Leave it out",
     "--method dpo --good-weight 2": "--method dpo and --good-weight, which is for kto. Leave it out",
@@ -124,7 +124,37 @@ FOREIGN = {  # flags, and the line that refuses them
     "--method reward --train-on all": "--method reward and --train-on, which is for sft. Leave it out",
     "--method kto --overlong split": "--method kto and --overlong split, which is for documents. Leave it out",
     "--method reward --full": "--method reward and --full: a value head stands beside an adapter. Leave out --full",
+    "--reward length:3": "--method sft and --reward, which is for grpo, rloo, ppo. Leave it out",
+    "--method dpo --group 4": "--method dpo and --group, which is for grpo, rloo, ppo. Leave it out",
+    "--method dpo --loss dapo": "--method dpo and --loss dapo. Give one of sigmoid, ipo, hinge, cdpo, robust, "
+    "sigmoid_norm, simpo, orpo, apo_zero",
 }
+SAMPLED = {  # flags of a method that samples its answers, and the line that refuses them
+    "--method grpo --loss ipo": "--method grpo and --loss ipo. Give one of dapo, grpo, bnpo, dr_grpo",
+    "--method rloo --loss dapo": "--method rloo and --loss, which is for dpo, grpo. Leave it out",
+    "--method rloo --scale none": "--method rloo and --scale, which is for grpo. Leave it out",
+    "--method grpo --gamma 0.9": "--method grpo and --gamma, which is for ppo. Leave it out",
+    "--method rloo --kl-target 3": "--method rloo and --kl-target, which is for ppo. Leave it out",
+    "--method grpo --whiten-rewards": "--method grpo and --whiten-rewards, which is for ppo. Leave it out",
+    "--method ppo --beta 0.1": "--method ppo and --beta, which is for dpo, kto. Leave it out",
+    "--method ppo --full": "--method ppo and --full: a value head stands beside an adapter. Leave out --full",
+    "--method grpo --full --kl 0.1": "--method grpo and --full with --kl: the model of step 0 would be a second one. "
+    "Leave out --kl",
+    "--method rloo --full": "--method rloo and --full without --kl 0: the model of step 0 would be a second one. "
+    "Add --kl 0",
+    "--method grpo --replay x:0.5": "--method grpo and --replay, which has no rewards. Leave it out",
+    "--method rloo --dropout 0.1": "--method rloo and --dropout, which would sample from one model and train another. "
+    "Leave it out",
+    "--method ppo --kl 0 --kl-target 6": "--method ppo and --kl-target without a --kl to adapt. Leave out --kl 0",
+    "--method ppo --compile": "--method ppo and --compile. Leave it out",
+    "--method grpo --fsdp": "--method grpo and --fsdp. Leave it out",
+    "--method grpo --overlong truncate": "--method grpo and --overlong truncate, which would cut questions. "
+    "Give drop or error",
+    "--method grpo --overlong split": "--method grpo and --overlong split, which is for documents. Leave it out",
+    "--method ppo --train-on all": "--method ppo and --train-on, which is for sft. Leave it out",
+    "--method grpo --group 1": "--method grpo and --group 1: an answer is compared with others of its group. "
+    "Give 2 or more",
+}  # fmt: skip
 
 
 @mutation(
@@ -135,18 +165,54 @@ FOREIGN = {  # flags, and the line that refuses them
 )
 @mutation(
     "lora/run/settings.py",
-    'elif self.method == "dpo" and self.loss not in of_losses.get(name, dpo.LOSSES):',
+    'elif self.method == "dpo" and (loss := self.loss or "sigmoid") not in of_losses.get(name, dpo.LOSSES):',
     "elif False:",
     case="--method dpo --loss ipo --margin 1",
 )
 @mutation("lora/run/settings.py", 'if self.train_on != "assistant":', "if False:", case="--method dpo --train-on last")
 @mutation(
-    "lora/run/settings.py", 'if self.method == "reward" and self.full:', "if False:", case="--method reward --full"
+    "lora/run/settings.py", "if has_value_head(self.method) and self.full:", "if False:", case="--method reward --full"
 )
 @pytest.mark.parametrize("words", FOREIGN)
 def test_a_flag_that_changes_nothing_with_this_method_or_loss_is_refused(words):
     args = TrainSettings.resolve([*words.split(), "--data", "x"], "")
     assert args.contradictions() == [f"{LINE} {FOREIGN[words]}"]
+
+
+@mutation("lora/run/settings.py", "if samples(self.method) else []", "if False else []",
+          case="--method rloo --dropout 0.1")  # fmt: skip
+@mutation("lora/run/settings.py", "self.group == 1 and self.method", "self.method", case="--method rloo --scale none")
+@pytest.mark.parametrize("words", SAMPLED)
+def test_a_flag_that_makes_no_sense_where_answers_are_sampled_is_refused(words):
+    args = TrainSettings.resolve([*words.split(), "--data", "x", "--reward", "length:3"], "")
+    assert args.contradictions() == [f"{LINE} {SAMPLED[words]}"]
+
+
+@mutation("lora/run/settings.py", "if not self.reward and not self.check and self.preview is None:", "if False:")
+@mutation("lora/run/settings.py", "*rewards.wrong(self.reward or ())", "")
+@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
+def test_a_method_that_samples_needs_rewards_but_to_look_at_the_data(method):
+    def lines(*words: str) -> list[str]:
+        return TrainSettings.resolve(["--method", method, *words], "").contradictions()
+
+    [missing] = lines("--data", "x")
+    assert missing.startswith(f"missing --reward in the command line: --method {method} learns from rewards. Add --rew")
+    assert lines("--data", "x", "--check") == lines("--data", "x", "--preview", "1") == []
+    assert len(lines("--data", "x", "--reward", "length:none", "format:[")) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--method grpo --loss dr_grpo --scale none --kl 0.1 --epsilon 0.3 --epsilon-high 0.4 --updates 2",
+     "--method grpo --temperature 0.7 --max-new-tokens 9 --reward-timeout 3",
+     "--method grpo --full --kl 0", "--method rloo --full --kl 0", "--method rloo --group 2 --overlong error",
+     "--method ppo --group 1 --gamma 0.9 --lam 1 --value-weight 1 --value-clip 0.1 --whiten-rewards --kl-target 6 "
+     "--kl-horizon 5 --no-end-penalty 1", "--method ppo --patience 3 --eval-fraction 0.1",
+     "--method grpo --patience 3"],
+)  # fmt: skip
+def test_flags_of_sampling_are_taken(words):
+    argv = [*words.split(), "--data", "x", "--reward", "length:3", "multiply:0.5"]
+    assert TrainSettings.resolve(argv, "").contradictions() == []
 
 
 @pytest.mark.parametrize(
@@ -163,11 +229,13 @@ def test_flags_that_are_of_the_method_are_taken(words):
 @pytest.mark.parametrize(
     ("method", "what"),
     [(name, "pairs of a chosen and a rejected answer") for name in ("dpo", "reward")]
-    + [("kto", "answers judged good or bad")],
-    ids=["dpo", "reward", "kto"],
+    + [("kto", "answers judged good or bad")]
+    + [(name, "its own answers to prompts") for name in ("grpo", "rloo", "ppo")],
+    ids=["dpo", "reward", "kto", "grpo", "rloo", "ppo"],
 )
 def test_a_method_that_learns_from_other_rows_needs_data(method, what):
-    [line] = TrainSettings.resolve(["--method", method], "").contradictions()
+    rewards = ["--reward", "length:3"] if method in ("grpo", "rloo", "ppo") else []
+    [line] = TrainSettings.resolve(["--method", method, *rewards], "").contradictions()
     assert line == f"missing --data in the command line: --method {method} learns from {what}. Add FILE"
 
 
@@ -179,7 +247,7 @@ def test_all_that_is_wrong_with_a_method_is_said_at_once_and_nothing_is_made(tmp
 
 @pytest.mark.parametrize(
     "words", ["--beta 0", "--label-smoothing 0.5", "--label-smoothing -0.1", "--margin -1", "--loss bco",
-              "--method ppo", "--sft-weight nan", "--center -1", "--good-weight inf"]
+              "--method trpo", "--sft-weight nan", "--center -1", "--good-weight inf"]
 )  # fmt: skip
 def test_numbers_and_names_outside_their_range_are_refused(words):
     with pytest.raises(BadInput):

@@ -199,7 +199,8 @@ def printed_evaluation(folder: Path) -> list[str]:
     return shlex.split(line)[2:]
 
 
-@mutation("lora/run/results.py", '["--prompt-key", args.prompt_key, "--response-key", args.response_key]', "[]")
+@mutation("lora/run/results.py", '["--prompt-key", args.prompt_key]', "[]", case="keys")
+@mutation("lora/run/results.py", '["--response-key", args.response_key]', "[]", case="keys with eval")
 @mutation("lora/run/results.py", '["--leading-answers", args.leading_answers]', "[]", case="led")
 @mutation("lora/run/results.py", '["--no-generate"] if', "[] if", case="documents")
 @mutation("evaluate.py", ", **sources.how(args, METHODS[args.method].KIND)", "", case="keys")

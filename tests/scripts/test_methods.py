@@ -15,7 +15,9 @@ from lora.inference.session import load_chat
 from lora.train.record import draw, panels_of
 from tests import cli
 from tests.adapters import write_adapter, write_head
+from tests.methods.linked import SAMPLING, prompts_file, rewarded
 from tests.mutation import mutation
+from tests.run.test_resume import go_on, result
 from tests.scripts.test_commands import ok
 
 PAIRS = [
@@ -225,13 +227,18 @@ def test_the_picture_shows_both_sides(runs, tmp_path):
         assert (tmp_path / "x.png").read_bytes() == (tmp_path / "x.png").read_bytes() and (
             runs / method / "loss.png"
         ).exists()
-    assert panels["reward"] == {"score_": ["score_chosen", "score_rejected", "score_margin"]}
-    assert panels["dpo"].keys() == {"log_prob_", "reward_"}
-    assert panels["dpo"]["log_prob_"] == ["log_prob_chosen", "log_prob_rejected"]
-    assert set(panels["kto"]["reward_"]) == {"reward_good", "reward_bad"}
+    assert panels["reward"] == {"score": ["score_chosen", "score_rejected", "score_margin"]}
+    assert panels["dpo"].keys() == {"log p, nats", "reward"}
+    assert panels["dpo"]["log p, nats"] == ["log_prob_chosen", "log_prob_rejected"]
+    assert set(panels["kto"]["reward"]) == {"reward_good", "reward_bad"}
 
 
-@mutation("lora/run/results.py", "REPORT, REFERENCE, card.FILE", "REPORT, card.FILE", case="dpo")
+@mutation(
+    "lora/run/results.py",
+    "REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE",
+    "REPORT, REFERENCE_ADAPTER, card.FILE",
+    case="dpo",
+)
 @pytest.mark.parametrize("method", DATA)
 def test_a_run_of_a_method_is_replaced_by_one_of_sft_of_which_nothing_is_left(runs, tmp_path, method):
     shutil.copytree(runs / method, tmp_path / "out")
@@ -241,7 +248,7 @@ def test_a_run_of_a_method_is_replaced_by_one_of_sft_of_which_nothing_is_left(ru
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*cli.RUN_FILES, "checkpoints"}
 
 
-@mutation("lora/run/adapter.py", 'if args.method == "reward":', "if False:", case="judge-reward")
+@mutation("lora/run/adapter.py", "if has_value_head(args.method):", "if False:", case="judge-reward")
 @pytest.mark.parametrize(
     ("start", "method", "said"),
     [
@@ -287,3 +294,173 @@ def test_a_merged_reward_model_as_base_keeps_its_head_for_reward_alone(work, tmp
         for p in (work / "judge/value_head.safetensors", tmp_path / "reward/value_head.safetensors")
     )
     assert (given - now).abs().max() < 1e-6
+
+
+@mutation("lora/run/results.py", "if args.response_key else []", "if args.prompt_key else []")
+def test_the_evaluation_of_pairs_under_a_key_of_their_own_can_be_run_as_it_stands(tmp_path):
+    rows = [{"frage": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok(cli.train("out", "--method", "dpo", "--prompt-key", "frage", cwd=tmp_path, data="pairs.jsonl"))
+    [line] = [line for line in (tmp_path / "out/report.md").read_text().splitlines() if "evaluate.py" in line]
+    assert "--prompt-key frage" in line and "--response-key" not in line
+    ok(cli.call("evaluate", *shlex.split(line)[2:], "--no-retention", *cli.ON_CPU, cwd=tmp_path))
+
+
+# ---- answers that the model samples ----------------------------------------------------------------------------------
+
+
+def sampled(out, *argv, cwd, method="grpo", data=None, **how):
+    words = (*rewarded(method), "--micro-tokens", 90, "--rank", 4, "--batch-size", 3, "--save-every", 2, *argv)
+    return cli.train(out, "--method", method, *words, cwd=cwd, data=data or prompts_file(), **how)
+
+
+def learned(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@mutation("lora/run/plan.py", '"" if what == "prompts" else f", {learned:,} trained', 'f", {learned:,} trained')
+@pytest.mark.parametrize("method", SAMPLING)
+def test_a_run_learns_from_a_task_and_a_function_of_the_users_and_logs_what_its_method_measures(tmp_path, method):
+    done = sampled("out", "--max-steps", 3, "--kl", 0.1, cwd=tmp_path, method=method)
+    assert done.code == 0, done.err
+    assert "prompts  9, 153 tokens\n" in done.err and "own.py:vowels + multiply:0.5" in done.err
+    rows = learned(tmp_path / "out")
+    measured = {
+        "reward",
+        "reward_vowels",
+        "reward_multiply",
+        "no_signal",
+        "entropy",
+        "length",
+        "ended",
+        "kl",
+        "clipped",
+    }
+    measured |= {"policy_loss", "value_loss", "explained", "kl_coefficient"} if method == "ppo" else set()
+    for row in rows:
+        assert measured <= row.keys() and all(math.isfinite(row[name]) for name in measured)
+        assert row["reward"] == pytest.approx(row["reward_vowels"] + 0.5 * row["reward_multiply"], abs=1e-12)
+        assert 0 <= row["no_signal"] <= 1 and 0 <= row["ended"] <= 1 and 0 < row["length"] <= 8
+        assert 0 < row["entropy"] < math.log(300) and 0 <= row["clipped"] <= 1
+    assert len(rows) == 3 and rows[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(rows[-1]["kl"]) > 1e-3
+    assert any(row["reward_vowels"] for row in rows)
+    adapter = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(part.abs().max() > 0 for name, part in adapter.items() if "lora_B" in name)
+    assert (tmp_path / "out/value_head.safetensors").exists() == (method == "ppo")
+
+
+BROKEN = {  # what a function does in its fifth call, and the line that ends the run
+    "raises": ("1 / 0", "it raises ZeroDivisionError"),
+    "is not a number": ("return [float('nan')] * len(completions)", "nan"),
+    "one value too few": ("return [1.0] * (len(completions) - 1)", "11 values"),
+    "takes too long": ("__import__('time').sleep(60)", "it took more than 1 s"),
+    "ends its process": ("__import__('os')._exit(3)", "exit code 3"),
+}
+OWN = """
+calls = 0
+
+def own(completions, **columns):
+    global calls
+    calls += 1
+    if calls == 5:
+        {}
+    return [len(set(text)) / 10 for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    (folder / "own.py").write_text(OWN.format("pass"))
+    done = sampled("out", "--reward", "own.py:own", *SHORT, cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "out"
+
+
+SHORT = ("--max-steps", 7, "--reward-timeout", 1)
+
+
+@mutation("lora/run/settings.py", "between(0.01, 1e6), free=True)", "between(0.01, 1e6))", case="takes too long")
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_reward_function_that_breaks_ends_the_run_with_one_line_and_its_checkpoint_goes_on(tmp_path, unbroken, case):
+    body, why = BROKEN[case]
+    (tmp_path / "own.py").write_text(OWN.format(body))
+    done = sampled("out", "--reward", "own.py:own", *SHORT, cwd=tmp_path)
+    [line] = done.errors
+    assert done.code == 2 and line.startswith("error: wrong --reward in own.py"), done.err
+    assert why in line and "--resume goes on" in line and "Traceback" not in done.err
+    assert [row["step"] for row in learned(tmp_path / "out")] == [1, 2, 3, 4]
+    (tmp_path / "own.py").write_text(OWN.format("pass"))
+    done = go_on("--reward-timeout", 30, cwd=tmp_path)
+    assert done.code == 0 and "step 4 of 7" in done.err, done.err
+    (metrics, tensors, _), (expected, same, _) = result(tmp_path / "out", 7), result(unbroken, 7)
+    assert metrics == expected and tensors == same
+
+
+WRONG_ROWS = {  # flags, a row, and the line that refuses it
+    "no columns of the task": ((), {"prompt": "Hi", "letters": "a"}, "no task for --reward multiply in a.jsonl:2: "),
+    "no column of the function": ((), {"prompt": "What is 1 and 2?"}, "no column 'letters' in a.jsonl:2: vowels of "),
+    "a document": ((), {"text": "Once."}, "unknown row in a.jsonl:2: a document asks nothing."),
+    "a prompt that ends with an answer": (
+        (), {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "wrong row in a.jsonl:2: message 2 of assistant is its last, expected a question of the user"),
+    "a prompt without room": (("--overlong", "error", "--max-len", 30), {"prompt": "a" * 300, "letters": "a"},
+                              "too long in a.jsonl:2: "),
+    "tools": ((), {"prompt": "Hi", "letters": "a", "tools": [{"name": "x"}]}, "unknown row in a.jsonl:2: it has tools"),
+    "a response key": (("--response-key", "letters"), {"prompt": "What is 1 and 2?", "letters": "a"},
+                       "contradiction in the command line: --method grpo and --response-key: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_ROWS)
+def test_what_a_method_that_samples_cannot_use_is_one_line_before_the_model_is_loaded(tmp_path, case):
+    argv, row, expected = WRONG_ROWS[case]
+    good = {"prompt": "What is 1 and 2?", "letters": "aeiou"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
+    base = cli.write_model(tmp_path / "model")
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1000] + b"\xff" * 1000)
+    done = sampled("out", *argv, cwd=tmp_path, data="a.jsonl", model=base)
+    [line] = done.errors
+    assert done.code == 2 and line.startswith(f"error: {expected}"), done.err
+    assert line.count(". ") and not (tmp_path / "out").exists()
+
+
+def test_pairs_and_judged_answers_are_prompts_too(work, tmp_path):
+    for data in ("pairs.jsonl", "judged.jsonl"):
+        argv = ("--method", "rloo", "--reward", "length:3", "--max-new-tokens", 4, "--group", 2, "--max-steps", 1)
+        done = cli.train("out", *argv, "--overwrite", cwd=tmp_path, data=work / data)
+        assert done.code == 0 and "prompts  " in done.err, done.err
+
+
+@mutation("lora/adapter/passport.py", 'return (read(folder) or {}).get("method") == "ppo"', "return False")
+@mutation("lora/export/card.py", "value_head.has(folder) and not passport.of_policy(folder)", "value_head.has(folder)")
+@mutation("merge.py", "    if passport.of_policy(args.adapter):\n", "    if False:\n")
+@mutation("lora/run/adapter.py", "if has_value_head(args.method):", 'if args.method == "reward":')
+@mutation("lora/rewards/reward_model.py", "elif passport.of_policy(folder):", "elif False:")
+def test_the_value_head_of_a_ppo_run_is_not_taken_for_that_of_a_reward_model(tmp_path):
+    ok(sampled("out", "--max-steps", 1, cwd=tmp_path, method="ppo"))
+    assert (tmp_path / "out/value_head.safetensors").exists()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "text-generation" in card and "python generate.py --adapter out" in card and "stage: rm" not in card
+    ok(done := cli.ask("--adapter", "out", "--prompt", "Hello.", cwd=tmp_path))
+    assert "reward model" not in done.err
+    few = ("--rows", 2, "--no-generate", "--no-retention", *cli.ON_CPU)
+    ok(done := cli.call("evaluate", "--adapter", "out", "--data", cli.data_file(), *few, cwd=tmp_path))
+    assert "nats per token" in done.out
+    ok(cli.call("merge", "--adapter", "out", "--out", "merged", "--no-receipt", cwd=tmp_path))
+    assert not (tmp_path / "merged/value_head.safetensors").exists()
+    refused = sampled("two", "--reward", "out", cwd=tmp_path)
+    assert refused.code == 2 and "foresees rewards and scores nothing" in refused.errors[0]
+    ok(done := sampled("on", "--max-steps", 1, "--init-adapter", "out", "--lr", 1e-9, cwd=tmp_path, method="ppo"))
+    assert "head     out: its value head goes on" in done.err
+    heads = [load_file(tmp_path / run / "value_head.safetensors")["v_head.summary.weight"] for run in ("out", "on")]
+    assert (heads[0] - heads[1]).abs().max() < 1e-6 < heads[0].abs().max()
+
+
+@mutation("lora/run/settings.py", '            del found["loss"]\n', "            pass\n")
+def test_settings_of_an_older_run_which_have_dpos_loss_whatever_the_method_are_a_config(tmp_path):
+    ok(cli.train("out", cwd=tmp_path))
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    (tmp_path / "old.json").write_text(json.dumps(settings | {"loss": "sigmoid"}))
+    ok(cli.call("train", "--config", "old.json", "--out", "again", cwd=tmp_path))

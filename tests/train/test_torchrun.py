@@ -12,7 +12,7 @@ from lora import files
 from lora.train import run_state
 from tests import cli
 from tests.helpers import close
-from tests.methods.linked import data_of
+from tests.methods.linked import data_of, rewarded
 from tests.mutation import mutation
 
 STEADY = (
@@ -94,16 +94,22 @@ def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(
 )
 @mutation(
     "train.py",
-    "record.add(state.step, result, lr, objective.figures(processes.all_reduce))",
-    "record.add(state.step, result, lr, objective.figures())",
+    "figures = objective.figures(processes.all_reduce)",
+    "figures = objective.figures()",
     case="reward",
 )
+@mutation("lora/run/rollouts.py", "places = range(processes.rank, len(indices), processes.size)",
+          "places = range(len(indices))", case="rloo")  # fmt: skip
 @pytest.mark.parametrize(
-    ("method", "how"), [("dpo", ()), ("kto", ("--fsdp",)), ("reward", ("--fsdp",))], ids=["dpo", "kto", "reward"]
-)
-def test_two_processes_make_the_run_of_one_with_every_method(tmp_path, method, how):
+    ("method", "how", "flags"),
+    [("dpo", (), ()), ("kto", ("--fsdp",), ()), ("reward", ("--fsdp",), ()), ("grpo", (), ("--kl", 0.1)),
+     ("rloo", (), ("--batch-size", 4)), ("ppo", (), ("--whiten-rewards", "--kl-target", 0.5))],
+    ids=["dpo", "kto", "reward", "grpo", "rloo", "ppo"],
+)  # fmt: skip
+def test_two_processes_make_the_run_of_one_with_every_method(tmp_path, method, how, flags):
+    """Of rloo, the last of the steps has one prompt, so that one process has none."""
     learned = ("--method", method, "--data", data_of(method), "--eval-data", data_of(method), "--eval-every", 2,
-               "--max-steps", 3, "--batch-size", 5, "--micro-tokens", 90)  # fmt: skip
+               "--max-steps", 3, "--batch-size", 5, "--micro-tokens", 90, *flags, *rewarded(method))  # fmt: skip
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     done = cli.train("out", *STEADY, *learned, cwd=tmp_path / "one")
     assert done.code == 0, done.err
@@ -111,7 +117,8 @@ def test_two_processes_make_the_run_of_one_with_every_method(tmp_path, method, h
     assert (first.code, second.code) == (0, 0), first.err + second.err
     one, two = tmp_path / "one/out", tmp_path / "two/out"
     names = {path.name for path in one.iterdir()}
-    assert names == {path.name for path in two.iterdir()} and ("reference.safetensors" in names) == (method != "reward")
+    assert names == {path.name for path in two.iterdir()}
+    assert ("reference.safetensors" in names) == (method in ("dpo", "kto"))
     for ours, theirs in zip(metrics(two), metrics(one), strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - {"tokens_per_second", "seconds", "samples", "unchanged"}:
