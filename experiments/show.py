@@ -4,10 +4,11 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 
 from lora.export.report import table
 
-__all__ = ["Found", "NotDone", "at_end", "percent", "picture", "share", "table", "verdicts"]
+__all__ = ["Found", "NotDone", "at_end", "percent", "picture", "share", "table", "thirds", "verdicts"]
 
 
 def share(rows: Iterable[dict], good: Callable[[dict], bool]) -> str:
@@ -23,6 +24,12 @@ def at_end(found: dict) -> dict:
 
 def percent(rows: Sequence[dict], good: Callable[[dict], bool]) -> float:
     return 100 * sum(map(good, rows)) / len(rows)
+
+
+def thirds(values: Sequence[float]) -> list[float]:
+    """Means of the first, second and last third of a run."""
+    size = len(values) // 3
+    return [mean(values[:size]), mean(values[size:-size]), mean(values[-size:])]
 
 
 def verdicts(folder: Path, measured: dict[str, Callable[[], str]]) -> list[str]:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import Experiment, ask, by_step, question, train
 from preferences import pairs, rule
-from show import percent, picture, share, table, verdicts
+from show import percent, picture, share, table, thirds, verdicts
 
 from lora import files
 from lora.inference import answers as texts_of
@@ -178,6 +178,7 @@ def show(found: dict[str, dict]) -> dict[str, list[str]]:
     return {
         "summary": claims(found),
         "arms": table(ARMS_HEAD, ends(found, arms)),
+        "trained": table(TRAINED_HEAD, [[f"`{name}`", *trained(f["by_step"])] for name, f in arms.items()]),
         "signs": table(SIGNS_HEAD, signs(found, arms)),
         "course": table(COURSE_HEAD, [[f"`{name}`", *course(found, f)] for name, f in arms.items()]),
         "said": table(SAID_HEAD, said(found, arms)),
@@ -251,6 +252,19 @@ def course(found: dict[str, dict], arm: dict) -> list[str]:
     return lines
 
 
+THIRDS = ("first", "second", "last")
+TRAINED_HEAD = (
+    "answers sampled in training",
+    *(f"{what}, {third} third" for what in ("reward", "right by the rule", "tokens") for third in THIRDS),
+)
+
+
+def trained(by_step: dict[str, list[float]]) -> list[str]:
+    """Means over the thirds of a run."""
+    forms = {"reward": "{:+.2f}", "reward_truth": "{:.0%}", "length": "{:.0f}"}
+    return [form.format(value) for name, form in forms.items() for value in thirds(by_step[name])]
+
+
 SAID_HEAD = ("", *(f"*{question}*" for question in SHOWN))
 
 
@@ -265,9 +279,9 @@ def said(found: dict[str, dict], arms: dict[str, dict]) -> list[list]:
 
 def claims(found: dict[str, dict]) -> list[str]:
     def told(name: str) -> str:
-        f = found[name]
-        rows = asked(f, "greedy")
-        return f"`{name}` reward {score_of(rows):+.2f}, right {percent(rows, is_right):.0f} %"
+        rows = {way: asked(found[name], way) for way in WAYS}
+        likeliest, drawn = (f"{score_of(its):+.2f}, right {percent(its, is_right):.0f} %" for its in rows.values())
+        return f"`{name}` reward {drawn} sampled ({likeliest} greedy)"
 
     def each(*names: str) -> str:
         return "; ".join(map(told, names))
@@ -286,7 +300,7 @@ def claims(found: dict[str, dict]) -> list[str]:
         HERE,
         {
             "rises": lambda: each("before", *(name for name in ARMS if name in found)),
-            "cheats": lambda: signs_of("before", "grpo"),
+            "cheats": lambda: signs_of("before", "grpo", "grpo-fast", "ppo"),
             "kl": lambda: held("grpo", "grpo-kl", "ppo", "ppo-adaptive"),
             "stop": lambda: f"{held('grpo', 'grpo-stop')}; {each('grpo', 'grpo-stop')}",
         },

@@ -14,7 +14,7 @@ from statistics import mean, median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parts import Experiment, ask, by_step, command, question, train
-from show import percent, picture, share, table, verdicts
+from show import percent, picture, share, table, thirds, verdicts
 from sums import ROOM, right
 
 from data_gen import multiply
@@ -230,8 +230,11 @@ def arms(found: dict[str, dict], seeds: dict[str, dict], fast: dict[str, dict]) 
 COST = ("retention_kl", "retention_loss")
 
 
-def at_end(found: dict) -> tuple[float, float]:
-    return tuple(found["training"]["evaluations"][-1][key] for key in COST)
+def at_end(found: dict) -> tuple[float | None, float | None]:
+    """What was forgotten by the last step; None where a run was stopped before it was measured."""
+    training = found["training"]
+    last = training["evaluations"][-1]
+    return tuple(last[key] if last["step"] == training["steps"] else None for key in COST)
 
 
 def costs(forgotten: float | None, loss: float | None) -> tuple[str, str]:
@@ -240,12 +243,6 @@ def costs(forgotten: float | None, loss: float | None) -> tuple[str, str]:
 
 def answers_of(found: dict) -> list[str]:
     return [share(of(found, way), good) for good in (right, proved, states) for way in WAYS]
-
-
-def thirds(values: list[float]) -> list[float]:
-    """Means of the first, second and last third of a run."""
-    size = len(values) // 3
-    return [mean(values[:size]), mean(values[size:-size]), mean(values[-size:])]
 
 
 def course(by_step: dict[str, list[float]]) -> list[str]:
