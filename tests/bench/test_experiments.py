@@ -590,8 +590,8 @@ def test_half_products_are_summed_in_float32_and_rounded_once():
 
 @mutation(
     "experiments/verifiable/run.py",
-    "return multiply.pairs(2, ROWS + STEPS * PROMPTS)[ROWS:]",
-    "return multiply.pairs(2, STEPS * PROMPTS)",
+    "return multiply.pairs(2, ROWS + steps * PROMPTS)[ROWS:]",
+    "return multiply.pairs(2, steps * PROMPTS)",
 )
 def test_the_questions_of_reinforcement_were_in_no_row_of_the_start_and_are_in_none_that_is_scored():
     verifiable = program(FOLDER / "verifiable")
