@@ -316,7 +316,7 @@ def running(values: list[float]) -> list[float]:
 
 
 def draw(found: dict[str, dict], seeds: dict[str, dict], fast: dict[str, dict]) -> None:
-    with picture(HERE / "course.png", (11, 4.2), ncols=3) as (rewards, signals, after):
+    with picture(HERE / "course.png", (11, 4.2), ncols=3, layout="constrained") as (rewards, signals, after):
         for name, f in {**seeds, **fast}.items():
             line = "--" if name in fast else "-"
             steps = range(1, len(f["by_step"]["reward"]) + 1)
