@@ -118,7 +118,6 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
         trainable.restore(start)
     results = Results(trainable, plan, args, out, state, optimizer, processes)
     objective, steps = Objective(plan.method, model, args, state.carried), islice(plan.steps(args), state.step, None)
-    source = rollouts or plan  # of micro-batches: answers that are sampled, or rows of the data
     with stop.listening(), results.open() as record:
         model.train()
         while True:
@@ -131,7 +130,10 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
 
             indices = next(steps)
             try:
-                batches = source.micro_batches(indices, args, processes, state.step + 1)
+                if rollouts:  # answers that are sampled, else rows of the data
+                    batches = rollouts.micro_batches(indices, state.step + 1)
+                else:
+                    batches = plan.micro_batches(indices, args, processes)
             except Interrupted:
                 continue
             state.step += 1

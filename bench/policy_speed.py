@@ -118,7 +118,7 @@ class Ours:
         from lora.text.chat import Example
 
         if self.job.side == "grpo":
-            return self.rollouts.micro_batches(indices, self.args, self.processes, step + 1)
+            return self.rollouts.micro_batches(indices, step + 1)
         prompts = [self.examples[i].tokens for i in indices for _ in range(self.args.group)]
         answer = self.text[: self.args.max_new_tokens]
         documents = [Example([*ids, *answer], [False] * len(ids) + [True] * len(answer)) for ids in prompts]

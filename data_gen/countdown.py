@@ -12,10 +12,8 @@ solved. A worked answer has one operation a line, and then the whole expression:
 """
 
 import hashlib
-import os
 import random
 import sys
-from argparse import SUPPRESS
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +28,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from data_gen import outputs
 from lora import errors, files
 
 ASK = "Use the numbers {} once each with + - * / and parentheses to make {}. End with the expression."
@@ -134,26 +133,10 @@ def story(argv) -> None:
     parser.add_argument("--rows", type=int, default=1000, help="how many rows")
     parser.add_argument("--answers", action="store_true", help="rows have a worked answer as their completion, for sft")
     parser.add_argument("--seed", type=int, default=0, help="which games, and their order")
-    parser.add_argument("--out", type=Path, required=True, default=SUPPRESS, help="the JSONL file; replaced if there")
-    test_help = "a JSONL file of held-out games, which no training file has; replaced if there"
-    parser.add_argument("--test-out", type=Path, default=SUPPRESS, help=test_help)
-    parser.add_argument("--test-rows", type=int, default=SUPPRESS, help="how many rows in --test-out")
+    outputs.add_flags(parser, "held-out games, which no training file has")
     args = parser.parse_args(argv)
-    wanted, wrong = [("--out", args.out, args.rows, False)], []
-    if "test_out" in args and "test_rows" in args:
-        wanted.append(("--test-out", args.test_out, args.test_rows, True))
-        if os.path.realpath(args.test_out) == os.path.realpath(args.out):
-            wrong.append(f"wrong --test-out in {args.test_out}: it is --out, too. Choose another name")
-    elif "test_out" in args or "test_rows" in args:
-        wrong.append("wrong arguments in the command line: --test-out and --test-rows need each other. Give both")
-    outputs = []
-    for flag, path, rows, held_out in wanted:
-        wrong += files.unwritable(flag, path)
-        with errors.collecting(wrong):
-            outputs.append((path, games(args.numbers, rows, args.highest, args.seed, held_out), held_out))
-    if wrong:
-        raise errors.BadInput(*dict.fromkeys(wrong))
-    for path, found, held_out in outputs:
+    made = outputs.of_flags(args, lambda rows, held_out: games(args.numbers, rows, args.highest, args.seed, held_out))
+    for path, found, held_out in made:
         files.write_rows(path, tqdm(rows_of(found, args.answers), total=len(found), unit="row", disable=None))
         errors.say(f"{len(found)} {'held-out ' * held_out}rows in {path}")
 

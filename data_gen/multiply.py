@@ -26,11 +26,9 @@ digit that is needed again stands behind its letter, so that it is found by the 
 """
 
 import hashlib
-import os
 import random
 import re
 import sys
-from argparse import SUPPRESS
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import islice
@@ -49,6 +47,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from data_gen import outputs
 from lora import errors, files
 
 STYLES = ("article", "terse")
@@ -446,30 +445,11 @@ def story(argv) -> None:
     parser.add_argument("--style", choices=STYLES, default="article", help="the article's long lines, or short ones")
     parser.add_argument("--lang", choices=tuple(LINES), default="en", help="language of questions and article lines")
     parser.add_argument("--seed", type=int, default=0, help="which pairs, and their order")
-    parser.add_argument("--out", type=Path, required=True, default=SUPPRESS, help="the JSONL file; replaced if there")
-    test_help = "a JSONL file of held-out pairs, which no training file has, in unseen wordings; replaced if there"
-    parser.add_argument("--test-out", type=Path, default=SUPPRESS, help=test_help)
-    parser.add_argument("--test-rows", type=int, default=SUPPRESS, help="how many rows in --test-out")
+    outputs.add_flags(parser, "held-out pairs, which no training file has, in unseen wordings")
     args = parser.parse_args(argv)
-    wanted, wrong = [("--out", args.out, args.rows, 0)], []
-    if "test_out" in args and "test_rows" in args:
-        wanted.append(("--test-out", args.test_out, args.test_rows, len(WORDINGS[args.lang])))
-    elif "test_out" in args or "test_rows" in args:
-        wrong.append("wrong arguments in the command line: --test-out and --test-rows need each other. Give both")
-    outputs = []
-    for flag, path, rows, wordings in wanted:
-        wrong += files.unwritable(flag, path)
-        if os.path.realpath(path) in [os.path.realpath(other) for other, *_ in outputs]:
-            wrong.append(f"wrong {flag} in {path}: it is --out, too. Choose another name")
-        chosen = []
-        try:
-            chosen = pairs(args.digits, rows, args.seed, held_out=wordings > 0)
-        except errors.BadInput as error:
-            wrong += [problem for problem in error.problems if problem not in wrong]
-        outputs.append((path, chosen, wordings))
-    if wrong:
-        raise errors.BadInput(*wrong)
-    for path, chosen, wordings in outputs:
+    made = outputs.of_flags(args, lambda rows, held_out: pairs(args.digits, rows, args.seed, held_out))
+    for path, chosen, held_out in made:
+        wordings = len(WORDINGS[args.lang]) if held_out else 0
         rows = _rows(chosen, args.style, args.lang, wordings)
         files.write_rows(path, tqdm(rows, total=len(chosen), unit="row", disable=None))
         what = f"held-out rows in {wordings} unseen wordings" if wordings else "rows"

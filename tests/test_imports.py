@@ -24,7 +24,7 @@ LAYERS = {  # a part of the library -> the parts it may import, besides itself a
     "train": ("ops",),
     "methods": ("ops", "adapter", "network", "text", "data", "pretrained", "train"),
     "inference": ("ops", "adapter", "network", "text", "data", "pretrained", "train"),
-    "rewards": ("ops", "adapter", "network", "text", "data", "pretrained", "inference"),
+    "rewards": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
     "export": ("ops", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
     "run": (
         "ops",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from lora.adapter import store, value_head
@@ -40,11 +41,13 @@ def put_in(model: nn.Module, adapter: AdapterSet) -> None:
     value_head.place(model, adapter.head)
 
 
-def read(model: nn.Module, folder: str | Path, read_base: store.Read | None = None) -> AdapterSet:
+def read(
+    model: nn.Module, folder: str | Path, read_base: store.Read | None = None, dtype: torch.dtype = torch.float32
+) -> AdapterSet:
     """The adapter in a folder, frozen, for this model, which is left as it was. Raises BadInput as `store.load`."""
     before, trained = take_out(model), [p for p in model.parameters() if p.requires_grad]
     try:
-        store.load(model, folder, read=read_base)
+        store.load(model, folder, dtype, read_base)
         found = take_out(model)
     finally:
         put_in(model, before)

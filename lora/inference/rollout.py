@@ -5,7 +5,6 @@ a probability would bias what is learned from the others. A token is drawn by in
 number in [0, 1) of its own, so an answer does not depend on which others are sampled beside it.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from lora.inference.generate import next_logits
 from lora.network.decoder import Model
 from lora.ops import wide
 from lora.ops.fast_decoding import for_decoding
+from lora.train.run_state import seed_of
 
 
 @dataclass
@@ -37,9 +37,7 @@ class Completion:
 def draws(seed: int, step: int, place: int, number: int, count: int) -> Tensor:
     """`count` numbers in [0, 1), (count,): those of one answer, a pure function of where it stands in the run."""
     name = f"{seed}/step {step}/prompt {place}/answer {number}"
-    generator = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
-    )
+    generator = torch.Generator().manual_seed(seed_of(name))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

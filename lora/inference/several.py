@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lora.adapter import passport, store, value_head
-from lora.adapter.inject import lora_layers
+from lora.adapter import passport, sets, store, value_head
 from lora.adapter.layer import LoRALinear
-from lora.adapter.merge import merged_weight, unload
+from lora.adapter.merge import merged_weight
+from lora.adapter.sets import AdapterSet
 from lora.adapter.targets import linears
 from lora.errors import BadInput, BadNumbers
 
@@ -67,14 +67,9 @@ def dry_load(
 
     Raises BadInput where the adapter does not fit, or, if `verify`, where it was trained on another base.
     """
-    store.load(empty, adapter, dtype, base.read)
-    value_head.place(empty, None)
-    layers = lora_layers(empty)
-    try:
-        if verify:
-            passport.verify(adapter, base.name, base.header, base.read, layers)
-    finally:
-        unload(empty)
+    layers = sets.read(empty, adapter, base.read, dtype).layers
+    if verify:
+        passport.verify(adapter, base.name, base.header, base.read, layers)
     return layers
 
 
@@ -87,8 +82,7 @@ class Several:
 
     def __init__(self, model: nn.Module):
         self.model, self.linears = model, linears(model)
-        self.sets: dict[str, dict[str, LoRALinear]] = {BASE: {}}
-        self.heads = {BASE: value_head.of(model)}
+        self.sets = {BASE: AdapterSet({}, value_head.of(model))}
         self.placed = BASE, False
 
     def add(self, name: str, folder: str, read: store.Read | None = None) -> None:
@@ -97,10 +91,7 @@ class Several:
             why = "so the model without an adapter is called" if name == BASE else "another adapter is called so"
             raise BadInput(f"wrong name in {folder}: {name!r}, but {why}. Give another name")
         self.switch(BASE)
-        store.load(self.model, folder, read=read)
-        self.sets[name], self.heads[name] = lora_layers(self.model), value_head.of(self.model)
-        unload(self.model)
-        value_head.place(self.model, self.heads[BASE])
+        self.sets[name] = sets.read(self.model, folder, read)
 
     def switch(self, name: str, merged: bool = False) -> None:
         """Put the adapter `name` in place; if `merged`, as plain Linears that hold W + ΔW, as fast as the base and with
@@ -108,14 +99,14 @@ class Several:
 
         Raises KeyError for a name that is not there, BadNumbers, with the base in place, for a sum that is not finite.
         """
-        layers = self.sets[name]
+        layers, head = self.sets[name]
         if self.placed == (name, merged):
             return
         self.placed = BASE, False  # where a sum is not finite
         self._place(self.linears)  # this drops the sums of an adapter before
-        value_head.place(self.model, self.heads[BASE])
+        value_head.place(self.model, self.sets[BASE].head)
         self._place({path: merged_linear(path, layer) for path, layer in layers.items()} if merged else layers)
-        value_head.place(self.model, self.heads[name])
+        value_head.place(self.model, head)
         self.placed = name, merged
 
     def _place(self, modules: dict[str, nn.Module]) -> None:

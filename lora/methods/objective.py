@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 
 from lora.train import memory
-from lora.train.evaluate import Total
+from lora.train.evaluate import Total, means
 
 
 class Objective:
@@ -46,11 +46,7 @@ class Objective:
 
     def figures(self, total: Total = list) -> dict[str, float]:
         """Means since `prepare`; of what did not occur there is none."""
-        if not self.sums:
-            return {}
-        sums = iter(total([number for pair in self.sums.values() for number in pair]))
-        means = {name: (value, count) for name, value, count in zip(self.sums, sums, sums, strict=True)}
-        return {name: value / count for name, (value, count) in means.items() if count}
+        return means(self.sums, total)
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from lora.adapter import passport, sets, store, value_head
-from lora.data.batch import Batch, micro_batches
+from lora.data.batch import micro_batches
 from lora.errors import BadInput, say
 from lora.inference import several
 from lora.inference.session import load_chat
+from lora.methods import reward
 from lora.network.decoder import Model
 from lora.pretrained import ModelFiles
 from lora.rewards.part import Asked, Part, Row
@@ -58,7 +59,7 @@ class RewardModel(Part):
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
         batches = micro_batches([examples[i] for i in order], self.args.micro_tokens, self.model.device)
         with sets.in_place(self.model, self.adapter):
-            found = [value for batch in batches for value in self._values(batch)]
+            found = [value for batch in batches for value in reward.scores(self.model, batch).tolist()]
         return [value for _, value in sorted(zip(order, found, strict=True))]
 
     def _conversations(self, asked: Sequence[Asked]) -> Iterator[list[int]]:
@@ -74,14 +75,9 @@ class RewardModel(Part):
                 yield found[-1].tokens[: found[-1].answers[-1][1]]
 
     def _example(self, ids: list[int]) -> Example:
-        """What would follow the conversation is trained, so that `Batch.trained` says where it ends."""
+        """Trained is the end of turn, where `reward.scores` reads; one token follows, which a batch leaves out."""
         limit = self.model.config.max_position_embeddings
         if len(ids) > limit:
             why = f"{len(ids)} tokens with its template, the model has room for {limit}"
             raise BadInput(f"too long in {self.folder}: a completion has {why}. Lower --max-new-tokens or --max-len")
-        return Example([*ids, 0], [False] * len(ids) + [True])
-
-    def _values(self, batch: Batch) -> list[float]:
-        """The value at the end of every conversation of a batch."""
-        hidden = self.model.trunk(batch.tokens, batch.lengths)[batch.trained]  # (R, D)
-        return value_head.of(self.model)(hidden).tolist()
+        return Example([*ids, 0], [False] * (len(ids) - 1) + [True, False])

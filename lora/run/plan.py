@@ -76,9 +76,7 @@ class Plan:
         shares = [(len(part), share) for part, share in self.sources.replays]
         return order.steps(sizes, args.batch_size, args.seed, self.total, self.sources.weights, shares)
 
-    def micro_batches(
-        self, indices: list[int], args: TrainSettings, processes: DistContext, step: int
-    ) -> list[batch.Batch]:
+    def micro_batches(self, indices: list[int], args: TrainSettings, processes: DistContext) -> list[batch.Batch]:
         """This process's share of a step, cut so that it fits into memory."""
         lengths = self.examples.lengths
 

@@ -22,7 +22,7 @@ from lora.run.plan import Plan
 from lora.run.settings import TrainSettings
 from lora.text.chat import Example
 from lora.train.distributed import DistContext
-from lora.train.evaluate import evaluating
+from lora.train.evaluate import evaluating, means
 from lora.train.stopping import WITHOUT_SIGNAL
 
 CACHED = 16  # times --micro-tokens positions in a cache: keys and values are far smaller than activations
@@ -49,9 +49,10 @@ class Rollouts:
         self.sums, self.samples = {}, []
         plan.rewards.load(model)
 
-    def micro_batches(self, indices: Sequence[int], args, processes, step: int) -> list[Batch]:
-        """This process's part of a step, as `Plan.micro_batches` lays one out. Raises Interrupted where a signal came
+    def micro_batches(self, indices: Sequence[int], step: int) -> list[Batch]:
+        """This process's part of a step, laid out as `Plan.micro_batches` does. Raises Interrupted where a signal came
         while answers were sampled."""
+        args, processes = self.args, self.processes
         places = range(processes.rank, len(indices), processes.size)
         rows = [self.plan.examples[indices[place]].tokens for place in places]
         with evaluating(self.model):
@@ -136,7 +137,7 @@ class Rollouts:
 
     def figures(self) -> dict[str, float]:
         """Means over all ranks' answers of the last step; of what did not occur there is none."""
-        found = self._means(self.sums)
+        found = means(self.sums, self.processes.all_reduce)
         if "no_signal" in found and not has_value_head(self.args.method):  # which tells equal rewards apart
             before = self.carried.get(WITHOUT_SIGNAL, 0)
             self.carried[WITHOUT_SIGNAL] = before + 1 if found["no_signal"] == 1 else 0
@@ -161,7 +162,7 @@ class Rollouts:
         answers = self._likeliest([held_out[i].tokens for i in mine])
         parts = self.plan.rewards.score([self._asked(held_out, i, one) for i, one in zip(mine, answers, strict=True)])
         sums = self._figures(answers, parts, self.plan.rewards.total(parts), 1)
-        found = self._means(sums)
+        found = means(sums, processes.all_reduce)
         return {"loss": -found["reward"], **found} if "reward" in found else found
 
     def _likeliest(self, prompts: Sequence[list[int]]) -> list[Completion]:
@@ -174,12 +175,6 @@ class Rollouts:
                     ended = len(ids) < most
                     found.append(Completion([*ids, chat.end_of_turn] if ended else ids, ended=ended))
         return found
-
-    def _means(self, sums: dict[str, tuple]) -> dict[str, float]:
-        """Over all ranks; of what did not occur there is none."""
-        reduced = self.processes.all_reduce([number for pair in sums.values() for number in pair])
-        means = zip(sums, reduced[::2], reduced[1::2], strict=True)
-        return {name: value / count for name, value, count in means if count}
 
 
 def scored(rewards: Sequence[float]) -> list[float]:

@@ -4,7 +4,7 @@ Forgetting is the mean of KL(p_base || p_adapted) = Σ_v p_base(v) (log p_base(v
 positions of ordinary conversations, in nats.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
@@ -16,6 +16,14 @@ from lora import ops
 from lora.ops.fast_log_probs import ROWS
 
 Total = Callable[[list[float]], list[float]]  # adds numbers over processes; `list` where there is one process
+
+
+def means(sums: Mapping[str, tuple[float, float]], total: Total = list) -> dict[str, float]:
+    """Name -> mean, of (sum, count) by name, added up over all processes; of what did not occur there is none."""
+    if not sums:
+        return {}
+    added = iter(total([number for pair in sums.values() for number in pair]))
+    return {name: value / count for name, value, count in zip(sums, added, added, strict=True) if count}
 
 
 @contextmanager

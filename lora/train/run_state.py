@@ -50,7 +50,12 @@ class State:
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """The seed of one process's dropout in one step; there is no state of a generator to save."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/step {step}/rank {rank}".encode(), digest_size=8).digest()) >> 1
+    return seed_of(f"{seed}/step {step}/rank {rank}")
+
+
+def seed_of(name: str) -> int:
+    """The seed of a generator whose draws depend on a name and nothing else."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
 def at(run: Path, step: int) -> Path:

@@ -93,12 +93,12 @@ def test_all_sets_share_the_linears_of_the_base(work):
     for name in ("a", "b"):
         adapters.switch(name)
         layers = lora_layers(model)
-        assert layers == adapters.sets[name] and layers
+        assert layers == adapters.sets[name].layers and layers
         assert all(layer.base is adapters.linears[path] for path, layer in layers.items())
         adapters.switch(name, merged=True)
         assert {path: linear.weight.data_ptr() for path, linear in adapters.linears.items()} == tensors
-    assert {path: type(layer) for path, layer in adapters.sets["b"].items()} == dict.fromkeys(
-        adapters.sets["b"], RsLoRALinear
+    assert {path: type(layer) for path, layer in adapters.sets["b"].layers.items()} == dict.fromkeys(
+        adapters.sets["b"].layers, RsLoRALinear
     )
 
 
@@ -120,7 +120,7 @@ def test_a_sum_that_is_not_finite_leaves_the_base_in_place(work):
     adapters.switch("base")
     before = snapshot(model)
     for name in ("lora_A", "lora_B"):
-        getattr(list(adapters.sets["a"].values())[-1], name).data *= 1e20
+        getattr(list(adapters.sets["a"].layers.values())[-1], name).data *= 1e20
     adapters.switch("b", merged=True)
     with pytest.raises(BadNumbers, match=r"^not finite in model\.layers\.1\.mlp\.down_proj: "):
         adapters.switch("a", merged=True)

@@ -169,7 +169,7 @@ def test_figures_are_rewards_and_log_probabilities_by_verdict_accuracy_kl_and_le
     })  # fmt: skip
 
 
-@mutation("lora/methods/objective.py", "means.items() if count}", "means.items()}")
+@mutation("lora/train/evaluate.py", "strict=True) if count}", "strict=True)}")
 def test_where_no_answer_is_bad_nothing_is_said_of_bad_ones():
     model, args = patched(tiny_model()), settings("kto")
     items = all_have(compared(model, judged()), good=1.0)

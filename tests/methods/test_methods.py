@@ -116,7 +116,7 @@ def test_formulas_as_written_and_fast_versions_have_the_same_gradients(words):
 
 
 @mutation("lora/methods/kto.py", "changed, count = total([", "changed, count = list([", case="kto 1.3")
-@mutation("lora/methods/objective.py", "sums = iter(total(", "sums = iter(list(", case="dpo sigmoid")
+@mutation("lora/train/evaluate.py", "added = iter(total(", "added = iter(list(", case="dpo sigmoid")
 @EACH
 def test_a_step_that_two_ranks_share_has_the_gradients_and_figures_of_one(words):
     """Each rank is asked twice: for its numbers, and what it does once it knows those of both."""
