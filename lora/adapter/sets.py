@@ -25,17 +25,15 @@ class AdapterSet(NamedTuple):
 
 
 def take_out(model: nn.Module) -> AdapterSet:
-    """Leave the base alone in the model; returns what was in place."""
+    """Put the base's own Linears back; returns what was in place. Its head stays until `put_in`."""
     found = AdapterSet(lora_layers(model), value_head.of(model))
     for path, layer in found.layers.items():
         model.set_submodule(path, layer.base)
-    value_head.place(model, None)
     return found
 
 
 def put_in(model: nn.Module, adapter: AdapterSet) -> None:
-    """Put the layers and the head of an adapter in place of those that are there."""
-    take_out(model)
+    """Put the layers of an adapter in place of the base's Linears, and its head, or none, in place of that of before."""
     for path, layer in adapter.layers.items():
         model.set_submodule(path, layer)
     value_head.place(model, adapter.head)
@@ -48,8 +46,8 @@ def read(
     before, trained = take_out(model), [p for p in model.parameters() if p.requires_grad]
     try:
         store.load(model, folder, dtype, read_base)
-        found = take_out(model)
     finally:
+        found = take_out(model)
         put_in(model, before)
     for module in (*found.layers.values(), *filter(None, [found.head])):
         module.requires_grad_(False).eval()
@@ -62,8 +60,9 @@ def read(
 def in_place(model: nn.Module, adapter: AdapterSet) -> Iterator[None]:
     """Inside the block the model computes with this adapter, afterwards with what it had before."""
     before = take_out(model)
+    put_in(model, adapter)
     try:
-        put_in(model, adapter)
         yield
     finally:
+        take_out(model)
         put_in(model, before)

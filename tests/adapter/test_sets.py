@@ -41,11 +41,11 @@ def policy():
     return model.train()
 
 
-@mutation("lora/adapter/sets.py", "        put_in(model, adapter)\n        yield", "        yield")
+@mutation("lora/adapter/sets.py", "    put_in(model, adapter)\n", "")
 @mutation(
     "lora/adapter/sets.py",
-    "        yield\n    finally:\n        put_in(model, before)",
-    "        yield\n    finally:\n        pass",
+    "        take_out(model)\n        put_in(model, before)",
+    "        pass",
 )
 @pytest.mark.parametrize("name", ["judge", "dora"])
 def test_a_model_computes_with_the_adapter_in_place_and_afterwards_as_before(work, name):
@@ -99,8 +99,8 @@ def test_both_stand_around_the_very_same_linears(work):
 
 @mutation(
     "lora/adapter/sets.py",
-    "    finally:\n        put_in(model, before)\n    for module in",
-    "    finally:\n        pass\n    for module in",
+    "        found = take_out(model)\n        put_in(model, before)",
+    "        found = take_out(model)",
 )
 def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(work, tmp_path):
     cli.write_model(tmp_path / "wide", hidden_size=2 * cli.SIZES["hidden_size"])

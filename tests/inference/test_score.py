@@ -94,7 +94,7 @@ def test_what_cannot_be_scored_is_one_line(work, case):
 
 
 @mutation("lora/inference/several.py", "        value_head.place(self.model, head)\n", "")
-@mutation("lora/adapter/sets.py", "    value_head.place(model, None)\n", "")
+@mutation("lora/adapter/sets.py", "    value_head.place(model, adapter.head)", "    pass")
 def test_of_several_adapters_each_has_its_own_head_or_none(work):
     sessions = open_sessions(None, [str(work / name) for name in ("a", "talker", "b")], **HOW)
     alone = {name: lora.open(adapter=work / name, **HOW).score(CHOSEN) for name in "ab"}
