@@ -33,7 +33,7 @@ def take_out(model: nn.Module) -> AdapterSet:
 
 
 def put_in(model: nn.Module, adapter: AdapterSet) -> None:
-    """Put the layers of an adapter in place of the base's Linears, and its head, or none, in place of that of before."""
+    """Put the layers of an adapter in place of the base's Linears, and its head in place of any other."""
     for path, layer in adapter.layers.items():
         model.set_submodule(path, layer)
     value_head.place(model, adapter.head)
