@@ -49,7 +49,9 @@ def main(argv=None) -> int:
     fill(how)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
-    base = pretrained.find(args.model or (passport.base_of(args.adapter[0]) if args.adapter else default_model.NAME))
+    first = args.adapter[0] if args.adapter else None
+    model = args.model or (passport.base_of(first) if first else default_model.NAME)
+    base = pretrained.find(model, passport.packing(args.quant, first))
     say(f"model    {base.described}")
     device = machine.choose_device(args.device)
     dtype, _ = machine.choose_dtype(args.dtype, device)

@@ -59,7 +59,7 @@ def main(argv=None) -> int:
         folders.check_apart(out, [Path(args.adapter)])
         folders.check_out(out, args.overwrite, ("config.json",), [*WROTE, *pretrained.shards(out)])
     store.read_config(args.adapter)
-    base = pretrained.find(args.model or passport.base_of(args.adapter))
+    base = pretrained.find(args.model or passport.base_of(args.adapter), passport.packing(args.quant, args.adapter))
     say(f"model    {base.described}")
     folders.check_apart(out, [Path(args.adapter), *([base.path] if hasattr(base, "path") else [])])
 
@@ -70,7 +70,7 @@ def main(argv=None) -> int:
         value_head.place(model, None)  # it foresaw the rewards of a training that is over
     layers = lora_layers(model)
     if not args.no_verify:
-        passport.verify(args.adapter, base.name, base.header, base.read, layers)
+        passport.verify(args.adapter, base, layers)
     template = passport.template_of(args.adapter)
     source = files.read_template(template) if template else ""
     ChatTemplate(source, where=template or "")  # it can be read

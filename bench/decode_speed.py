@@ -78,7 +78,7 @@ class Bench:
         for layer in lora_layers(model).values():  # large enough to change answers, small enough for text
             torch.nn.init.normal_(layer.lora_B, std=0.003)
         self.adapter, self.merged = folder / "adapter", folder / "merged"
-        mark = passport.make(checkpoint.name, checkpoint.header, checkpoint.read, lora_layers(model))
+        mark = passport.make(checkpoint, lora_layers(model))
         store.save(model, self.adapter, str(self.base), mark, task="CAUSAL_LM")
         layers = lora_layers(model)
 

@@ -31,7 +31,7 @@ def write_adapter(
     inject.patch(net, {path: kind(net.get_submodule(path), rank, alpha) for path in paths})
     randomise_adapter(net, seed)
     chat = {"system": system, "date": "2025-01-01"}
-    papers = passport.make(base.name, base.header, base.read, paths, chat)
+    papers = passport.make(base, paths, chat)
     store.save(net, folder, base.hub_id, papers, "CAUSAL_LM")
     (folder / passport.TEMPLATE).write_text(template)
     return folder

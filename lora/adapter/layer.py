@@ -8,10 +8,10 @@ tensor of its own, so unmerging is dropping that tensor. The variants in `lora.a
 
 import math
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lora import ops
 
@@ -36,7 +36,7 @@ class LoRALinear(nn.Module):
             )
         self.base = base
         self.rank, self.alpha, self.dropout, self.enabled = rank, alpha, dropout, True
-        device = base.weight.device
+        device = next(chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, dtype=dtype, device=device))
         # W' while merged: a buffer, so that .to() takes it along; not persistent, so that a state_dict is the base's
@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
 
     def export_tensors(self) -> tuple[int, float, dict[str, torch.Tensor]]:
         """Rank, alpha and tensors for a file."""
-        names = self.shapes(self.rank, *self.base.weight.shape)
+        names = self.shapes(self.rank, self.base.out_features, self.base.in_features)
         return self.rank, self.alpha, {name: getattr(self, name.removesuffix(".weight")) for name in names}
 
     @torch.no_grad()
@@ -83,6 +83,12 @@ class LoRALinear(nn.Module):
         return self.merged_weight if self.merged and self.enabled else self.base.weight
 
     @property
+    def stored(self) -> ops.Weight:
+        """`weight` as the product takes it: packed, where the base is quantised and not merged."""
+        packed = getattr(self.base, "packed", None)
+        return packed if packed is not None and not (self.merged and self.enabled) else self.weight
+
+    @property
     def bias(self) -> torch.Tensor | None:
         return self.base.bias
 
@@ -99,9 +105,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W x + b + s B A x; or W x + b while there is no branch. x (..., in) -> (..., out), in the dtype of x."""
         if not self.adapting:
-            return F.linear(x, self.weight, self.bias)
+            return ops.linear(x, self.stored, self.bias)
         A, B = self.factors()
-        return ops.lora_linear(x, self.weight, self.bias, A, B, self.scaling, self.drops)
+        return ops.lora_linear(x, self.stored, self.bias, A, B, self.scaling, self.drops)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The A (r, in) and B (out, r) that the branch is computed with."""

@@ -84,8 +84,18 @@ def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | N
             every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
             if sum(parameter is layer.base.weight for parameter in every) > 1:
                 model.config.tie_word_embeddings = False
+        if type(layer.base) is not nn.Linear:
+            model.set_submodule(path, plain_linear(layer.base, weight))
+            return
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     model.set_submodule(path, layer.base)
+
+
+def plain_linear(base: nn.Module, weight: torch.Tensor) -> nn.Linear:
+    """A Linear with this weight, frozen, and the bias of the base itself."""
+    linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), base.bias
+    return linear.train(base.training)
 
 
 @torch.no_grad()

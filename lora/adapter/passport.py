@@ -2,7 +2,8 @@
 
 base.name             what --model was
 base.structure        sha256 over the names, shapes and dtypes of all its tensors
-base.patched          sha256 over the bytes of the tensors the adapter changes
+base.patched          sha256 over the bytes of the tensors the adapter changes, before --quant
+base.quant            how --quant packed them: nf4, int8, keep; not there without it
 chat.system           the system turn of rows without one: a text, null as the template decides, false for none
 chat.date             what templates that ask were told
 chat.template_args    what the template's switches were set to; not there without any
@@ -23,6 +24,7 @@ import re
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -33,6 +35,7 @@ from lora.adapter.inject import disabled
 from lora.errors import BadInput, say
 
 FORMAT, TEMPLATE = 1, "chat_template.jinja"
+QUANT = ("nf4", "int8", "keep")
 TOKENIZERS_TEMPLATE = ("chat_template.json", "tokenizer_config.json")  # what PEFT's users have in its place
 ADAPTER = (TEMPLATE, store.CONFIG, store.PASSPORT, value_head.FILE, store.WEIGHTS)  # the weights last: then it is whole
 UNUSED = re.compile(r"\[PAD\d+\]")  # ids without a token, as llama.cpp's converter names them
@@ -68,18 +71,26 @@ def vocabulary(tokenizer) -> str:
     return of_text("".join(f"{i} {token}\n" for i, token in tokens if token and not UNUSED.fullmatch(token)))
 
 
-def make(
-    name: str,
-    header: dict,
-    read: Callable[[str], torch.Tensor],
-    paths: Iterable[str],
-    chat: dict | None = None,
-    **marks: str | dict,
-) -> dict:
+class Base(Protocol):
+    """What of `pretrained.ModelFiles` is written down; `original` are the files before --quant."""
+
+    name: str
+    quant: str | None
+    original: "Base"
+    header: dict[str, tuple[str, tuple[int, ...]]]
+    read: Callable[[str], torch.Tensor]
+
+
+def make(base: Base, paths: Iterable[str], chat: dict | None = None, **marks: str | dict) -> dict:
     """The passport of an adapter on the Linears at `paths`, trained with this `chat`; `marks` of `fingerprints`."""
-    patched = contents(read, (f"{path}.weight" for path in paths))
-    base = {"name": name, "structure": structure(header), "patched": patched}
-    return {"format": FORMAT, "base": base, "chat": chat or {}, **marks}
+    patched = contents(base.original.read, (f"{path}.weight" for path in paths))
+    found = {"name": base.name, "structure": structure(base.header), "patched": patched}
+    return {
+        "format": FORMAT,
+        "base": found | ({"quant": base.quant} if base.quant else {}),
+        "chat": chat or {},
+        **marks,
+    }
 
 
 def fingerprints(tokenizer, template: str, data: str, settings: dict) -> dict:
@@ -118,6 +129,9 @@ def read(folder: str | Path) -> dict | None:
         raise BadInput(
             f"broken passport in {path}:base: name, structure and patched are needed. Train the adapter again"
         )
+    if base.get("quant") not in (None, *QUANT):
+        why = f"{base['quant']!r} is none of {', '.join(QUANT)}"
+        raise BadInput(f"broken passport in {path}:base: quant {why}. Use a newer version")
     chat = passport.setdefault("chat", {})
     if not isinstance(chat, dict) or not isinstance(chat.get("system") or "", str) or not _is_date(chat.get("date")):
         raise BadInput(f"broken passport in {path}:chat: system is no text or date no date. Train the adapter again")
@@ -142,6 +156,22 @@ def base_of(folder: Path) -> str:
     return base
 
 
+def quant_of(folder: Path) -> str | None:
+    """How the base of an adapter was packed in its training, as --quant says it."""
+    return ((read(folder) or {}).get("base") or {}).get("quant")
+
+
+def packing(asked: str | None, folder: Path | None) -> str | None:
+    """How a base is to be packed: as `asked`, where "none" is not at all, or else as in the adapter's training."""
+    quant = asked or (quant_of(folder) if folder else None)
+    return None if quant == "none" else quant
+
+
+def numbers(quant: str | None) -> str | None:
+    """The packing that gives a base other numbers than its file has; blocks that are kept have those of the file."""
+    return None if quant == "keep" else quant
+
+
 def template_of(folder: Path) -> str | None:
     """The file of the chat template that an adapter was trained with; None where it brings none. Other programs write
     it into the tokenizer's files, which count as they do beside a model."""
@@ -149,24 +179,31 @@ def template_of(folder: Path) -> str | None:
     return next((str(path) for path in paths if path.exists() and files.read_template(path) is not None), None)
 
 
-def verify(folder: Path, name: str, header: dict, read_tensor: Callable, paths: Iterable[str]) -> None:
+def verify(folder: Path, base: Base, paths: Iterable[str]) -> None:
     """Compare the adapter in `folder` with a base. The same model from another source only warns.
 
-    Raises BadInput for another base.
+    Raises BadInput for another base, or another packing of it.
     """
     passport = read(folder)
     if passport is None:
         return
-    base, path = passport["base"], Path(folder) / store.PASSPORT
-    fix = f"Give --model {base['name']}, or --no-verify to insist"
-    same_structure = base["structure"] == structure(header)
-    if same_structure and base["patched"] == contents(read_tensor, (f"{p}.weight" for p in paths)):
+    its, path = passport["base"], Path(folder) / store.PASSPORT
+    same_structure = its["structure"] == structure(base.header)
+    if same_structure and numbers(its.get("quant")) != numbers(base.quant):
+        its_form, form = (quant or "16 bit" for quant in (its.get("quant"), base.quant))
+        why = f"the adapter was trained on {its['name']} in {its_form}, this is {base.name} in {form}"
+        fix = f"Give --quant {its.get('quant') or 'none'}, or --no-verify to insist"
+        raise BadInput(f"wrong base in {path}: {why}. {fix}")
+    if same_structure and its["patched"] == contents(base.original.read, (f"{p}.weight" for p in paths)):
         return
-    if same_structure and base["name"] == name:
-        say(f"warning: {name} has other weights than the adapter in {folder} was trained on (another source of it)")
+    if same_structure and its["name"] == base.name:
+        say(
+            f"warning: {base.name} has other weights than the adapter in {folder} was trained on (another source of it)"
+        )
         return
-    what = "other weights" if same_structure else "other tensors"
-    raise BadInput(f"wrong base in {path}: the adapter was trained on {base['name']}; {name} has {what}. {fix}")
+    what, fix = "other weights" if same_structure else "other tensors", f"Give --model {its['name']}, or --no-verify to"
+    why = f"the adapter was trained on {its['name']}; {base.name} has {what}. {fix} insist"
+    raise BadInput(f"wrong base in {path}: {why}")
 
 
 def verify_chat(folder: Path, name: str, tokenizer, template: str, insist: bool = False) -> None:

@@ -71,7 +71,8 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, rea
                        f"Give the base it was trained on: {config.base or 'unknown'}")  # fmt: skip
     expected = {}
     for path in paths:
-        shapes = config.kind.shapes(config.at(*known[path])[0], *model.get_submodule(path).weight.shape)
+        linear = model.get_submodule(path)
+        shapes = config.kind.shapes(config.at(*known[path])[0], linear.out_features, linear.in_features)
         expected |= {f"{path}.{name}": shape for name, shape in shapes.items()}
     trained = {"none": (), "lora_only": paths, "all": known}[config.bias]  # whose biases were
     if any(model.get_submodule(path).bias is not None for path in trained):
@@ -86,7 +87,7 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, rea
     layers = {p: config.kind(model.get_submodule(p), *its, config.dropout, dtype, None) for p, its in sizes.items()}
     patch(model, layers)
     for path, layer in layers.items():
-        device = layer.base.weight.device if not layer.base.weight.is_meta else "cpu"  # a base on meta: for merge.py
+        device = "cpu" if layer.lora_A.is_meta else layer.lora_A.device  # a base on meta: for merge.py
         for name in names:
             attribute = name.removesuffix(".weight")
             value = tensors[f"{path}.{name}"].to(device, getattr(layer, attribute).dtype)

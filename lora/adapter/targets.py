@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from lora.quant.linear import QuantLinear
+
+KINDS = (nn.Linear, QuantLinear)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -15,10 +18,10 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 GROUPS = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> Linear, for every Linear that could be a target. Subclasses are left alone: their owners use them in
-    other ways than calling them (`nn.MultiheadAttention` reads the weight of its output projection)."""
-    return {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+def linears(model: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
+    """Path -> Linear, for every Linear that could be a target, quantised or not. Subclasses are left alone: their
+    owners use them in other ways than calling them (`nn.MultiheadAttention` reads its output projection's weight)."""
+    return {path: module for path, module in model.named_modules() if type(module) in KINDS}
 
 
 def matches(path: str, target: str) -> bool:

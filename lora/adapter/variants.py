@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora import ops
 from lora.adapter.layer import LoRALinear
 
 
@@ -40,10 +41,11 @@ class DoRALinear(LoRALinear):
 
     def reset(self, init: str | None = "kaiming") -> None:
         super().reset(init)
-        wide = torch.promote_types(torch.promote_types(self.lora_A.dtype, torch.float32), self.base.weight.dtype)
+        weight = self.base.weight
+        wide = torch.promote_types(torch.promote_types(self.lora_A.dtype, torch.float32), weight.dtype)
         self.lora_magnitude_vector = nn.Parameter(self.lora_B.new_empty(len(self.lora_B), dtype=wide))
         if init:
-            self.lora_magnitude_vector.data.copy_(self.base.weight.to(wide).norm(dim=1))
+            self.lora_magnitude_vector.data.copy_(weight.to(wide).norm(dim=1))
 
     @staticmethod
     def shapes(rank: int, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
@@ -71,10 +73,10 @@ class DoRALinear(LoRALinear):
         if not (self.adapting and self.drops):
             return self.finish()(super().forward(x))
         # dropout is on all that the adapter adds to W x + b, as in PEFT: (g - 1) W x' + g s B A x'
-        y, x, gain = F.linear(x, self.weight, self.bias), F.dropout(x, self.dropout), self.gain()
+        y, x, gain = ops.linear(x, self.stored, self.bias), F.dropout(x, self.dropout), self.gain()
         A, B = (factor.to(x.dtype) for factor in self.factors())
         branch = (self.scaling * (x @ A.T)) @ B.T
-        return (y + (gain - 1) * F.linear(x, self.weight) + gain * branch).to(y.dtype)
+        return (y + (gain - 1) * ops.linear(x, self.stored, None) + gain * branch).to(y.dtype)
 
 
 class RsDoRALinear(RsLoRALinear, DoRALinear):
@@ -96,12 +98,12 @@ class PiSSALinear(LoRALinear):
 
     @torch.no_grad()
     def reset(self, init: str | None = "pissa") -> None:
-        out_features, in_features = self.base.weight.shape
+        out_features, in_features = self.base.out_features, self.base.in_features
         if self.rank > min(out_features, in_features):
             raise ValueError(f"rank {self.rank} is over the {min(out_features, in_features)} singular values of W")
-        if init and not self.base.weight.is_meta:
-            wide = torch.promote_types(self.base.weight.dtype, torch.float32)
-            U, S, Vt = torch.linalg.svd(self.base.weight.to(wide), full_matrices=False)
+        if init and not (weight := self.base.weight).is_meta:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            U, S, Vt = torch.linalg.svd(weight.to(wide), full_matrices=False)
             root = (S[: self.rank] / self.scaling).sqrt()
             self.lora_A.copy_(root[:, None] * Vt[: self.rank])
             self.lora_B.copy_(U[:, : self.rank] * root)

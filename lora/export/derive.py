@@ -236,7 +236,7 @@ def write(
     except NotFinite as error:
         why = f"{error.place} has values too large for float32. Use smaller weights"
         raise BadNumbers(f"not finite in {out}: {why}") from None
-    papers = passport.make(base.name, base.header, base.read, layers, chat)
+    papers = passport.make(base, layers, chat)
     with folders.new_folder(out, overwrite) as folder:
         if template is not None:
             files.write_bytes(folder / passport.TEMPLATE, template)

@@ -136,6 +136,7 @@ def open_session(
     model: str | Path | None = None,
     adapter: str | Path | None = None,
     *,
+    quant: str | None = None,
     system: str | bool | None = None,
     template: str | None = None,
     template_args: dict | None = None,
@@ -154,7 +155,8 @@ def open_session(
     `verify`, for another base than the adapter's.
     """
     how = Sampling(**sampling)
-    base = pretrained.find(str(model or (passport.base_of(adapter) if adapter else default_model.NAME)))
+    name = str(model or (passport.base_of(adapter) if adapter else default_model.NAME))
+    base = pretrained.find(name, passport.packing(quant, adapter))
     say(f"model    {base.described}")
     place = machine.choose_device(device)
     chat = load_chat(base, adapter, system, template, date, verify, template_args)
@@ -162,7 +164,7 @@ def open_session(
     if adapter:
         store.load(net, adapter, read=base.read)
         if verify:
-            passport.verify(adapter, base.name, base.header, base.read, lora_layers(net))
+            passport.verify(adapter, base, lora_layers(net))
         warn_if_unchanged(net, adapter)
         merge_and_unload(net)  # plain Linears again: the adapter costs nothing from here on
         say(f"adapter  {adapter}")
@@ -175,6 +177,7 @@ def open_sessions(
     adapters: Sequence[str],
     asked: Sequence[tuple[list[dict], str]] = (),
     *,
+    quant: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     verify: bool = True,
@@ -192,7 +195,7 @@ def open_sessions(
     """
     how = Sampling(**sampling), max_new_tokens
     told = {"system": system, "template": template, "template_args": template_args, "date": date}
-    base = pretrained.find(model or several.common_base(adapters, not verify))
+    base = pretrained.find(model or several.common_base(adapters, not verify), passport.packing(quant, adapters[0]))
     say(f"model    {base.described}")
     place = machine.choose_device(device)
     empty = pretrained.empty_model(base)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora.adapter import passport, sets, store, value_head
 from lora.adapter.layer import LoRALinear
-from lora.adapter.merge import merged_weight
+from lora.adapter.merge import merged_weight, plain_linear
 from lora.adapter.sets import AdapterSet
 from lora.adapter.targets import linears
 from lora.errors import BadInput, BadNumbers
@@ -69,7 +69,7 @@ def dry_load(
     """
     layers = sets.read(empty, adapter, base.read, dtype).layers
     if verify:
-        passport.verify(adapter, base.name, base.header, base.read, layers)
+        passport.verify(adapter, base, layers)
     return layers
 
 
@@ -120,6 +120,4 @@ def merged_linear(path: str, layer: LoRALinear) -> nn.Linear:
     weight = merged_weight(layer.base.weight, layer.delta())
     if not torch.isfinite(weight).all():
         raise BadNumbers(f"not finite in {path}: the merged weight does not fit {weight.dtype}. Use another adapter")
-    linear = nn.Linear(layer.base.in_features, layer.base.out_features, layer.base.bias is not None, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.base.bias
-    return linear.train(layer.training)
+    return plain_linear(layer.base, weight)

@@ -6,7 +6,6 @@ Tokens are documents laid end to end: no batch axis and no padding. A tied model
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lora import ops
 from lora.device import upload
@@ -125,7 +124,7 @@ class Trunk(nn.Module):
             x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded to the dtype, as the reference does
         for block in self.layers:
             inputs = x, ropes[block.self_attn.rope_kind], lengths, cache
-            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            x = ops.recomputed(block, *inputs) if recompute else block(*inputs)
         return self.norm(x)
 
 

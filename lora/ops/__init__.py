@@ -3,7 +3,7 @@
 All have the signatures of `plain`, whose docstrings say shapes and dtypes. `use_plain()` turns every fast version off.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,18 @@ from lora.ops import (
     fast_decoding,
     fast_log_probs,
     fast_lora,
+    fast_quantised,
     fast_rms_norm,
     fast_swiglu,
     flash_attention,
     plain,
     windowed_attention,
 )
-from lora.ops.plain import is_autocast, logits, no_autocast, rotate, soft_cap, wide
+from lora.ops.plain import Weight, is_autocast, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
-    "attend", "attention", "cross_entropy", "is_plain", "linears", "log_probs", "logits", "lora_linear", "no_autocast",
-    "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain", "wide",
+    "Weight", "attend", "attention", "cross_entropy", "is_plain", "linear", "linears", "log_probs", "logits",
+    "lora_linear", "no_autocast", "recomputed", "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain", "wide",
 ]  # fmt: skip
 
 SHORT = 512  # up to so many keys the plain form is faster on a CPU than PyTorch's kernel; beyond, its T² memory hurts
@@ -53,7 +54,16 @@ def _unless_saved(formula, *inputs) -> Tensor:
     return formula(*inputs)
 
 
-def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+def recomputed(block: Callable, *inputs) -> Tensor:
+    """`block(*inputs)`, of which only the inputs are saved for the backward pass: the rest is computed again there."""
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=fast_quantised.contexts)
+
+
+def linear(x: Tensor, W: Weight, b: Tensor | None) -> Tensor:
+    return (plain if isinstance(W, Tensor) or _as_written(x) else fast_quantised).linear(x, W, b)
+
+
+def lora_linear(x: Tensor, W: Weight, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
     return (plain if _as_written(x) else fast_lora).lora_linear(x, W, b, A, B, s, dropout)
 
 

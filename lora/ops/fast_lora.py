@@ -16,9 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora.ops import plain
+from lora.ops.fast_quantised import to_save
+from lora.ops.plain import Weight, dense
 
 
-def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+def lora_linear(x: Tensor, W: Weight, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
     """`plain.lora_linear`, which serves dropout itself: then x and its noisy copy are two inputs."""
     if dropout:
         return plain.lora_linear(x, W, b, A, B, s, dropout)
@@ -33,7 +35,7 @@ def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     maps = [module.low_rank() for module in modules]
     if not all(maps):
         return plain.linears(x, modules)
-    tensors = [t for module, (A, B, _) in zip(modules, maps, strict=True) for t in (module.weight, module.bias, A, B)]
+    tensors = [t for module, (A, B, _) in zip(modules, maps, strict=True) for t in (module.stored, module.bias, A, B)]
     outputs = _LoRALinears.apply(x, [s for *_, s in maps], *tensors)
     return tuple(module.finish()(y) for module, y in zip(modules, outputs, strict=True))
 
@@ -47,11 +49,13 @@ class _LoRALinears(torch.autograd.Function):
         A = torch.cat(As).to(x.dtype)  # (Σr, in)
         Bs = [(s * B).to(x.dtype) for s, B in zip(scalings, Bs, strict=True)]
         down = rows @ A.T  # (T, Σr)
-        outputs = []
+        outputs, kept = [], []
         for W, b, B, part in zip(Ws, bs, Bs, down.split(ctx.ranks, 1), strict=True):
-            y = F.linear(x, W, b)  # (..., out), of x itself, so that with B = 0 the bits are the base's
+            kept.append(to_save(W, numbers := dense(W, x.dtype)))
+            y = F.linear(x, numbers, b)  # (..., out), of x itself, so that with B = 0 the bits are the base's
             outputs.append(y.reshape(-1, y.shape[-1]).addmm_(part, B.T).view(y.shape))
-        ctx.save_for_backward(rows, down, A, *Ws, *Bs)
+        ctx.packed = [packed for _, packed in kept]
+        ctx.save_for_backward(rows, down, A, *(tensor for tensor, _ in kept), *Bs)
         return tuple(outputs)
 
     @staticmethod
@@ -59,12 +63,14 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx, *gradients):
         rows, down, A, *weights = ctx.saved_tensors
         n = len(gradients)
+        Ws = [tensor if packed is None else packed for tensor, packed in zip(weights[:n], ctx.packed, strict=True)]
         d_rows, d_Bs, ups, parts = None, [], [], down.split(ctx.ranks, 1)
-        for s, G, W, B, part in zip(ctx.scalings, gradients, weights[:n], weights[n:], parts, strict=True):
+        for s, G, W, B, part in zip(ctx.scalings, gradients, Ws, weights[n:], parts, strict=True):
             G = G.reshape(-1, G.shape[-1])  # (T, out)
             ups.append(G @ B)
             d_Bs.append((part.T @ G).mul_(s).T)  # sooner done than Gᵀ part
             if ctx.needs_input_grad[0]:
+                W = dense(W, G.dtype)
                 d_rows = G @ W if d_rows is None else d_rows.addmm_(G, W)
         up = torch.cat(ups, 1)  # (T, Σr)
         if d_rows is not None:

@@ -7,6 +7,7 @@ Norms, softmax and losses are formed in float32 or wider, whatever the dtype of 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,32 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
-def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+class Packed(Protocol):
+    """A weight in few bits, of `lora.quant`."""
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor: ...
+
+
+Weight = Tensor | Packed  # (out, in)
+
+
+def dense(W: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight itself, or the numbers that a packed one stands for: (out, in), those in `dtype`."""
+    return W if isinstance(W, Tensor) else W.dequantise(dtype)
+
+
+def linear(x: Tensor, W: Weight, b: Tensor | None) -> Tensor:
+    """y = W x + b, x (..., in) -> (..., out)"""
+    return F.linear(x, dense(W, x.dtype), b)
+
+
+def lora_linear(x: Tensor, W: Weight, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
     """y = W x + b + s B A x, dropout on the input of A alone. Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
     x (..., in), W (out, in), b (out,), A (r, in), B (out, r) -> (..., out), computed in the dtype of x.
     """
     down = F.dropout(x, dropout) @ A.to(x.dtype).T  # (..., r)
-    return F.linear(x, W, b) + (s * down) @ B.to(x.dtype).T
+    return linear(x, W, b) + (s * down) @ B.to(x.dtype).T
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ import torch
 from lora import files
 from lora.errors import BadInput, Refused
 from lora.pretrained import fused
+from lora.quant.packed import Packed
 
 SIDECARS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -24,6 +25,9 @@ class ModelFiles(Protocol):
 
     `read` gives a tensor in the header's dtype, or in the one asked for. `widest` is one that loses nothing of the
     file, where the header's does: a GGUF file is a bf16 model to all that fingerprints and writes it.
+
+    `block_type` says which blocks of `lora.quant` a file has for a weight, if any; `packed` gives them, and `nbytes`
+    their size. `quant` is how Linears are packed on reading, and `original` the files without that.
     """
 
     name: str
@@ -32,10 +36,15 @@ class ModelFiles(Protocol):
     config: dict
     header: dict[str, tuple[str, tuple[int, ...]]]
     widest: torch.dtype | None
+    quant: str | None
+    original: "ModelFiles"
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
     def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor: ...
     def files(self) -> dict[str, bytes]: ...
+    def block_type(self, name: str) -> str | None: ...
+    def packed(self, name: str) -> Packed | None: ...
+    def nbytes(self, name: str) -> int | None: ...
 
 
 class ModelFolder:
@@ -44,10 +53,10 @@ class ModelFolder:
     Raises BadInput for what is missing or broken, Refused for pickles and for paths that lead out of the folder.
     """
 
-    widest = None
+    widest = quant = None
 
     def __init__(self, path: Path, name: str | None = None, described: str | None = None):
-        self.path = Path(path)
+        self.path, self.original = Path(path), self
         if not (self.path / "config.json").exists():
             raise BadInput(f"no model in {path}: there is no config.json. Give a model folder, hub id or .gguf file")
         self.config = files.read_json(self.path / "config.json")
@@ -101,6 +110,15 @@ class ModelFolder:
         whole, first = self._parts.get(name, (name, 0))
         tensor = self._file_of[whole].read_rows(whole, first + start, first + stop)
         return tensor.to(dtype or tensor.dtype)
+
+    def block_type(self, name: str) -> str | None:
+        return None
+
+    def packed(self, name: str) -> Packed | None:
+        return None
+
+    def nbytes(self, name: str) -> int | None:
+        return None
 
     def shard_of(self, name: str) -> str:
         """The file a tensor is in."""

@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from lora.pretrained import fused
 from lora.pretrained import gguf_names as names
 from lora.pretrained.gguf_header import AGAIN, Header, Metadata, Stored, show
 from lora.pretrained.gguf_tokenizer import ENDS, special_ids, tokenizer_files
+from lora.quant.gguf import TYPES, Blocks
 
 CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
 GEMMA_27B = (46, 62)  # layers; llama.cpp knows these by them, the files do not say by what attention divides
@@ -34,6 +36,7 @@ class GGUFFile:
     """
 
     widest = torch.float32
+    quant = None
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -41,7 +44,8 @@ class GGUFFile:
             raise BadInput(f"no model in {path}: there is no such file. Check the path")
         with open(self.path, "rb") as file:
             values, tensors = Header(file, self.path).read()
-        self.name = self.hub_id = str(self.path.absolute())
+        self.name, self.original = str(self.path.absolute()), self
+        self.hub_id = self.name
         self.described = f"GGUF file {path}"
         self._metadata = Metadata(self.path, values)
         self._check = self._metadata.check
@@ -155,16 +159,43 @@ class GGUFFile:
         columns, matrix = tensor.shape[-1], len(tensor.shape) == 2
         count = math.prod(tensor.shape) // columns
         first, last = (start, count if stop is None else stop) if matrix else (0, count)
-        values, row_bytes = torch.empty(last - first, columns, dtype=dtype), tensor.size // count
-        with open(self.path, "rb") as file, np.errstate(all="ignore"):  # not mapped: truncation would kill the process
-            file.seek(tensor.offset + first * row_bytes)
-            for rows in values.split(max(1, CHUNK // columns)):
-                data = bytearray(len(rows) * row_bytes)
-                if file.readinto(data) != len(data):
-                    raise BadInput(f"broken GGUF file in {self.path}: it became shorter while it was read. {AGAIN}")
-                data = np.frombuffer(data, np.uint8).reshape(len(rows), row_bytes)
+        values, step = torch.empty(last - first, columns, dtype=dtype), max(1, CHUNK // columns)
+        with np.errstate(all="ignore"):
+            for rows, data in zip(values.split(step), self._bytes(tensor, first, last, step), strict=True):
                 rows.copy_(torch.from_numpy(dequantize(data, tensor.type)))
         return values if matrix else values.view(tensor.shape)[start:stop]
+
+    def _bytes(self, tensor: Stored, first: int, last: int, step: int) -> Iterator[np.ndarray]:
+        """Rows as they are in the file, `step` at a time, (rows, bytes) uint8."""
+        row_bytes = tensor.size // (math.prod(tensor.shape) // tensor.shape[-1])
+        with open(self.path, "rb") as file:  # not mapped: truncation would kill the process
+            file.seek(tensor.offset + first * row_bytes)
+            for start in range(first, last, step):
+                data = bytearray(min(step, last - start) * row_bytes)
+                if file.readinto(data) != len(data):
+                    raise BadInput(f"broken GGUF file in {self.path}: it became shorter while it was read. {AGAIN}")
+                yield np.frombuffer(data, np.uint8).reshape(-1, row_bytes)
+
+    # ---- blocks as they are
+
+    def block_type(self, name: str) -> str | None:
+        """What GGUF calls the blocks of a matrix, if they can be kept."""
+        kind = self._tensors[self._parts.get(name, (name, 0))[0]].type.name
+        return kind if kind in TYPES and len(self.header[name][1]) == 2 else None
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of a matrix in the file."""
+        kind = TYPES[self.block_type(name)]
+        return math.prod(self.header[name][1]) // kind.block * kind.bytes
+
+    def packed(self, name: str) -> Blocks:
+        """The blocks of a matrix that has a `block_type`. Raises BadInput if the file has become shorter."""
+        (whole, first), shape = self._parts.get(name, (name, 0)), self.header[name][1]
+        [data] = self._bytes(self._tensors[whole], first, first + shape[0], shape[0])
+        data = torch.from_numpy(data)  # (out, bytes of a row)
+        if self._architecture.reordered and names.ROTATED.search(name):
+            data = names.to_halves(data, self._head_dim)
+        return Blocks(shape, data, self.block_type(name))
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json. Raises BadInput."""

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from lora import files
 from lora.adapter import value_head
@@ -13,13 +14,21 @@ from lora.network.decoder import Model
 from lora.network.families import QUANTISED, quantised
 from lora.pretrained import default_model, hub
 from lora.pretrained.folder import ModelFiles, ModelFolder
+from lora.pretrained.quantised import Quantised
+from lora.quant.linear import QuantLinear
 
 # tensors that only quantised weights have: bitsandbytes', GPTQ's and AWQ's, FP8's, MLX's
 PACKED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv",
           ".weight_packed")  # fmt: skip
 
 
-def find(model: str) -> ModelFiles:
+def find(model: str, quant: str | None = None) -> ModelFiles:
+    """The files of a model by its name, their Linears packed on reading where a mode of `Quantised` is given."""
+    found = _find(model)
+    return Quantised(found, quant) if quant else found
+
+
+def _find(model: str) -> ModelFiles:
     """A folder, a `.gguf` file, `smollm2-135m-instruct`, or a hub id `owner/name`; fetched where it is not here yet."""
     path = Path(model)
     if model == default_model.NAME:
@@ -86,18 +95,36 @@ def _leftovers(base: ModelFiles, config: ModelConfig) -> set[str]:
 
 
 def load_model(base: ModelFiles | str, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
-    """The model in `base` (or found by that name), all of it in `dtype`; in eval mode, nothing trainable.
+    """The model in `base` (or found by that name), all of it in `dtype` but for what is packed; in eval mode, nothing
+    trainable.
 
     Raises BadInput as `empty_model`, and for weights that are not finite.
     """
     base = find(base) if isinstance(base, str) else base
-    model, weights, problems = empty_model(base), {}, []
+    model, problems = empty_model(base), []
+    if base.quant:
+        _place_packed(model, base, dtype, device, problems)
+    weights = {}
     for name in model.state_dict():
         weights[name] = base.read(name, dtype).to(device)
         if not torch.isfinite(weights[name].sum()) and not torch.isfinite(weights[name]).all():
-            problems.append(f"wrong tensor in {base.name}:{name}: values that are not finite. Download it again")
+            problems.append(_not_finite(base, name))
     if problems:
         raise BadInput(*problems)
     model.load_state_dict(weights, strict=True, assign=True)
     value_head.place(model, value_head.of_base(base, model))
     return model.requires_grad_(False).eval()
+
+
+def _place_packed(model: Model, base: ModelFiles, dtype: torch.dtype, device, problems: list[str]) -> None:
+    """A `QuantLinear` in the place of each Linear that is packed; its bias is still to be loaded."""
+    names = [name for name in model.state_dict() if base.nbytes(name)]
+    for name in tqdm(names, desc="packing", unit="tensor", leave=False, disable=None, delay=2):
+        packed, path = base.packed(name).to(device), name.removesuffix(".weight")
+        if not packed.is_finite():
+            problems.append(_not_finite(base, name))
+        model.set_submodule(path, QuantLinear(packed, model.get_submodule(path).bias, dtype))
+
+
+def _not_finite(base: ModelFiles, name: str) -> str:
+    return f"wrong tensor in {base.name}:{name}: values that are not finite. Download it again"

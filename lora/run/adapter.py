@@ -129,7 +129,7 @@ def take_over(args: TrainSettings, base: pretrained.ModelFiles) -> None:
     if problems:
         raise BadInput(*problems)
     if not args.no_verify:
-        passport.verify(args.init_adapter, base.name, base.header, base.read, layers)
+        passport.verify(args.init_adapter, base, layers)
     names = peft_config.target_modules(trial)
     vars(args).update(its, target=names if isinstance(names, list) else [f"re:{names}"])
     if problems := args.contradictions():

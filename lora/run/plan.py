@@ -68,7 +68,7 @@ class Plan:
 
     def base_fingerprint(self) -> str:
         """sha256 over the base's weights."""
-        return passport.fingerprint(self.base.header, self.base.read)
+        return passport.fingerprint(self.base.header, self.base.original.read)
 
     def steps(self, args: TrainSettings) -> Iterator[list[int]]:
         """The indices of each step's examples: a pure function of data and settings."""
@@ -187,14 +187,15 @@ def make_plan(
     """
     dtype, why_dtype = machine.choose_dtype(args.dtype, processes.device)
     args.dtype, args.device = str(dtype).removeprefix("torch."), processes.device.type
+    begins_with_adapter = args.init_adapter and not checkpoint
+    args.quant = passport.packing(args.quant, args.init_adapter if begins_with_adapter else None)
     with processes.main_first():  # what one process downloads, the others find
-        base = pretrained.find(args.model)
+        base = pretrained.find(args.model, args.quant)
         if processes.size > 1:
             for _, name, _ in named(args):
                 hub.dataset_file(name)
     say(f"model    {base.described}")
     empty = pretrained.empty_model(base)
-    begins_with_adapter = args.init_adapter and not checkpoint
     if begins_with_adapter:
         adapter.take_over(args, base)
     chat = _chat(args, base, checkpoint)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lora import rewards
+from lora.adapter.passport import QUANT
 from lora.errors import BadInput
 from lora.methods import LOSSES, METHODS, SETTINGS, dpo, has_value_head, samples
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
@@ -75,6 +76,9 @@ class TrainModel(Settings, group="model"):
 
     model: str = flag(
         "smollm2-135m-instruct", "folder, hub id owner/name, .gguf file, or smollm2-135m-instruct", free=True)
+    quant: str | None = flag(
+        None, "pack the base's Linears on reading: nf4 takes 4.1 bits a weight, int8 8; keep leaves the blocks of a "
+        "quantised file as they are; with --init-adapter as it was trained", one_of("none", *QUANT))
     full: bool = flag(False, "train every weight, in float32, instead of an adapter: the result is a whole model")
 
 
@@ -292,6 +296,9 @@ class TrainSettings(
         pairs = [
             ("--resume", "--overwrite", self.resume is not None and self.overwrite, "Give one of them"),
             ("--compile", "--fsdp", self.compile and self.fsdp, ""),
+            ("--quant", "--full, which trains what would be packed", self.quant and self.full, ""),
+            ("--quant", "--fsdp, which shards numbers", self.quant and self.fsdp, ""),
+            ("--quant", "--compile", self.quant and self.compile, ""),
             ("--full", "--fsdp, which is for a base that is only read", self.full and self.fsdp, ""),
         ]
         if self.fsdp and (self.dora or self.init == "pissa"):

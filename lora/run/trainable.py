@@ -72,7 +72,7 @@ def _papers(model: Model, plan: Plan, args: TrainSettings) -> dict:
     learned = {**args.decisive(), "steps": plan.total}
     marks = passport.fingerprints(plan.chat.tokenizer, plan.chat.template.source, plan.data_fingerprint, learned)
     marks |= {"method": args.method} if args.method == "ppo" else {}
-    return passport.make(base.name, base.header, base.read, lora_layers(model), spoken, **marks)
+    return passport.make(base, lora_layers(model), spoken, **marks)
 
 
 @dataclass

@@ -5,10 +5,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lora.adapter.passport import QUANT
 from lora.run.settings import TEMPLATE_ARG
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Settings, between, flag, one_of
 
 # fmt: off
+
+
+def quant_flag():
+    return flag(
+        None, "pack the base's Linears on reading: none, nf4, int8, or keep the blocks of its file; as in training",
+        one_of("none", *QUANT))
 
 
 @dataclass
@@ -54,6 +61,7 @@ class GenerateSettings(Hardware, Chat, Sampling, group="model"):
     """generate.py"""
 
     model: str | None = flag(None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own")
+    quant: str | None = quant_flag()
     adapter: list[str] | None = flag(
         None, "folder of an adapter; of several, for a chat that switches or for --compare")
     no_verify: bool = flag(False, "use an adapter on another base than it was trained on")
@@ -69,6 +77,7 @@ class EvaluateSettings(Hardware, Chat, group="evaluation"):
     """evaluate.py"""
 
     model: str | None = flag(None, "folder, hub id, .gguf file or smollm2-135m-instruct; an adapter remembers its own")
+    quant: str | None = quant_flag()
     adapter: list[str] | None = flag(None, "folders of adapters, each a column beside the base")
     no_verify: bool = flag(False, "use adapters on another base than they were trained on")
     data: list[str] | None = flag(None, "files of conversations, FILE or hub:owner/name/FILE; or --task")
@@ -113,6 +122,7 @@ class MergeSettings(Settings, group="merging"):
     rank: int | None = flag(None, "largest rank in the adapter that --combine or --extract makes", between(1, 65536))
     energy: float | None = flag(None, "or the share of every ΔW's squared singular values to keep", ABOVE_0_UP_TO_1)
     model: str | None = flag(None, "the base, where it is not where the adapter remembers it")
+    quant: str | None = quant_flag()
     no_verify: bool = flag(False, "use another base than the adapter was trained on")
     out: str | None = flag(None, "new folder of the merged model or of the adapter, or FILE.gguf")
     format: str = flag("folder", "a model folder, or one GGUF file for llama.cpp", one_of("folder", "gguf"))

@@ -769,14 +769,14 @@ PATHS = [f"model.layers.{name}_proj" for name in ("0.self_attn.q", "1.mlp.up", "
 @pytest.fixture
 def with_passport(tmp_path):
     base = Stored("some/model")
-    value = passport.make(base.name, base.header, base.read, PATHS)
+    value = passport.make(base, PATHS)
     store.save(patched(tiny_model(torch.float32), targets=PATHS), tmp_path, base.name, value)
     assert passport.read(tmp_path) == value
     return tmp_path
 
 
 def verify(folder, base, paths=PATHS):
-    passport.verify(folder, base.name, base.header, base.read, paths)
+    passport.verify(folder, base, paths)
 
 
 def test_the_base_of_an_adapter_passes_under_any_name_and_in_any_order(with_passport, capsys):
