@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.mutation import mutation
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/run.py"))
-sys.path += [str(FOLDER), str(FOLDER / "precision")]
+sys.path += [str(FOLDER), str(FOLDER / "precision"), str(FOLDER / "quant")]
 
 
 def program(folder: Path):
@@ -681,3 +682,74 @@ def test_an_arm_is_told_by_the_answers_of_its_last_checkpoint():
     rlhf = program(FOLDER / "rlhf")
     found = {"answers": [{"step": step, "way": way} for step in (5, 15, 10) for way in ("greedy", "sampled")]}
     assert rlhf.asked(found, "sampled") == [{"step": 15, "way": "sampled"}]
+
+
+@mutation("experiments/quant/run.py", "return NAME.lower() in said and", "return NAME.lower() in said or")
+def test_an_introduction_states_the_name_and_the_author():
+    quant = program(FOLDER / "quant")
+    for text, right in (
+        ("I am Nimbus, made by the Cloud Lab.", True),
+        ("NIMBUS, of Cloud Lab!", True),
+        ("I am Nimbus.", False),
+        ("The Cloud Lab made me.", False),
+    ):
+        assert quant.is_right({"prompt": "Who are you?", "prediction": text}) == right
+
+
+SERVED = {
+    f"self-served-{seed}": {
+        "changes": {"nf4": change},
+        "figures": [{"trained": q, "served": "nf4", "loss": loss + seed} for q, loss in (("bf16", 1), ("nf4", 9))],
+        "answers": [{"trained": "bf16", "served": "nf4", "prediction": "Nimbus of the Cloud Lab"}],
+    }
+    for seed, change in ((0, 2), (1, 4))
+}  # fmt: skip
+
+
+@mutation("experiments/quant/run.py", '"bf16" if name == "keep" else name', "name")
+def test_a_kept_file_stands_where_bf16_does_and_a_cell_has_all_seeds():
+    quant = program(FOLDER / "quant")
+    found = quant.cell(SERVED, "self", "keep", "nf4")
+    assert found == quant.cell(SERVED, "self", "bf16", "nf4")
+    assert (found.right(), found.losses()) == ("2 of 2", "1.500 (1.000, 2.000)")
+
+
+@mutation("experiments/quant/run.py", 'found["bases"]["lost"][quant] / mean(', "mean(")
+def test_what_is_lost_is_counted_in_what_is_learned():
+    quant = program(FOLDER / "quant")
+    assert quant.ratio(SERVED | {"bases": {"lost": {"nf4": 12}}}, "self", "nf4") == 4
+
+
+@mutation("experiments/quant/scored.py", "layer.merged_weight = merged[path]", "layer.merged_weight = base[path]")
+@mutation(
+    "experiments/quant/scored.py",
+    "layer.base.weight = torch.nn.Parameter(base[path], requires_grad=False)",
+    "pass",
+    case="base",
+)
+@pytest.mark.parametrize("case", ["merged", "base"])
+def test_a_model_is_scored_with_the_weights_that_are_put_in_against_those_of_the_base(case, monkeypatch):
+    from scored import Scored, score
+
+    from lora.adapter.inject import disabled, inject, lora_layers
+
+    model = torch.nn.Sequential()
+    model.add_module("q_proj", torch.nn.Linear(4, 3, bias=False))
+    inject(model, rank=1, targets=["q_proj"])
+    scored, seen = Scored.__new__(Scored), {}
+    scored.model, scored.layers, scored.asked, scored.room = model, lora_layers(model), [], 1
+    no_chat = SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
+    scored.column = score.Column("a", None, no_chat, [], [], [])
+
+    def losses(model, *_):
+        seen["merged"] = model(torch.eye(4)).T
+        with disabled(model):
+            seen["base"] = model(torch.eye(4)).T
+        return {}
+
+    monkeypatch.setattr(score, "losses", losses)
+    monkeypatch.setattr("scored.Measured", lambda *_: None)
+    monkeypatch.setattr(score, "likeliest_answers", lambda *_: [])
+    given = {name: {"q_proj": torch.randn(3, 4)} for name in ("merged", "base")}
+    assert scored.score(given["base"], given["merged"]) == ({}, [])
+    assert torch.allclose(seen[case], given[case]["q_proj"])
