@@ -6,6 +6,7 @@ python experiments/quant/run.py --figures  tables and picture again, from result
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -30,7 +31,13 @@ SEEDS = {"self": (0, 1, 2), "sums": (0, 1)}
 TASKS = {"self": "self-introduction", "sums": "multiplication"}
 BASES = {"bf16": "bf16", "int8": "int8", "nf4": "nf4", "keep": "kept Q4_1"}
 PACKED = ("bf16", "int8", "nf4")  # with numbers of their own: a kept file has those of bf16
-REQUANTISED = "nf4 again"
+WAYS = {  # place -> the base that ΔW is added to, and whether the sum is packed into nf4
+    **{quant: (quant, False) for quant in PACKED},
+    "nf4 again": ("nf4", True),
+    "nf4 anew": ("bf16", True),
+}
+AGAIN, ANEW = list(WAYS)[-2:]
+PACKS = {ANEW: "nf4 of (W16 + ΔW)", AGAIN: "nf4 of (dq(W4) + ΔW)"}
 ROWS, UNSEEN_EACH = 320, 10  # multiplications to train on; of the self-introduction every tenth row is held out
 STEPS = 48  # of the self-introduction, half of train.py's default: the differences show before all is learned
 PAIRS, ANSWER = 60, 48  # unseen pairs; tokens of an answer about itself
@@ -90,20 +97,33 @@ def bases(scratch: Path) -> dict:
 
 @torch.no_grad()
 def served(task: str, seed: int, scratch: Path) -> dict:
-    """Each adapter of a seed on each base, as a merged model; and that of nf4 merged and packed again."""
+    """Each adapter of a seed on each base, as a merged model; those of nf4 packed, too. What is scored is kept."""
     known, figures, answers, changes = {quant: numbers(quant) for quant in PACKED}, [], [], {}
     for quant in PACKED:
         scored = scored_of(task, experiment.scratch / f"{task}-{quant}-{seed}" / "adapter")
         deltas = {path: layer.delta() for path, layer in scored.layers.items()}
         changes[quant] = norm(deltas.values())
-        for where in (*PACKED, *((REQUANTISED,) if quant == "nf4" else ())):
-            base = known["nf4" if where == REQUANTISED else where]
-            form = requantised if where == REQUANTISED else torch.Tensor.bfloat16
-            summed = {path: form(base[path] + delta) for path, delta in deltas.items()}  # in float32, rounded once
-            found, said = scored.score(base, summed, forgetting=quant in ("nf4", where))
-            figures.append({"trained": quant, "served": where, **found})
-            answers += [{"trained": quant, "served": where, **row} for row in said]
+        for where, (name, packs) in WAYS.items():
+            if packs and quant != "nf4":
+                continue
+            base, kept = known[name], scratch / f"{quant} on {where}.json"
+            if not kept.exists():
+                form = requantised if packs else torch.Tensor.bfloat16
+                summed = {path: form(base[path] + delta) for path, delta in deltas.items()}  # in float32, rounded once
+                found, said = scored.score(base, summed, forgetting=quant in ("nf4", where))
+                if packs:
+                    found["left"] = left(summed, known["nf4"], deltas)  # of nf4 without an adapter, in both cases
+                files.write_json(kept, {"figures": found, "answers": said})
+            found = files.read_json(kept)
+            figures.append({"trained": quant, "served": where, **found["figures"]})
+            answers += [{"trained": quant, "served": where, **row} for row in found["answers"]]
     return {"task": task, "seed": seed, "changes": changes, "figures": figures, "answers": answers}
+
+
+def left(merged: dict[str, torch.Tensor], base: dict[str, torch.Tensor], deltas: dict[str, torch.Tensor]) -> float:
+    """How much of ΔW is in W': ⟨W' - W, ΔW⟩ / ⟨ΔW, ΔW⟩."""
+    along = sum(float(((merged[path].float() - base[path]) * delta).sum()) for path, delta in deltas.items())
+    return along / norm(deltas.values()) ** 2
 
 
 def scored_of(task: str, adapter: Path) -> Scored:
@@ -144,28 +164,53 @@ class Cell(NamedTuple):
         each = [f"{figures['loss']:.3f}" for figures in self.figures]
         return f"{self.mean('loss'):.3f} ({', '.join(each)})" if len(each) > 1 else each[0]
 
+    def forgotten(self) -> str:
+        return f"{self.mean('retention_kl'):.3f}"
+
+    def left(self) -> str:
+        return f"{self.mean('left'):.0%}" if "left" in self.figures[0] else "100%"
+
+    def ordinary(self) -> str:
+        return f"{self.mean('retention_loss_before'):.2f} → {self.mean('retention_loss'):.2f}"
+
     def right(self) -> str:
         return share(self.answers, is_right)
 
 
 def cell(found: dict[str, dict], task: str, trained: str, where: str) -> Cell:
     trained, where = ("bf16" if name == "keep" else name for name in (trained, where))
-    done = [found[name] for seed in SEEDS[task] if (name := f"{task}-served-{seed}") in found]
-    if not done:
-        raise NotDone(f"`{task}-served-{SEEDS[task][0]}`")
+    done = served_of(found, task)
     figures, answers = ([row for f in done for row in f[kind] if (row["trained"], row["served"]) == (trained, where)]
                         for kind in ("figures", "answers"))  # fmt: skip
+    if not figures:
+        raise NotDone(f"`{task}-served-{SEEDS[task][0]}`")
     return Cell(figures, answers)
+
+
+def merged(found: dict[str, dict], task: str) -> dict[str, Cell]:
+    """The adapters of nf4, by the way they were merged, as far as it is scored."""
+    ways = {}
+    for label, where in (("dq(W4) + ΔW", "nf4"), ("W16 + ΔW", "bf16"), *((PACKS[way], way) for way in PACKS)):
+        with suppress(NotDone):
+            ways[label] = cell(found, task, "nf4", where)
+    return ways
 
 
 def tasks_done(found: dict[str, dict]) -> list[str]:
     return [task for task in TASKS if any(f"{task}-served-{seed}" in found for seed in SEEDS[task])]
 
 
-def ratio(found: dict[str, dict], task: str, quant: str) -> float:
-    """‖W16 - dq(W)‖ / ‖ΔW‖, the mean over seeds."""
+def served_of(found: dict[str, dict], task: str) -> list[dict]:
+    """What the seeds that are done have found."""
     done = [found[name] for seed in SEEDS[task] if (name := f"{task}-served-{seed}") in found]
-    return found["bases"]["lost"][quant] / mean(f["changes"][quant] for f in done)
+    if not done:
+        raise NotDone(f"`{task}-served-{SEEDS[task][0]}`")
+    return done
+
+
+def ratio(found: dict[str, dict], task: str, quant: str) -> float:
+    """‖W16 - dq(W)‖ / ‖ΔW‖, of the mean over seeds."""
+    return found["bases"]["lost"][quant] / mean(f["changes"][quant] for f in served_of(found, task))
 
 
 # ---- tables and picture ----------------------------------------------------------------------------------------------
@@ -204,26 +249,24 @@ def trained_table(found: dict[str, dict], done: list[str]) -> list[str]:
         for quant in PACKED:
             own, name = cell(found, task, quant, quant), "bf16, kept Q4_1" if quant == "bf16" else BASES[quant]
             far = f"{ratio(found, task, quant):.2f}" if "bases" in found else "-"
-            lines.append([TASKS[task], name, own.right(), own.losses(), f"{own.mean('retention_kl'):.3f}", far])
-    head = ("task", "trained and served on", "right", "loss on unseen rows (of each seed)", "forgotten, nats", LOST)
+            lines.append([TASKS[task], name, own.right(), own.losses(), own.forgotten(), own.ordinary(), far])
+    head = ("task", "trained and served on", "right", UNSEEN, "forgotten, nats", ORDINARY, LOST)
     return table(head, lines)
 
 
+UNSEEN, ORDINARY = "loss on unseen rows (of each seed)", "loss on ordinary conversations, before → after"
 LOST = "‖W16 − dq(W)‖ / ‖ΔW‖"
 
 
 def merged_table(found: dict[str, dict], done: list[str]) -> list[str]:
-    ways = {"nf4": "dq(W4) + ΔW, what was trained", "bf16": "W16 + ΔW, `--onto` the 16-bit numbers"}
-    ways |= {REQUANTISED: "nf4 of (dq(W4) + ΔW), packed again"}
     lines = []
     for task in done:
         runs = [found[name] for seed in SEEDS[task] if (name := f"{task}-nf4-{seed}") in found]
         losses = mean(at_end(run)["eval_loss"] for run in runs)
-        lines.append([TASKS[task], "not merged", "-", f"{losses:.3f}", "-"])
-        for where, label in ways.items():
-            own = cell(found, task, "nf4", where)
-            lines.append([TASKS[task], label, own.right(), own.losses(), f"{own.mean('retention_kl'):.3f}"])
-    return table(("task", "an adapter of nf4", "right", "loss on unseen rows (of each seed)", "forgotten, nats"), lines)
+        lines.append([TASKS[task], "not merged", "100%", "-", f"{losses:.3f}", "-", "-"])
+        for label, own in merged(found, task).items():
+            lines.append([TASKS[task], label, own.left(), own.right(), own.losses(), own.forgotten(), own.ordinary()])
+    return table(("task", "an adapter of nf4", "ΔW left", "right", UNSEEN, "forgotten, nats", ORDINARY), lines)
 
 
 def served_table(found: dict[str, dict], done: list[str]) -> list[str]:
@@ -259,24 +302,27 @@ def claims(found: dict[str, dict]) -> list[str]:
             "norms": lambda: every(lambda task: f"nf4 {ratio(found, task, 'nf4'):.2f} times as large"),
             "served": lambda: every(lambda t: f"bf16's on nf4 {on(t, 'bf16', 'nf4')}, nf4's own {on(t, 'nf4', 'nf4')}"),
             "onto": lambda: every(lambda t: f"dq(W4) + ΔW {on(t, 'nf4', 'nf4')}, W16 + ΔW {on(t, 'nf4', 'bf16')}"),
-            "again": lambda: every(lambda task: on(task, "nf4", REQUANTISED)),
+            "again": lambda: every(
+                lambda task: f"again {on(task, 'nf4', AGAIN)}, anew from W16 + ΔW {on(task, 'nf4', ANEW)}"
+            ),
         },
     )
 
 
 def draw(found: dict[str, dict], done: list[str]) -> None:
-    columns = {"bf16": "bf16, kept Q4_1", "int8": "int8", "nf4": "nf4", REQUANTISED: "nf4, packed\nagain"}
-    with picture(HERE / "served.png", (5 * len(done), 6), nrows=2, ncols=len(done), sharex=True, squeeze=False) as axes:
-        for task, (above, below) in zip(done, zip(*axes, strict=True), strict=True):
+    bases = {"bf16": "bf16, kept Q4_1", "int8": "int8", "nf4": "nf4"}
+    with picture(HERE / "served.png", (11, 4 * len(done)), nrows=len(done), ncols=2, squeeze=False) as axes:
+        for task, (left, right) in zip(done, axes, strict=True):
             for quant, mark in zip(PACKED, "os^", strict=True):
-                places = [where for where in columns if where != REQUANTISED or quant == "nf4"]
-                cells = [cell(found, task, quant, where) for where in places]
-                names, label = [columns[where] for where in places], f"trained on {columns[quant]}"
-                above.plot(names, [percent(c.answers, is_right) for c in cells], f"{mark}-", label=label)
-                below.plot(names, [c.mean("loss") for c in cells], f"{mark}-", label=label)
-            above.set(title=TASKS[task], ylabel="right, %")
-            below.set(xlabel="served on", ylabel="loss on unseen rows, nats a token")
-            below.legend(fontsize=8)
+                losses = [cell(found, task, quant, where).mean("loss") for where in bases]
+                left.plot(bases.values(), losses, f"{mark}--", linewidth=0.8, label=f"trained on {bases[quant]}")
+            left.set(title=TASKS[task], xlabel="served on", ylabel="loss on unseen rows, nats a token")
+            left.legend(fontsize=8)
+            shares = {
+                name.replace(" of ", " of\n"): percent(c.answers, is_right) for name, c in merged(found, task).items()
+            }
+            right.bar_label(right.bar(shares.keys(), shares.values(), width=0.6, color="C2"), fmt="%.0f %%")
+            right.set(title="an adapter of nf4, merged", ylabel="right, %", ylim=(0, 112))
 
 
 experiment = Experiment(__file__, __doc__, show)
