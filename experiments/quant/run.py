@@ -233,7 +233,7 @@ def bases_table(found: dict[str, dict]) -> list[str]:
     f, lines = found["bases"], []
     for quant in PACKED:
         own = {row["task"]: row for row in f["figures"] if row["served"] == quant}
-        kept = own["self"]
+        kept = own["sums"]
         answers = {task: [row for row in f["answers"] if (row["task"], row["served"]) == (task, quant)] for task in own}
         name = "bf16, and the kept Q4_1 file" if quant == "bf16" else BASES[quant]
         far, kl, loss = f["lost"][quant] / f["norm"], kept["retention_kl"], kept["retention_loss"]
@@ -261,7 +261,7 @@ LOST = "‖W16 − dq(W)‖ / ‖ΔW‖"
 def merged_table(found: dict[str, dict], done: list[str]) -> list[str]:
     lines = []
     for task in done:
-        runs = [found[name] for seed in SEEDS[task] if (name := f"{task}-nf4-{seed}") in found]
+        runs = [found[f"{task}-nf4-{f['seed']}"] for f in served_of(found, task)]
         losses = mean(at_end(run)["eval_loss"] for run in runs)
         lines.append([TASKS[task], "not merged", "100%", "-", f"{losses:.3f}", "-", "-"])
         for label, own in merged(found, task).items():
@@ -294,6 +294,10 @@ def claims(found: dict[str, dict]) -> list[str]:
     def four() -> str:
         return every(lambda task: ", ".join(f"{BASES[q]} {on(task, q, q)}" for q in PACKED))
 
+    def again(task: str) -> str:
+        ways = merged(found, task).items()
+        return ", ".join(f"{way} {c.right()}, loss {c.mean('loss'):.3f}" for way, c in ways if way in PACKS.values())
+
     return verdicts(
         HERE,
         {
@@ -302,16 +306,16 @@ def claims(found: dict[str, dict]) -> list[str]:
             "norms": lambda: every(lambda task: f"nf4 {ratio(found, task, 'nf4'):.2f} times as large"),
             "served": lambda: every(lambda t: f"bf16's on nf4 {on(t, 'bf16', 'nf4')}, nf4's own {on(t, 'nf4', 'nf4')}"),
             "onto": lambda: every(lambda t: f"dq(W4) + ΔW {on(t, 'nf4', 'nf4')}, W16 + ΔW {on(t, 'nf4', 'bf16')}"),
-            "again": lambda: every(
-                lambda task: f"again {on(task, 'nf4', AGAIN)}, anew from W16 + ΔW {on(task, 'nf4', ANEW)}"
-            ),
+            "again": lambda: every(again),
         },
     )
 
 
 def draw(found: dict[str, dict], done: list[str]) -> None:
     bases = {"bf16": "bf16, kept Q4_1", "int8": "int8", "nf4": "nf4"}
-    with picture(HERE / "served.png", (11, 4 * len(done)), nrows=len(done), ncols=2, squeeze=False) as axes:
+    with picture(
+        HERE / "served.png", (11, 4 * len(done)), nrows=len(done), ncols=2, squeeze=False, layout="constrained"
+    ) as axes:
         for task, (left, right) in zip(done, axes, strict=True):
             for quant, mark in zip(PACKED, "os^", strict=True):
                 losses = [cell(found, task, quant, where).mean("loss") for where in bases]
@@ -322,7 +326,8 @@ def draw(found: dict[str, dict], done: list[str]) -> None:
                 name.replace(" of ", " of\n"): percent(c.answers, is_right) for name, c in merged(found, task).items()
             }
             right.bar_label(right.bar(shares.keys(), shares.values(), width=0.6, color="C2"), fmt="%.0f %%")
-            right.set(title="an adapter of nf4, merged", ylabel="right, %", ylim=(0, 112))
+            right.tick_params(axis="x", labelsize=8)
+            right.set(title=f"{TASKS[task]}: an adapter of nf4, merged", ylabel="right, %", ylim=(0, 112))
 
 
 experiment = Experiment(__file__, __doc__, show)
