@@ -79,9 +79,9 @@ def gradients(model, again: bool, micro_batches: list[list[int]], seed: int = 5)
 
 
 @mutation(
-    "lora/network/decoder.py",
-    "use_reentrant=False) if recompute",
-    "use_reentrant=False, preserve_rng_state=False) if recompute",
+    "lora/ops/__init__.py",
+    "use_reentrant=False, context_fn=",
+    "use_reentrant=False, preserve_rng_state=False, context_fn=",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
