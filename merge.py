@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from lora import device as machine
-from lora import files, folders, pretrained
+from lora import files, folders, ops, pretrained
 from lora.adapter import passport, store, value_head
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
@@ -185,7 +185,7 @@ def changer(layers: dict[str, LoRALinear], dtype: torch.dtype | None, bar: tqdm)
         if name in targets:
             tensor = merged_weight(tensor, targets[name].delta(tensor), dtype)
         tensor = tensor.to(dtype or tensor.dtype)
-        if not torch.isfinite(tensor).all():
+        if not ops.is_finite(tensor):
             fix = "Use --dtype float32, or another adapter"
             raise BadNumbers(f"not finite in {name}: the merged weight does not fit {tensor.dtype}. {fix}")
         return tensor

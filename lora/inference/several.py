@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lora import ops
 from lora.adapter import passport, sets, store, value_head
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight, plain_linear
@@ -118,6 +119,6 @@ class Several:
 def merged_linear(path: str, layer: LoRALinear) -> nn.Linear:
     """A plain Linear with the weight W + ΔW, rounded once, and the base's own bias. Raises BadNumbers."""
     weight = merged_weight(layer.base.weight, layer.delta())
-    if not torch.isfinite(weight).all():
+    if not ops.is_finite(weight):
         raise BadNumbers(f"not finite in {path}: the merged weight does not fit {weight.dtype}. Use another adapter")
     return plain_linear(layer.base, weight)

@@ -21,6 +21,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def is_finite(x: Tensor) -> bool:
+    """Are all its numbers finite? The sum says so in one pass over them, unless it is itself too large."""
+    return bool(torch.isfinite(x.sum()) or torch.isfinite(x).all())
+
+
 def is_autocast(x: Tensor) -> bool:
     """Does `torch.autocast`, of a user's own loop, choose the dtype of every product?"""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lora import files
+from lora import files, ops
 from lora.adapter import value_head
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
@@ -107,7 +107,7 @@ def load_model(base: ModelFiles | str, dtype: torch.dtype = torch.float32, devic
     weights = {}
     for name in model.state_dict():
         weights[name] = base.read(name, dtype).to(device)
-        if not torch.isfinite(weights[name].sum()) and not torch.isfinite(weights[name]).all():
+        if not ops.is_finite(weights[name]):
             problems.append(_not_finite(base, name))
     if problems:
         raise BadInput(*problems)

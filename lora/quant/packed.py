@@ -7,6 +7,8 @@ some blocks at a time, so that what lies between stays small and in the cache.
 import torch
 from torch import Tensor, nn
 
+from lora import ops
+
 AT_ONCE = {"cpu": 2**20}  # values; a GPU takes a whole weight
 
 
@@ -40,7 +42,7 @@ class Packed(nn.Module):
         return next(self.buffers()).device
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(scale).all()) for scale in self.scales())
+        return all(map(ops.is_finite, self.scales()))
 
     @torch.no_grad()
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -142,7 +142,7 @@ def test_an_untied_model_without_a_head_is_refused(tmp_path):
     assert f":{HEAD}: the config asks for it" in problems_of(folder_of(tmp_path / "m", tensors))
 
 
-@mutation("lora/pretrained/load.py", "if not torch.isfinite(weights[name].sum()) and", "if False and")
+@mutation("lora/pretrained/load.py", "if not ops.is_finite(weights[name]):", "if False:")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_named(tmp_path, value):
     tensors = tensors_of(tiny_model(torch.bfloat16))

@@ -79,9 +79,9 @@ def gradients(model, again: bool, micro_batches: list[list[int]], seed: int = 5)
 
 
 @mutation(
-    "lora/network/decoder.py",
-    "use_reentrant=False) if recompute",
-    "use_reentrant=False, preserve_rng_state=False) if recompute",
+    "lora/ops/__init__.py",
+    "use_reentrant=False, context_fn=",
+    "use_reentrant=False, preserve_rng_state=False, context_fn=",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -154,7 +154,7 @@ def test_nothing_is_recomputed_without_gradients_or_with_a_cache(monkeypatch):
     model, tokens = patched(tiny_model(torch.float32)), some_tokens(9)
     plain = model(tokens)
     model.checkpoint_activations = True
-    monkeypatch.setattr(decoder, "checkpoint", None)
+    monkeypatch.setattr(decoder.ops, "recomputed", None)
     assert torch.equal(plain, model(tokens))
     with torch.enable_grad():
         cached = model(tokens, cache=model.new_cache(1, 9))
