@@ -101,7 +101,7 @@ class FourBit(Stored):
         self.need(right, name, f"shape {str(shape)[:60]} is not that of a matrix")
         self.need(self.block in BLOCKS, name, f"blocksize {str(self.block)[:60]} is none of {BLOCKS}")
         self.shape, self.dtype = tuple(shape), getattr(torch, str(dtype), None)
-        self.need(self.dtype in files.NAMES, name, f"dtype {str(dtype)[:60]} is none of a weight")
+        self.need(self.dtype in files.DTYPES.values(), name, f"dtype {str(dtype)[:60]} is none of a weight")
         count, blocks = prod(shape), ceil(prod(shape) / self.block)
         kind, stored = self.tensors[self.name].header[self.name]
         self.need(kind in files.STORED, self.name, f"dtype {kind}")
