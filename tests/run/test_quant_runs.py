@@ -91,8 +91,8 @@ def runs(tmp_path_factory):
 
 @mutation(
     "lora/run/settings.py",
-    """        "quantised file as they are; with --init-adapter as it was trained", one_of("none", *QUANT))""",
-    """        "quantised file as they are; with --init-adapter as it was trained", one_of("none", *QUANT), free=True)""",
+    """with --init-adapter as it was trained", one_of("none", *QUANT))""",
+    """with --init-adapter as it was trained", one_of("none", *QUANT), free=True)""",
 )
 @pytest.mark.parametrize(
     ("run", "given", "line"),
