@@ -121,7 +121,11 @@ class Plan:
         lengths, group = self.examples.document_lengths, self.examples.group
         if methods.samples(args.method):
             lengths, group = lengths + args.max_new_tokens, args.group
-        return self.on_meta, args, lengths, self.per_step * group
+        bases = [self.base] if args.quant else []
+        if not (args.quant or args.full or args.fsdp or args.compile):
+            bases = [pretrained.Quantised(self.base, "nf4")]  # which could be added
+        packings = {base.quant: memory.PackedSizes.of(base) for base in bases}
+        return self.on_meta, args, lengths, self.per_step * group, packings
 
     def memory(self, args: TrainSettings) -> float:
         """Bytes that the run is expected to take at its peak."""
