@@ -108,9 +108,9 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int, packi
     """What is held at the peak of a run, in bytes by name.
 
     `model` is as for `saved`; `args` are the settings of train.py, device and dtype resolved; `lengths` are the tokens
-    of every example, of which `batch_size` make a step; `packings` says what --quant would pack. Evaluation and the retention meter do not count, and loading
-    needs less: one tensor at a time is there twice. Checked on a CPU; CUDA has the same terms without a heap to
-    fragment, and was not measured.
+    of every example, of which `batch_size` make a step; `packings` say what --quant packs. Evaluation and the retention
+    meter do not count, and loading needs less: one tensor at a time is there twice. Checked on a CPU; CUDA has the same
+    terms without a heap to fragment, and was not measured.
     """
     size, (vocabulary, hidden) = getattr(torch, args.dtype).itemsize, model.head_weight.shape
     growth, packed = GROWTH.get(args.device, 1.0), packings.get(args.quant, PackedSizes())
