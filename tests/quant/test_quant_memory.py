@@ -21,7 +21,8 @@ from tests import cli
 from tests.helpers import as_written, tiny_config
 from tests.mutation import mutation
 from tests.network.test_families import folder_of
-from tests.train.test_memory import settings
+from tests.train.test_memory import BIG, settings
+from tests.train.test_memory import arguments as of_a_run
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 8,
          "num_key_value_heads": 8, "vocab_size": 300}  # fmt: skip
@@ -38,17 +39,18 @@ def large(tmp_path_factory):
 
 
 LOADING = """
-import sys
+import re, sys
 from pathlib import Path
 import torch
-from lora.device import peak_memory
+from lora.device import resident_memory
 from lora.pretrained import find, load_model
 small, folder, quant = sys.argv[1:]
 load_model(find(small, quant), torch.bfloat16)  # what is imported and set up once
-before = peak_memory(torch.device("cpu"))
+before = resident_memory()
 model = load_model(find(folder, quant), torch.bfloat16)
 held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
-print(peak_memory(torch.device("cpu")) - before, sum(held.values()))
+peak = re.search("VmHWM: *(.*) kB", Path("/proc/self/status").read_text().replace("\\t", " "))  # not the parent's, too
+print(int(peak[1]) * 1024 - before, sum(held.values()))
 """
 
 
@@ -56,7 +58,7 @@ print(peak_memory(torch.device("cpu")) - before, sum(held.values()))
           "step = rows", case="nf4")  # fmt: skip
 @mutation("lora/quant/nf4.py", "return NF4(shape, codes, *pack_scales(absmax - mean), mean)",
           "return NF4(shape, codes, absmax)", case="nf4")  # fmt: skip
-@pytest.mark.parametrize("quant, bits", [("nf4", 4.127), ("int8", 8 + 32 / 1024)])
+@pytest.mark.parametrize("quant, bits", [("nf4", 4.127), ("int8", 8 + 32 / 1024)], ids=["nf4", "int8"])
 def test_loading_never_holds_the_model_in_both_forms_and_ends_with_the_formulas_bytes(large, quant, bits):
     words = [sys.executable, "-c", LOADING, str(cli.model_folder()), str(large), quant]
     done = subprocess.run(words, capture_output=True, text=True, cwd=cli.ROOT, timeout=60)
@@ -65,7 +67,7 @@ def test_loading_never_holds_the_model_in_both_forms_and_ends_with_the_formulas_
     sizes = {name: prod(shape) for name, (_, shape) in find(str(large)).header.items()}
     formula = sum(size * (bits / 8 if name.endswith("_proj.weight") else 2) for name, size in sizes.items())
     assert abs(held - formula) < 0.01 * formula
-    assert growth < formula + 2 * max(sizes.values()) + 30e6, (growth, formula)
+    assert growth < formula + 2 * max(sizes.values()) + 50e6, (growth, formula)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "keep"])
@@ -154,13 +156,15 @@ def test_numbers_are_counted_of_a_weight_or_where_blocks_are_computed_again_of_o
 
 
 @mutation("lora/train/memory.py", "if needed(quant=quant) <= room:", "if False:")
-def test_where_packing_would_fit_that_is_the_advice_and_where_it_would_not_a_smaller_model(large):
-    run = {"device": "cuda", "dtype": "float32", "checkpoint_activations": True, "micro_tokens": 64}
-    dense, packed = (memory.expected(*arguments(quant, large, **run)) for quant in (None, "nf4"))
-    assert packed < 0.9 * dense
-    assert memory.advice(1.05 * packed, *arguments(None, large, **run)) == "Add --quant nf4"
-    assert memory.advice(0.3 * packed, *arguments(None, large, **run)) == "Take a smaller model"
-    assert memory.advice(0.3 * packed, *arguments("nf4", large, **run)) == "Take a smaller model"
+def test_where_packing_would_fit_that_is_the_advice_and_where_it_would_not_a_smaller_model():
+    run = {"device": "cuda", "dtype": "float32", "checkpoint_activations": True, "micro_tokens": 64, "shape": BIG}
+    block = 4 * 512**2 + 3 * 512 * 1024
+    run["packings"] = {"nf4": memory.PackedSizes(24 * block // 2, 24 * block, block, 512 * 1024)}
+    packed = memory.expected(*of_a_run(quant="nf4", **run))
+    assert packed < 0.6 * memory.expected(*of_a_run(**run))
+    assert memory.advice(1.01 * packed, *of_a_run(**run)) == "Add --quant nf4"
+    assert "--quant" not in memory.advice(0.99 * packed, *of_a_run(**run))
+    assert "--quant" not in memory.advice(0.99 * packed, *of_a_run(quant="nf4", **run))
 
 
 @mutation("lora/run/plan.py", "if args.full or args.fsdp or args.compile:", "if False:")
