@@ -2,12 +2,11 @@
 how far both are from what was trained: each is computed here from the files alone."""
 
 import json
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file
 
@@ -16,49 +15,30 @@ from lora.adapter import store
 from lora.adapter.variants import DoRALinear
 from lora.export import receipt
 from lora.pretrained import gguf_write
-from lora.pretrained.quantised import Quantised
 from tests import cli
-from tests.adapters import deltas, write_adapter
+from tests.adapters import deltas
 from tests.export.test_receipt import by_hand
 from tests.helpers import close, some_tokens
 from tests.mutation import mutation
+from tests.quantised_files import PACKINGS, trained_on, write_models, write_packed_adapter
 from tests.scripts.test_commands import ok
 
-PACKINGS = ("nf4", "int8", "keep")
 TARGET = "model.layers.1.self_attn.q_proj"  # its rows are moved in a GGUF file of a Llama
-
-
-@contextmanager
-def also_q4_1():
-    """Inside the block our writer of GGUF files knows Q4_1 as well, and moves rows as ever."""
-    gguf_write.TYPES["q4_1"] = GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1
-    try:
-        yield
-    finally:
-        del gguf_write.TYPES["q4_1"]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A 16-bit model, a Q4_1 file of it, and adapters of both packings, of LoRA and of DoRA."""
+    """A 16-bit model, a Q4_1 file of it, and adapters of all packings, of LoRA and of DoRA."""
     folder = tmp_path_factory.mktemp("onto")
-    model = cli.write_model(folder / "model", intermediate_size=64)
-    with also_q4_1():
-        gguf_write.write_model(pretrained.find(str(model)), folder / "q4.gguf", lambda _, t: t.float(), "q4_1")
+    write_models(folder)
     for quant in PACKINGS:
-        base = folder / ("q4.gguf" if quant == "keep" else "model")
-        write_adapter(folder / quant, model=base, quant=quant)
-    write_adapter(folder / "dora", model=model, quant="nf4", kind=DoRALinear)
+        write_packed_adapter(folder, quant, quant)
+    write_packed_adapter(folder, "dora", "nf4", kind=DoRALinear)
     return folder
 
 
 def merge(cwd, *argv, **how):
     return cli.call("merge", "--device", "cpu", *argv, cwd=cwd, **how)
-
-
-def trained_on(work, adapter) -> Quantised:
-    quant = "nf4" if adapter == "dora" else adapter
-    return pretrained.find(str(work / ("q4.gguf" if quant == "keep" else "model")), quant)
 
 
 def delta(work, adapter, W):
@@ -94,7 +74,7 @@ def test_what_is_written_is_the_sum_of_the_chosen_base_and_of_what_was_learned_o
 ):
     flags = ("--onto", work / "model") if onto else ()
     ok(merge(tmp_path, "--adapter", work / adapter, "--out", "out", "--dtype", "float32", *flags))
-    dq = trained_on(work, adapter).read(f"{TARGET}.weight", torch.float32)
+    dq = trained_on(work, "nf4" if adapter == "dora" else adapter).read(f"{TARGET}.weight", torch.float32)
     W = load_file(work / "model/model.safetensors")[f"{TARGET}.weight"].float() if onto else dq
     after = load_file(tmp_path / "out/model.safetensors")[f"{TARGET}.weight"]
     assert close(after, W.double() + delta(work, adapter, dq), 1e-6)
@@ -143,7 +123,7 @@ def test_the_reference_of_a_receipt_is_the_unmerged_adapter_on_the_packed_base(w
     onto = pretrained.find(str(work / "model")) if onto == "onto" else None
     flags = ("--onto", work / "model") if onto else ()
     ok(merge(tmp_path, "--adapter", work / adapter, "--out", "out", "--no-receipt", *flags))
-    base, written = trained_on(work, adapter), pretrained.find(str(tmp_path / "out"))
+    base, written = trained_on(work, "nf4" if adapter == "dora" else adapter), pretrained.find(str(tmp_path / "out"))
     found = receipt.make(base, work / adapter, written, PROMPTS, "cpu", onto)
 
     trained, plain, after = (pretrained.load_model(one) for one in (base, base, written))
