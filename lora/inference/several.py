@@ -7,11 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-<<<<<<< HEAD
-from lora import ops
-=======
-from lora import pretrained
->>>>>>> use
+from lora import ops, pretrained
 from lora.adapter import passport, sets, store, value_head
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight, plain_linear
