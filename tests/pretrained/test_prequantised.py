@@ -232,8 +232,8 @@ PHI3 = {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 4, "num_
 GEMMA = {"model_type": "gemma2", "head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 2}
 
 
-@mutation("lora/pretrained/write_packed.py", "nested=len(parts) == 1", "nested=True", case="phi3")
-@mutation("lora/pretrained/write_packed.py", "else together", "else parts[0]", case="phi3")
+@mutation("lora/pretrained/write_packed.py", "nested=len(parts) == 1", "nested=True", case="phi3-1")
+@mutation("lora/pretrained/write_packed.py", "else together", "else parts[0]", case="phi3-1")
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("config", [{}, PHI3, GEMMA], ids=["llama", "phi3", "gemma2"])
 def test_a_base_packed_in_nf4_is_written_and_kept_with_the_same_numbers(tmp_path, config, shards):
