@@ -1,5 +1,6 @@
 """Packed weights take the memory that the formula says, loading takes little more, and a run is told what it needs."""
 
+import os
 import subprocess
 import sys
 from math import prod
@@ -61,13 +62,14 @@ print(int(peak[1]) * 1024 - before, sum(held.values()))
 @pytest.mark.parametrize("quant, bits", [("nf4", 4.127), ("int8", 8 + 32 / 1024)], ids=["nf4", "int8"])
 def test_loading_never_holds_the_model_in_both_forms_and_ends_with_the_formulas_bytes(large, quant, bits):
     words = [sys.executable, "-c", LOADING, str(cli.model_folder()), str(large), quant]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=cli.ROOT, timeout=60)
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # no holes in glibc's heap, which differ from run to run
+    done = subprocess.run(words, capture_output=True, text=True, cwd=cli.ROOT, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
     growth, held = map(int, done.stdout.split())
     sizes = {name: prod(shape) for name, (_, shape) in find(str(large)).header.items()}
     formula = sum(size * (bits / 8 if name.endswith("_proj.weight") else 2) for name, size in sizes.items())
     assert abs(held - formula) < 0.01 * formula
-    assert growth < formula + 2 * max(sizes.values()) + 50e6, (growth, formula)
+    assert growth < formula + 2 * max(sizes.values()) + 8e6, (growth, formula)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "keep"])

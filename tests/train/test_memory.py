@@ -106,7 +106,7 @@ def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@mutation("lora/train/memory.py", "if recomputes(tokens, args):", "if args.checkpoint_activations:")
+@mutation("lora/train/memory.py", "again = recomputes(tokens, args)", "again = args.checkpoint_activations")
 def test_an_example_far_longer_than_the_budget_needs_less_memory():
     def needed(longest: int) -> float:
         return expected(lengths=[300, longest], batch_size=1, shape=BIG, device="cuda", micro_tokens=500)
