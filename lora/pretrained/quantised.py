@@ -39,7 +39,7 @@ class Quantised:
         kept = [name for name in self.linears if original.block_type(name)] if mode == KEEP else self.linears
         wrong = f"wrong --quant in the command line: {{}} in {original.name}. Give {{}}"
         if not kept:
-            found = next(iter(sorted(Path(original.name).glob("*.gguf"))), None)
+            found = next(iter(sorted(Path(original.path).glob("*.gguf"))), None)
             fix = f"--model {found}, or " if found else ""
             raise BadInput(wrong.format("there are no blocks to keep", f"{fix}--quant nf4 or int8"))
         if mode != KEEP and {original.block_type(name) for name in kept} & BITS_4:

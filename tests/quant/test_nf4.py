@@ -57,6 +57,22 @@ def test_the_nearest_value_is_taken_and_in_the_middle_of_two_the_lower():
     assert unpacked(pack((1, 16), [row])) == [*range(15), 15]
 
 
+@mutation(
+    "lora/quant/nf4.py", "blocks = blocks * (1 / absmax.clamp(min=TINY))", "blocks = blocks / (absmax.clamp(min=TINY))"
+)
+def test_where_rounding_decides_it_is_that_of_a_product_with_the_reciprocal_as_in_bitsandbytes():
+    row = torch.tensor([[1.4962565898895264, -1.2689697742462158, -0.5082475543022156, -0.20635133981704712]])
+    assert unpacked(pack((1, 4), [row])) == [15, 1, 4, 6]  # by quotients 15, 0, 3, 5
+
+
+@mutation("lora/quant/nf4.py", "GRID = 65535", "GRID = 2**22")
+@mutation("lora/quant/nf4.py", "codes[absmax == 0] = 0", "pass")
+def test_codes_of_scales_are_looked_up_on_a_grid_and_are_0_where_all_are_0_as_in_bitsandbytes():
+    codes, largest = nf4.pack_scales(torch.tensor([1, -0.9859399795532227, 0.5]))
+    assert codes[:2].tolist() == [255, 1] and largest.tolist() == [1]  # without a grid 0
+    assert nf4.pack_scales(torch.zeros(3))[0].tolist() == [0, 0, 0]
+
+
 def test_every_value_of_the_table_comes_back_as_itself():
     assert torch.equal(pack((1, 16), [nf4.TABLE[None] * 3]).dequantise(), nf4.TABLE[None] * 3)
 
@@ -117,11 +133,6 @@ def test_scales_in_eight_bits_are_within_half_a_step_of_their_map():
     assert off.max() <= steps and (off / plain.absmax).mean() < 0.003
 
 
-@mutation(
-    "lora/quant/nf4.py",
-    "[absmax == 0] = 0",
-    "[absmax == 0] = 255",
-)
 def test_a_weight_takes_4_127_bits():
     shape = (4096, 256)
     packed = nf4.pack(shape, [torch.randn(shape)])
