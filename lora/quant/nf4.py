@@ -97,8 +97,7 @@ def pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     blocks = pad(scales, (0, -len(scales) % BLOCKS_A_SCALE)).view(-1, BLOCKS_A_SCALE)
     absmax, values = blocks.abs().amax(1), dynamic_map()
     on_grid = ((blocks * (1 / absmax.clamp(min=TINY))[:, None] + 1) * 0.5 * GRID + 0.5).trunc()
-    on_grid = on_grid.double() / GRID * 2 - 1
-    codes = torch.bucketize(on_grid.float(), (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    codes = torch.bucketize(on_grid / GRID * 2 - 1, (values[1:] + values[:-1]) / 2).to(torch.uint8)
     codes[absmax == 0] = 0
     return codes.view(-1)[: len(scales)], absmax
 

@@ -52,7 +52,7 @@ def settings(**changes) -> SimpleNamespace:
     known = {"rank": 5, "alpha": 8.0, "dtype": "float32", "adapter_dtype": "float32", "device": "cpu", "dropout": 0.0,
              "micro_tokens": 2048, "checkpoint_activations": False, "overlong": "drop", "epochs": 3, "max_steps": None,
              "dora": False, "rslora": False, "init": "kaiming", "full": False, "target": ["all"], "layers": None,
-             "rank_pattern": None, "alpha_pattern": None}  # fmt: skip
+             "rank_pattern": None, "alpha_pattern": None, "quant": None}  # fmt: skip
     return SimpleNamespace(**known | changes)
 
 
@@ -242,12 +242,12 @@ BIG = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "
        "num_key_value_heads": 8, "vocab_size": 1000, "max_position_embeddings": 4096}  # fmt: skip
 
 
-def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, shape=None, **changes) -> tuple:
+def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, shape=None, packings=None, **changes) -> tuple:
     """Those of `memory.expected`, for a model on `meta`."""
     with torch.device("meta"):
         empty = decoder.Model(ModelConfig.from_json(tiny_config(**shape or {})))
     s = settings(**changes)
-    return on_meta(s, empty), s, lengths, batch_size
+    return on_meta(s, empty), s, lengths, batch_size, packings or {}
 
 
 def expected(**changes) -> float:
