@@ -457,7 +457,7 @@ print((resident_memory() - before) // 10**6)
 """
 
 
-@mutation("lora/device.py", "LARGE if sparing else 2**30", "2**30", case="True")
+@mutation("lora/device.py", "LARGE if sparing else 2**30", "2**30", case="True-0-30")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.parametrize("sparing, least, most", [(True, 0, 30), (False, 200, 900)])
 def test_where_memory_is_spared_large_blocks_are_not_kept(sparing, least, most):
