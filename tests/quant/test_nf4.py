@@ -46,7 +46,7 @@ def test_plus_and_minus_one_are_codes_15_and_0():
     assert unpacked(packed) == [15, 0] * 32 and torch.equal(packed.dequantise(), ones)
 
 
-@mutation("lora/quant/nf4.py", "codes += blocks > middle", "codes += blocks >= middle")
+@mutation("lora/quant/nf4.py", "numbers > next_one", "numbers >= next_one")
 @mutation("lora/quant/nf4.py", "codes[::2] << 4 | codes[1::2]", "codes[1::2] << 4 | codes[::2]")
 def test_the_nearest_value_is_taken_and_in_the_middle_of_two_the_lower():
     below, above = 0.0397, 0.0399  # the middle of 0 and 0.0795803 is 0.0397901

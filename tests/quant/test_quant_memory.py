@@ -1,9 +1,11 @@
 """Packed weights take the memory that the formula says, loading takes little more, and a run is told what it needs."""
 
 import os
+import re
 import subprocess
 import sys
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lora.network.config import ModelConfig
 from lora.network.decoder import Model
 from lora.pretrained import empty_model, find, load_model, smallest
 from lora.quant.gguf import TYPES
+from lora.quant.int8 import Int8
 from lora.quant.packed import Packed
 from lora.run.adapter import on_meta
 from lora.run.plan import Plan
@@ -184,3 +187,26 @@ def test_a_run_says_what_it_needs_packed_before_it_loads(tmp_path):
         assert done.code == 0, done.err
         said[quant] = done.err.index("memory   about ") < done.err.index("saved ")
     assert all(said.values())
+
+
+def flags_of(tensor: torch.Tensor) -> list[str]:
+    """What Linux notes of the memory that the middle of a tensor is in (proc_pid_smaps(5))."""
+    address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@mutation("lora/quant/packed.py", "        huge_pages(values)\n", "")
+@mutation("lora/device.py", "mmap.MADV_HUGEPAGE", "mmap.MADV_NOHUGEPAGE")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no such pages")
+def test_the_numbers_of_a_large_weight_come_into_memory_by_large_pages():
+    large, small = (
+        Int8((rows, 8192), torch.ones(rows, 8192, dtype=torch.int8), torch.ones(rows)) for rows in (4096, 8)
+    )
+    numbers = large.dequantise(torch.bfloat16)
+    assert "hg" in flags_of(numbers) and bool((numbers == 1).all())
+    assert "hg" not in flags_of(small.dequantise(torch.bfloat16))

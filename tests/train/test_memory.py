@@ -442,3 +442,25 @@ def test_above_what_is_enough_holes_between_blocks_are_given_back_but_not_at_eve
     first, again = map(int, found.stdout.split())
     assert least < first < most
     assert -20 < again < 20
+
+
+SPARING = """
+import torch
+from lora.device import keep_memory, resident_memory
+keep_memory(torch.device("cpu"), sparing={sparing})
+before, kept = resident_memory(), []
+for _ in range(3):
+    large = [torch.ones(2**25, dtype=torch.int32) for _ in range(2)]  # 134 MB each
+    kept += [torch.ones(2**18)]
+    del large
+print((resident_memory() - before) // 10**6)
+"""
+
+
+@mutation("lora/device.py", "LARGE if sparing else 2**30", "2**30", case="True-0-30")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("sparing, least, most", [(True, 0, 30), (False, 200, 900)])
+def test_where_memory_is_spared_large_blocks_are_not_kept(sparing, least, most):
+    words = [sys.executable, "-c", SPARING.format(sparing=sparing)]
+    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=cli.ROOT)
+    assert least <= int(found.stdout) < most
