@@ -2,7 +2,7 @@
 
 speed     training short chats on the default model in nf4, int8 and its own Q4_1 blocks, beside bfloat16: tokens/s,
           held-out loss after the same steps, peak memory
-decode    answering one prompt at a time on each of them, the base alone and with a merged adapter
+decode    answering one prompt at a time on each, with an adapter merged into plain Linears or beside packed ones
 peers     nf4 against bitsandbytes under PEFT on the same CPU and examples: as people run it (B0), tuned (B1)
 laptop    a training step of 512 tokens on models of 1.5 to 8 billion random weights in nf4: what memory it takes
 kernels   dequantising alone, weights/s of each format
@@ -149,13 +149,13 @@ def decode(bench: Bench, rounds: int) -> dict:
         return found
 
     runs, reached, sides = bench.rounds(bench.modes, rounds, run), [], {}
-    for form in ("merged", "base"):
+    for form, goal in (("merged", GOALS["decode"]), ("beside", None)):
         rates = {mode: [row["tokens/s"] for one in its for row in one["runs"][form]] for mode, its in runs.items()}
         for mode in bench.modes:
             sides.setdefault(mode, {})[f"{form} tokens/s"] = median(rates[mode])
         for mode in bench.modes[1:]:
             over = spread([a / b for a, b in zip(rates[mode], rates["bf16"], strict=True)])
-            reached.append(judged(over, f"{mode}, {form}: tokens/s over bf16's", GOALS["decode"]))
+            reached.append(judged(over, f"{mode}, {form}: tokens/s over bf16's", goal))
     for mode in bench.modes:
         sides[mode]["peak GB"] = max(run["peak"] for run in runs[mode]) / 1e9
     return {"new": new, "sides": sides, "reached": reached, "runs": runs}

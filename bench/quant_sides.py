@@ -19,9 +19,8 @@ from bench import decode_sides, machine, random_model, train_sides  # noqa: E402
 from lora import device, files, pretrained  # noqa: E402
 from lora.adapter import store  # noqa: E402
 from lora.adapter.inject import inject  # noqa: E402
-from lora.adapter.merge import merge_and_unload  # noqa: E402
 from lora.data import batch  # noqa: E402
-from lora.inference import generate  # noqa: E402
+from lora.inference import generate, unpacked  # noqa: E402
 from lora.methods import objective, sft  # noqa: E402
 from lora.pretrained.quantised import Quantised  # noqa: E402
 from lora.quant import gguf, int8, nf4  # noqa: E402
@@ -66,17 +65,18 @@ def train(job) -> dict:
 
 
 def decode(job) -> dict:
-    """One prompt at a time: the base alone, then with an adapter merged into it."""
+    """One prompt at a time with an adapter: beside the base as it is packed, as where memory is short; then merged into
+    plain Linears, as everywhere else."""
     model, runs = pretrained.load_model(pretrained.find(job.base, job.quant), torch.bfloat16), {}
+    store.load(model, job.adapter)
 
     def answer(prompts, new, note):
         return generate.generate(model, prompts, {-1}, new, on_token=lambda *_: note())
 
     side = SimpleNamespace(generate=answer)
-    for form in ("base", "merged"):
+    for form in ("beside", "merged"):
         if form == "merged":
-            store.load(model, job.adapter)
-            merge_and_unload(model)
+            unpacked.unpack(model, device.free_memory(HERE))
         decode_sides.timed(side, job.prompts[:1], 4)
         runs[form] = [decode_sides.timed(side, [prompt], job.new) for prompt in job.prompts]
     return {"runs": runs, "peak": machine.peak()}
