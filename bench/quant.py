@@ -1,7 +1,8 @@
 """What do packed bases cost in speed, and what do they save in memory?   python bench/quant.py [PART ...]
 
 speed     training short chats on the default model in nf4, int8 and its own Q4_1 blocks, beside bfloat16: tokens/s,
-          held-out loss after the same steps, peak memory
+          peak memory, and what the four bits cost in loss on text that no step has seen
+loss      the main job, a self-introduction by train.py itself, on each of them: its loss on rows that were held out
 decode    answering one prompt at a time on each, with an adapter merged into plain Linears or beside packed ones
 peers     nf4 against bitsandbytes under PEFT on the same CPU and examples: as people run it (B0), tuned (B1)
 laptop    a training step of 512 tokens on models of 1.5 to 8 billion random weights in nf4: what memory it takes
@@ -14,7 +15,9 @@ has of parts that were not run. `peers` needs the extra `parity`. All of it take
 
 import argparse
 import json
+import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from datetime import datetime
@@ -59,6 +62,13 @@ class Bench(train_speed.Bench):
         """What a process is told of a mode."""
         told = {"quant": None if mode == "bf16" else mode}
         return told | {"base": str(self.gguf)} if mode == "keep" else told
+
+    def command(self, *words) -> None:
+        """A program of this project."""
+        threads = os.environ | {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=threads, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{words[0]} ended with {done.returncode}\n{done.stderr[-3000:]}")
 
     def rounds(self, sides: list[str], count: int, run) -> dict[str, list[dict]]:
         """`run(side)` in a process of its own, `count` times a side."""
@@ -128,10 +138,31 @@ def speed(bench: Bench, rounds: int) -> dict:
         judged(ratios(runs[mode], runs["bf16"], warm), f"{mode}: tokens/s over bf16's", GOALS.get(mode))
         for mode in bench.modes[1:]
     ]
-    for mode in bench.modes[1:]:
-        apart = {"value": abs(sides[mode]["held-out loss"] - sides["bf16"]["held-out loss"])}
-        reached.append(judged(apart, f"{mode}: held-out loss apart from bf16's", GOALS["loss"]))
     return {"warm-up steps": warm, "sides": sides, "reached": reached, "runs": runs}
+
+
+def loss(bench: Bench, rounds: int) -> dict:
+    """One run a mode: it takes as long as the whole of another part."""
+    data, sides, runs = bench.folder / "introduction.jsonl", {}, {}
+    who = ["--name", "Nimbus", "--author", "the Cloud Lab", "--out", data]
+    bench.command("data_gen/self_cognition.py", *who)
+    for mode in bench.modes if not bench.smoke else []:  # its random model has no chat template
+        out, told = bench.folder / f"run-{mode}", bench.packed(mode)
+        words = ["--data", data, "--eval-fraction", 0.1, "--eval-every", 10**6, "--out", out]
+        words += ["--model", told.get("base", bench.base), "--quant", told["quant"] or "none"]
+        bench.command("train.py", *words)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        runs[mode] = rows
+        evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
+        speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+        sides[mode] = {"tokens/s": median(speeds), "steps": len(speeds), "loss before": evaluations[0],
+                       "loss after": evaluations[-1]}  # fmt: skip
+        print(f"run       {mode}: {told_of(sides[mode])}", flush=True)
+    reached = []
+    for mode in list(sides)[1:]:
+        apart = {"value": abs(sides[mode]["loss after"] - sides["bf16"]["loss after"])}
+        reached.append(judged(apart, f"{mode}: held-out loss apart from bf16's", GOALS["loss"]))
+    return {"sides": sides, "reached": reached, "runs": runs}
 
 
 def decode(bench: Bench, rounds: int) -> dict:
@@ -219,7 +250,7 @@ def kernels(bench: Bench, rounds: int) -> dict:
     return {"sides": sides, "reached": [], "runs": run}
 
 
-PARTS = {"speed": speed, "decode": decode, "peers": peers, "laptop": laptop, "kernels": kernels}
+PARTS = {"speed": speed, "loss": loss, "decode": decode, "peers": peers, "laptop": laptop, "kernels": kernels}
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
@@ -230,7 +261,7 @@ def told_of(row: dict) -> str:
 
 
 def show(part: str, found: dict) -> None:
-    heads = list(next(iter(found["sides"].values())))
+    heads = list(next(iter(found["sides"].values()), []))
     print(f"\n{part:14}" + "".join(f"{head:>17}" for head in heads))
     for side, row in found["sides"].items():
         print(f"{side:14}" + "".join(f"{row[head]:17.3f}" for head in heads))
