@@ -400,7 +400,7 @@ IDENTITY = [  # a flag, and another value than the run has
     ("--system", "Be kind."), ("--template", "plain"), ("--date", "2025-02-01"), ("--adapter-dtype", "bfloat16"),
     ("--dtype", "bfloat16"), ("--eval-fraction", 0.5), ("--layers", "0"), ("--rank-pattern", "q_proj=3"),
     ("--alpha-pattern", "q_proj=3"), ("--init", "gaussian"), ("--lr-ratio-b", 4), ("--rslora",), ("--dora",),
-    ("--leading-answers", "drop"), ("--control-tokens",),
+    ("--leading-answers", "drop"), ("--control-tokens",), ("--quant", "int8"),
 ]  # fmt: skip
 
 
