@@ -167,7 +167,7 @@ def expected(tmp_path_factory):
 SMALL = {"config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
-@mutation("lora/pretrained/hub.py", "allow_patterns=wanted(repo, info)", "allow_patterns=None")
+@mutation("lora/pretrained/hub.py", "allow_patterns=names", "allow_patterns=None")
 def test_a_hub_id_answers_as_the_folder_and_only_what_is_read_is_fetched(hub, tmp_path, expected):
     done = ask(tmp_path, hub.env(tmp_path / "cache"))
     assert done.code == 0 and done.out == expected, done.err

@@ -284,7 +284,7 @@ def test_keep_names_the_gguf_file_that_lies_in_the_folder(tmp_path):
         find(str(folder), "keep")
 
 
-@mutation("lora/pretrained/quantised.py", '& {"NF4", "FP4"}', '& {"NF4"}', case="fp4-nf4")
+@mutation("lora/pretrained/quantised.py", 'BITS_4 = {"NF4", "FP4"}', 'BITS_4 = {"NF4"}', case="fp4-nf4")
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_what_has_four_bits_is_not_rounded_a_second_time(tmp_path, kind, mode):

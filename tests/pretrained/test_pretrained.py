@@ -478,7 +478,7 @@ def unchanged(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @mutation(
     "lora/pretrained/write.py",
-    "headers.setdefault(shard_of(parts[0]), {})",
+    "headers.setdefault(file_of(base, parts[0]), {})",
     'headers.setdefault("model.safetensors", {})',
 )
 @pytest.mark.parametrize("shards", [1, 3])
