@@ -108,10 +108,10 @@ class Local(Teacher):
     def __init__(self, args):
         super().__init__(args)
         from lora import pretrained
-        from lora.adapter import store
+        from lora.adapter import passport, store
 
         self._seed, self._adapter = getattr(args, "seed", 0), getattr(args, "local_adapter", None)
-        self._checkpoint = pretrained.find(args.local)
+        self._checkpoint = pretrained.find(args.local, passport.packing(None, self._adapter))
         self.about = {"local": self._checkpoint.name, **self.about}
         if self.temperature:
             self.about["drawing"] = self._seed
@@ -134,7 +134,7 @@ class Local(Teacher):
             return model, pretrained.load_chat(self._checkpoint)
         store.load(model, self._adapter)
         base = self._checkpoint
-        passport.verify(self._adapter, base.name, base.header, base.read, lora_layers(model))
+        passport.verify(self._adapter, base, lora_layers(model))
         merge_and_unload(model)
         return model, load_chat(base, self._adapter)  # as it was trained
 

@@ -46,8 +46,8 @@ def anchors(path: Path) -> set[str]:
 
 @mutation(
     "README.md",
-    "## Exit codes\n",
-    "\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n## Exit codes\n",
+    "## Chapters\n",
+    "\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n## Chapters\n",
 )
 def test_the_readmes_are_doors():
     assert len(read(ROOT / "README.md").splitlines()) <= 200

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lora import ops
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.errors import BadNumbers
@@ -32,7 +33,7 @@ def check_finite(layers: dict[str, LoRALinear]) -> None:
     """Raises NotFinite naming the first adapter tensor with a NaN or an infinity."""
     for path, layer in layers.items():
         for name, tensor in layer.named_parameters(recurse=False):
-            if not torch.isfinite(tensor).all():
+            if not ops.is_finite(tensor):
                 raise NotFinite(f"{path}.{name}", "", "Train the adapter again")
 
 
@@ -47,7 +48,7 @@ def merge(model: nn.Module) -> None:
     sums = {}
     for path, layer in layers.items():
         sums[layer] = merged_weight(layer.base.weight, layer.delta())
-        if not torch.isfinite(sums[layer]).all():
+        if not ops.is_finite(sums[layer]):
             raise NotFinite(path, "the merged weight; ", FIX)
     for layer, weight in sums.items():
         layer.merged_weight = weight
@@ -79,14 +80,14 @@ def merged(model: nn.Module) -> Iterator[None]:
 def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | None) -> None:
     """The plain Linear at `path`, with W' in place of `weight` if it has changed. A head whose tensor was also the
     embedding's is no longer tied to it then, and transformers' config has to say so, or its files contradict it."""
+    if weight is not None and type(layer.base) is not nn.Linear:
+        model.set_submodule(path, plain_linear(layer.base, weight))
+        return
     if weight is not None:
         if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
             if sum(parameter is layer.base.weight for parameter in every) > 1:
                 model.config.tie_word_embeddings = False
-        if type(layer.base) is not nn.Linear:
-            model.set_submodule(path, plain_linear(layer.base, weight))
-            return
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     model.set_submodule(path, layer.base)
 
@@ -115,7 +116,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     layers = lora_layers(model)
     check_finite(layers)
     for path, layer in layers.items():  # formed twice, so that all are seen before the first is kept
-        if not torch.isfinite(merged_weight(layer.base.weight, layer.delta())).all():
+        if not ops.is_finite(merged_weight(layer.base.weight, layer.delta())):
             raise NotFinite(path, "the merged weight; ", FIX)
     for path, layer in layers.items():
         put(model, path, layer, merged_weight(layer.base.weight, layer.delta()))

@@ -21,11 +21,12 @@ from lora.ops import (
     plain,
     windowed_attention,
 )
-from lora.ops.plain import Weight, is_autocast, logits, no_autocast, rotate, soft_cap, wide
+from lora.ops.plain import Weight, is_autocast, is_finite, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
-    "Weight", "attend", "attention", "cross_entropy", "is_plain", "linear", "linears", "log_probs", "logits",
-    "lora_linear", "no_autocast", "recomputed", "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain", "wide",
+    "Weight", "attend", "attention", "cross_entropy", "is_finite", "is_plain", "linear", "linears", "log_probs",
+    "logits", "lora_linear", "no_autocast", "recomputed", "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain",
+    "wide",
 ]  # fmt: skip
 
 SHORT = 512  # up to so many keys the plain form is faster on a CPU than PyTorch's kernel; beyond, its T² memory hurts

@@ -6,19 +6,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lora import files
+from lora import files, ops
 from lora.adapter import value_head
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
-from lora.network.families import QUANTISED, quantised
+from lora.network.families import quantised
 from lora.pretrained import default_model, hub
 from lora.pretrained.folder import ModelFiles, ModelFolder
-from lora.pretrained.quantised import Quantised
+from lora.pretrained.quantised import BITS_4, KEEP, Quantised
 from lora.quant.linear import QuantLinear
 
-# tensors that only quantised weights have: bitsandbytes', GPTQ's and AWQ's, FP8's, MLX's
-PACKED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv",
+# tensors that only quantised weights have, left over where `prequantised` does not read them: GPTQ's and AWQ's, MLX's
+PACKED = (".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv",
           ".weight_packed")  # fmt: skip
 
 
@@ -26,6 +26,12 @@ def find(model: str, quant: str | None = None) -> ModelFiles:
     """The files of a model by its name, their Linears packed on reading where a mode of `Quantised` is given."""
     found = _find(model)
     return Quantised(found, quant) if quant else found
+
+
+def smallest(base: ModelFiles) -> Quantised:
+    """A model in four bits, as its own files have it or packed on reading."""
+    kept = any(base.block_type(name) in BITS_4 for name in base.header)
+    return Quantised(base, KEEP if kept else "nf4")
 
 
 def _find(model: str) -> ModelFiles:
@@ -40,9 +46,6 @@ def _find(model: str) -> ModelFiles:
     if path.is_dir():
         return ModelFolder(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(("./", "../", "/")):
-        if QUANTISED.search(model):
-            why, fix = quantised({}, model)
-            raise BadInput(f"unsupported model in hub {model}: {why}. {fix}")
         folder = hub.hub_model(model)
         return ModelFolder(folder, name=model, described=f"hub {model} at {folder.name[:12]}")
     raise BadInput(
@@ -107,7 +110,7 @@ def load_model(base: ModelFiles | str, dtype: torch.dtype = torch.float32, devic
     weights = {}
     for name in model.state_dict():
         weights[name] = base.read(name, dtype).to(device)
-        if not torch.isfinite(weights[name].sum()) and not torch.isfinite(weights[name]).all():
+        if not ops.is_finite(weights[name]):
             problems.append(_not_finite(base, name))
     if problems:
         raise BadInput(*problems)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from lora import ops
 from lora.device import give_back
 from lora.errors import BadInput
 from lora.network.decoder import Model
@@ -59,7 +60,7 @@ def _fill(model: Model, base: ModelFiles) -> None:
         start = rank * ceil(len(parameter) / size)
         if len(mine):
             mine.copy_(base.read_rows(name, start, start + len(mine), mine.dtype))
-            broken[i] = not torch.isfinite(mine.sum()) and not torch.isfinite(mine).all()
+            broken[i] = not ops.is_finite(mine)
     dist.all_reduce(broken)
     names = [name for name, count in zip(parameters, broken.tolist(), strict=True) if count]
     if names:

@@ -7,6 +7,9 @@ some blocks at a time, so that what lies between stays small and in the cache.
 import torch
 from torch import Tensor, nn
 
+from lora import ops
+from lora.device import huge_pages
+
 AT_ONCE = {"cpu": 2**20}  # values; a GPU takes a whole weight
 
 
@@ -18,6 +21,10 @@ class Packed(nn.Module):
         self.shape, self.block = tuple(shape), block
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Moved, the blocks go to another device; never to another dtype, in which scales would be others."""
+        return super()._apply(lambda t: fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape), recurse)
 
     def decode(self, first: int, last: int) -> Tensor:
         """Blocks `first` to `last` in float32, (last - first, block)."""
@@ -36,13 +43,14 @@ class Packed(nn.Module):
         return next(self.buffers()).device
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(scale).all()) for scale in self.scales())
+        return all(map(ops.is_finite, self.scales()))
 
     @torch.no_grad()
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in): decoded in float32, and rounded once to `dtype`."""
         count = self.shape[0] * self.shape[1]
         values = torch.empty(count, dtype=dtype, device=self.device)
+        huge_pages(values)
         step = max(1, AT_ONCE.get(values.device.type, count) // self.block)  # blocks
         for first in range(0, -(-count // self.block), step):
             start, stop = first * self.block, min((first + step) * self.block, count)

@@ -106,7 +106,7 @@ def test_delta_is_formed_in_float32_from_half_precision_parameters(dtype):
     assert layer.delta().dtype == torch.float32 and close(layer.delta(), expected, 1e-6)
 
 
-@mutation("lora/ops/plain.py", "F.dropout(x, dropout) @ A", "F.dropout(x.detach(), dropout) @ A")
+@mutation("lora/ops/plain.py", "branch(F.dropout(x, dropout), A", "branch(F.dropout(x.detach(), dropout), A")
 @SHAPES
 @BIAS
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -340,7 +340,9 @@ def test_together_with_layers_in_different_states_equals_each_alone(state):
 
 
 @mutation(
-    "lora/ops/plain.py", "    down = F.dropout(x, dropout) @ A", "    x = F.dropout(x, dropout)\n    down = x @ A"
+    "lora/ops/fast_lora.py",
+    "        return form.linear(x, W, b) + plain.branch(F.dropout(x, dropout), A",
+    "        x = F.dropout(x, dropout)\n        return form.linear(x, W, b) + plain.branch(x, A",
 )
 def test_dropout_leaves_the_base_part_alone():
     layer, x = random_layer(dropout=0.5).train(), random_input((11, 37))
@@ -349,9 +351,9 @@ def test_dropout_leaves_the_base_part_alone():
 
 
 @mutation(
-    "lora/ops/plain.py",
-    "(s * down) @ B.to(x.dtype).T",
-    "F.dropout((s * (x @ A.to(x.dtype).T)) @ B.to(x.dtype).T, dropout)",
+    "lora/ops/fast_lora.py",
+    "plain.branch(F.dropout(x, dropout), A, B, s)",
+    "F.dropout(plain.branch(x, A, B, s), dropout)",
 )
 def test_dropout_drops_inputs_of_the_branch():
     """With W = 0 and A the identity, B⁻¹ y / s is what the branch has read: each input is 0 or x / (1 - p)."""
@@ -368,7 +370,7 @@ def test_dropout_drops_inputs_of_the_branch():
     assert alone.double().mean() > 0.5  # inputs are dropped one by one, not whole rows
 
 
-@mutation("lora/ops/plain.py", "F.dropout(x, dropout) @ A", "(1 - dropout) * F.dropout(x, dropout) @ A")
+@mutation("lora/ops/fast_lora.py", "branch(F.dropout(x, dropout), A", "branch((1 - dropout) * F.dropout(x, dropout), A")
 def test_dropout_mean_over_masks_is_the_eval_output():
     p, n = 0.3, 100_000
     layer, x = random_layer(sizes=(7, 5), rank=3, alpha=5.0, dropout=p).train(), random_input((7,))
@@ -400,7 +402,7 @@ def bfloat16_case():
     return layer, x, random_input((64, 129), torch.bfloat16, seed=3)
 
 
-@mutation("lora/ops/plain.py", "(s * down) @ B.to(x.dtype).T", "(s * down).to(B.dtype) @ B.T")
+@mutation("lora/ops/plain.py", "A.to(x.dtype).T)) @ B.to(x.dtype).T", "A.to(x.dtype).T)).to(B.dtype) @ B.T")
 def test_output_has_the_dtype_of_the_input_and_gradients_that_of_the_parameters():
     layer, x, G = bfloat16_case()
     y = layer(x)

@@ -238,8 +238,8 @@ def zero_B(work):
 @mutation(
     "lora/inference/session.py",
     """        warn_if_unchanged(net, adapter)
-        merge_and_unload""",
-    "        merge_and_unload",
+        say(""",
+    "        say(",
     case="generate",
 )
 @pytest.mark.parametrize("script", ["generate", "evaluate", "merge"])

@@ -126,8 +126,8 @@ def test_tensors_are_converted_to_the_dtype_asked_for(tmp_path):
 
 @mutation(
     "lora/adapter/store.py",
-    'layer.base.weight.device if not layer.base.weight.is_meta else "cpu"',
-    "layer.base.weight.device",
+    '"cpu" if layer.lora_A.is_meta else layer.lora_A.device',
+    "layer.lora_A.device",
 )
 def test_an_adapter_on_a_base_without_memory_is_real(tmp_path):
     """merge.py patches a model on `meta` and merges tensor by tensor."""
@@ -785,7 +785,7 @@ def test_the_base_of_an_adapter_passes_under_any_name_and_in_any_order(with_pass
     assert capsys.readouterr().err == ""
 
 
-@mutation("lora/adapter/passport.py", 'if same_structure and base["name"] == name:', "if same_structure:")
+@mutation("lora/adapter/passport.py", 'if same_structure and its["name"] == base.name:', "if same_structure:")
 def test_a_base_with_other_weights_is_refused(with_passport):
     with pytest.raises(BadInput, match=r"trained on some/model; other/model has other weights.*--model some/model"):
         verify(with_passport, Stored("other/model", seed=1))
@@ -826,7 +826,7 @@ def test_a_tensor_the_adapter_does_not_touch_may_differ(with_passport, capsys):
     assert capsys.readouterr().err == ""
 
 
-@mutation("lora/adapter/passport.py", 'if same_structure and base["name"] == name:', 'if base["name"] == name:')
+@mutation("lora/adapter/passport.py", 'if same_structure and its["name"] == base.name:', 'if its["name"] == base.name:')
 @pytest.mark.parametrize("name", ["some/model", "other/model"])
 @pytest.mark.parametrize(
     "overrides", [{"vocab_size": 137}, {"num_hidden_layers": 3}, {"attention_bias": True}], ids=str
@@ -844,7 +844,7 @@ def test_a_base_of_another_dtype_is_another_structure(with_passport):
         verify(with_passport, base)
 
 
-@mutation("lora/adapter/passport.py", 'if same_structure and base["name"] == name:', "if False:")
+@mutation("lora/adapter/passport.py", 'if same_structure and its["name"] == base.name:', "if False:")
 def test_the_same_model_from_another_source_only_warns(with_passport, capsys):
     verify(with_passport, Stored("some/model", seed=1))
     err = capsys.readouterr().err

@@ -343,7 +343,7 @@ def test_loss_on_data_held_out_is_told_before_and_after_and_changes_nothing(tmp_
 
 
 @mutation("lora/inference/session.py", 'system = trained.get("system")', "system = None", case="qa")
-@mutation("merge.py", "bar), dtype, spoken)", "bar), dtype)", case="qa")
+@mutation("merge.py", "bar, base), dtype, spoken)", "bar, base), dtype)", case="qa")
 @mutation("lora/text/sandbox.py", "today.strftime", "FROZEN_DATE.strftime", case="file")
 @mutation(
     "lora/inference/session.py",

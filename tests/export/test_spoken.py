@@ -58,7 +58,7 @@ def work(tmp_path_factory):
 @mutation("lora/pretrained/spoken.py", '{"eos_token_id": _with(old, self.end)}', '{"eos_token_id": old}')
 @mutation("lora/pretrained/spoken.py", '_with(generation.get("eos_token_id", old), self.end)', "old")
 @mutation("lora/pretrained/spoken.py", '                settings["eos_token"] = self.eos_token', "                pass")
-@mutation("merge.py", "bar), dtype, spoken)", "bar), dtype)", case="merged")
+@mutation("merge.py", "bar, base), dtype, spoken)", "bar, base), dtype)", case="merged")
 @mutation("lora/run/trainable.py", "torch.float32, self.spoken)", "torch.float32)", case="full")
 @pytest.mark.parametrize("name", ["merged", "full", "full/checkpoints/000002"])
 def test_the_end_of_turn_of_another_template_is_added_where_config_generation_and_tokenizer_name_it(work, name):

@@ -142,7 +142,7 @@ def test_an_untied_model_without_a_head_is_refused(tmp_path):
     assert f":{HEAD}: the config asks for it" in problems_of(folder_of(tmp_path / "m", tensors))
 
 
-@mutation("lora/pretrained/load.py", "if not torch.isfinite(weights[name].sum()) and", "if False and")
+@mutation("lora/pretrained/load.py", "if not ops.is_finite(weights[name]):", "if False:")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_named(tmp_path, value):
     tensors = tensors_of(tiny_model(torch.bfloat16))
@@ -478,7 +478,7 @@ def unchanged(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @mutation(
     "lora/pretrained/write.py",
-    "headers.setdefault(shard_of(parts[0]), {})",
+    "headers.setdefault(file_of(base, parts[0]), {})",
     'headers.setdefault("model.safetensors", {})',
 )
 @pytest.mark.parametrize("shards", [1, 3])
@@ -803,18 +803,10 @@ def test_names_too_long_folders_not_writable_and_full_disks_are_found_first(tmp_
     folders.check_room(tmp_path / "new", 2**19, "a model")
 
 
-@mutation("lora/pretrained/load.py", 'PACKED = (".absmax",', 'PACKED = (".nothing",', case=".weight.absmax")
-@pytest.mark.parametrize(
-    "end", [".weight.absmax", ".qweight", ".weight_scale_inv", ".scales", ".weight_packed", ".SCB"]
-)
+@mutation("lora/pretrained/load.py", 'PACKED = (".qweight",', 'PACKED = (".nothing",', case=".qweight")
+@pytest.mark.parametrize("end", [".qweight", ".weight_scale_inv", ".scales", ".weight_packed"])
 def test_quantised_weights_whose_config_says_nothing_are_refused_in_one_line(tmp_path, end):
     tensors = tensors_of(tiny_model(torch.float32)) | {f"model.layers.0.mlp.up_proj{end}": torch.ones(3)}
     problem = problems_of(folder_of(tmp_path / "tiny-GPTQ", tensors))
     assert f"up_proj{end}: its weights are quantised, which is not implemented" in problem and "\n" not in problem
     assert problem.endswith("Give the model that it was made from, tiny")
-
-
-@mutation("lora/pretrained/load.py", "        if QUANTISED.search(model):", "        if False:")
-def test_a_hub_model_that_is_quantised_by_its_name_is_not_fetched():
-    with pytest.raises(BadInput, match=r"in hub unsloth/Llama-3.2-1B-bnb-4bit: .* made from, unsloth/Llama-3.2-1B$"):
-        find("unsloth/Llama-3.2-1B-bnb-4bit")

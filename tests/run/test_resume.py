@@ -411,7 +411,7 @@ OF_METHODS = [  # each by itself: some contradict each other
     ("--reward", "length:5"), ("--group", 4), ("--temperature", 1.5), ("--max-new-tokens", 5), ("--kl", 0.2),
     ("--epsilon", 0.1), ("--epsilon-high", 0.3), ("--scale", "none"), ("--updates", 2), ("--gamma", 0.9),
     ("--lam", 0.9), ("--value-weight", 0.5), ("--value-clip", 0.1), ("--whiten-rewards",), ("--kl-target", 6),
-    ("--kl-horizon", 100), ("--no-end-penalty", 1),
+    ("--kl-horizon", 100), ("--no-end-penalty", 1), ("--quant", "int8"),
 ]  # fmt: skip
 
 

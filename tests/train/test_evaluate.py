@@ -361,11 +361,9 @@ def both(folder: Path, *argv):
 
 
 @mutation(
-    "evaluate.py",
-    """                unmerge(model)
-""",
-    """                pass
-""",
+    "lora/adapter/merge.py",
+    "            unmerge(model)\n",
+    "            pass\n",
 )
 @mutation("evaluate.py", "try_adapter(empty, name, adapter, base,", "try_adapter(empty, name, None, base,")
 def test_base_and_adapters_side_by_side_are_each_as_if_alone(tmp_path):
