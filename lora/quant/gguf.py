@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora.quant.packed import Packed
+from lora.quant.packed import Packed, look_up
 
 
 def half(blocks: Tensor, at: int) -> Tensor:
@@ -31,7 +31,7 @@ def fifth_bits(codes: Tensor) -> Tensor:
     """Bit i of four bytes is that of weight i: (n, 4) -> (n, 32), 0 or 16."""
     every = torch.arange(256, dtype=torch.int32, device=codes.device)[:, None] >> torch.arange(8, device=codes.device)
     eight = ((every & 1) << 4).to(torch.uint8).view(torch.int64).view(-1)  # (256,): those of a byte, as one number
-    return eight.index_select(0, codes.flatten().int()).view(torch.uint8).view(-1, 32)
+    return look_up(eight, codes.flatten()).view(torch.uint8).view(-1, 32)
 
 
 def q4_0(b: Tensor) -> Tensor:

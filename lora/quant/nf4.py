@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora.quant.packed import Packed
+from lora.quant.packed import Packed, look_up
 
 BLOCK, BLOCKS_A_SCALE = 64, 256
 TABLE = torch.tensor([
@@ -41,7 +41,7 @@ class NF4(Packed):
 
     def decode(self, first: int, last: int) -> Tensor:
         codes = self.codes[first * self.block // 2 : last * self.block // 2]
-        values = self.pairs.index_select(0, codes.int()).view(torch.float32)
+        values = look_up(self.pairs, codes).view(torch.float32)
         if missing := (last - first) * self.block - len(values):  # of the last block
             values = pad(values, (0, missing))
         return values.view(-1, self.block).mul_(self.scale(first, last)[:, None])
@@ -53,7 +53,7 @@ class NF4(Packed):
         start = first // BLOCKS_A_SCALE
         nested = self.nested_absmax[start : -(-last // BLOCKS_A_SCALE)].repeat_interleave(BLOCKS_A_SCALE)
         nested = nested[first - start * BLOCKS_A_SCALE :][: last - first]
-        return self.map.index_select(0, self.absmax[first:last].int()).mul_(nested).add_(self.mean)
+        return look_up(self.map, self.absmax[first:last]).mul_(nested).add_(self.mean)
 
     def scales(self) -> list[Tensor]:
         scales = [self.absmax] if self.nested_absmax is None else [self.nested_absmax, self.mean, self.map]

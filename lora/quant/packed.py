@@ -13,6 +13,15 @@ from lora.device import huge_pages
 AT_ONCE = {"cpu": 2**20}  # values; a GPU takes a whole weight
 
 
+ROWS = 32  # codes are looked up in so many rows, which threads share: `index_select` of one row runs on one thread
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """The entries of a table, for codes (n,) of any integer dtype."""
+    rows = ROWS if len(codes) % ROWS == 0 else 1
+    return table.expand(rows, len(table)).gather(1, codes.view(rows, -1).long()).view(-1)
+
+
 class Packed(nn.Module):
     """A weight (out, in) as blocks of `block` values, row after row. Its tensors are buffers that no state_dict has."""
 
