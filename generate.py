@@ -52,15 +52,7 @@ def main(argv=None) -> int:
 
 def told(args: GenerateSettings) -> dict:
     """What the flags say of the model, the chat and the sampling, as a session is opened with it."""
-    names = (
-        "quant",
-        "device",
-        "dtype",
-        "template",
-        "date",
-        "max_new_tokens",
-        *(field.name for field in fields(Sampling)),
-    )
+    names = ("quant", "device", "dtype", "template", "date", "max_new_tokens")
     system = False if args.no_system else args.system
     told = {"system": system, "template_args": read_arguments(args.template_arg), "verify": not args.no_verify}
     return {name: getattr(args, name) for name in (*names, *(one.name for one in fields(Sampling)))} | told
