@@ -85,12 +85,8 @@ def make(base: Base, paths: Iterable[str], chat: dict | None = None, **marks: st
     """The passport of an adapter on the Linears at `paths`, trained with this `chat`; `marks` of `fingerprints`."""
     patched = contents(base.original.read, (f"{path}.weight" for path in paths))
     found = {"name": base.name, "structure": structure(base.header), "patched": patched}
-    return {
-        "format": FORMAT,
-        "base": found | ({"quant": base.quant} if base.quant else {}),
-        "chat": chat or {},
-        **marks,
-    }
+    found |= {"quant": base.quant} if base.quant else {}
+    return {"format": FORMAT, "base": found, "chat": chat or {}, **marks}
 
 
 def fingerprints(tokenizer, template: str, data: str, settings: dict) -> dict:

@@ -6,6 +6,7 @@ as the gguf package's, bit for bit.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,16 @@ def fields(codes: Tensor, width: int, run: int) -> Tensor:
     return torch.stack([words >> shift & mask for shift in range(0, 8, width)], 2).view(torch.uint8).flatten(1)
 
 
+@cache
+def eight_bits(device: torch.device) -> Tensor:
+    """Those of each byte, as 0 or 16, eight bytes as one number: (256,)"""
+    every = torch.arange(256, dtype=torch.int32, device=device)[:, None] >> torch.arange(8, device=device)
+    return ((every & 1) << 4).to(torch.uint8).view(torch.int64).view(-1)
+
+
 def fifth_bits(codes: Tensor) -> Tensor:
     """Bit i of four bytes is that of weight i: (n, 4) -> (n, 32), 0 or 16."""
-    every = torch.arange(256, dtype=torch.int32, device=codes.device)[:, None] >> torch.arange(8, device=codes.device)
-    eight = ((every & 1) << 4).to(torch.uint8).view(torch.int64).view(-1)  # (256,): those of a byte, as one number
-    return look_up(eight, codes.flatten()).view(torch.uint8).view(-1, 32)
+    return look_up(eight_bits(codes.device), codes.flatten()).view(torch.uint8).view(-1, 32)
 
 
 def q4_0(b: Tensor) -> Tensor:

@@ -755,8 +755,11 @@ def test_a_value_out_of_range_is_refused_by_field(tmp_path, field, value):
 class Stored:
     """The tensors of a model, as a checkpoint offers them."""
 
+    quant = None
+
     def __init__(self, name, seed=0, **overrides):
         self.name, self.tensors = name, tiny_model(torch.bfloat16, seed, **overrides).state_dict()
+        self.original = self
         self.header = {name: ("BF16", tuple(tensor.shape)) for name, tensor in self.tensors.items()}
 
     def read(self, name):
