@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from lora.errors import BadInput
 from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, quantised
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"  # in layer_types
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """Of Gated DeltaNet."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    kernel: int  # positions that its convolution sees
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class ModelConfig:
     rope_local_theta: float  # of "local" RoPE, which is never scaled
     ropes: tuple[str | None, ...]  # "global", "local" or none, for every layer
     windows: tuple[int | None, ...]  # how many positions each layer looks back, its own included; None is all
+    mixers: tuple[str, ...]  # what mixes positions in each layer: "attention", "delta"
+    delta: DeltaSizes | None
+    output_gate: bool  # attention's output is multiplied by the sigmoid of what q_proj gives beside each query
     fused: tuple[tuple[str, tuple[str, ...]], ...]  # Linears whose rows a file has as one tensor, and its name
     written_as: str | None  # the model_type of merged models, where it is another
     eos_token_ids: tuple[int, ...]
@@ -133,6 +147,7 @@ class _Reader:
             self.wrong("num_attention_heads", f"{heads} does not divide hidden_size {hidden}, and there is no head_dim")
         head_dim = self.number("head_dim", default=family.head_dim or max(1, hidden // heads), high=2**12)
         layers = self.number("num_hidden_layers", high=1024)
+        mixers = self.mixers(layers)
         windows = self.windows(layers)
         bias, reads = family.attention_bias, family.reads
         bias = self.flag("attention_bias", bias) if "attention_bias" in reads else bias
@@ -161,8 +176,13 @@ class _Reader:
             attn_logit_softcapping=self.optional("attn_logit_softcapping", kind=float, low=1e-6),
             final_logit_softcapping=self.optional("final_logit_softcapping", kind=float, low=1e-6),
             rope_interleaved=family.rope_interleaved,
-            ropes=self.ropes(windows),
+            ropes=tuple(
+                rope if mixer == "attention" else None for rope, mixer in zip(self.ropes(windows), mixers, strict=True)
+            ),
             windows=windows,
+            mixers=mixers,
+            delta=self.delta() if "delta" in mixers else None,
+            output_gate=family.output_gate,
             fused=family.fused,
             written_as=family.written_as,
             eos_token_ids=self.token_ids("eos_token_id"),
@@ -170,6 +190,24 @@ class _Reader:
         if self.problems:
             raise BadInput(*self.problems)
         return config
+
+    def mixers(self, count: int) -> tuple[str, ...]:
+        """What mixes positions in each layer: by the family's interval, or by `layer_types` in its place."""
+        if self.family.mixer == "attention":
+            return ("attention",) * count
+        interval, given = self.optional("full_attention_interval"), self.raw.get("layer_types")
+        kinds = [LINEAR if (i + 1) % interval else FULL for i in range(count)] if given is None else given
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (FULL, LINEAR) for kind in kinds):
+            self.wrong("layer_types", f"{json.dumps(given)[:60]} is not {count} times {FULL} or {LINEAR}")
+            return ("attention",) * count
+        return tuple("attention" if kind == FULL else self.family.mixer for kind in kinds)
+
+    def delta(self) -> DeltaSizes:
+        keys, values = (self.number(f"linear_num_{of}_heads", n, high=2**12) for of, n in (("key", 16), ("value", 32)))
+        if values % keys:
+            self.wrong("linear_num_key_heads", f"{keys} does not divide linear_num_value_heads {values}")
+        sizes = (self.number(f"linear_{of}_head_dim", 128, high=2**12) for of in ("key", "value"))
+        return DeltaSizes(keys, values, *sizes, self.number("linear_conv_kernel_dim", 4, low=2, high=64))
 
     def windows(self, count: int) -> tuple[int | None, ...]:
         """How many positions each layer looks back: by the family's pattern, or by `layer_types` in its place."""
@@ -180,7 +218,7 @@ class _Reader:
         kinds = [
             FULL if not window or i < first or (pattern and (i + 1) % pattern == 0) else SLIDING for i in range(count)
         ]
-        given = self.raw.get("layer_types")
+        given = self.raw.get("layer_types") if family.mixer == "attention" else None
         if given is None or given == kinds:
             return tuple(window if kind == SLIDING else None for kind in kinds)
         possible = (FULL, SLIDING) if window and "layer_types" in family.reads else (kinds[0],)

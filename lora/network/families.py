@@ -41,6 +41,9 @@ class Family:
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    output_gate: bool = False  # q_proj has a gate for each of attention's outputs beside each query
+    mixer: str = "attention"  # what layers have in its place, where `full_attention_interval` or layer_types says so
+    full_attention_interval: int | None = None  # one layer in so many attends
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()  # what is stored as one tensor
     written_as: str | None = None  # another family, of which it is a copy under another name
 
@@ -53,6 +56,12 @@ GEMMA = {
 READ_BY_GEMMA = (
     "attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping",
 )  # fmt: skip
+# of Gated DeltaNet; the parts of RoPE for a picture's height and width, which text has none of
+DELTA = (
+    "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
+    "linear_num_value_heads",
+)  # fmt: skip
+MROPE = ("mrope_section", "mrope_interleaved")
 READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 FAMILIES = {
@@ -68,6 +77,11 @@ FAMILIES = {
     "qwen3": Family(
         reads=(*READ_BY_QWEN, "attention_bias"), max_position_embeddings=32768, head_dim=128, qk_norm=True,
         sliding_window=4096, max_window_layers=28,
+    ),
+    "qwen3_5_text": Family(
+        reads=("attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval", *MROPE, *DELTA),
+        max_position_embeddings=32768, head_dim=256, qk_norm=True, norm_offset=1.0, partial_rotary_factor=0.25,
+        output_gate=True, mixer="delta", full_attention_interval=4,
     ),
     "smollm3": Family(
         reads=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"),
