@@ -25,7 +25,8 @@ TEMPLATE_LIMIT = 2**20
 
 # safetensors dtype name -> torch dtype; a model may hold others, but we do not compute with them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STORED = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}  # weights are, packed ones too
+NAMES = {dtype: name for name, dtype in STORED.items()}
 # errors of a call that a file system does not know; EINVAL is what Linux says of fsync and flock
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 NO_RENAME = (errno.EXDEV, errno.EBUSY, *UNSUPPORTED)  # at mount points, layers of a container, some of networks
@@ -152,10 +153,10 @@ def write_safetensors(path: Path, header: dict[str, tuple[str, tuple[int, ...]]]
     Format: https://github.com/huggingface/safetensors#format
     """
     table, offset = {"__metadata__": metadata} if metadata else {}, 0
-    names = sorted(header, key=lambda name: (-DTYPES[header[name][0]].itemsize, name))
+    names = sorted(header, key=lambda name: (-STORED[header[name][0]].itemsize, name))
     for name in names:
         dtype, shape = header[name]
-        end = offset + DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        end = offset + STORED[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -263,7 +264,7 @@ class Safetensors:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, and no others are read: the library's slices read all of it first."""
         dtype, shape = self.header[name]
-        rows = torch.empty((stop - start, *shape[1:]), dtype=DTYPES[dtype])
+        rows = torch.empty((stop - start, *shape[1:]), dtype=STORED[dtype])
         buffer = rows.reshape(-1).view(torch.uint8).numpy()
         with open(self.path, "rb") as file:
             file.seek(self._starts[name] + start * rows[:1].nbytes)

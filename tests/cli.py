@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from gguf import GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quantize
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -175,9 +175,9 @@ def model_folder() -> Path:
 
 
 @cache
-def gguf_file() -> Path:
-    """The model of `model_folder` as a GGUF file; the values are the same."""
-    folder, path = model_folder(), scratch() / "model.gguf"
+def gguf_file(kind: str = "F32") -> Path:
+    """The model of `model_folder` as a GGUF file; the values are the same where its matrices are in F32."""
+    folder, path, kind = model_folder(), scratch() / f"model-{kind}.gguf", GGMLQuantizationType[kind]
     state = tiny_model(torch.bfloat16, 0, **SIZES).state_dict()
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
@@ -206,7 +206,9 @@ def gguf_file() -> Path:
         short = short.replace("model.norm", "output_norm").replace("lm_head", "output")
         if ".q_proj." in name or ".k_proj." in name:  # llama.cpp's RoPE turns neighbours: its converter moves rows
             tensor = tensor.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(short, tensor.float().contiguous().numpy())  # bf16 values in F32: nothing is rounded
+        blocks = short.startswith("blk") and tensor.dim() == 2 and tensor.shape[1] % GGML_QUANT_SIZES[kind][0] == 0
+        its = kind if blocks else GGMLQuantizationType.F32  # bf16 values in F32: nothing is rounded
+        writer.add_tensor(short, quantize(tensor.float().contiguous().numpy(), its), raw_dtype=its)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora.ops import plain
+from lora.ops import fast_quantised, plain
 from lora.ops.fast_quantised import to_save
 from lora.ops.plain import Weight, dense
 
 
 def lora_linear(x: Tensor, W: Weight, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
-    """`plain.lora_linear`, which serves dropout itself: then x and its noisy copy are two inputs."""
+    """`plain.lora_linear`, whose formula it is with dropout: then x and its noisy copy are two inputs."""
     if dropout:
-        return plain.lora_linear(x, W, b, A, B, s, dropout)
+        form = plain if isinstance(W, Tensor) else fast_quantised
+        return form.linear(x, W, b) + plain.branch(F.dropout(x, dropout), A, B, s)
     return _LoRALinears.apply(x, [s], W, b, A, B)[0]
 
 

@@ -60,8 +60,12 @@ def lora_linear(x: Tensor, W: Weight, b: Tensor | None, A: Tensor, B: Tensor, s:
 
     x (..., in), W (out, in), b (out,), A (r, in), B (out, r) -> (..., out), computed in the dtype of x.
     """
-    down = F.dropout(x, dropout) @ A.to(x.dtype).T  # (..., r)
-    return linear(x, W, b) + (s * down) @ B.to(x.dtype).T
+    return linear(x, W, b) + branch(F.dropout(x, dropout), A, B, s)
+
+
+def branch(x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """s B A x, x (..., in) -> (..., out)"""
+    return (s * (x @ A.to(x.dtype).T)) @ B.to(x.dtype).T
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:

@@ -5,8 +5,9 @@ from lora.pretrained.folder import SIDECARS, WEIGHTS, ModelFiles, ModelFolder, s
 from lora.pretrained.load import empty_model, find, load_model
 from lora.pretrained.spoken import Spoken
 from lora.pretrained.write import write_model
+from lora.pretrained.write_packed import write_packed
 
 __all__ = [
     "SIDECARS", "WEIGHTS", "ModelFiles", "ModelFolder", "Spoken", "empty_model", "find", "load_chat",
-    "load_model", "shards", "write_model",
+    "load_model", "shards", "write_model", "write_packed",
 ]  # fmt: skip

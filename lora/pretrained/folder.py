@@ -8,7 +8,7 @@ import torch
 
 from lora import files
 from lora.errors import BadInput, Refused
-from lora.pretrained import fused
+from lora.pretrained import fused, prequantised
 from lora.quant.packed import Packed
 
 SIDECARS = (
@@ -48,12 +48,13 @@ class ModelFiles(Protocol):
 
 
 class ModelFolder:
-    """A hub folder: config.json, safetensors (one file, or shards with an index), tokenizer files.
+    """A hub folder: config.json, safetensors (one file, or shards with an index), tokenizer files. Weights that are
+    quantised there are offered as the 16-bit numbers they stand for, with the blocks at hand.
 
     Raises BadInput for what is missing or broken, Refused for pickles and for paths that lead out of the folder.
     """
 
-    widest = quant = None
+    quant = None
 
     def __init__(self, path: Path, name: str | None = None, described: str | None = None):
         self.path, self.original = Path(path), self
@@ -73,6 +74,11 @@ class ModelFolder:
                     raise BadInput(f"broken model in {shard.path}:{tensor}: it is in two files. Download it again")
                 self._file_of[tensor] = shard
         header = {tensor: shard.header[tensor] for tensor, shard in self._file_of.items()}
+        self._quantised = prequantised.find(self.config, self._file_of, self.name)
+        self.widest = torch.float32 if self._quantised else None
+        if self._quantised:
+            self.described += f" in {prequantised.kinds(self._quantised)}{prequantised.DEQUANTISED}"
+        self.config, header = prequantised.plain(self.config), prequantised.offered(header, self._quantised)
         self.header, self._parts = fused.split(self.config, header, f"{self.name}/config.json")
 
     def _shard_names(self) -> list[str]:
@@ -100,7 +106,7 @@ class ModelFolder:
         return names
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if name in self._parts:
+        if name in self._parts or name in self._quantised:
             return self.read_rows(name, 0, self.header[name][1][0], dtype)
         tensor = self._file_of[name].read(name)
         return tensor.to(dtype or tensor.dtype)
@@ -108,17 +114,27 @@ class ModelFolder:
     def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Some rows of a tensor, without reading the others."""
         whole, first = self._parts.get(name, (name, 0))
+        if whole in self._quantised:
+            dtype = dtype or files.DTYPES[self.header[name][0]]
+            return self._quantised[whole].rows(first + start, first + stop, dtype)
         tensor = self._file_of[whole].read_rows(whole, first + start, first + stop)
         return tensor.to(dtype or tensor.dtype)
 
+    def _stored(self, name: str) -> tuple[prequantised.Stored | None, int, int]:
+        """A weight that is quantised here, and which of its rows are those of this name."""
+        whole, first = self._parts.get(name, (name, 0))
+        return self._quantised.get(whole), first, first + self.header[name][1][0]
+
     def block_type(self, name: str) -> str | None:
-        return None
+        return self._stored(name)[0].kind if self.nbytes(name) else None
 
     def packed(self, name: str) -> Packed | None:
-        return None
+        stored, first, last = self._stored(name)
+        return stored and stored.packed(first, last)
 
     def nbytes(self, name: str) -> int | None:
-        return None
+        stored, first, last = self._stored(name)
+        return stored and stored.nbytes(first, last)
 
     def shard_of(self, name: str) -> str:
         """The file a tensor is in."""

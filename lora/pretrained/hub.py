@@ -10,6 +10,8 @@ from pathlib import Path
 from lora import files
 from lora.adapter import value_head
 from lora.errors import BadEnvironment, BadInput, LoraError, Refused
+from lora.network.config import ModelConfig
+from lora.pretrained import prequantised
 
 CONFIGS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -72,7 +74,11 @@ def probe(repo: str, seconds: float, kind: str = "model"):
 def fetch(repo: str, info) -> Path:
     """The cache's folder of a model, with the files that we read, at the commit of `info`."""
     with _one_line(repo, f"hub {repo}"):
-        folder = Path(_library().snapshot_download(repo, revision=info.sha, allow_patterns=wanted(repo, info)))
+        names = wanted(repo, info)
+        if "config.json" in names:  # what is not supported is said before its weights are fetched
+            config = files.read_json(Path(_library().hf_hub_download(repo, "config.json", revision=info.sha)))
+            ModelConfig.from_json(prequantised.plain(config), f"{repo}/config.json")
+        folder = Path(_library().snapshot_download(repo, revision=info.sha, allow_patterns=names))
     main = folder.parents[1] / "refs" / "main"  # what the cache answers with offline: only what is complete
     main.parent.mkdir(exist_ok=True)
     files.write_bytes(main, info.sha.encode())

@@ -11,14 +11,14 @@ from lora.adapter import value_head
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.decoder import Model
-from lora.network.families import QUANTISED, quantised
+from lora.network.families import quantised
 from lora.pretrained import default_model, hub
 from lora.pretrained.folder import ModelFiles, ModelFolder
 from lora.pretrained.quantised import Quantised
 from lora.quant.linear import QuantLinear
 
-# tensors that only quantised weights have: bitsandbytes', GPTQ's and AWQ's, FP8's, MLX's
-PACKED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv",
+# tensors that only quantised weights have, left over where `prequantised` does not read them: GPTQ's and AWQ's, MLX's
+PACKED = (".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv",
           ".weight_packed")  # fmt: skip
 
 
@@ -40,9 +40,6 @@ def _find(model: str) -> ModelFiles:
     if path.is_dir():
         return ModelFolder(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(("./", "../", "/")):
-        if QUANTISED.search(model):
-            why, fix = quantised({}, model)
-            raise BadInput(f"unsupported model in hub {model}: {why}. {fix}")
         folder = hub.hub_model(model)
         return ModelFolder(folder, name=model, described=f"hub {model} at {folder.name[:12]}")
     raise BadInput(

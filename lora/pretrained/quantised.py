@@ -5,12 +5,14 @@ time.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from lora import files
 from lora.errors import BadInput
 from lora.pretrained.folder import ModelFiles
+from lora.pretrained.prequantised import DEQUANTISED
 from lora.quant import int8, nf4
 from lora.quant.packed import AT_ONCE, Packed
 
@@ -24,7 +26,8 @@ class Quantised:
     """Model files in a mode of MODES; all else about them is the `original`'s.
 
     `packed` gives the blocks of a Linear, and `read` the numbers they stand for. Raises BadInput for a model to `keep`
-    that has no blocks to keep.
+    that has no blocks to keep, and for one to pack that comes in four bits: those of a folder are kept or read as they
+    are. A GGUF file's numbers are packed anew, as every other's: they are rounded twice then.
     """
 
     widest = torch.float32  # loses nothing of a decoded block
@@ -33,11 +36,16 @@ class Quantised:
         self.original, self.quant = original, mode
         self.linears = [name for name in original.header if name.endswith("_proj.weight")]
         kept = [name for name in self.linears if original.block_type(name)] if mode == KEEP else self.linears
+        wrong = f"wrong --quant in the command line: {{}} in {original.name}. Give {{}}"
         if not kept:
-            fix = "Give --quant nf4 or int8"
-            raise BadInput(f"wrong --quant in the command line: there are no blocks to keep in {original.name}. {fix}")
+            found = next(iter(sorted(Path(original.name).glob("*.gguf"))), None)
+            fix = f"--model {found}, or " if found else ""
+            raise BadInput(wrong.format("there are no blocks to keep", f"{fix}--quant nf4 or int8"))
+        if mode != KEEP and {original.block_type(name) for name in kept} & {"NF4", "FP4"}:
+            raise BadInput(wrong.format("Linears have 4 bits already", "--quant keep"))
         self._kept = set(kept)
-        self.described = f"{original.described}, {self._types()}"
+        described = original.described.removesuffix(DEQUANTISED if mode == KEEP else "")
+        self.described = f"{described}, {self._types()}"
 
     def __getattr__(self, name: str):
         return getattr(self.original, name)

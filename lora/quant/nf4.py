@@ -27,14 +27,16 @@ GRID = 65535  # steps from -1 to 1, on which bitsandbytes looks up the code of a
 
 class NF4(Packed):
     """`codes` (n/2,) uint8, the first of two in the high half of a byte; `absmax` (blocks,): float32, or codes of `map`
-    (256,) for the scales `nested_absmax` (blocks / 256,) and `mean` (). `table` (16,) are the values of the codes."""
+    (256,) for the scales `nested_absmax` (blocks / 256,) and `mean` (). `table` (16,) has the values of the codes."""
 
-    def __init__(self, shape, codes: Tensor, absmax: Tensor, nested_absmax=None, mean=None, map=None, table=TABLE):
+    def __init__(
+        self, shape, codes: Tensor, absmax: Tensor, nested_absmax=None, mean=None, map=None, table=TABLE, block=BLOCK
+    ):
         pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # both values of a byte, (256, 2)
         if nested_absmax is not None and map is None:
             map = dynamic_map()
         tensors = {"codes": codes, "absmax": absmax, "nested_absmax": nested_absmax, "mean": mean, "map": map}
-        super().__init__(shape, BLOCK, **tensors, pairs=pairs.view(torch.int64).view(-1))
+        super().__init__(shape, block, **tensors, pairs=pairs.view(torch.int64).view(-1))
 
     def decode(self, first: int, last: int) -> Tensor:
         codes = self.codes[first * self.block // 2 : last * self.block // 2]
@@ -53,7 +55,8 @@ class NF4(Packed):
         return self.map[self.absmax[first:last].int()] * nested + self.mean
 
     def scales(self) -> list[Tensor]:
-        return [self.absmax] if self.nested_absmax is None else [self.nested_absmax, self.mean]
+        scales = [self.absmax] if self.nested_absmax is None else [self.nested_absmax, self.mean, self.map]
+        return [*scales, self.pairs.view(torch.float32)]  # a file brings its own values
 
 
 def pack(shape: tuple[int, int], rows: Iterable[Tensor], nested: bool = True) -> NF4:

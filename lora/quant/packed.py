@@ -21,6 +21,10 @@ class Packed(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Moved, the blocks go to another device; never to another dtype, in which scales would be others."""
+        return super()._apply(lambda t: fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape), recurse)
+
     def decode(self, first: int, last: int) -> Tensor:
         """Blocks `first` to `last` in float32, (last - first, block)."""
         raise NotImplementedError

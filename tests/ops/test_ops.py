@@ -11,6 +11,7 @@ from lora.ops import (
     fast_attention,
     fast_log_probs,
     fast_lora,
+    fast_quantised,
     fast_rms_norm,
     fast_swiglu,
     flash_attention,
@@ -19,6 +20,7 @@ from lora.ops import (
 )
 from tests.helpers import as_written, close, far, patched, some_tokens, tiny_model
 from tests.mutation import mutation
+from tests.quantised import FORMATS, both
 
 TOL = 1e-12
 
@@ -41,8 +43,11 @@ OUT = [layer.lora_A for layer in ADAPTED] + [layer.lora_B for layer in ADAPTED]
 x, W, b, A, B = numbers(11, 9), numbers(8, 9), numbers(8), numbers(3, 9), numbers(8, 3)
 q, k, v = numbers(21, 6, 8), numbers(21, 3, 8, seed=1), numbers(21, 3, 8, seed=2)
 gate, up, head, targets = numbers(11, 7), numbers(11, 7, seed=1), numbers(13, 9), torch.arange(11)
+packed = FORMATS["nf4"](W.detach())
 CASES = {  # name -> arguments, those with gradients, the fast modules that can serve it
+    "linear": ((x, packed, b.detach()), (x,), [fast_quantised]),
     "lora_linear": ((x, W.detach(), b.detach(), A, B, 0.7), (x, A, B), [fast_lora]),
+    "lora_linear packed": ((x, packed, b.detach(), A, B, 0.7), (x, A, B), [fast_lora]),
     "linears": ((x, ADAPTED), (x, *OUT), [fast_lora]),
     "rms_norm": ((x, numbers(9), 1e-5), (x,), [fast_rms_norm]),
     "swiglu": ((gate, up), (gate, up), [fast_swiglu]),
@@ -57,7 +62,8 @@ CASES = {  # name -> arguments, those with gradients, the fast modules that can 
     "cross_entropy": ((x, head, targets), (x, head), [fast_log_probs]),
     "cross_entropy cap": ((x, head, targets, 2.0), (x, head), [fast_log_probs]),
 }
-FAST = (fast_attention, fast_log_probs, fast_lora, fast_rms_norm, fast_swiglu, flash_attention, windowed_attention)
+FAST = (fast_attention, fast_log_probs, fast_lora, fast_quantised, fast_rms_norm, fast_swiglu, flash_attention,
+        windowed_attention)  # fmt: skip
 
 
 def with_gradients(op, arguments, leaves) -> list[torch.Tensor]:
@@ -99,7 +105,7 @@ def test_the_cases_cover_every_op_that_has_a_fast_version():
     "form = fast_log_probs",
 )
 def test_with_use_plain_no_fast_version_runs(monkeypatch):
-    model, tokens = patched(tiny_model()).train(), some_tokens(20)
+    model, tokens = patched(both(tiny_model())[0], targets=("q_proj",)).train(), some_tokens(20)
 
     def loss():
         return ops.cross_entropy(model.trunk(tokens, [13, 7]), model.head_weight, tokens)
@@ -107,7 +113,7 @@ def test_with_use_plain_no_fast_version_runs(monkeypatch):
     expected = loss()
     used = set()
     for module in FAST:
-        for name in ("linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs"):
+        for name in ("linear", "linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs"):
             if hasattr(module, name):
                 monkeypatch.setattr(
                     module, name, lambda *a, m=module, n=name, **k: used.add(m) or getattr(plain, n)(*a)

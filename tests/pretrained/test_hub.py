@@ -273,6 +273,15 @@ def test_a_repository_with_pickles_only_is_refused_and_they_are_not_fetched(hub,
     assert hub.files_of("GET") == hub.files_of("HEAD") == set()
 
 
+@mutation("lora/pretrained/hub.py", 'if "config.json" in names:', "if False:")
+def test_weights_of_a_model_that_is_not_supported_are_not_fetched(hub, tmp_path):
+    config = json.loads(hub.repos["owner/tiny"]["config.json"]) | {"quantization_config": {"quant_method": "gptq"}}
+    hub.repos["owner/tiny-GPTQ-Int4"] = hub.repos["owner/tiny"] | {"config.json": json.dumps(config).encode()}
+    done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/tiny-GPTQ-Int4")
+    assert done.code == 2 and re.search(r"quantised by gptq, .* made from, owner/tiny$", done.errors[0]), done.err
+    assert hub.files_of("GET") == {"config.json"}
+
+
 def test_a_repository_without_weights(hub, tmp_path):
     hub.repos["owner/data"] = {"README.md": b"", "data.parquet": b""}
     done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/data")
