@@ -108,11 +108,17 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+# Models that also see or hear: of their folders the language model is read, and written as a model of its own, which
+# the hub's code calls so.
+WRAPPERS = {
+    "qwen3_5": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
+    "gemma3": {"gemma3_text": "Gemma3ForCausalLM"},
+}
+
 # Models that people ask for and that are refused: why, and what to use.
 OTHERS = {
     "chatglm": "ChatGLM computes by code that comes with the model, which is never run. Use GLM-4-9B-0414 (glm4)",
     "qwen": "the first Qwen computes by code that comes with the model, which is never run. Use Qwen1.5 (qwen2)",
-    "gemma3": "it also reads pictures. Use a model of text alone, such as gemma-3-1b-it (gemma3_text)",
 }
 # How the names of quantised models end, whose weights are not read.
 QUANTISED = re.compile(
