@@ -63,7 +63,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_kind:
-            q, k = (ops.rotate(y, *rope, self.rope_interleaved) for y in (q, k))
+            q, k = (ops.rotate(y, rope.cos, rope.sin, self.rope_interleaved) for y in (q, k))
+        q = q if rope.growth is None else q * rope.growth
         return (q if self.q_scale == 1 else q * self.q_scale), k, v, *gate
 
     def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:

@@ -69,6 +69,10 @@ FAMILIES = {
     "mistral": Family(
         reads=("sliding_window",), max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096
     ),
+    "ministral3": Family(
+        reads=("llama_4_scaling_beta", "max_position_embeddings", "sliding_window"), max_position_embeddings=262144,
+        rms_norm_eps=1e-5, num_key_value_heads=8, head_dim=128, rope_theta=1000000.0,
+    ),
     "baichuan": Family(fused=(("self_attn.W_pack", Q_K_V),), written_as="llama"),
     "qwen2": Family(
         reads=READ_BY_QWEN, max_position_embeddings=32768, attention_bias=True, o_bias=False,
@@ -113,6 +117,7 @@ FAMILIES = {
 WRAPPERS = {
     "qwen3_5": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
     "gemma3": {"gemma3_text": "Gemma3ForCausalLM"},
+    "mistral3": {"ministral3": "Ministral3ForCausalLM", "mistral": "MistralForCausalLM"},
 }
 
 # Models that people ask for and that are refused: why, and what to use.
