@@ -22,11 +22,11 @@ from data_gen import multiply
 from lora import device as machine
 from lora import files, pretrained
 from lora.adapter import passport, store, value_head
-from lora.adapter.merge import merge, unload, unmerge
+from lora.adapter.merge import unload
 from lora.data import formats, sources
 from lora.data.retention import retention_batches
 from lora.errors import BadInput, collecting, say
-from lora.inference import score, several
+from lora.inference import score, several, unpacked
 from lora.inference.prompts import holds_answers
 from lora.inference.score import Row
 from lora.inference.session import try_adapter, warn_if_unchanged
@@ -49,9 +49,9 @@ def main(argv=None) -> int:
     fill(how)
 
     # ---- the base on `meta`, on which every adapter and every row is tried before anything is loaded
-    first = args.adapter[0] if args.adapter else None
-    model = args.model or (passport.base_of(first) if first else default_model.NAME)
-    base = pretrained.find(model, passport.packing(args.quant, first))
+    adapters = args.adapter or []
+    model = args.model or (passport.base_of(adapters[0]) if adapters else default_model.NAME)
+    base = several.find_base(model, args.quant, adapters, args.no_verify)
     say(f"model    {base.described}")
     device = machine.choose_device(args.device)
     dtype, _ = machine.choose_dtype(args.dtype, device)
@@ -70,6 +70,7 @@ def main(argv=None) -> int:
 
     # ---- one model; each adapter is put on it and taken off again
     model = pretrained.load_model(base, dtype, device)
+    dense = unpacked.unpack(model, machine.free_memory(device), copies=2)  # the base's own, and an adapter's sums
     check_head(args, value_head.of(model))
     figures, predictions, faults = {}, {}, {}
     for column in columns:
@@ -81,15 +82,13 @@ def main(argv=None) -> int:
         if args.method == "reward" and value_head.of(model) and predictions_folder(args):
             predictions[column.name] = pair_scores(model, column, args.micro_tokens)
         if not args.no_generate:
-            merge(model)  # answers come from rounded sums, as those of generate.py do
-            ids = score.likeliest_answers(model, column, args.batch_size, args.max_new_tokens)
+            with unpacked.merged_if(dense, model):  # answers come from rounded sums, as those of generate.py do
+                ids = score.likeliest_answers(model, column, args.batch_size, args.max_new_tokens)
             texts = [column.chat.tokenizer.decode(i) for i in ids]
             grades, faults[column.name] = grade(rows, texts, args)
             figures[column.name] |= grades | score.describe(model, column, ids, texts, args.max_new_tokens)
             pairs = zip(rows, texts, strict=True)
             predictions[column.name] = [answered(row, text) for row, text in pairs]
-            if column.adapter:
-                unmerge(model)
         unload(model)
 
     if folder := predictions_folder(args):

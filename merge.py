@@ -2,6 +2,7 @@
 
 python merge.py --adapter weights/self-introduction --out weights/nimbus       with a receipt of what that changed
 python merge.py --adapter weights/self-introduction --out nimbus.gguf --format gguf
+python merge.py --adapter weights/a --onto owner/base --out weights/b          trained in 4 bits, merged in 16
 python merge.py --adapter weights/self-introduction --push owner/name          the adapter itself, to the hub
 python merge.py --combine weights/a:0.7 weights/b:-0.3 --out weights/c         0.7 a - 0.3 b, exactly, or cut to --rank
 python merge.py --extract BASE TUNED --rank 16 --out weights/c                 what a full fine-tune changed
@@ -13,19 +14,20 @@ before_imports(__name__)
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lora import device as machine
-from lora import files, folders, ops, pretrained
+from lora import files, folders, pretrained
 from lora.adapter import passport, store, value_head
 from lora.adapter.inject import lora_layers
 from lora.adapter.layer import LoRALinear
-from lora.adapter.merge import merged_weight
-from lora.errors import BadInput, BadNumbers, collecting, say
+from lora.errors import BadInput, collecting, say
 from lora.export import card, derive, push, receipt
+from lora.export.onto import changer, find_onto, is_low_rank
+from lora.export.proof import Proof
 from lora.inference import prompts
 from lora.inference.session import load_chat
 from lora.run.use_settings import MergeSettings
@@ -61,7 +63,10 @@ def main(argv=None) -> int:
     store.read_config(args.adapter)
     base = pretrained.find(args.model or passport.base_of(args.adapter), passport.packing(args.quant, args.adapter))
     say(f"model    {base.described}")
-    folders.check_apart(out, [Path(args.adapter), *([base.path] if hasattr(base, "path") else [])])
+    target = find_onto(args.onto, base) if args.onto else base
+    if args.onto:
+        say(f"onto     {target.described}")
+    folders.check_apart(out, [Path(args.adapter), *(one.path for one in (base, target) if hasattr(one, "path"))])
 
     # ---- on `meta` the base has no memory; only the adapter's tensors are real
     model = pretrained.empty_model(base)
@@ -79,48 +84,30 @@ def main(argv=None) -> int:
     if args.adapter_only:
         gguf_write.write_adapter(base.config, out, low_rank_maps(layers, args.adapter), args.gguf_type or "f32")
         tell_server(base, template)
+        if passport.numbers(base.quant):
+            say(f"note     it was trained on {base.quant}: on the blocks of a GGUF file it answers otherwise")
         say(f"saved    {out}, the adapter of {len(layers)} tensors")
         return 0
 
     # ---- the base, tensor by tensor, each with what the adapter adds to it
-    if args.format == "gguf":
-        with progress(base) as bar:
-            change = changer(layers, torch.float32, bar)  # rounded once, from the sum in float32
-            gguf_write.write_model(base, out, change, args.gguf_type or "f16", template)
-    else:
-        write_folder(out, base, model, source, args)
+    chat, spoken = trained_chat(target, source, args)
+    proof = Proof(out, base, target, model, receipt_prompts(chat, model, args), args)
+    with tqdm(total=len(base.header), desc="merging", unit="tensor", leave=False, disable=None) as bar:
+        if args.format == "gguf":
+            kind = args.gguf_type or "f16"
+            change = changer(layers, torch.float32, bar, base)  # rounded once, from the sum in float32
+            gguf_write.write_model(target, out, change, kind, template, partial(proof.gguf, kind=kind))
+        else:
+            dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+            with folders.new_folder(out, args.overwrite) as folder:
+                pretrained.write_model(target, folder, changer(layers, dtype, bar, base), dtype, spoken)
+                value_head.save(model, folder)
+                proof.folder(folder)
     tell_chat(args.adapter)
     say(f"saved    {out}, {len(layers)} of {len(base.header)} tensors merged")
     if args.push is not None:
         print(push.push(out, args.push))
     return 0
-
-
-def write_folder(out: Path, base, model, template: str, args: MergeSettings) -> None:
-    """The merged model as a folder, with a card and the receipt of what merging changed. Raises BadNumbers, and leaves
-    no folder, where that is beyond --tolerance."""
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    device, (chat, spoken) = machine.choose_device(args.device), trained_chat(base, template, args)
-    compared = receipt_prompts(chat, model, args)
-    if compared:
-        receipt.check_room(model, machine.free_memory(device))
-    with folders.new_folder(out, args.overwrite) as folder:
-        with progress(base) as bar:
-            pretrained.write_model(base, folder, changer(lora_layers(model), dtype, bar), dtype, spoken)
-        value_head.save(model, folder)
-        lines = []
-        if compared:
-            written = pretrained.ModelFolder(folder, str(out))
-            found = receipt.make(base, args.adapter, written, compared, device)
-            lines = receipt.rows(found)
-            print(receipt.table(lines))
-            receipt.check(found, args.tolerance, out, args.adapter)
-            receipt.write(folder, found, args.tolerance)
-        card.write_merged(folder, out.name, base, card.made_in(args.adapter), lines)
-
-
-def progress(base) -> tqdm:
-    return tqdm(total=len(base.header), desc="merging", unit="tensor", leave=False, disable=None)
 
 
 def tell_server(base, template: str | None) -> None:
@@ -161,6 +148,7 @@ def check(args: MergeSettings) -> None:
         ("--adapter-only", args.adapter_only and not gguf, "its folder is there already. Add --format gguf"),
         ("--dtype", args.dtype != "auto" and gguf, "a GGUF file has types of its own. Give --gguf-type"),
         ("--out", named and not gguf, "a folder is to be written, not a GGUF file. Add --format gguf"),
+        ("--onto", args.onto and args.adapter_only, "an adapter alone is on no base. Leave out one of them"),
         ("--push", args.push and gguf, "folders are uploaded, not GGUF files. Leave out one of them"),
     )
     problems = [f"wrong {flag} in the command line: {why}" for flag, wrong, why in cases if wrong]
@@ -175,28 +163,10 @@ def check(args: MergeSettings) -> None:
         raise BadInput(*problems)
 
 
-def changer(layers: dict[str, LoRALinear], dtype: torch.dtype | None, bar: tqdm):
-    """(name, tensor) -> what to write: W + ΔW for a target, rounded once to `dtype` or W's own; others as they are."""
-    targets = {f"{path}.weight": layer for path, layer in layers.items()}
-
-    @torch.no_grad()
-    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        bar.update()
-        if name in targets:
-            tensor = merged_weight(tensor, targets[name].delta(tensor), dtype)
-        tensor = tensor.to(dtype or tensor.dtype)
-        if not ops.is_finite(tensor):
-            fix = "Use --dtype float32, or another adapter"
-            raise BadNumbers(f"not finite in {name}: the merged weight does not fit {tensor.dtype}. {fix}")
-        return tensor
-
-    return change
-
-
 def low_rank_maps(layers: dict[str, LoRALinear], folder: str) -> dict[str, tuple]:
     """Path -> s, A, B, which is all that an adapter in GGUF can say. Raises BadInput for a ΔW that is not s B A."""
     for path, layer in layers.items():
-        if type(layer).delta is not LoRALinear.delta:
+        if not is_low_rank(layer):
             why = f"{type(layer).__name__} at {path} is more than a low-rank map, and GGUF has no place for that"
             raise BadInput(f"unsupported adapter in {folder}: {why}. Merge it: leave out --adapter-only")
     return {path: (layer.scaling, *layer.factors()) for path, layer in layers.items()}

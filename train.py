@@ -99,7 +99,9 @@ def load(plan: Plan, args: TrainSettings, processes: DistContext, given: bool) -
 
 def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, resumed: Resumed | None) -> int:
     """Load and patch; then evaluate, save and step by turns until there is a reason to stop; show what changed."""
-    keep_tidy = (lambda: None) if args.fsdp else machine.keep_memory(processes.device, plan.memory(args))
+    sparing, keep_tidy = plan.base.quant is not None, lambda: None
+    if not args.fsdp:
+        keep_tidy = machine.keep_memory(processes.device, plan.memory(args), sparing)
     start = resumed.path if resumed else args.init_adapter
     model, trainable = load(plan, args, processes, given=start is not None)
     if compares(plan.method, args):

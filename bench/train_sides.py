@@ -42,8 +42,8 @@ class Ours:
         self.job, self.train_step, self.batch = job, train_step, batch
         job.checkpoint_activations, job.lr_ratio_b = False, 1
         here = torch.device("cpu")
-        device.keep_memory(here)
-        self.model = pretrained.load_model(job.base, getattr(torch, job.dtype))
+        device.keep_memory(here, sparing=job.quant is not None)
+        self.model = pretrained.load_model(pretrained.find(job.base, job.quant), getattr(torch, job.dtype))
         inject(self.model, job.rank, job.alpha)
         store.restore(self.model, job.adapter)
         self.model.train()
@@ -73,7 +73,7 @@ class Peer:
         from safetensors.torch import load_file
 
         self.job = job
-        base = transformers.AutoModelForCausalLM.from_pretrained(job.base, dtype=getattr(torch, job.dtype))
+        base = self.load(transformers.AutoModelForCausalLM.from_pretrained)
         config = peft.LoraConfig(
             r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=job.targets, task_type="CAUSAL_LM"
         )
@@ -89,6 +89,9 @@ class Peer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=job.lr, weight_decay=job.weight_decay, fused=True
         )
+
+    def load(self, from_pretrained):
+        return from_pretrained(self.job.base, dtype=getattr(torch, self.job.dtype))
 
     def cut(self, examples: list[Example]) -> list[list[Example]]:
         if self.job.tuned:
@@ -155,10 +158,8 @@ def matmul_seconds(side: Ours, examples: list[Example]) -> float:
     return spent
 
 
-def work(job) -> dict:
+def work(job, side) -> dict:
     """Steps through `job.steps`, the ids and trained flags of each step's examples; what was seen on the way."""
-    torch.set_num_threads(job.threads)
-    side = {"ours": Ours, "B0": Peer, "B1": Peer}[job.side](job)
     loaded, gradients, rows = machine.resident(), {}, []
 
     def keep(*_):
@@ -184,4 +185,6 @@ def work(job) -> dict:
 
 
 if __name__ == "__main__":
-    files.write_json(sys.argv[2], work(SimpleNamespace(**files.read_json(sys.argv[1]))))
+    job = SimpleNamespace(**files.read_json(sys.argv[1]))
+    torch.set_num_threads(job.threads)
+    files.write_json(sys.argv[2], work(job, (Ours if job.side == "ours" else Peer)(job)))

@@ -96,13 +96,15 @@ def start_adapter(base: Path, folder: Path) -> None:
 class Bench:
     """A folder for what the processes exchange, and what is the same for all of them."""
 
+    program = "train_sides.py"
+
     def __init__(self, folder: Path, threads: int, smoke: bool):
         self.folder, self.threads, self.count = folder, threads, 0
         self.probe_seconds = 0.02 if smoke else 0.5
         self.base = folder / "base" if smoke else default_model.folder()
         if smoke:
             self.base.mkdir()
-            memory.write_model(memory.run(2, 64, 96, 4, 2), self.base)
+            memory.write_model(memory.run(2, 64, 128, 4, 2), self.base)
         tokenizer = pretrained.load_chat(pretrained.find(str(self.base))).tokenizer
         self.text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
         start_adapter(self.base, folder / "adapter")
@@ -114,7 +116,8 @@ class Bench:
         """What a process is told."""
         same = {name: DEFAULTS[name] for name in ("rank", "alpha", "clip", "weight_decay", "micro_tokens")}
         same |= {"base": str(self.base), "adapter": str(self.folder / "adapter"), "targets": list(GROUPS["all"])}
-        same |= {"threads": self.threads, "lr": 0.002, "dtype": "bfloat16", "tuned": side == "B1", "matmuls": False}
+        same |= {"threads": self.threads, "lr": 0.002, "dtype": "bfloat16", "tuned": side == "B1"}
+        same |= {"quant": None, "matmuls": False}
         return same | {"side": side} | more
 
     def child(self, side: str, **more) -> dict:
@@ -124,7 +127,7 @@ class Bench:
         job, before = self.job(side, gradients=str(gradients), **more), self.probe()
         files.write_json(told, job | {"started": time.time()})
         quiet = {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(ROOT / "bench" / "train_sides.py"), str(told), str(answer)]
+        command = [sys.executable, str(ROOT / "bench" / self.program), str(told), str(answer)]
         done = subprocess.run(
             command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -132,7 +135,8 @@ class Bench:
             raise SystemExit(f"{side} ended with {done.returncode}\n{done.stderr}")
         result = files.read_json(answer) | {"probe": [before, self.probe()]}
         result["drift"] = result["probe"][1] / before - 1
-        result["gradients"] = load_file(gradients)
+        if gradients.exists():
+            result["gradients"] = load_file(gradients)
         return result
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -77,8 +77,8 @@ def behind_link(path: Path) -> Path:
 
 
 @contextmanager
-def writing(path: Path):
-    """A binary file that appears under `path` only when the block has ended well."""
+def writing(path: Path, check: Callable[[Path], None] = lambda whole: None):
+    """A binary file that appears under `path` only when the block, and `check` of the whole file, have ended well."""
     path = behind_link(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -86,6 +86,7 @@ def writing(path: Path):
             yield file
             file.flush()
             flush(file.fileno())
+        check(aside)
         _replace(aside, path)
         sync(path.parent)
     except BaseException as error:

@@ -23,9 +23,10 @@ def write_adapter(
     system: str | bool | None = None,
     template: str = cli.CHATML,
     model: Path | None = None,
+    quant: str | None = None,
 ) -> Path:
     """A folder as a training run leaves one, ΔW being 10 % of W or more."""
-    base = pretrained.find(str(model or cli.model_folder()))
+    base = pretrained.find(str(model or cli.model_folder()), quant)
     net = pretrained.load_model(base)
     paths = find_targets(net, targets)
     inject.patch(net, {path: kind(net.get_submodule(path), rank, alpha) for path in paths})

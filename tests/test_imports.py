@@ -22,7 +22,7 @@ LAYERS = {  # a part of the library -> the parts it may import, besides itself a
     "text": (),
     "data": ("text",),
     "pretrained": ("ops", "quant", "adapter", "network", "text"),
-    "train": ("ops",),
+    "train": ("ops", "quant"),
     "methods": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train"),
     "inference": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train"),
     "rewards": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),

@@ -80,14 +80,14 @@ def merged(model: nn.Module) -> Iterator[None]:
 def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | None) -> None:
     """The plain Linear at `path`, with W' in place of `weight` if it has changed. A head whose tensor was also the
     embedding's is no longer tied to it then, and transformers' config has to say so, or its files contradict it."""
+    if weight is not None and type(layer.base) is not nn.Linear:
+        model.set_submodule(path, plain_linear(layer.base, weight))
+        return
     if weight is not None:
         if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
             if sum(parameter is layer.base.weight for parameter in every) > 1:
                 model.config.tie_word_embeddings = False
-        if type(layer.base) is not nn.Linear:
-            model.set_submodule(path, plain_linear(layer.base, weight))
-            return
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     model.set_submodule(path, layer.base)
 

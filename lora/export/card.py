@@ -138,9 +138,18 @@ def write_full(folder: Path, name: str, base: ModelFiles, made: Made) -> None:
     _write(folder, name, base, made, what, ("generate.py", "--model", name), lora=False)
 
 
-def write_merged(folder: Path, name: str, base: ModelFiles, made: Made | None, receipt: Iterable = ()) -> None:
-    """Write the card of the merged model `name` into `folder`; `receipt` has rows (what, value)."""
+def write_merged(
+    folder: Path, name: str, base: ModelFiles, made: Made | None, receipt: Iterable, trained_on: ModelFiles
+) -> None:
+    """Write the card of the model `name`, merged from `base` and an adapter, into `folder`; `receipt` has rows (what,
+    value)."""
     what = "This is {} with a LoRA adapter merged into its weights"
+    packing = f" in {trained_on.quant}" if trained_on.quant else ""
+    name_there = code(Path(trained_on.hub_id).name).translate({ord(c): 2 * c for c in "{}"})  # it is a format string
+    if trained_on.name != base.name or trained_on.quant != base.quant:
+        what += f"; it was trained on {name_there}{packing}, whose weights are others"
+    elif packing:
+        what += f", which {'are those of its blocks' if base.quant == 'keep' else f'were packed{packing}'}, dequantised"
     sections = {"What merging changed": table(("what", "value"), rows)} if (rows := list(receipt)) else {}
     _write(folder, name, base, made, what, ("generate.py", "--model", name), sections)
 

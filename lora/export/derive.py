@@ -15,7 +15,7 @@ from lora.adapter.targets import linears
 from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card
-from lora.inference.several import common_base, dry_load
+from lora.inference.several import dry_load, find_base
 
 FILES = (*passport.ADAPTER, card.FILE)
 COMMON = ("out", "overwrite", "rank", "energy")
@@ -87,7 +87,7 @@ def combine(args) -> int:
     terms = read_terms(args.combine)
     adapters = [folder for folder, _ in terms]
     with output_place(out, args, [Path(folder) for folder in adapters]):
-        base = pretrained.find(args.model or common_base(adapters, args.no_verify))
+        base = find_base(args.model, None, adapters, args.no_verify)
         say(f"model    {base.described}")
 
         # ---- on `meta` the base has no memory; only the adapters' tensors are real

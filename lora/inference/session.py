@@ -20,9 +20,8 @@ from lora import device as machine
 from lora import pretrained
 from lora.adapter import passport, store, value_head
 from lora.adapter.inject import lora_layers
-from lora.adapter.merge import merge_and_unload
 from lora.errors import BadInput, collecting, say
-from lora.inference import several
+from lora.inference import several, unpacked
 from lora.inference.generate import GREEDY, Sampling, generate_all, stream_tokens
 from lora.inference.prompts import encode
 from lora.network.decoder import Model
@@ -147,7 +146,7 @@ def open_session(
     max_new_tokens: int = 256,
     **sampling,
 ) -> Session:
-    """A model that is ready to talk, with an adapter merged into it or without one.
+    """A model that is ready to talk, with an adapter or without one: merged into plain Linears where there is room.
 
     `model` is a folder, a hub id or a .gguf file: by default the base that the adapter remembers, or else the default
     model. `system`, `template`, `template_args` (as {"enable_thinking": False}) and `date` are by default those of the
@@ -166,8 +165,8 @@ def open_session(
         if verify:
             passport.verify(adapter, base, lora_layers(net))
         warn_if_unchanged(net, adapter)
-        merge_and_unload(net)  # plain Linears again: the adapter costs nothing from here on
         say(f"adapter  {adapter}")
+    unpacked.unpack(net, machine.free_memory(place))  # plain Linears: the adapter costs nothing from here on
     _tell_head(net, adapter or base.name)
     return Session(net, chat, how, max_new_tokens)
 
@@ -195,7 +194,7 @@ def open_sessions(
     """
     how = Sampling(**sampling), max_new_tokens
     told = {"system": system, "template": template, "template_args": template_args, "date": date}
-    base = pretrained.find(model or several.common_base(adapters, not verify), passport.packing(quant, adapters[0]))
+    base = several.find_base(model, quant, adapters, not verify)
     say(f"model    {base.described}")
     place = machine.choose_device(device)
     empty = pretrained.empty_model(base)
@@ -208,6 +207,7 @@ def open_sessions(
     if problems:
         raise BadInput(*dict.fromkeys(problems))
     net = pretrained.load_model(base, machine.choose_dtype(dtype, place)[0], place)
+    merged = unpacked.unpack(net, machine.free_memory(place), copies=2)  # the base's own, and the sums of one adapter
     sets = several.Several(net)
     for name, adapter in names.items():
         if adapter:
@@ -215,7 +215,7 @@ def open_sessions(
             sets.switch(name)
             warn_if_unchanged(net, adapter)
             _tell_head(net, adapter)
-    return {name: Session(net, chat, *how, partial(sets.switch, name, merged=True)) for name, chat in chats.items()}
+    return {name: Session(net, chat, *how, partial(sets.switch, name, merged)) for name, chat in chats.items()}
 
 
 def _tell_head(model: Model, name: str | Path) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lora import ops
+from lora import ops, pretrained
 from lora.adapter import passport, sets, store, value_head
 from lora.adapter.layer import LoRALinear
 from lora.adapter.merge import merged_weight, plain_linear
 from lora.adapter.sets import AdapterSet
 from lora.adapter.targets import linears
 from lora.errors import BadInput, BadNumbers
+from lora.pretrained import ModelFiles
 
 BASE = "base"
 
@@ -59,6 +60,25 @@ def common_base(adapters: Sequence[str], insist: bool = False) -> str:
     if problems:
         raise BadInput(*problems)
     return first[1]
+
+
+def find_base(model: str | None, asked: str | None, adapters: Sequence[str], insist: bool = False) -> ModelFiles:
+    """The base of adapters, packed as `asked` (see `passport.packing`), or as in the training of all that say it.
+
+    Raises BadInput as `common_base`, and for adapters of different packings where none is asked for.
+    """
+    if not model:
+        model = common_base(adapters, insist)
+    trained = {adapter: passport.quant_of(adapter) for adapter in adapters if passport.read(adapter)}
+    first = next(iter(trained), None)
+    problems = []
+    for adapter, quant in trained.items():
+        if not (asked or insist) and passport.numbers(quant) != passport.numbers(trained[first]):
+            why = f"{first} was trained on {trained[first] or '16 bit'}, this on {quant or '16 bit'}"
+            problems.append(f"different packings in {adapter}: {why}. Use adapters of one packing")
+    if problems:
+        raise BadInput(*problems)
+    return pretrained.find(model, passport.packing(asked, first))
 
 
 def dry_load(

@@ -41,14 +41,15 @@ def joined(modules: Sequence[nn.Module]) -> Callable[[Tensor], Outputs] | None:
 @torch.inference_mode(False)  # weights made in it could not be trained with
 @torch.no_grad()
 def join(modules: Sequence[nn.Module]) -> Callable[[Tensor], Outputs] | None:
-    """x (..., in) -> the outputs of several Linears, or of several LoRA layers; None where there is no better way."""
+    """x (..., in) -> the outputs of several Linears, or of several LoRA layers; None where there is no better way, as
+    with packed weights, which would not stay so."""
     kind = type(modules[0])
     sharded = any(type(parameter) is not nn.Parameter for module in modules for parameter in module.parameters())
     if sharded or len(modules) < 2 or any(type(module) is not kind for module in modules):
         return None
     if kind is nn.Linear:
         return _join_frozen(modules)
-    if not hasattr(kind, "low_rank") or any(module.drops for module in modules):
+    if not hasattr(kind, "low_rank") or any(m.drops or not isinstance(m.stored, Tensor) for m in modules):
         return None
     maps = [module.low_rank() for module in modules]
     if not any(maps):

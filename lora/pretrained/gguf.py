@@ -161,7 +161,7 @@ class GGUFFile:
         first, last = (start, count if stop is None else stop) if matrix else (0, count)
         values, step = torch.empty(last - first, columns, dtype=dtype), max(1, CHUNK // columns)
         with np.errstate(all="ignore"):
-            for rows, data in zip(values.split(step), self._bytes(tensor, first, last, step), strict=True):
+            for rows, data in zip(values.split(step), self._bytes(tensor, first, last, step), strict=False):  # no rows
                 rows.copy_(torch.from_numpy(dequantize(data, tensor.type)))
         return values if matrix else values.view(tensor.shape)[start:stop]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, WriterState
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
 from lora import files, folders
 from lora.errors import BadInput, BadNumbers, say
@@ -120,9 +120,11 @@ def write_model(
     change: Callable[[str, torch.Tensor], torch.Tensor],
     kind: str = "f16",
     template: str | None = None,
+    check: Callable[[Path], None] = lambda whole: None,
 ) -> None:
     """Write a whole model: `change(name, tensor)` gives the float32 tensor that is rounded once to `kind`, a key of
-    TYPES; `template` is a file that replaces the chat template. Raises BadInput for what GGUF, or we, cannot say."""
+    TYPES; `template` is a file that replaces the chat template; where `check` of the whole file raises, there is none.
+    Raises BadInput for what GGUF, or we, cannot say."""
     config, names = ModelConfig.from_json(base.config, base.name), empty_model(base).state_dict()
     arch, row = _architecture(config, base.name)
 
@@ -136,7 +138,7 @@ def write_model(
     if config.rope_scaling.kind == "llama3":
         divisors = rope_divisors(config)
         tensors[gguf_names.ROPE_FREQS] = Planned(F32, tuple(divisors.shape), lambda: divisors)
-    _write(path, arch, "model", _sizes(config, arch) | tokenizer_metadata(base, template), tensors, kind)
+    _write(path, arch, "model", _sizes(config, arch) | tokenizer_metadata(base, template), tensors, kind, check)
 
 
 @torch.no_grad()
@@ -173,7 +175,15 @@ def _named(row: gguf_names.Architecture, name: str, where: str) -> str:
     return found
 
 
-def _write(path: Path, arch: str, what: str, metadata: dict[str, Any], tensors: dict[str, Planned], kind: str) -> None:
+def _write(
+    path: Path,
+    arch: str,
+    what: str,
+    metadata: dict[str, Any],
+    tensors: dict[str, Planned],
+    kind: str,
+    check: Callable[[Path], None] = lambda whole: None,
+) -> None:
     wanted, file_type = TYPES[kind]
     general = {"type": what, "name": Path(path).stem, "file_type": int(file_type)}
     general["quantization_version"] = GGML_QUANT_VERSION
@@ -191,7 +201,7 @@ def _write(path: Path, arch: str, what: str, metadata: dict[str, Any], tensors: 
         say(f"note     f16 in place of {wanted.name.lower()} where rows are not whole blocks of "
             f"{GGML_QUANT_SIZES[wanted][0]} values: {len(other)} tensors, {other[0]} the first")  # fmt: skip
     folders.check_room(path, total, "the GGUF file")
-    with files.writing(path) as file:
+    with files.writing(path, check) as file:
         writer.fout, writer.state = [file], WriterState.EMPTY  # given a path, it opens a file of its own
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -204,6 +214,14 @@ def _write(path: Path, arch: str, what: str, metadata: dict[str, Any], tensors: 
             for rows in tensor.split(max(1, CHUNK // shape[-1])) if len(shape) > 1 else [tensor]:
                 file.write(_packed(rows, kind, name))
         writer.write_padding(file, file.tell())
+
+
+def rounded(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """A float32 matrix as it is read back from a file of `kind`, a key of TYPES."""
+    kind = _type(values.shape, kind)
+    if kind in FLOATS:
+        return values.to(FLOATS[kind]).float()
+    return torch.from_numpy(dequantize(quantize(values.contiguous().numpy(), kind), kind))
 
 
 def _packed(values: torch.Tensor, kind: GGMLQuantizationType, name: str) -> memoryview:

@@ -14,7 +14,7 @@ from lora.network.decoder import Model
 from lora.network.families import quantised
 from lora.pretrained import default_model, hub
 from lora.pretrained.folder import ModelFiles, ModelFolder
-from lora.pretrained.quantised import Quantised
+from lora.pretrained.quantised import BITS_4, KEEP, Quantised
 from lora.quant.linear import QuantLinear
 
 # tensors that only quantised weights have, left over where `prequantised` does not read them: GPTQ's and AWQ's, MLX's
@@ -26,6 +26,12 @@ def find(model: str, quant: str | None = None) -> ModelFiles:
     """The files of a model by its name, their Linears packed on reading where a mode of `Quantised` is given."""
     found = _find(model)
     return Quantised(found, quant) if quant else found
+
+
+def smallest(base: ModelFiles) -> Quantised:
+    """A model in four bits, as its own files have it or packed on reading."""
+    kept = any(base.block_type(name) in BITS_4 for name in base.header)
+    return Quantised(base, KEEP if kept else "nf4")
 
 
 def _find(model: str) -> ModelFiles:

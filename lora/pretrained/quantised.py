@@ -19,6 +19,7 @@ from lora.quant.packed import AT_ONCE, Packed
 PACK = {"nf4": nf4.pack, "int8": int8.pack}
 KEEP = "keep"
 MODES = (*PACK, KEEP)
+BITS_4 = {"NF4", "FP4"}  # blocks that are not packed again
 BITS = {"nf4": 4 + 8 / nf4.BLOCK + 32 / (nf4.BLOCK * nf4.BLOCKS_A_SCALE), "int8": 8}  # and a scale for each row
 
 
@@ -38,10 +39,10 @@ class Quantised:
         kept = [name for name in self.linears if original.block_type(name)] if mode == KEEP else self.linears
         wrong = f"wrong --quant in the command line: {{}} in {original.name}. Give {{}}"
         if not kept:
-            found = next(iter(sorted(Path(original.name).glob("*.gguf"))), None)
+            found = next(iter(sorted(Path(original.path).glob("*.gguf"))), None)
             fix = f"--model {found}, or " if found else ""
             raise BadInput(wrong.format("there are no blocks to keep", f"{fix}--quant nf4 or int8"))
-        if mode != KEEP and {original.block_type(name) for name in kept} & {"NF4", "FP4"}:
+        if mode != KEEP and {original.block_type(name) for name in kept} & BITS_4:
             raise BadInput(wrong.format("Linears have 4 bits already", "--quant keep"))
         self._kept = set(kept)
         described = original.described.removesuffix(DEQUANTISED if mode == KEEP else "")

@@ -11,7 +11,6 @@ from torch import Tensor
 from lora.quant.packed import Packed
 
 LARGEST = 127
-EXACT = ~0x7F  # the last seven bits of a scale are 0, so that 127 · scale is exact, and packing again the identity
 
 
 class Int8(Packed):
@@ -32,7 +31,7 @@ def pack(shape: tuple[int, int], rows: Iterable[Tensor]) -> Int8:
     codes, scales = [], []
     for part in rows:
         part = part.float()
-        scale = ((part.abs().amax(1) / LARGEST).view(torch.int32) & EXACT).view(torch.float32)
+        scale = part.abs().amax(1) / LARGEST
         quotient = part / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes.append(quotient.round_().clamp_(-LARGEST, LARGEST).to(torch.int8))
         scales.append(scale)

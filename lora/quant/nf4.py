@@ -22,6 +22,7 @@ TABLE = torch.tensor([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
 TINY = 1e-38  # in place of the scale of a block of zeros
+CELLS = 16  # in a unit of the numbers from -1 to 1; two values of TABLE are nowhere as near as that
 GRID = 65535  # steps from -1 to 1, on which bitsandbytes looks up the code of a scale
 
 
@@ -52,7 +53,7 @@ class NF4(Packed):
         start = first // BLOCKS_A_SCALE
         nested = self.nested_absmax[start : -(-last // BLOCKS_A_SCALE)].repeat_interleave(BLOCKS_A_SCALE)
         nested = nested[first - start * BLOCKS_A_SCALE :][: last - first]
-        return self.map[self.absmax[first:last].int()] * nested + self.mean
+        return self.map.index_select(0, self.absmax[first:last].int()).mul_(nested).add_(self.mean)
 
     def scales(self) -> list[Tensor]:
         scales = [self.absmax] if self.nested_absmax is None else [self.nested_absmax, self.mean, self.map]
@@ -74,11 +75,21 @@ def pack_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
     blocks = pad(values.reshape(-1).float(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
     blocks = blocks * (1 / absmax.clamp(min=TINY))[:, None]  # by the reciprocal, as there: a quotient rounds otherwise
-    codes = torch.zeros_like(blocks, dtype=torch.uint8)
-    for middle in ((TABLE[1:] + TABLE[:-1]) / 2).tolist():  # the nearest value; a tie goes to the lower
-        codes += blocks > middle
-    codes = codes.view(-1)[: values.numel() + values.numel() % 2]
+    codes = nearest(blocks.view(-1))[: values.numel() + values.numel() % 2]
     return codes[::2] << 4 | codes[1::2], absmax
+
+
+def nearest(numbers: Tensor) -> Tensor:
+    """The codes of the values of TABLE that are nearest to numbers from -1 to 1, (n,); a tie goes to the lower one.
+
+    That is how many middles between two values lie below a number: those below its cell of 1/CELLS, which are looked
+    up, and perhaps the next one.
+    """
+    middles = (TABLE[1:] + TABLE[:-1]) / 2
+    below = torch.bucketize(torch.arange(-CELLS, CELLS + 1) / CELLS, middles)  # of each cell
+    next_one = pad(middles, (0, 1), value=torch.inf)[below]
+    cell = (numbers + 1).mul_(CELLS).int().clamp_(0, 2 * CELLS)  # what is no number has to have one as well
+    return below.to(torch.uint8).index_select(0, cell).add_(numbers > next_one.index_select(0, cell))
 
 
 def pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,8 +97,7 @@ def pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     blocks = pad(scales, (0, -len(scales) % BLOCKS_A_SCALE)).view(-1, BLOCKS_A_SCALE)
     absmax, values = blocks.abs().amax(1), dynamic_map()
     on_grid = ((blocks * (1 / absmax.clamp(min=TINY))[:, None] + 1) * 0.5 * GRID + 0.5).trunc()
-    on_grid = on_grid.double() / GRID * 2 - 1
-    codes = torch.bucketize(on_grid.float(), (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    codes = torch.bucketize(on_grid / GRID * 2 - 1, (values[1:] + values[:-1]) / 2).to(torch.uint8)
     codes[absmax == 0] = 0
     return codes.view(-1)[: len(scales)], absmax
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora import ops
+from lora.device import huge_pages
 
 AT_ONCE = {"cpu": 2**20}  # values; a GPU takes a whole weight
 
@@ -49,6 +50,7 @@ class Packed(nn.Module):
         """The weight (out, in): decoded in float32, and rounded once to `dtype`."""
         count = self.shape[0] * self.shape[1]
         values = torch.empty(count, dtype=dtype, device=self.device)
+        huge_pages(values)
         step = max(1, AT_ONCE.get(values.device.type, count) // self.block)  # blocks
         for first in range(0, -(-count // self.block), step):
             start, stop = first * self.block, min((first + step) * self.block, count)

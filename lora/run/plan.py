@@ -121,7 +121,14 @@ class Plan:
         lengths, group = self.examples.document_lengths, self.examples.group
         if methods.samples(args.method):
             lengths, group = lengths + args.max_new_tokens, args.group
-        return self.on_meta, args, lengths, self.per_step * group
+        return self.on_meta, args, lengths, self.per_step * group, self._packings(args)
+
+    def _packings(self, args: TrainSettings) -> memory.Packings:
+        """What --quant packs; without it, what it could."""
+        if args.full or args.fsdp or args.compile:
+            return {}
+        base = self.base if args.quant else pretrained.smallest(self.base)
+        return {base.quant: memory.PackedSizes.of(base)}
 
     def memory(self, args: TrainSettings) -> float:
         """Bytes that the run is expected to take at its peak."""

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lora.adapter.merge import merged
+from lora import device as machine
 from lora.data.batch import Batch, Linked, micro_batches
 from lora.data.encode import Encoded
 from lora.errors import StopFlag
+from lora.inference import unpacked
 from lora.inference.generate import generate
 from lora.inference.rollout import Completion, draws, sample_groups
 from lora.methods import compares, has_value_head, policy
@@ -25,6 +26,7 @@ from lora.train.distributed import DistContext
 from lora.train.evaluate import evaluating, means
 from lora.train.stopping import WITHOUT_SIGNAL
 
+MERGED = "sampled_merged"
 CACHED = 16  # times --micro-tokens positions in a cache: keys and values are far smaller than activations
 
 
@@ -47,7 +49,16 @@ class Rollouts:
         self.model, self.plan, self.args, self.processes = model, plan, args, processes
         self.carried, self.stop = carried, stop
         self.sums, self.samples = {}, []
+        self.dense = self._fits(machine.free_memory(processes.device))
         plan.rewards.load(model)
+
+    def _fits(self, free: int | None) -> bool:
+        """Are answers sampled with the adapter merged? A resumed run does as it did before, as it rounds otherwise."""
+        if unpacked.dense_bytes(self.model):
+            self.carried.setdefault(MERGED, int(unpacked.fits(self.model, free)))
+        if not (dense := bool(self.carried.get(MERGED, True))):
+            unpacked.say_packed(self.model)
+        return dense
 
     def micro_batches(self, indices: Sequence[int], step: int) -> list[Batch]:
         """This process's part of a step, laid out as `Plan.micro_batches` does. Raises Interrupted where a signal came
@@ -66,7 +77,7 @@ class Rollouts:
     def _sample(self, prompts: Sequence[list[int]], places: Sequence[int], step: int) -> list[list[Completion]]:
         """A group of answers to each prompt, as many prompts at a time as the cache has room for."""
         args, found = self.args, []
-        with merged(self.model):
+        with unpacked.merged_if(self.dense, self.model):
             for some in self._parts(prompts, args.group):
                 numbers = [
                     torch.stack([draws(args.seed, step, place, k, args.max_new_tokens) for k in range(args.group)])
@@ -168,7 +179,7 @@ class Rollouts:
     def _likeliest(self, prompts: Sequence[list[int]]) -> list[Completion]:
         """The greedy answer to each prompt."""
         chat, most, found = self.plan.chat, self.args.max_new_tokens, []
-        with merged(self.model):
+        with unpacked.merged_if(self.dense, self.model):
             for some in self._parts(prompts, 1):
                 answers = generate(self.model, some, chat.stops, most, on_token=lambda *_: self._raise_if_stopped())
                 for ids in answers:  # prompts leave room for the most tokens

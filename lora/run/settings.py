@@ -293,12 +293,13 @@ class TrainSettings(
     def contradictions(self) -> list[str]:
         """The flags that exclude each other, without a look at the base; a line each."""
         line = "contradiction in the command line:"
+        packs = self.quant not in (None, "none")
         pairs = [
             ("--resume", "--overwrite", self.resume is not None and self.overwrite, "Give one of them"),
             ("--compile", "--fsdp", self.compile and self.fsdp, ""),
-            ("--quant", "--full, which trains what would be packed", self.quant and self.full, ""),
-            ("--quant", "--fsdp, which shards numbers", self.quant and self.fsdp, ""),
-            ("--quant", "--compile", self.quant and self.compile, ""),
+            ("--quant", "--full, which trains what would be packed", packs and self.full, ""),
+            ("--quant", "--fsdp, which shards numbers", packs and self.fsdp, ""),
+            ("--quant", "--compile", packs and self.compile, ""),
             ("--full", "--fsdp, which is for a base that is only read", self.full and self.fsdp, ""),
         ]
         if self.fsdp and (self.dora or self.init == "pissa"):

