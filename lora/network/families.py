@@ -83,7 +83,8 @@ FAMILIES = {
         sliding_window=4096, max_window_layers=28,
     ),
     "qwen3_5_text": Family(
-        reads=("attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval", *MROPE, *DELTA),
+        reads=("attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval", "attn_output_gate",
+               *MROPE, *DELTA),
         max_position_embeddings=32768, head_dim=256, qk_norm=True, norm_offset=1.0, partial_rotary_factor=0.25,
         output_gate=True, mixer="delta", full_attention_interval=4,
     ),
