@@ -126,6 +126,8 @@ class _Reader(RopeFields):
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             self.wrong(field, f"{json.dumps(activation)[:60]} is not implemented; {', '.join(ACTIVATIONS)} are")
             activation = "silu"
+        if family.mixer == "delta" and ACTIVATIONS[activation] != "silu":
+            self.wrong(field, f"{activation} is not implemented here; silu is")
 
         hidden = self.number("hidden_size", high=2**17)
         heads = self.number("num_attention_heads", high=2**12)

@@ -26,6 +26,7 @@ class Family:
     attention_bias: bool = False  # of q, k and v
     o_bias: bool = True  # has o_proj one where they have?
     rope_theta: float = 10000.0
+    rope_parameters: Mapping | None = None  # where neither they nor their old form are there
     rope_local_base_freq: float | None = None  # in layers with a sliding window, where that differs
     partial_rotary_factor: float = 1.0
     rope_interleaved: bool = False  # RoPE turns (2i, 2i + 1), not (i, i + d/2)
@@ -61,6 +62,10 @@ DELTA = (
     "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
     "linear_num_value_heads",
 )  # fmt: skip
+MINISTRAL_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 MROPE = ("mrope_section", "mrope_interleaved")
 READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -71,7 +76,7 @@ FAMILIES = {
     ),
     "ministral3": Family(
         reads=("llama_4_scaling_beta", "max_position_embeddings", "sliding_window"), max_position_embeddings=262144,
-        rms_norm_eps=1e-5, num_key_value_heads=8, head_dim=128, rope_theta=1000000.0,
+        rms_norm_eps=1e-5, num_key_value_heads=8, head_dim=128, rope_theta=1000000.0, rope_parameters=MINISTRAL_ROPE,
     ),
     "baichuan": Family(fused=(("self_attn.W_pack", Q_K_V),), written_as="llama"),
     "qwen2": Family(
@@ -85,7 +90,8 @@ FAMILIES = {
     "qwen3_5_text": Family(
         reads=("attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval", "attn_output_gate",
                *MROPE, *DELTA),
-        max_position_embeddings=32768, head_dim=256, qk_norm=True, norm_offset=1.0, partial_rotary_factor=0.25,
+        max_position_embeddings=32768, num_key_value_heads=4, head_dim=256, qk_norm=True, norm_offset=1.0,
+        partial_rotary_factor=0.25,
         output_gate=True, mixer="delta", full_attention_interval=4,
     ),
     "smollm3": Family(

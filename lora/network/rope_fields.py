@@ -42,6 +42,7 @@ class RopeFields:
         """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
         family, raw = self.family, self.raw
         old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
+        new = new or (not old and family.rope_parameters) or {}
         local = self.optional("rope_local_base_freq", kind=float, high=1e12)
         if local and {FULL, SLIDING} & new.keys():
             new, other = self.mapping(new, FULL), self.mapping(new, SLIDING)
@@ -100,7 +101,7 @@ class RopeFields:
             value = part.get(field)
             return default if value is None else self.number(field, raw=part, **({"kind": float, "high": 1e6} | limits))
 
-        original = self.number("original_max_position_embeddings", raw=part, high=2**30)
+        original = self.original(part)
         factor = named("factor", None, low=1) or self.raw.get("max_position_embeddings", original) / original
         mscale, of_all = (named(field, 0, low=0) for field in ("mscale", "mscale_all_dim"))
         grown = (
@@ -118,10 +119,17 @@ class RopeFields:
             truncate=truncate, attention_factor=attention, q_beta=beta,
         )  # fmt: skip
 
+    def original(self, part: Mapping) -> int:
+        """The length of the pretraining: a part of RoPE's, or a field beside it."""
+        field = "original_max_position_embeddings"
+        found = {raw[field] for raw in (part, self.raw) if isinstance(raw.get(field), int)}
+        if len(found) > 1:
+            self.wrong(field, "two different values", "Keep the right one")
+        return self.number(field, raw=self.raw | part, high=2**30)
+
     def longrope(self, part: Mapping, turned: int) -> RopeScaling:
         """With the factors of short documents: longer ones than the original length are refused."""
-        raw = self.raw | part
-        original = self.number("original_max_position_embeddings", raw=raw, high=2**30)
+        raw, original = self.raw | part, self.original(part)
         factors, factor = part.get("short_factor"), part.get("factor")
         right = isinstance(factors, list) and len(factors) == turned // 2
         if not right or not all(type(x) in (int, float) and 0 < x < 1e6 for x in factors):

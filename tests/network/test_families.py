@@ -242,9 +242,7 @@ def test_documents_end_to_end_equal_one_by_one_and_fast_paths_equal_plain_ones(k
     model.checkpoint_activations = False
     with as_written():
         expected = gradients(model, tokens, LENGTHS, g)
-    in_layers = [
-        14 if mixer == "attention" else 12 for mixer in model.config.mixers
-    ]  # A and B
+    in_layers = [14 if mixer == "attention" else 12 for mixer in model.config.mixers]  # A and B
     assert len(expected) == 1 + sum(in_layers)
     for found in (together, alone, again):
         assert all(close(a, b, 1e-11) and b.abs().max() > 1e-3 for a, b in zip(found, expected, strict=True))
