@@ -251,14 +251,18 @@ class Safetensors:
             self._file = safe_open(self.path, "pt", backend="pread")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (not a dict)
             self.header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-            self.metadata = self._file.metadata() or {}
+            self.metadata, self._names = self._file.metadata() or {}, {}
         except (SafetensorError, OSError, ValueError, OverflowError, TypeError) as error:
             fix = "It is damaged or incomplete; download or write it again"
             raise BadInput(f"broken safetensors in {path}: {str(error).rstrip('.')}. {fix}") from None
 
+    def rename(self, names: dict[str, str]) -> None:
+        """From now on only these tensors are there, under new names: new -> old."""
+        self._names, self.header = names, {new: self.header[old] for new, old in names.items()}
+
     def read(self, name: str) -> torch.Tensor:
         try:
-            return self._file.get_tensor(name)
+            return self._file.get_tensor(self._names.get(name, name))
         except (SafetensorError, OSError) as error:
             raise BadInput(f"broken safetensors in {self.path}:{name}: {error}. Download it again") from None
 
@@ -268,7 +272,7 @@ class Safetensors:
         rows = torch.empty((stop - start, *shape[1:]), dtype=STORED[dtype])
         buffer = rows.reshape(-1).view(torch.uint8).numpy()
         with open(self.path, "rb") as file:
-            file.seek(self._starts[name] + start * rows[:1].nbytes)
+            file.seek(self._starts[self._names.get(name, name)] + start * rows[:1].nbytes)
             if file.readinto(buffer) < buffer.nbytes:
                 raise BadInput(f"broken safetensors in {self.path}:{name}: it has been cut. Download it again")
         return rows
@@ -279,4 +283,4 @@ class Safetensors:
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        return {name: 8 + length + header[name]["data_offsets"][0] for name in self.header}
+        return {name: 8 + length + found["data_offsets"][0] for name, found in header.items() if "dtype" in found}

@@ -21,7 +21,8 @@ def logits(
 ) -> np.ndarray:
     """Next-token logits, shape (T, V). `positions` only set the RoPE angles; the causal mask follows list order."""
     kind = config["model_type"]
-    if kind not in ("llama", "mistral", "baichuan", "qwen2", "qwen3", "smollm3", "phi3", *GEMMA, "glm4"):
+    known = ("llama", "mistral", "ministral3", "baichuan", "qwen2", "qwen3", "qwen3_5_text", "smollm3", "phi3", "glm4")
+    if kind not in (*known, *GEMMA):
         raise ValueError(f"no oracle for model_type {kind!r}")
     if kind not in GEMMA and config.get("hidden_act", "silu") != "silu":
         raise ValueError("no oracle for activations other than silu")
@@ -35,7 +36,8 @@ def logits(
         x = x * math.sqrt(config["hidden_size"])
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        y = attention(config, weights, i, norm(config, weights, f"{layer}.input_layernorm", x), positions)
+        mix = delta_net if kind == "qwen3_5_text" and (i + 1) % config["full_attention_interval"] else attention
+        y = mix(config, weights, i, norm(config, weights, f"{layer}.input_layernorm", x), positions)
         if kind in GEMMA:
             y = norm(config, weights, f"{layer}.post_attention_layernorm", y)
         if kind == "glm4":
@@ -54,8 +56,8 @@ def logits(
 
 
 def norm(config: dict, weights: dict, name: str, x: np.ndarray) -> np.ndarray:
-    """RMSNorm by the stored weight; Gemma stores the gain less one."""
-    gain = _f64(weights[f"{name}.weight"]) + (1 if config["model_type"] in GEMMA else 0)
+    """RMSNorm by the stored weight; Gemma and Qwen3.5 store the gain less one."""
+    gain = _f64(weights[f"{name}.weight"]) + (1 if config["model_type"] in (*GEMMA, "qwen3_5_text") else 0)
     return rms_norm(x, gain, config.get("rms_norm_eps", 1e-6))
 
 
@@ -85,8 +87,12 @@ def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
         q, k, v = np.split(packed, [heads * d, (heads + kv_heads) * d], axis=1)
     else:
         q, k, v = (linear(weights, f"{prefix}.{name}_proj", x) for name in "qkv")
+    gates = np.ones((steps, heads, d))
+    if kind == "qwen3_5_text":  # each head of q_proj is a query and a gate
+        q, gates = np.split(q.reshape(steps, heads, 2 * d), 2, axis=2)
+        gates = 1 / (1 + np.exp(-gates))
     q, k, v = q.reshape(steps, heads, d), k.reshape(steps, kv_heads, d), v.reshape(steps, kv_heads, d)
-    if kind in ("qwen3", "gemma3_text"):
+    if kind in ("qwen3", "qwen3_5_text", "gemma3_text"):
         q = np.stack([norm(config, weights, f"{prefix}.q_norm", row) for row in q])
         k = np.stack([norm(config, weights, f"{prefix}.k_norm", row) for row in k])
 
@@ -100,16 +106,69 @@ def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
             query = rotate(q[t, h], positions[t], frequencies, kind == "glm4")
             seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
             scores = softcap(keys[seen] @ query / scale, config.get("attn_logit_softcapping"))
+            scores = scores * rope_growth(config, positions[t])
             mixed[t, h] = softmax(scores) @ v[seen, g]
-    return linear(weights, f"{prefix}.o_proj", mixed.reshape(steps, heads * d))
+    return linear(weights, f"{prefix}.o_proj", (gates * mixed).reshape(steps, heads * d))
+
+
+def rope_growth(config: dict, position: int) -> float:
+    """What scores are multiplied by: YaRN's temperature (Peng et al. 2023, eq. 22: cos and sin of both sides by
+    0.1 ln s + 1), LongRoPE's likewise, and in Ministral 3 queries by 1 + beta ln(1 + floor(position / L))."""
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    kind, L = rope.get("rope_type", rope.get("type", "default")), rope.get("original_max_position_embeddings")
+    if kind == "yarn":
+        beta = rope.get("llama_4_scaling_beta", 0)
+        return (0.1 * math.log(rope["factor"]) + 1) ** 2 * (1 + beta * math.log(1 + position // L))
+    if kind == "longrope":
+        L = config["original_max_position_embeddings"]
+        return 1 + math.log(config["max_position_embeddings"] / L) / math.log(L)
+    return 1.0
+
+
+def delta_net(config: dict, weights: dict, i: int, x: np.ndarray, positions: list[int]) -> np.ndarray:
+    """Gated DeltaNet (Yang et al. 2024), head by head and token by token, S mapping keys to values:
+
+        S <- a S;   S <- S + b (v - S k) k^T;   y = S q / sqrt(d)
+
+    with b = sigmoid(W_b x), a = exp(-exp(A_log) softplus(W_a x + dt_bias)), and q, k, v of length 1, 1 and any, from a
+    causal convolution of W_qkv x over K positions, then silu. The output is RMSNorm(y) silu(W_z x), then W_out.
+    """
+    prefix = f"model.layers.{i}.linear_attn"
+    heads, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    d, dv = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    wide, kernel = linear(weights, f"{prefix}.in_proj_qkv", x), _f64(weights[f"{prefix}.conv1d.weight"])[:, 0]
+    K = kernel.shape[1]
+    mixed = np.zeros_like(wide)
+    for t in range(len(x)):
+        for j in range(K):
+            if t - j >= 0:
+                mixed[t] += kernel[:, K - 1 - j] * wide[t - j]
+    mixed = mixed / (1 + np.exp(-mixed))
+    q, k, v = np.split(mixed, [heads * d, 2 * heads * d], axis=1)
+    b = 1 / (1 + np.exp(-linear(weights, f"{prefix}.in_proj_b", x)))
+    rate = np.log1p(np.exp(linear(weights, f"{prefix}.in_proj_a", x) + _f64(weights[f"{prefix}.dt_bias"])))
+    a = np.exp(-np.exp(_f64(weights[f"{prefix}.A_log"])) * rate)
+    z = linear(weights, f"{prefix}.in_proj_z", x)
+    out = np.zeros((len(x), values * dv))
+    for h in range(values):
+        g, S = h // (values // heads), np.zeros((dv, d))
+        for t in range(len(x)):
+            query, key = (y[t, g * d : (g + 1) * d] for y in (q, k))
+            query, key = (y / math.sqrt(y @ y + 1e-6) for y in (query, key))
+            S = a[t, h] * S
+            S = S + b[t, h] * np.outer(v[t, h * dv : (h + 1) * dv] - S @ key, key)
+            y = rms_norm((S @ query / math.sqrt(d))[None], weights[f"{prefix}.norm.weight"], config["rms_norm_eps"])[0]
+            gate = z[t, h * dv : (h + 1) * dv]
+            out[t, h * dv : (h + 1) * dv] = y * gate / (1 + np.exp(-gate))
+    return linear(weights, f"{prefix}.out_proj", out)
 
 
 def sliding_window(config: dict, i: int) -> int | None:
     """How many positions layer i looks back, its own included. `layer_types` says it where it is given."""
     kind, window = config["model_type"], config.get("sliding_window")
-    if kind in ("llama", "baichuan", "glm4", "smollm3"):
+    if kind in ("llama", "baichuan", "glm4", "smollm3", "qwen3_5_text"):
         return None
-    if kind in ("mistral", "phi3"):
+    if kind in ("mistral", "ministral3", "phi3"):
         return window
     if "layer_types" in config:
         return window if config["layer_types"][i] == "sliding_attention" else None
@@ -151,7 +210,7 @@ def rope_frequencies(config: dict, d: int, i: int = 0) -> list[float]:
     if config["model_type"] == "gemma3_text" and sliding_window(config, i):
         rope, theta = {}, config.get("rope_local_base_freq", 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    n = int(d * config.get("partial_rotary_factor", 1))
+    n = int(d * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)))
     frequencies = [1.0 / theta ** (2 * j / n) for j in range(n // 2)]
     if kind == "default":
         return frequencies
@@ -159,6 +218,10 @@ def rope_frequencies(config: dict, d: int, i: int = 0) -> list[float]:
         return [f / rope["factor"] for f in frequencies]
     if kind == "llama3":
         return [_llama3_frequency(f, rope) for f in frequencies]
+    if kind == "yarn":
+        return [_yarn_frequency(f, j, n, theta, rope) for j, f in enumerate(frequencies)]
+    if kind == "longrope":
+        return [f / by for f, by in zip(frequencies, rope["short_factor"], strict=True)]
     raise ValueError(f"no oracle for rope type {kind!r}")
 
 
@@ -172,6 +235,20 @@ def _llama3_frequency(f: float, rope: dict) -> float:
         return f / factor
     a = (context / wavelength - low) / (high - low)
     return (1 - a) * f / factor + a * f
+
+
+def _yarn_frequency(f: float, j: int, n: int, theta: float, rope: dict) -> float:
+    """f where its plane turns more than beta_fast times in the original length, f / factor below beta_slow times, in
+    between linear in the plane's number, whose ends are rounded outwards."""
+    L, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = (
+        n / 2 * math.log(L / (2 * math.pi * turns)) / math.log(theta)
+        for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), n - 1)
+    high += 0.001 * (low == high)
+    stretched = min(max((j - low) / (high - low), 0), 1)
+    return stretched * f / factor + (1 - stretched) * f
 
 
 def gated_mlp(config: dict, weights: dict, prefix: str, x: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import nn
 from lora.quant.linear import QuantLinear
 
 KINDS = (nn.Linear, QuantLinear)
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")  # or what is in its place
 
 
 MLP = ("gate_proj", "up_proj", "down_proj")

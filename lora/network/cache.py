@@ -1,4 +1,4 @@
-"""Keys and values of what a batch has seen, for decoding: one position a row and forward pass, or many."""
+"""What layers remember of what a batch has seen, for decoding: one position a row and forward pass, or many."""
 
 import torch
 from torch.nn import functional as F
@@ -7,16 +7,25 @@ from lora import ops
 
 
 class Cache:
-    """Keys and values of a batch: per layer (B, KV, room, d), row b holding `lengths[b]` positions.
+    """Keys and values of a batch: per layer (B, KV, room, d), row b holding `lengths[b]` positions; and the states of
+    layers that have none.
 
     A forward pass calls `begin` once, `attend` in every layer, and `advance` once.
     """
 
-    def __init__(self, layers: int, rows: int, kv_heads: int, room: int, head_dim: int, dtype, device):
-        shape = (layers, rows, kv_heads, room, head_dim)
+    def __init__(self, layers: list[int], rows: int, kv_heads: int, room: int, head_dim: int, dtype, device):
+        """`layers` are those that attend."""
+        shape, self.slots = (len(layers), rows, kv_heads, room, head_dim), {layer: i for i, layer in enumerate(layers)}
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = [0] * rows
+        self.lengths, self.states = [0] * rows, {}
+
+    def recall(self, layer: int) -> tuple[torch.Tensor | None, ...]:
+        """What a layer without keys and values has remembered, its tensors (B, …); two of none at first."""
+        return self.states.get(layer, (None, None))
+
+    def remember(self, layer: int, *state: torch.Tensor) -> None:
+        self.states[layer] = state
 
     def begin(self, new: list[int]) -> None:
         """`new[b]` positions of row b come next. Where it is one for every row, what layers share is made once."""
@@ -47,7 +56,7 @@ class Cache:
     ) -> torch.Tensor:
         """Append k, v (T, KV, d), new positions end to end, and let each of q (T, H, d) see all up to its own, or as
         `ops.attend` says."""
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[self.slots[layer]], self.values[self.slots[layer]]
         if max(self.new) == 1 == min(self.new) and not cap:
             return self._attend_one(keys, values, q, k, v, self.mask(window))
         outputs = []
@@ -73,4 +82,5 @@ class Cache:
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.states = {layer: tuple(x[rows] for x in state) for layer, state in self.states.items()}
         self.lengths = [self.lengths[row] for row in rows]

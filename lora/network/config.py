@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 from lora.errors import BadInput
 from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, quantised
+from lora.network.rope_fields import FULL, SLIDING, RopeFields, RopeScaling
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
+LINEAR = "linear_attention"  # in layer_types
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How RoPE frequencies are stretched: `default`, `linear` (by `factor`) or `llama3` (by wavelength)."""
+class DeltaSizes:
+    """Of Gated DeltaNet."""
 
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    key_heads: int
+    value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    kernel: int  # positions that its convolution sees
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class ModelConfig:
     rope_local_theta: float  # of "local" RoPE, which is never scaled
     ropes: tuple[str | None, ...]  # "global", "local" or none, for every layer
     windows: tuple[int | None, ...]  # how many positions each layer looks back, its own included; None is all
+    mixers: tuple[str, ...]  # what mixes positions in each layer: "attention", "delta"
+    delta: DeltaSizes | None
+    output_gate: bool  # attention's output is multiplied by the sigmoid of what q_proj gives beside each query
     fused: tuple[tuple[str, tuple[str, ...]], ...]  # Linears whose rows a file has as one tensor, and its name
     written_as: str | None  # the model_type of merged models, where it is another
     eos_token_ids: tuple[int, ...]
@@ -64,7 +68,7 @@ class ModelConfig:
         return _Reader(raw, where).config()
 
 
-class _Reader:
+class _Reader(RopeFields):
     """Reads fields one by one and collects what is wrong with them."""
 
     def __init__(self, raw: Mapping, where: str):
@@ -86,8 +90,8 @@ class _Reader:
             return kind(value)
         return 1
 
-    def flag(self, field: str, default: bool = False) -> bool:
-        value = self.raw.get(field)
+    def flag(self, field: str, default: bool = False, raw: Mapping | None = None) -> bool:
+        value = (self.raw if raw is None else raw).get(field)
         if value is not None and type(value) is not bool:
             self.wrong(field, f"{value!r} is neither true nor false", "Download the file again")
         return default if value is None else bool(value)
@@ -122,6 +126,8 @@ class _Reader:
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             self.wrong(field, f"{json.dumps(activation)[:60]} is not implemented; {', '.join(ACTIVATIONS)} are")
             activation = "silu"
+        if family.mixer == "delta" and ACTIVATIONS[activation] != "silu":
+            self.wrong(field, f"{activation} is not implemented here; silu is")
 
         hidden = self.number("hidden_size", high=2**17)
         heads = self.number("num_attention_heads", high=2**12)
@@ -133,7 +139,12 @@ class _Reader:
             self.wrong("num_attention_heads", f"{heads} does not divide hidden_size {hidden}, and there is no head_dim")
         head_dim = self.number("head_dim", default=family.head_dim or max(1, hidden // heads), high=2**12)
         layers = self.number("num_hidden_layers", high=1024)
+        mixers = self.mixers(layers)
+        if family.output_gate and not self.flag("attn_output_gate", True):
+            self.wrong("attn_output_gate", "false is not implemented")
         windows = self.windows(layers)
+        rope = self.rope(head_dim)
+        positions = self.number("max_position_embeddings", family.max_position_embeddings, high=2**30)
         bias, reads = family.attention_bias, family.reads
         bias = self.flag("attention_bias", bias) if "attention_bias" in reads else bias
         config = ModelConfig(
@@ -145,9 +156,9 @@ class _Reader:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=self.number("max_position_embeddings", family.max_position_embeddings, high=2**30),
+            max_position_embeddings=min(positions, rope["rope_scaling"].longest),
             rms_norm_eps=self.number("rms_norm_eps", family.rms_norm_eps, kind=float, low=0, high=1),
-            **self.rope(head_dim),
+            **rope,
             tie_word_embeddings=self.flag("tie_word_embeddings", family.tie_word_embeddings),
             qkv_bias=bias,
             o_bias=bias and family.o_bias,
@@ -161,8 +172,13 @@ class _Reader:
             attn_logit_softcapping=self.optional("attn_logit_softcapping", kind=float, low=1e-6),
             final_logit_softcapping=self.optional("final_logit_softcapping", kind=float, low=1e-6),
             rope_interleaved=family.rope_interleaved,
-            ropes=self.ropes(windows),
+            ropes=tuple(
+                rope if mixer == "attention" else None for rope, mixer in zip(self.ropes(windows), mixers, strict=True)
+            ),
             windows=windows,
+            mixers=mixers,
+            delta=self.delta() if "delta" in mixers else None,
+            output_gate=family.output_gate,
             fused=family.fused,
             written_as=family.written_as,
             eos_token_ids=self.token_ids("eos_token_id"),
@@ -170,6 +186,24 @@ class _Reader:
         if self.problems:
             raise BadInput(*self.problems)
         return config
+
+    def mixers(self, count: int) -> tuple[str, ...]:
+        """What mixes positions in each layer: by the family's interval, or by `layer_types` in its place."""
+        if self.family.mixer == "attention":
+            return ("attention",) * count
+        interval, given = self.optional("full_attention_interval"), self.raw.get("layer_types")
+        kinds = [LINEAR if (i + 1) % interval else FULL for i in range(count)] if given is None else given
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (FULL, LINEAR) for kind in kinds):
+            self.wrong("layer_types", f"{json.dumps(given)[:60]} is not {count} times {FULL} or {LINEAR}")
+            return ("attention",) * count
+        return tuple("attention" if kind == FULL else self.family.mixer for kind in kinds)
+
+    def delta(self) -> DeltaSizes:
+        keys, values = (self.number(f"linear_num_{of}_heads", n, high=2**12) for of, n in (("key", 16), ("value", 32)))
+        if values % keys:
+            self.wrong("linear_num_key_heads", f"{keys} does not divide linear_num_value_heads {values}")
+        sizes = (self.number(f"linear_{of}_head_dim", 128, high=2**12) for of in ("key", "value"))
+        return DeltaSizes(keys, values, *sizes, self.number("linear_conv_kernel_dim", 4, low=2, high=64))
 
     def windows(self, count: int) -> tuple[int | None, ...]:
         """How many positions each layer looks back: by the family's pattern, or by `layer_types` in its place."""
@@ -180,7 +214,7 @@ class _Reader:
         kinds = [
             FULL if not window or i < first or (pattern and (i + 1) % pattern == 0) else SLIDING for i in range(count)
         ]
-        given = self.raw.get("layer_types")
+        given = self.raw.get("layer_types") if family.mixer == "attention" else None
         if given is None or given == kinds:
             return tuple(window if kind == SLIDING else None for kind in kinds)
         possible = (FULL, SLIDING) if window and "layer_types" in family.reads else (kinds[0],)
@@ -217,56 +251,3 @@ class _Reader:
             return value
         self.wrong(field, f"{value!r} is not an object", "Download the file again")
         return {}
-
-    def rope(self, head_dim: int) -> dict:
-        """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
-        family, raw = self.family, self.raw
-        old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
-        local = self.optional("rope_local_base_freq", kind=float, high=1e12)
-        if local and {FULL, SLIDING} & new.keys():
-            new, other = self.mapping(new, FULL), self.mapping(new, SLIDING)
-            local = self.number("rope_theta", local, raw=other, kind=float, high=1e12)
-            if other.get("rope_type", "default") != "default":
-                self.wrong("rope_parameters", f"rope type {other['rope_type']!r} of {SLIDING} is not implemented")
-        factor = family.partial_rotary_factor
-        if "partial_rotary_factor" in family.reads:
-            parts = [p for p in (new, old, raw) if p.get("partial_rotary_factor") is not None]
-            factor = self.number(
-                "partial_rotary_factor", factor, raw=parts[0] if parts else {}, kind=float, low=1e-3, high=1
-            )
-        turned = int(head_dim * factor)
-        if turned % 2 or not turned:
-            self.wrong("head_dim", f"of {head_dim} numbers {turned} are turned; RoPE turns pairs")
-        theta, scaling = self.scaled_rope(old, new)
-        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, "rotary_dim": turned}
-
-    def scaled_rope(self, old: Mapping, new: Mapping) -> tuple[float, RopeScaling]:
-        """RoPE's base and scaling."""
-        field, part = ("rope_parameters", new) if new else ("rope_scaling", old)
-        thetas = [p["rope_theta"] for p in (new, old, self.raw) if p.get("rope_theta") is not None]
-        if any(theta != thetas[0] for theta in thetas):
-            self.wrong("rope_theta", f"two different values, {thetas[0]!r} and {thetas[-1]!r}", "Keep the right one")
-        theta = {"rope_theta": thetas[0] if thetas else self.family.rope_theta}
-        theta = self.number("rope_theta", raw=theta, kind=float, high=1e12)
-
-        kinds = {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)} or {"default"}
-        kind = kinds.pop()
-        if kinds or kind not in ("default", "linear", "llama3"):
-            self.wrong(field, f"rope type {kind!r} is not implemented; default, linear and llama3 are")
-            return theta, RopeScaling()
-        if kind == "default":
-            for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *self.family.reads}):
-                if part[key] not in (None, 1, 1.0):
-                    self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
-            return theta, RopeScaling()
-        factor = self.number("factor", raw=part, kind=float, low=1, high=1e6)
-        if kind == "linear":
-            return theta, RopeScaling("linear", factor)
-        low = self.number("low_freq_factor", raw=part, kind=float, low=1e-6, high=1e6)
-        high = self.number("high_freq_factor", raw=part, kind=float, low=1e-6, high=1e6)
-        if not low < high and not self.problems:
-            self.wrong(
-                field, f"low_freq_factor {low:g} is not below high_freq_factor {high:g}", "Download the file again"
-            )
-        original = self.number("original_max_position_embeddings", raw=part, high=2**30)
-        return theta, RopeScaling("llama3", factor, low, high, original)

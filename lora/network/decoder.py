@@ -11,6 +11,7 @@ from lora import ops
 from lora.device import upload
 from lora.network.cache import Cache
 from lora.network.config import ModelConfig
+from lora.network.delta import GatedDeltaNet
 from lora.network.rope import Rope, rope_table
 from lora.ops import wide
 
@@ -36,7 +37,8 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.output_gate = config.output_gate
+        self.q_proj = nn.Linear(config.hidden_size, q_size * (1 + self.output_gate), bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
@@ -49,25 +51,33 @@ class Attention(nn.Module):
         self.window, self.softcap = config.windows[index], config.attn_logit_softcapping
         self.q_scale = (config.head_dim / config.query_pre_attn_scalar) ** 0.5  # attention itself divides by √d
 
-    def heads(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (T, D) -> queries (T, H, d), keys and values (T, KV, d)."""
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in ops.linears(x, [self.q_proj, self.k_proj, self.v_proj])
-        )
+    def group(self) -> list[nn.Module]:
+        """The Linears of one input."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def heads(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
+        """x (T, D) -> queries (T, H, d), keys and values (T, KV, d), and where outputs are gated a number for each."""
+        q, k, v = ops.linears(x, self.group())
+        k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v))
+        q, *gate = q.unflatten(-1, (-1, self.head_dim * (1 + self.output_gate))).split(self.head_dim, -1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_kind:
-            q, k = (ops.rotate(y, *rope, self.rope_interleaved) for y in (q, k))
-        return (q if self.q_scale == 1 else q * self.q_scale), k, v
+            q, k = (ops.rotate(y, rope.cos, rope.sin, self.rope_interleaved) for y in (q, k))
+        q = q if rope.growth is None else q * rope.growth
+        return (q if self.q_scale == 1 else q * self.q_scale), k, v, *gate
 
     def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
         """softmax(q kᵀ / √d) v within each document, or over what a cache has seen of it; x (T, D) -> (T, D)."""
-        q, k, v = self.heads(x, rope)
+        q, k, v, *gate = self.heads(x, rope)
         if cache is None:
             y = ops.attention(q, k, v, lengths, self.window, self.softcap)  # (T, H, d)
         else:
             y = cache.attend(self.index, q, k, v, self.window, self.softcap)
-        return self.o_proj(y.flatten(1))
+        return self.o_proj((y * gate[0].sigmoid() if gate else y).flatten(1))
+
+
+MIXERS = {"attention": ("self_attn", Attention), "delta": ("linear_attn", GatedDeltaNet)}  # the hub's name, the module
 
 
 class MLP(nn.Module):
@@ -84,14 +94,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to its input. Families have norms before them, after them, or both."""
+    """A mixer of positions, attention in most, and an MLP, each added to its input. Families have norms before them,
+    after them, or both."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.norms = config.norms  # their names: before and after attention, before and after the MLP
         for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset))
-        self.self_attn = Attention(config, index)
+        self.mixer, kind = MIXERS[config.mixers[index]]
+        self.add_module(self.mixer, kind(config, index))
+        self.rope_kind = config.ropes[index]
         self.mlp = MLP(config)
 
     def norm(self, place: int, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +113,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
         """x (T, D) -> (T, D)"""
-        x = x + self.norm(1, self.self_attn(self.norm(0, x), rope, lengths, cache))
+        x = x + self.norm(1, getattr(self, self.mixer)(self.norm(0, x), rope, lengths, cache))
         return x + self.norm(3, self.mlp(self.norm(2, x)))
 
 
@@ -123,7 +136,7 @@ class Trunk(nn.Module):
         if self.scale != 1:
             x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded to the dtype, as the reference does
         for block in self.layers:
-            inputs = x, ropes[block.self_attn.rope_kind], lengths, cache
+            inputs = x, ropes[block.rope_kind], lengths, cache
             x = ops.recomputed(block, *inputs) if recompute else block(*inputs)
         return self.norm(x)
 
@@ -187,9 +200,10 @@ class Model(nn.Module):
     def groups(self):
         """Lists of Linears of one input, for `ops.fast_decoding`."""
         for block in self.model.layers:
-            yield [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+            yield getattr(block, block.mixer).group()
             yield [block.mlp.gate_proj, block.mlp.up_proj]
 
     def new_cache(self, rows: int, room: int) -> Cache:
         c = self.config
-        return Cache(c.num_hidden_layers, rows, c.num_key_value_heads, room, c.head_dim, self.dtype, self.device)
+        attending = [i for i, mixer in enumerate(c.mixers) if mixer == "attention"]
+        return Cache(attending, rows, c.num_key_value_heads, room, c.head_dim, self.dtype, self.device)

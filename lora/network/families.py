@@ -26,6 +26,7 @@ class Family:
     attention_bias: bool = False  # of q, k and v
     o_bias: bool = True  # has o_proj one where they have?
     rope_theta: float = 10000.0
+    rope_parameters: Mapping | None = None  # where neither they nor their old form are there
     rope_local_base_freq: float | None = None  # in layers with a sliding window, where that differs
     partial_rotary_factor: float = 1.0
     rope_interleaved: bool = False  # RoPE turns (2i, 2i + 1), not (i, i + d/2)
@@ -41,6 +42,9 @@ class Family:
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    output_gate: bool = False  # q_proj has a gate for each of attention's outputs beside each query
+    mixer: str = "attention"  # what layers have in its place, where `full_attention_interval` or layer_types says so
+    full_attention_interval: int | None = None  # one layer in so many attends
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()  # what is stored as one tensor
     written_as: str | None = None  # another family, of which it is a copy under another name
 
@@ -53,12 +57,26 @@ GEMMA = {
 READ_BY_GEMMA = (
     "attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping",
 )  # fmt: skip
+# of Gated DeltaNet; the parts of RoPE for a picture's height and width, which text has none of
+DELTA = (
+    "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
+    "linear_num_value_heads",
+)  # fmt: skip
+MINISTRAL_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+MROPE = ("mrope_section", "mrope_interleaved")
 READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 FAMILIES = {
     "llama": Family(reads=("attention_bias", "mlp_bias")),
     "mistral": Family(
         reads=("sliding_window",), max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096
+    ),
+    "ministral3": Family(
+        reads=("llama_4_scaling_beta", "max_position_embeddings", "sliding_window"), max_position_embeddings=262144,
+        rms_norm_eps=1e-5, num_key_value_heads=8, head_dim=128, rope_theta=1000000.0, rope_parameters=MINISTRAL_ROPE,
     ),
     "baichuan": Family(fused=(("self_attn.W_pack", Q_K_V),), written_as="llama"),
     "qwen2": Family(
@@ -68,6 +86,13 @@ FAMILIES = {
     "qwen3": Family(
         reads=(*READ_BY_QWEN, "attention_bias"), max_position_embeddings=32768, head_dim=128, qk_norm=True,
         sliding_window=4096, max_window_layers=28,
+    ),
+    "qwen3_5_text": Family(
+        reads=("attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval", "attn_output_gate",
+               *MROPE, *DELTA),
+        max_position_embeddings=32768, num_key_value_heads=4, head_dim=256, qk_norm=True, norm_offset=1.0,
+        partial_rotary_factor=0.25,
+        output_gate=True, mixer="delta", full_attention_interval=4,
     ),
     "smollm3": Family(
         reads=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"),
@@ -94,11 +119,18 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+# Models that also see or hear: of their folders the language model is read, and written as a model of its own, which
+# the hub's code calls so.
+WRAPPERS = {
+    "qwen3_5": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
+    "gemma3": {"gemma3_text": "Gemma3ForCausalLM"},
+    "mistral3": {"ministral3": "Ministral3ForCausalLM", "mistral": "MistralForCausalLM"},
+}
+
 # Models that people ask for and that are refused: why, and what to use.
 OTHERS = {
     "chatglm": "ChatGLM computes by code that comes with the model, which is never run. Use GLM-4-9B-0414 (glm4)",
     "qwen": "the first Qwen computes by code that comes with the model, which is never run. Use Qwen1.5 (qwen2)",
-    "gemma3": "it also reads pictures. Use a model of text alone, such as gemma-3-1b-it (gemma3_text)",
 }
 # How the names of quantised models end, whose weights are not read.
 QUANTISED = re.compile(

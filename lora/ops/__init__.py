@@ -12,21 +12,23 @@ from torch.utils.checkpoint import checkpoint
 from lora.ops import (
     fast_attention,
     fast_decoding,
+    fast_gated_delta,
     fast_log_probs,
     fast_lora,
     fast_quantised,
     fast_rms_norm,
+    fast_short_convolution,
     fast_swiglu,
     flash_attention,
     plain,
     windowed_attention,
 )
-from lora.ops.plain import Weight, is_autocast, is_finite, logits, no_autocast, rotate, soft_cap, wide
+from lora.ops.plain import Weight, is_autocast, is_finite, last_inputs, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
-    "Weight", "attend", "attention", "cross_entropy", "is_finite", "is_plain", "linear", "linears", "log_probs",
-    "logits", "lora_linear", "no_autocast", "recomputed", "rms_norm", "rotate", "soft_cap", "swiglu", "use_plain",
-    "wide",
+    "Weight", "attend", "attention", "cross_entropy", "gated_delta", "is_finite", "is_plain", "last_inputs", "linear",
+    "linears", "log_probs", "logits", "lora_linear", "no_autocast", "recomputed", "rms_norm", "rotate",
+    "short_convolution", "soft_cap", "swiglu", "use_plain", "wide",
 ]  # fmt: skip
 
 SHORT = 512  # up to so many keys the plain form is faster on a CPU than PyTorch's kernel; beyond, its T² memory hurts
@@ -105,6 +107,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: floa
         return windowed_attention.attend(q, k, v, window, cap)
     short = q.device.type in ("cpu", "meta") and len(k) <= SHORT
     return plain.attend(q, k, v) if short else flash_attention.attend(q, k, v)
+
+
+def short_convolution(x: Tensor, w: Tensor, lengths: list[int], before: Tensor | None = None) -> Tensor:
+    return (plain if _as_written(x) else fast_short_convolution).short_convolution(x, w, lengths, before)
+
+
+def gated_delta(q, k, v, g, beta, lengths: list[int], states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return (plain if _as_written(q) else fast_gated_delta).gated_delta(q, k, v, g, beta, lengths, states)
 
 
 def log_probs(

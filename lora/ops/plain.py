@@ -129,6 +129,57 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int |
     return torch.cat([attend(*document, window, cap) for document in documents])
 
 
+def short_convolution(x: Tensor, w: Tensor, lengths: list[int], before: Tensor | None = None) -> Tensor:
+    """y_t = Σ_j w_j x_{t-K+1+j} in each document, channel by channel: x (T, C), w (C, K) -> (T, C).
+
+    `before` (documents, K - 1, C) are the inputs in front of each; without it, zeros.
+    """
+    outputs = []
+    for i, document in enumerate(x.split(lengths)):
+        earlier = x.new_zeros(w.shape[1] - 1, x.shape[1]) if before is None else before[i]
+        windows = torch.cat((earlier, document)).unfold(0, w.shape[1], 1)  # (t, C, K)
+        outputs.append((windows * w).sum(-1))
+    return torch.cat(outputs)
+
+
+def last_inputs(x: Tensor, lengths: list[int], count: int, before: Tensor | None = None) -> Tensor:
+    """The last `count` inputs of each document, (documents, count, C), as `short_convolution` takes them."""
+    before = x.new_zeros(len(lengths), count, x.shape[1]) if before is None else before
+    return torch.stack([torch.cat(both)[-count:] for both in zip(before, x.split(lengths), strict=True)])
+
+
+def unit_heads(q: Tensor, k: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys (T, KH, d) of length 1, one of each for every value head, (T, H, d); queries over √d. In float32
+    or wider."""
+    q, k = (x.to(wide(x.dtype)).repeat_interleave(heads // x.shape[1], 1) for x in (q, k))
+    q, k = (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    return q * q.shape[-1] ** -0.5, k
+
+
+def gated_delta(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lengths: list[int], states: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """S_t = e^{g_t} S_{t-1} + k_t β_t (v_t - e^{g_t} S_{t-1}ᵀ k_t)ᵀ and o_t = S_tᵀ q_t / √d in each document, keys and
+    queries of length 1. Yang et al. 2024, https://arxiv.org/abs/2412.06464
+
+    q, k (T, KH, d), v (T, H, d'), g <= 0 and β (T, H) -> o (T, H, d') and the last states (documents, H, d, d');
+    `states` are those in front of each document, zeros without it.
+    """
+    dtype, heads = v.dtype, v.shape[1]
+    q, k = unit_heads(q, k, heads)
+    v, g, beta = (x.to(q.dtype) for x in (v, g, beta))
+    outputs, last = [], []
+    for i, document in enumerate(zip(*(x.split(lengths) for x in (q, k, v, g, beta)), strict=True)):
+        S = v.new_zeros(heads, k.shape[-1], v.shape[-1]) if states is None else states[i].to(v)
+        for q_t, k_t, v_t, g_t, beta_t in zip(*document, strict=True):
+            S = g_t.exp()[:, None, None] * S
+            error = beta_t[:, None] * (v_t - (S * k_t[..., None]).sum(1))  # (H, d')
+            S = S + k_t[..., None] * error[:, None]
+            outputs.append((S * q_t[..., None]).sum(1))
+        last.append(S)
+    return torch.stack(outputs).to(dtype), torch.stack(last)
+
+
 def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """silu(gate) * up, both (T, I). Shazeer 2020, https://arxiv.org/abs/2002.05202; with GELU it is his GEGLU."""
     return ACTIVATIONS[activation](gate) * up

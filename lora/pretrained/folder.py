@@ -8,7 +8,7 @@ import torch
 
 from lora import files
 from lora.errors import BadInput, Refused
-from lora.pretrained import fused, prequantised
+from lora.pretrained import fused, prequantised, wrapped
 from lora.quant.packed import Packed
 
 SIDECARS = (
@@ -60,7 +60,8 @@ class ModelFolder:
         self.path, self.original = Path(path), self
         if not (self.path / "config.json").exists():
             raise BadInput(f"no model in {path}: there is no config.json. Give a model folder, hub id or .gguf file")
-        self.config = files.read_json(self.path / "config.json")
+        raw = files.read_json(self.path / "config.json")
+        self.config = wrapped.text_config(raw)
         source = self.path / "source.json"
         source = files.read_json(source) if source.exists() else {}
         source = {key: value for key, value in source.items() if isinstance(value, str)}  # another program's, perhaps
@@ -68,7 +69,11 @@ class ModelFolder:
         self.described = described or source.get("source") or f"folder {self.path}"
         self.hub_id = source.get("hub_id") or self.name
         self._file_of: dict[str, files.Safetensors] = {}
+        self.left_out: set[str] = set()
         for shard in [files.Safetensors(self.path / name) for name in self._shard_names()]:
+            names = wrapped.own_names(raw, shard.header)
+            self.left_out.update(shard.header.keys() - names.values())
+            shard.rename(names)
             for tensor in shard.header:
                 if tensor in self._file_of:
                     raise BadInput(f"broken model in {shard.path}:{tensor}: it is in two files. Download it again")
@@ -78,6 +83,8 @@ class ModelFolder:
         self.widest = torch.float32 if self._quantised else None
         if self._quantised:
             self.described += f" in {prequantised.kinds(self._quantised)}{prequantised.DEQUANTISED}"
+        if self.left_out:
+            self.described += f", without {wrapped.left_out(self.left_out)}"
         self.config, header = prequantised.plain(self.config), prequantised.offered(header, self._quantised)
         self.header, self._parts = fused.split(self.config, header, f"{self.name}/config.json")
 

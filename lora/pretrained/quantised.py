@@ -35,7 +35,7 @@ class Quantised:
 
     def __init__(self, original: ModelFiles, mode: str):
         self.original, self.quant = original, mode
-        self.linears = [name for name in original.header if name.endswith("_proj.weight")]
+        self.linears = [name for name in original.header if len(original.header[name][1]) == 2 and ".layers." in name]
         kept = [name for name in self.linears if original.block_type(name)] if mode == KEEP else self.linears
         wrong = f"wrong --quant in the command line: {{}} in {original.name}. Give {{}}"
         if not kept:

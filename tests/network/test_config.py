@@ -108,6 +108,14 @@ PHI4_MINI = {
     "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
     "original_max_position_embeddings": 4096, "eos_token_id": 199999, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
 }  # fmt: skip
+
+
+def test_longrope_is_for_documents_of_the_original_length():
+    config = ModelConfig.from_json(PHI4_MINI)
+    assert config.rope_scaling.kind == "longrope" and config.max_position_embeddings == 4096
+    assert config.rope_scaling.short_factors == (1.0,) * 48 and config.rotary_dim == 96
+
+
 BAICHUAN2 = {**REAL["baichuan-inc/Baichuan-7B"]["config"], "architectures": ["BaichuanForCausalLM"],
              "model_max_length": 4096, "vocab_size": 125696}  # fmt: skip
 BAICHUAN_13B = {key: value for key, value in BAICHUAN2.items() if key != "max_position_embeddings"} | {
@@ -117,13 +125,12 @@ BAICHUAN_13B = {key: value for key, value in BAICHUAN2.items() if key != "max_po
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (PHI4_MINI, ("rope_scaling", "longrope")),
         (BAICHUAN2, ("vocab_size", "Baichuan2")),
         (BAICHUAN_13B, ("max_position_embeddings", "ALiBi")),
         ({"model_type": "chatglm", "num_layers": 28, "hidden_size": 4096}, ("model_type", "GLM-4-9B-0414")),
         ({"model_type": "qwen", "num_hidden_layers": 24, "hidden_size": 2048}, ("model_type", "Qwen1.5")),
     ],
-    ids=["Phi-4-mini", "Baichuan2-7B", "Baichuan-13B", "ChatGLM", "Qwen-1.8B"],
+    ids=["Baichuan2-7B", "Baichuan-13B", "ChatGLM", "Qwen-1.8B"],
 )
 def test_real_config_files_of_models_that_compute_otherwise_are_refused_with_the_reason(raw, words):
     with pytest.raises(BadInput) as refused:
@@ -192,14 +199,14 @@ REFUSED = [
     ("model_type", {"model_type": DROP}),
     ("model_type", {"model_type": 3}),
     ("model_type", {"model_type": ["llama"]}),
-    ("rope_scaling", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
+    ("rope_scaling", {"rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 128}}),
     ("rope_scaling", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     ("rope_scaling", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
     ("rope_scaling", {"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}),
     ("rope_scaling", {"rope_scaling": {"factor": 2.0}}),
     ("rope_scaling", {"rope_scaling": "linear"}),
     ("rope_scaling", {"rope_scaling": [2.0]}),
-    ("rope_parameters", {"rope_theta": DROP, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}}),
+    ("rope_parameters", {"rope_theta": DROP, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}),
     ("rope_parameters", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     ("rope_parameters", {"rope_parameters": 5}),
     ("factor", {"rope_scaling": {"rope_type": "linear"}}),

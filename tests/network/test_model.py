@@ -62,7 +62,7 @@ def relative(positions: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """q and k of one head, the same at every position, turned: the products of all pairs of positions."""
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 1, 1, config.head_dim, generator=generator, dtype=torch.float64)
-    cos, sin = decoder.rope_table(config, positions, torch.float64)
+    cos, sin, _ = decoder.rope_table(config, positions, torch.float64)
     count = len(positions)
     q, k = (ops.rotate(x.expand(count, 1, -1), cos, sin)[:, 0] for x in (q, k))
     return q @ k.T
@@ -190,7 +190,7 @@ def test_angles_are_formed_in_float32_for_a_bfloat16_model():
     config = ModelConfig.from_json(tiny_config(head_dim=64, max_position_embeddings=131072))
     positions = torch.tensor([0, 1, 257, 5001, 70001, 131071])
     in_bf16, in_fp32 = (decoder.rope_table(config, positions, dtype) for dtype in (torch.bfloat16, torch.float32))
-    for narrow, wide in zip(in_bf16, in_fp32, strict=True):
+    for narrow, wide in zip(in_bf16[:2], in_fp32[:2], strict=True):
         assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, wide.to(torch.bfloat16))
     exact = decoder.rope_table(config, positions, torch.float64)
     assert close(in_fp32[0], exact[0], 0.02)  # 131,071 · 2⁻²⁴ is 0.008 rad

@@ -9,10 +9,12 @@ from lora.adapter.layer import LoRALinear
 from lora.network import decoder
 from lora.ops import (
     fast_attention,
+    fast_gated_delta,
     fast_log_probs,
     fast_lora,
     fast_quantised,
     fast_rms_norm,
+    fast_short_convolution,
     fast_swiglu,
     flash_attention,
     plain,
@@ -23,6 +25,12 @@ from tests.mutation import mutation
 from tests.quantised import FORMATS, both
 
 TOL = 1e-12
+
+
+DELTAS = {
+    "model_type": "qwen3_5_text", "full_attention_interval": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 6, "head_dim": 8, "rope_theta": None,
+}  # fmt: skip
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,11 +52,25 @@ x, W, b, A, B = numbers(11, 9), numbers(8, 9), numbers(8), numbers(3, 9), number
 q, k, v = numbers(21, 6, 8), numbers(21, 3, 8, seed=1), numbers(21, 3, 8, seed=2)
 gate, up, head, targets = numbers(11, 7), numbers(11, 7, seed=1), numbers(13, 9), torch.arange(11)
 packed = FORMATS["nf4"](W.detach())
+qkv_of_delta = numbers(150, 2, 6), numbers(150, 2, 6, seed=1), numbers(150, 4, 10)
+beta = numbers(150, 4, seed=2)
 CASES = {  # name -> arguments, those with gradients, the fast modules that can serve it
     "linear": ((x, packed, b.detach()), (x,), [fast_quantised]),
     "lora_linear": ((x, W.detach(), b.detach(), A, B, 0.7), (x, A, B), [fast_lora]),
     "lora_linear packed": ((x, packed, b.detach(), A, B, 0.7), (x, A, B), [fast_lora]),
     "linears": ((x, ADAPTED), (x, *OUT), [fast_lora]),
+    "gated_delta": (
+        (*qkv_of_delta, -numbers(150, 4).detach().abs(), beta, [3, 130, 1, 16]),
+        (*qkv_of_delta, beta),
+        [fast_gated_delta],
+    ),
+    "gated_delta one each": (
+        (*(t[:5] for t in qkv_of_delta), -numbers(5, 4).detach().abs(), beta[:5], [1] * 5, numbers(5, 4, 6, 10)),
+        (*qkv_of_delta, beta),
+        [fast_gated_delta],
+    ),
+    "short_convolution": ((x, numbers(9, 4), [2, 1, 8]), (x,), [fast_short_convolution]),
+    "short_convolution one each": ((x, numbers(9, 4), [1] * 11, numbers(11, 3, 9)), (x,), [fast_short_convolution]),
     "rms_norm": ((x, numbers(9), 1e-5), (x,), [fast_rms_norm]),
     "swiglu": ((gate, up), (gate, up), [fast_swiglu]),
     "swiglu gelu": ((gate, up, "gelu_tanh"), (gate, up), [fast_swiglu]),
@@ -62,8 +84,8 @@ CASES = {  # name -> arguments, those with gradients, the fast modules that can 
     "cross_entropy": ((x, head, targets), (x, head), [fast_log_probs]),
     "cross_entropy cap": ((x, head, targets, 2.0), (x, head), [fast_log_probs]),
 }
-FAST = (fast_attention, fast_log_probs, fast_lora, fast_quantised, fast_rms_norm, fast_swiglu, flash_attention,
-        windowed_attention)  # fmt: skip
+FAST = (fast_attention, fast_gated_delta, fast_log_probs, fast_lora, fast_quantised, fast_rms_norm,
+        fast_short_convolution, fast_swiglu, flash_attention, windowed_attention)  # fmt: skip
 
 
 def with_gradients(op, arguments, leaves) -> list[torch.Tensor]:
@@ -106,14 +128,17 @@ def test_the_cases_cover_every_op_that_has_a_fast_version():
 )
 def test_with_use_plain_no_fast_version_runs(monkeypatch):
     model, tokens = patched(both(tiny_model())[0], targets=("q_proj",)).train(), some_tokens(20)
+    of_deltas = tiny_model(**DELTAS)
 
     def loss():
-        return ops.cross_entropy(model.trunk(tokens, [13, 7]), model.head_weight, tokens)
+        losses = (ops.cross_entropy(one.trunk(tokens, [13, 7]), one.head_weight, tokens) for one in (model, of_deltas))
+        return sum(losses)
 
     expected = loss()
     used = set()
     for module in FAST:
-        for name in ("linear", "linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs"):
+        for name in ("linear", "linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs",
+                     "short_convolution", "gated_delta"):  # fmt: skip
             if hasattr(module, name):
                 monkeypatch.setattr(
                     module, name, lambda *a, m=module, n=name, **k: used.add(m) or getattr(plain, n)(*a)

@@ -139,7 +139,7 @@ def test_absent_fields_mean_what_transformers_means_by_them(family):
     assert agree(ours(tokens), reference, seen_as_they_say, tokens)
     for field in ("max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"):
         assert getattr(ours.config, field) == getattr(config, field), field
-    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in reference.model.layers]
+    windows = [getattr(getattr(layer, "self_attn", None), "sliding_window", None) for layer in reference.model.layers]
     windows = [config.sliding_window] * 7 if family in ("mistral", "phi3") else windows
     assert list(ours.config.windows) == windows
 
@@ -380,5 +380,5 @@ def test_rope_frequencies_are_those_of_transformers(scaling):
     positions = torch.tensor([0, 1, 77, 5001, 70001, 131071])
     rotary = theirs(raw).model.rotary_emb
     expected = rotary(torch.zeros(1, 1, 64), positions[None])
-    for a, b in zip(rope_table(ModelConfig.from_json(raw), positions, torch.float32), expected, strict=True):
+    for a, b in zip(rope_table(ModelConfig.from_json(raw), positions, torch.float32)[:2], expected, strict=True):
         assert torch.equal(a, b[0])

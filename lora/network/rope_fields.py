@@ -1,0 +1,151 @@
+"""What `config.json` says of RoPE: new files by `rope_parameters`, old ones by `rope_theta` and `rope_scaling`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types, and in Gemma 3's rope_parameters
+ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+YARN = (
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "truncate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched: `default`, `linear` (by `factor`), `llama3` and `yarn` (by wavelength) or
+    `longrope` (each by a number of its own)."""
+
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0  # of yarn: pairs that turn more often in the original length stay
+    beta_slow: float = 1.0  # and those that turn less often are stretched by the whole factor
+    truncate: bool = True
+    attention_factor: float = 1.0  # cos and sin are multiplied by it
+    short_factors: tuple[float, ...] = ()  # of longrope, while a document fits the original length
+    q_beta: float = 0.0  # queries grow by 1 + β log(1 + ⌊position / original length⌋)
+
+    @property
+    def longest(self) -> int:
+        """The positions for which this holds: longrope has other factors for longer documents."""
+        return self.original_max_position_embeddings if self.kind == "longrope" else 2**30
+
+
+class RopeFields:
+    """The part of the reader of `config.json` that reads them."""
+
+    def rope(self, head_dim: int) -> dict:
+        """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
+        family, raw = self.family, self.raw
+        old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
+        new = new or (not old and family.rope_parameters) or {}
+        local = self.optional("rope_local_base_freq", kind=float, high=1e12)
+        if local and {FULL, SLIDING} & new.keys():
+            new, other = self.mapping(new, FULL), self.mapping(new, SLIDING)
+            local = self.number("rope_theta", local, raw=other, kind=float, high=1e12)
+            if other.get("rope_type", "default") != "default":
+                self.wrong("rope_parameters", f"rope type {other['rope_type']!r} of {SLIDING} is not implemented")
+        factor = family.partial_rotary_factor
+        if "partial_rotary_factor" in family.reads:
+            parts = [p for p in (new, old, raw) if p.get("partial_rotary_factor") is not None]
+            factor = self.number(
+                "partial_rotary_factor", factor, raw=parts[0] if parts else {}, kind=float, low=1e-3, high=1
+            )
+        turned = int(head_dim * factor)
+        if turned % 2 or not turned:
+            self.wrong("head_dim", f"of {head_dim} numbers {turned} are turned; RoPE turns pairs")
+        theta, scaling = self.scaled_rope(old, new, turned)
+        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, "rotary_dim": turned}
+
+    def scaled_rope(self, old: Mapping, new: Mapping, turned: int) -> tuple[float, RopeScaling]:
+        """RoPE's base and scaling."""
+        field, part = ("rope_parameters", new) if new else ("rope_scaling", old)
+        thetas = [p["rope_theta"] for p in (new, old, self.raw) if p.get("rope_theta") is not None]
+        if any(theta != thetas[0] for theta in thetas):
+            self.wrong("rope_theta", f"two different values, {thetas[0]!r} and {thetas[-1]!r}", "Keep the right one")
+        theta = {"rope_theta": thetas[0] if thetas else self.family.rope_theta}
+        theta = self.number("rope_theta", raw=theta, kind=float, high=1e12)
+
+        kinds = {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)} or {"default"}
+        kind = kinds.pop()
+        if kinds or kind not in ROPES:
+            self.wrong(field, f"rope type {kind!r} is not implemented; {', '.join(ROPES)} are")
+            return theta, RopeScaling()
+        if kind == "default":
+            for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *self.family.reads}):
+                if part[key] not in (None, 1, 1.0):
+                    self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
+            return theta, RopeScaling()
+        if kind in ("yarn", "longrope"):
+            return theta, self.yarn(part) if kind == "yarn" else self.longrope(part, turned)
+        factor = self.number("factor", raw=part, kind=float, low=1, high=1e6)
+        if kind == "linear":
+            return theta, RopeScaling("linear", factor)
+        low = self.number("low_freq_factor", raw=part, kind=float, low=1e-6, high=1e6)
+        high = self.number("high_freq_factor", raw=part, kind=float, low=1e-6, high=1e6)
+        if not low < high and not self.problems:
+            self.wrong(
+                field, f"low_freq_factor {low:g} is not below high_freq_factor {high:g}", "Download the file again"
+            )
+        original = self.number("original_max_position_embeddings", raw=part, high=2**30)
+        return theta, RopeScaling("llama3", factor, low, high, original)
+
+    def yarn(self, part: Mapping) -> RopeScaling:
+        """Its defaults, and what attention's scores are multiplied by, as transformers has them."""
+
+        def named(field: str, default: float | None, **limits) -> float | None:
+            value = part.get(field)
+            return default if value is None else self.number(field, raw=part, **({"kind": float, "high": 1e6} | limits))
+
+        original = self.original(part)
+        factor = named("factor", None, low=1) or self.raw.get("max_position_embeddings", original) / original
+        mscale, of_all = (named(field, 0, low=0) for field in ("mscale", "mscale_all_dim"))
+        grown = (
+            [0.1 * by * math.log(factor) + 1 for by in (mscale, of_all)] if mscale and of_all else [grows(factor), 1]
+        )
+        fast, slow = named("beta_fast", 0, low=0) or 32.0, named("beta_slow", 0, low=0) or 1.0
+        truncate = self.flag("truncate", True, raw=part)
+        beta = named("llama_4_scaling_beta", 0.0, low=0) if "llama_4_scaling_beta" in self.family.reads else 0.0
+        attention = named("attention_factor", grown[0] / grown[1], low=0)
+        known = {"rope_type", "type", "rope_theta", *YARN, *self.family.reads}
+        for key in sorted(part.keys() - known):
+            self.wrong("rope_parameters", f"{key} {part[key]!r} without a rope type that uses it")
+        return RopeScaling(
+            "yarn", factor, original_max_position_embeddings=original, beta_fast=fast, beta_slow=slow,
+            truncate=truncate, attention_factor=attention, q_beta=beta,
+        )  # fmt: skip
+
+    def original(self, part: Mapping) -> int:
+        """The length of the pretraining: a part of RoPE's, or a field beside it."""
+        field = "original_max_position_embeddings"
+        found = {raw[field] for raw in (part, self.raw) if isinstance(raw.get(field), int)}
+        if len(found) > 1:
+            self.wrong(field, "two different values", "Keep the right one")
+        return self.number(field, raw=self.raw | part, high=2**30)
+
+    def longrope(self, part: Mapping, turned: int) -> RopeScaling:
+        """With the factors of short documents: longer ones than the original length are refused."""
+        raw, original = self.raw | part, self.original(part)
+        factors, factor = part.get("short_factor"), part.get("factor")
+        right = isinstance(factors, list) and len(factors) == turned // 2
+        if not right or not all(type(x) in (int, float) and 0 < x < 1e6 for x in factors):
+            self.wrong("rope_scaling", f"short_factor is not {turned // 2} numbers above 0", "Download the file again")
+            factors = ()
+        factor = factor or raw.get("max_position_embeddings", original) / original
+        attention = part.get("attention_factor")
+        if attention is None:
+            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+        attention = self.number("attention_factor", raw={"attention_factor": attention}, kind=float, low=0, high=1e3)
+        return RopeScaling(
+            "longrope", original_max_position_embeddings=original, attention_factor=attention,
+            short_factors=tuple(map(float, factors)),
+        )  # fmt: skip
+
+
+def grows(factor: float) -> float:
+    """YaRN's factor for cos and sin, Peng et al. 2023, https://arxiv.org/abs/2309.00071, eq. 22."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
