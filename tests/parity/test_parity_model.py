@@ -148,7 +148,8 @@ def test_absent_fields_mean_what_transformers_means_by_them(family):
     windows = [config.sliding_window] * 7 if family in ("mistral", "phi3") else windows
     if family == "exaone4":  # each layer has the number, and three of four use it
         windows = [
-            window if layer.self_attn.is_sliding else None for window, layer in zip(windows, reference.model.layers)
+            window if layer.self_attn.is_sliding else None
+            for window, layer in zip(windows, reference.model.layers, strict=True)
         ]
     assert list(ours.config.windows) == windows
 
