@@ -161,6 +161,8 @@ class _Reader(RopeFields):
         positions = self.number("max_position_embeddings", family.max_position_embeddings, high=2**30)
         bias, reads = family.attention_bias, family.reads
         bias = self.flag("attention_bias", bias) if "attention_bias" in reads else bias
+        tied = self.flag("tie_word_embeddings", family.tie_word_embeddings)
+        tied = self.flag("tie_embedding", tied) if "tie_embedding" in reads else tied
         config = ModelConfig(
             model_type=kind,
             vocab_size=self.number("vocab_size"),
@@ -173,7 +175,7 @@ class _Reader(RopeFields):
             max_position_embeddings=min(positions, rope["rope_scaling"].longest),
             rms_norm_eps=self.number("rms_norm_eps", family.rms_norm_eps, kind=float, low=0, high=1),
             **rope,
-            tie_word_embeddings=self.flag("tie_word_embeddings", family.tie_word_embeddings),
+            tie_word_embeddings=tied,
             qkv_bias=bias,
             o_bias=self.flag("o_bias") if "o_bias" in reads else bias and family.o_bias,
             mlp_bias=self.flag("mlp_bias") if "mlp_bias" in reads else False,
@@ -214,7 +216,10 @@ class _Reader(RopeFields):
             return ("attention",) * count
         interval, given = self.optional("full_attention_interval"), self.raw.get("layer_types")
         attending = self.raw.get("full_attn_idxs") if self.family.mixer == "conv" else None
-        if isinstance(attending, list):
+        if attending is not None:
+            if not isinstance(attending, list) or not all(type(i) is int and 0 <= i < count for i in attending):
+                self.wrong("full_attn_idxs", f"{json.dumps(attending)[:60]} is no list of layers from 0 to {count - 1}")
+                attending = []
             kinds = [FULL if i in attending else CONV for i in range(count)]
         else:
             kinds = [LINEAR if interval and (i + 1) % interval else FULL for i in range(count)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types, and in Gemma 3's rope_parameters
 ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 YARN = (
-    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "factor", "original_max_position_embeddings", "attention_factor", "attn_factor", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim", "truncate",
 )  # fmt: skip
 
@@ -120,7 +120,9 @@ class RopeFields:
         fast, slow = named("beta_fast", 0, low=0) or 32.0, named("beta_slow", 0, low=0) or 1.0
         truncate = self.flag("truncate", True, raw=part)
         beta = named("llama_4_scaling_beta", 0.0, low=0) if "llama_4_scaling_beta" in self.family.reads else 0.0
-        attention = named("attention_factor", grown[0] / grown[1], low=0)
+        # vLLM and llama.cpp multiply by what DeepSeek's files call attn_factor, which transformers passes over: there
+        # it is 1 / grows(factor), so that cos and sin stay as they are
+        attention = named("attention_factor", grown[0] / grown[1] * named("attn_factor", 1.0, low=0), low=0)
         known = {"rope_type", "type", "rope_theta", *YARN, *self.family.reads}
         for key in sorted(part.keys() - known):
             self.wrong("rope_parameters", f"{key} {part[key]!r} without a rope type that uses it")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lora.errors import BadInput
 from lora.network.config import ModelConfig, RopeScaling
-from lora.network.families import FAMILIES, NEUTRAL
+from lora.network.families import FAMILIES, NEUTRAL, WRAPPERS
+from lora.pretrained import prequantised, wrapped
 from tests.mutation import mutation
 
 CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # other work may share the machine
@@ -37,40 +38,58 @@ def changed(base: dict, **fields) -> dict:
 # ---- accepted --------------------------------------------------------------------------------------------------------
 
 
+def of(name: str) -> ModelConfig:
+    return ModelConfig.from_json(text_of(name))
+
+
+def text_of(name: str) -> dict:
+    """The config of the language model in a real file, its weights as the numbers they stand for."""
+    return prequantised.plain(wrapped.text_config(REAL[name]["config"]))
+
+
+CALLED = {"rms_norm_eps": "norm_eps", "qkv_bias": "use_bias"}  # fields that some families' files call otherwise
+
+
 @mutation(
     "lora/network/families.py",
     "max_position_embeddings=32768, attention_bias=True, o_bias",
     "max_position_embeddings=32768, attention_bias=False, o_bias",
+    case="Qwen/Qwen2-0.5B",
+)
+@mutation(
+    "lora/network/families.py",
+    'unused=("attention_dropout",), qk_norm',
+    'unused=("attention_drop",), qk_norm',
+    case="tencent/Hy-MT2-7B",
 )
 @pytest.mark.parametrize("name", REAL)
 def test_real_config_files_are_accepted_as_they_are(name):
-    raw = REAL[name]["config"]
-    config = ModelConfig.from_json(raw)
-    for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings",
-                  "tie_word_embeddings"):  # fmt: skip
-        if field in raw:
-            assert getattr(config, field) == raw[field], field
+    raw, config = text_of(name), of(name)
+    for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                  "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):  # fmt: skip
+        stated = raw.get(field, raw.get(CALLED.get(field)))
+        assert stated is None or getattr(config, field) == stated, field
     assert config.head_dim == (raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"])
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
-    assert config.rope_theta == (rope["rope_theta"] or 10000.0)
-    assert config.rope_scaling.kind == rope.get("rope_type", rope.get("type", "default"))
-    assert config.rope_scaling.factor == rope.get("factor", 1.0)
-    assert config.qkv_bias == (raw["model_type"] == "qwen2" or raw.get("attention_bias", False))
+    kind, family = rope.get("rope_type", rope.get("type", "default")), FAMILIES[raw["model_type"]]
+    if kind != "dynamic":  # which is of another base
+        assert config.rope_theta == (rope["rope_theta"] or 10000.0)
+        assert config.rope_scaling.kind == kind and config.rope_scaling.factor == (rope.get("factor") or 1.0)
+    if "max_position_embeddings" in raw and kind != "longrope":
+        assert config.max_position_embeddings == raw["max_position_embeddings"]
+    if raw["model_type"] != "lfm2":  # whose files say the width before it is cut
+        assert config.intermediate_size == raw["intermediate_size"]
+    assert config.qkv_bias == raw.get("attention_bias", raw.get("use_bias", family.attention_bias))
     assert config.o_bias == (raw["model_type"] == "llama" and raw.get("attention_bias", False))
-    eos = raw["eos_token_id"]
+    eos = raw.get("eos_token_id", [])
     assert config.eos_token_ids == tuple(eos if isinstance(eos, list) else [eos])
 
 
 def test_real_config_files_cover_all_families_and_every_kind_of_rope():
-    configs = [ModelConfig.from_json(entry["config"]) for entry in REAL.values()]
+    configs = [of(name) for name in REAL]
     assert {config.model_type for config in configs} == set(FAMILIES)
-    assert {config.rope_scaling.kind for config in configs} >= {"default", "llama3"}
+    assert {config.rope_scaling.kind for config in configs} >= {"default", "llama3", "yarn"}
     assert {config.tie_word_embeddings for config in configs} == {True, False}
-
-
-def of(name: str) -> ModelConfig:
-    return ModelConfig.from_json(REAL[name]["config"])
 
 
 def test_what_is_particular_in_real_config_files_is_read():
