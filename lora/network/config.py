@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora.errors import BadInput
-from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, Family, quantised
+from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, WRAPPERS, Family, quantised
 from lora.network.rope_fields import FULL, SLIDING, RopeFields, RopeScaling
 
 # In layer_types: what is there in attention's place.
@@ -118,6 +118,9 @@ class _Reader(RopeFields):
     def config(self) -> ModelConfig:
         """The whole config, with all problems raised together. It is long because it is a table, a line a field."""
         kind = self.raw.get("model_type")
+        if isinstance(kind, str) and kind in WRAPPERS:
+            why = f"no config of the language model in {kind}, of the kind {' or '.join(WRAPPERS[kind])}"
+            raise BadInput(f"unsupported model in {self.where}:text_config: {why}. Download the file again")
         if not isinstance(kind, str) or kind not in FAMILIES:
             why = OTHERS.get(kind) if isinstance(kind, str) else None
             why = why or f"Supported are: {', '.join(sorted(FAMILIES))}"
@@ -225,7 +228,7 @@ class _Reader(RopeFields):
             kinds = [LINEAR if interval and (i + 1) % interval else FULL for i in range(count)]
         kinds = kinds if given is None else given
         words = {FULL: "attention"} | MIXER_WORDS[self.family.mixer]
-        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in words for kind in kinds):
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in [*words] for kind in kinds):
             self.wrong("layer_types", f"{json.dumps(kinds)[:60]} is not {count} times {' or '.join(words)}")
             return ("attention",) * count
         return tuple(words[kind] for kind in kinds)

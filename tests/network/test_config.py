@@ -1,5 +1,6 @@
 """config.json: real files of the supported families are accepted, everything else is refused by the name of a field."""
 
+import contextlib
 import json
 import math
 import re
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from lora.errors import BadInput
 from lora.network.config import DeltaSizes, ModelConfig, RopeScaling
-from lora.network.families import FAMILIES, NEUTRAL
+from lora.network.families import FAMILIES, NEUTRAL, WRAPPERS
+from lora.network.rope_fields import ROPES
 from lora.pretrained import prequantised, wrapped
 from tests.mutation import mutation
 
@@ -405,8 +407,6 @@ NEWER_REFUSED = [
         "linear_conv_kernel_dim")),
     (QWEN35, "rope_parameters", {"rope_parameters": ROPE_OF[QWEN35] | {"rope_type": "mrope"}}),
     (QWEN35, "partial_rotary_factor", {"rope_parameters": ROPE_OF[QWEN35] | {"partial_rotary_factor": 1.5}}),
-    (QWEN35, "mrope_section", {"rope_parameters": ROPE_OF[QWEN35] | {"mrope_section": [11, 11, 11]}}),
-    (QWEN35, "mrope_section", {"rope_parameters": ROPE_OF[QWEN35] | {"mrope_section": "11"}}),
     (QWEN35, "num_experts", {"num_experts": 128}),
     (LFM2, "layer_types", {"layer_types": ["conv"] * 15 + ["short_conv"]}),
     (LFM2, "layer_types", {"layer_types": ["conv"] * 15}),
@@ -547,10 +547,14 @@ def test_all_problems_are_named_at_once():
 # ---- anything at all -------------------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, 1, -1, 2**31, 2**63, 10**12, 10**400]))
-KEYS = st.sampled_from(["rope_type", "type", "factor", "rope_theta", "low_freq_factor", "high_freq_factor",
-                        "original_max_position_embeddings", "attention_factor"])  # fmt: skip
-KINDS = st.sampled_from(["default", "linear", "llama3", "yarn", "silu", "llama", "qwen2", "full_attention",
-                         "sliding_attention"])  # fmt: skip
+KEYS = st.sampled_from(
+    sorted({"rope_type", "type", "rope_theta", "full_attention", "sliding_attention", "llama_4_scaling_beta",
+            "mrope_section", *(key for keys in ROPES.values() for key in keys)})
+)  # fmt: skip
+KINDS = st.sampled_from(
+    [*ROPES, *FAMILIES, *WRAPPERS, "silu", "full_attention", "sliding_attention", "linear_attention", "conv",
+     "attention", "mamba", "LLLG"]
+)  # fmt: skip
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=6), KINDS)
 VALUES = st.recursive(
     LEAVES,
@@ -558,17 +562,21 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.sampled_from(sorted({*QWEN2, *NEUTRAL, "rope_scaling", "rope_parameters", "layer_types", "head_dim",
-                                 "attention_bias", "mlp_bias",
+                                 "attention_bias", "mlp_bias", *(field for name in REAL for field in text_of(name)),
                                  *(field for family in FAMILIES.values() for field in family.reads)}))  # fmt: skip
+BASES = [{**LLAMA, "model_type": family} for family in sorted(FAMILIES)] + [text_of(name) for name in PARTICULAR]
 
 
-@hypothesis_settings(max_examples=300, **CALM)
-@given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
-@example("llama", {"model_type": ["llama"]})
-@example("llama", {"hidden_size": 10**400})
-@example("qwen2", {"rope_scaling": {"type": "linear", "factor": 10**400}})
-def test_any_json_in_any_field_gives_a_config_or_bad_input(family, fields):
-    raw = {**LLAMA, "model_type": family, **fields}
+@mutation("lora/network/config.py", "any(kind not in [*words] for", "any(kind not in words for")
+@hypothesis_settings(max_examples=400, **CALM)
+@given(st.sampled_from(BASES), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
+@example(LLAMA, {"model_type": ["llama"]})
+@example(LLAMA, {"hidden_size": 10**400})
+@example(QWEN2, {"rope_scaling": {"type": "linear", "factor": 10**400}})
+@example(BASES[-2], {"max_position_embeddings": "131072"})
+@example({**LLAMA, "model_type": "lfm2"}, {"layer_types": [["conv"], {}]})
+def test_any_json_in_any_field_gives_a_config_or_bad_input(base, fields):
+    raw = {**base, **fields}
     try:
         config = ModelConfig.from_json(raw)
     except BadInput as refused:
@@ -580,3 +588,13 @@ def test_any_json_in_any_field_gives_a_config_or_bad_input(family, fields):
     assert config.num_attention_heads % config.num_key_value_heads == 0
     assert math.isfinite(config.rope_theta) and config.rope_theta > 0 and math.isfinite(config.rms_norm_eps)
     assert all(type(getattr(config, name)) is int for name in ("vocab_size", "hidden_size", "head_dim"))
+
+
+@hypothesis_settings(max_examples=200, **CALM)
+@given(st.sampled_from(sorted(WRAPPERS)), VALUES, st.dictionaries(FIELDS, VALUES, max_size=3))
+@example("qwen3_5", {"model_type": ["qwen3_5_text"]}, {"quantization_config": []})
+def test_any_json_as_the_language_model_of_a_larger_one_gives_a_config_or_bad_input(kind, text, fields):
+    with contextlib.suppress(BadInput):
+        ModelConfig.from_json(
+            prequantised.plain(wrapped.text_config(fields | {"model_type": kind, "text_config": text}))
+        )
