@@ -182,8 +182,8 @@ PARTICULAR = {
 )
 @mutation(
     "lora/network/rope_fields.py",
-    "mscale and of_all else",
-    "mscale else",
+    "else [grows(factor), 1]",
+    "else [1.0, 1]",
     case="mistralai/Devstral-2-123B-Instruct-2512",
 )
 @mutation(
