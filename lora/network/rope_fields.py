@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types, and in Gemma 3's rope_parameters
-ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", "proportional")
 YARN = (
     "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim", "truncate",
@@ -27,6 +27,7 @@ class RopeScaling:
     truncate: bool = True
     attention_factor: float = 1.0  # cos and sin are multiplied by it
     short_factors: tuple[float, ...] = ()  # of longrope, while a document fits the original length
+    turned: int = 0  # of proportional: so many of a head's pairs, the fastest, and the others stand still
     q_beta: float = 0.0  # queries grow by 1 + β log(1 + ⌊position / original length⌋)
 
     @property
@@ -38,7 +39,7 @@ class RopeScaling:
 class RopeFields:
     """The part of the reader of `config.json` that reads them."""
 
-    def rope(self, head_dim: int) -> dict:
+    def rope(self, head_dim: int, global_head_dim: int) -> dict:
         """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
         family, raw = self.family, self.raw
         old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
@@ -55,11 +56,16 @@ class RopeFields:
             factor = self.number(
                 "partial_rotary_factor", factor, raw=parts[0] if parts else {}, kind=float, low=1e-3, high=1
             )
-        turned = int(head_dim * factor)
+        proportional = new.get("rope_type") == "proportional" and "global_head_dim" in family.reads
+        turned = head_dim if proportional else int(head_dim * factor)
         if turned % 2 or not turned:
             self.wrong("head_dim", f"of {head_dim} numbers {turned} are turned; RoPE turns pairs")
         theta, scaling = self.scaled_rope(old, new, turned)
-        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, "rotary_dim": turned}
+        sizes = {"rotary_dim": turned, "rope_local_dim": turned}
+        if proportional:  # in a wider head; the pairs that are not turned are the slowest ones
+            sizes["rotary_dim"] = global_head_dim
+            scaling = RopeScaling("proportional", turned=int(factor * global_head_dim // 2))
+        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, **sizes}
 
     def scaled_rope(self, old: Mapping, new: Mapping, turned: int) -> tuple[float, RopeScaling]:
         """RoPE's base and scaling."""
@@ -72,13 +78,17 @@ class RopeFields:
 
         kinds = {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)} or {"default"}
         kind = kinds.pop()
-        if kinds or kind not in ROPES:
+        if kinds or kind not in ROPES or (kind == "proportional" and "global_head_dim" not in self.family.reads):
             self.wrong(field, f"rope type {kind!r} is not implemented; {', '.join(ROPES)} are")
             return theta, RopeScaling()
         if kind == "default":
             for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *self.family.reads}):
                 if part[key] not in (None, 1, 1.0):
                     self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
+            return theta, RopeScaling()
+        if kind == "proportional":
+            if part.get("factor") not in (None, 1, 1.0):
+                self.wrong(field, f"factor {part['factor']!r} of rope type 'proportional' is not implemented")
             return theta, RopeScaling()
         if kind == "dynamic":
             return self.stretched_base(theta, field, part, turned), RopeScaling()
