@@ -121,7 +121,8 @@ FAMILIES = {
         names={"mlp": "shared_mlp", "down_proj": "output_linear"}, fused=(("shared_mlp.input_linear", GATE_UP),),
     ),
     "lfm2": Family(
-        reads=("layer_types", "full_attn_idxs"), called={"rms_norm_eps": "norm_eps"}, max_position_embeddings=128000,
+        reads=("layer_types", "full_attn_idxs", "tie_embedding"), called={"rms_norm_eps": "norm_eps"},
+        max_position_embeddings=128000,
         rms_norm_eps=1e-5, num_key_value_heads=8, tie_word_embeddings=True, rope_theta=1000000.0, qk_norm="head",
         mixer="conv", norms=("operator_norm", None, "ffn_norm", None), required={"conv_bias": (False, False)},
         names={"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm", "mlp": "feed_forward",
@@ -143,9 +144,9 @@ FAMILIES = {
     ),
     "hunyuan_v1_dense": Family(
         reads=("attention_bias", "alpha", "use_qk_norm"), required={"use_qk_norm": (True, True)}, rms_norm_eps=1e-5,
-        qk_norm="turned", names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+        unused=("attention_dropout",), qk_norm="turned", names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
     ),
-    "seed_oss": Family(  # dropout was that of its pretraining
+    "seed_oss": Family(  # its dropout, like Hunyuan's, was that of its pretraining
         reads=("attention_bias", "o_bias", "mlp_bias"), called={"o_bias": "attention_out_bias"},
         unused=("attention_dropout", "residual_dropout"), max_position_embeddings=524288, num_key_value_heads=8,
         head_dim=128, attention_bias=True,
@@ -242,6 +243,11 @@ NEUTRAL = {
     "compression_config": (None,),
     "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
+    "use_rotary_pos_emb": (True, None),  # Hunyuan's
+    "use_pos_enc": (True, None),  # LFM2's
+    "use_cla": (False, None),  # layers of Hunyuan that share keys and values
+    "output_gate_type": ("swish", "silu", None),  # of Gated DeltaNet
+    "block_use_swiglu": (True, None),
     "use_qk_norm": (False, None),
     "qk_layernorm": (False, None),
     "clip_qkv": (None,),
@@ -255,6 +261,7 @@ NEUTRAL = {
     "query_pre_attn_scalar": (None,),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
+    "moe_num_experts": (None, 0),
     "is_causal": (True, None),
     "per_layer_config": (None, {}),
     "add_cross_attention": (False, None),
