@@ -1,9 +1,9 @@
 """What GGUF calls a family, its settings and its tensors, beside what the hub calls them."""
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
-
-import torch
 
 from lora.network.families import Family
 
@@ -15,16 +15,29 @@ class Architecture(NamedTuple):
     model_type: str  # what a file is read as
     written: tuple[str, ...] = ()  # the hub's names of families that are written so; others are only read
     reordered: bool = False  # llama.cpp's RoPE is interleaved where the hub's is not: rows of q and k change places
-    rope_freqs: bool = False  # may hold Llama 3's scaling
+    scalings: tuple[str, ...] = ()  # of RoPE, beside linear and YaRN's
+    yarn_betas: bool = False  # llama.cpp reads where YaRN's ramp begins and ends
+    names: Mapping[str, str] = MappingProxyType({})  # of tensors that others have not, or call otherwise
 
 
+DELTA_NAMES = {
+    "blk.post_attention_norm": "post_attention_layernorm",
+    "blk.attn_qkv": "linear_attn.in_proj_qkv", "blk.attn_gate": "linear_attn.in_proj_z",
+    "blk.ssm_beta": "linear_attn.in_proj_b", "blk.ssm_alpha": "linear_attn.in_proj_a",
+    "blk.ssm_conv1d": "linear_attn.conv1d", "blk.ssm_norm": "linear_attn.norm", "blk.ssm_out": "linear_attn.out_proj",
+    "blk.ssm_a.": "linear_attn.A_log.", "blk.ssm_dt.bias.": "linear_attn.dt_bias.",
+}  # fmt: skip
 ARCHITECTURES = {  # which RoPE they have: `llama_model_rope_type` in llama.cpp; GLM-4's is interleaved in both
-    "llama": Architecture("LlamaForCausalLM", "llama", ("llama", "mistral"), reordered=True, rope_freqs=True),
+    "llama": Architecture(
+        "LlamaForCausalLM", "llama", ("llama", "mistral"), reordered=True, scalings=("llama3", "longrope")
+    ),
+    "mistral3": Architecture("Ministral3ForCausalLM", "ministral3", ("ministral3",), reordered=True, yarn_betas=True),
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", ("qwen2",)),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", ("qwen3",)),
+    "qwen35": Architecture("Qwen3_5ForCausalLM", "qwen3_5_text", ("qwen3_5_text",), names=DELTA_NAMES),
     "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", reordered=True),
     "glm4": Architecture("Glm4ForCausalLM", "glm4"),
-    "phi3": Architecture("Phi3ForCausalLM", "phi3"),
+    "phi3": Architecture("Phi3ForCausalLM", "phi3", scalings=("longrope",)),
     "gemma2": Architecture("Gemma2ForCausalLM", "gemma2"),
     "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text"),
 }
@@ -35,12 +48,25 @@ KNOWN_KEYS = (
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_attn_factor",  # llama.cpp computes its own in its place
 )  # fmt: skip
+DELTA_KEYS = {  # of Gated DeltaNet: its sizes, and layers that guess further tokens
+    "ssm.conv_kernel": ("linear_conv_kernel_dim", int), "ssm.state_size": ("linear_key_head_dim", int),
+    "ssm.group_count": ("linear_num_key_heads", int), "ssm.time_step_rank": ("linear_num_value_heads", int),
+}  # fmt: skip
 READ_KEYS = {  # those of families that read the hub's field
     "attention.sliding_window": ("sliding_window", int), "rope.freq_base_swa": ("rope_local_base_freq", float),
     "attention.sliding_window_pattern": ("sliding_window_pattern", int),
     "attn_logit_softcapping": ("attn_logit_softcapping", float),
     "final_logit_softcapping": ("final_logit_softcapping", float),
+    "full_attention_interval": ("full_attention_interval", int), **DELTA_KEYS,
+}  # fmt: skip
+OTHER_KEYS = {  # key -> the field that a family reads whose files have it; read by code, not by this table
+    "attention.temperature_scale": "llama_4_scaling_beta", "rope.scaling.yarn_log_multiplier": "llama_4_scaling_beta",
+    "rope.dimension_sections": "mrope_section", "ssm.inner_size": "linear_value_head_dim",
+    "nextn_predict_layers": "full_attention_interval", "attention.recurrent_layers": "full_attention_interval",
 }  # fmt: skip
 
 HUB_NAMES = {  # each with .weight or .bias; those after the first three are in model.layers.N (blk.N)
@@ -52,41 +78,34 @@ HUB_NAMES = {  # each with .weight or .bias; those after the first three are in 
 }  # fmt: skip
 FUSED_NAMES = {"self_attn.qkv_proj": "blk.attn_qkv", "mlp.gate_up_proj": "blk.ffn_up"}
 NORMS = ("blk.attn_norm", "blk.post_attention_norm", "blk.ffn_norm", "blk.post_ffw_norm")  # as `Family.norms`
-ROPE_FREQS = "rope_freqs.weight"  # Llama 3's RoPE scaling: one divisor for each frequency
-ROTATED = re.compile(r"\.[qk]_proj\.")  # what RoPE turns
 
 
-def hub_names(family: Family) -> dict[str, str]:
-    """The names of a family's tensors in a GGUF file, without layer and .weight or .bias -> those in its hub folder."""
+def hub_names(arch: Architecture, family: Family) -> dict[str, str]:
+    """The names of a family's tensors in a GGUF file, without layer and .weight or .bias -> those in its hub folder.
+    Names that end in a dot have neither."""
     names = HUB_NAMES | {theirs: ours for theirs, ours in zip(NORMS, family.norms, strict=True) if ours}
     for stem, parts in family.fused:
         if stem in FUSED_NAMES:  # Baichuan's W_pack is three tensors here
             block, _ = stem.split(".")
             names = {theirs: ours for theirs, ours in names.items() if ours not in {f"{block}.{p}" for p in parts}}
             names[FUSED_NAMES[stem]] = stem
-    return names
+    return {theirs: ours for theirs, ours in names.items() if ours not in arch.names.values()} | arch.names
 
 
 def hub_name(names: dict[str, str], name: str) -> str | None:
     """The hub's name of a tensor in GGUF, by `hub_names`; None where there is none."""
-    parts = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,4})\.)?([a-z_]+)\.(weight|bias)", name)
-    number, stem, kind = parts.groups() if parts else (None, "", "")
-    hub = names.get(f"blk.{stem}" if number else stem)
-    return hub and (f"model.layers.{number}." if number else "") + f"{hub}.{kind}"
+    parts = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,4})\.)?(([a-z0-9_]+)(?:\.(weight|bias))?)", name)
+    number, whole, stem, kind = parts.groups() if parts else (None, "", "", "")
+    block = "blk." if number else ""
+    found = names.get(f"{block}{whole}.") or (kind and f"{names.get(block + stem, '')}.{kind}")
+    known = found and not found.startswith(".")
+    return (f"model.layers.{number}." if number else "") + found.removesuffix(".") if known else None
 
 
 def gguf_name(names: dict[str, str], name: str) -> str | None:
     """`hub_name` the other way."""
-    number, stem, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
-    theirs = {hub: name for name, hub in names.items() if name.startswith("blk.") == bool(number)}.get(stem)
-    return theirs and f"{theirs.replace('blk.', f'blk.{number}.')}.{kind}"
-
-
-def to_interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of each head, from the hub's order (RoPE turns i and i + d/2) to llama.cpp's (2i and 2i + 1)."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`to_interleaved` the other way."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    number, whole = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)", name).groups()
+    stem, kind = whole.rsplit(".", 1)
+    own = {hub: theirs for theirs, hub in names.items() if theirs.startswith("blk.") == bool(number)}
+    theirs = own[f"{whole}."].removesuffix(".") if f"{whole}." in own else stem in own and f"{own[stem]}.{kind}"
+    return theirs.replace("blk.", f"blk.{number}.", 1) if theirs else None

@@ -173,8 +173,8 @@ def rounded(values, kind):
 
 @mutation(
     "lora/pretrained/gguf_write.py",
-    "return _reorder(row, name, change(name, base.read(name, base.widest)), config.head_dim)",
-    "return change(name, base.read(name, base.widest))",
+    "layout.stored(name, change(name, base.read(name, base.widest)))",
+    "change(name, base.read(name, base.widest))",
 )
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
 @every_case
@@ -272,8 +272,9 @@ def test_a_tokenizer_read_back_gives_the_ids_of_the_one_that_was_written(with_to
     metadata = tokenizer_metadata(base)
     assert metadata["tokenizer.ggml.pre"] == pre and len(metadata["tokenizer.ggml.tokens"]) == 420
     tensors = {"token_embd.weight": gguf_write.Planned(TYPE.F32, (420, 32), lambda: torch.zeros(420, 32))}
-    sizes = gguf_write._sizes(ModelConfig.from_json(base.config), "llama")
-    gguf_write._write(tmp_path / "a.gguf", "llama", "model", sizes | metadata, tensors, "f32")
+    sizes = gguf_write._sizes(ModelConfig.from_json(base.config), base.config)
+    sizes = {f"llama.{key}": value for key, value in sizes.items()} | metadata
+    gguf_write._write(tmp_path / "a.gguf", "llama", "model", sizes, tensors, "f32")
     back = FastTokenizer.from_str(GGUFFile(tmp_path / "a.gguf").files()["tokenizer.json"].decode())
     for text in STRINGS:
         ids = reference.encode(text).ids
@@ -481,7 +482,7 @@ def test_the_adapter_file_says_what_it_is(merged):
     assert maps["blk.1.ffn_down.weight.lora_b"][1].shape == (32, 4)  # (out, r)
 
 
-@mutation("lora/pretrained/gguf_write.py", "B = _reorder(row, name, B, config.head_dim)", "pass")
+@mutation("lora/pretrained/gguf_layout.py", "return (A, order.moved(B)) if order.dim == 0 else", "return (A, B) if order.dim == 0 else")
 def test_the_base_and_the_adapter_file_sum_to_the_merged_file(merged, tmp_path):
     written(cli.model_folder(), tmp_path / "base.gguf", "f32")
     done(merge(tmp_path, "--out", "f32.gguf", "--format", "gguf", "--gguf-type", "f32"))
@@ -489,7 +490,7 @@ def test_the_base_and_the_adapter_file_sum_to_the_merged_file(merged, tmp_path):
     assert near(sums, {name: values.astype(np.float64) for name, (_, values) in whole.items()}, 1e-6)
 
 
-@mutation("lora/pretrained/gguf_write.py", "B = B.float() * (s * len(A) / alpha)", "B = B.float()")
+@mutation("lora/pretrained/gguf_write.py", "B.float() * (s * len(A) / alpha))", "B.float())")
 @pytest.mark.parametrize("case", ["llama", "llama with biases", "llama with wide heads", "qwen2"])
 def test_ranks_and_scales_that_differ_are_folded_into_b(models, tmp_path, case):
     """As rsLoRA and rank patterns have them: layer i has rank 2 + i and counts 0.3 (1 + i) times."""
