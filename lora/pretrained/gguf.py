@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 from lora.errors import BadInput
 from lora.network.config import LINEAR, DeltaSizes
 from lora.network.families import FAMILIES
-from lora.network.rope_fields import FULL
+from lora.network.rope_fields import FULL, SLIDING
 from lora.pretrained import fused, gguf_rope
 from lora.pretrained import gguf_names as names
 from lora.pretrained.gguf_header import AGAIN, Header, Keys, Metadata, Stored, show
@@ -26,8 +26,8 @@ from lora.pretrained.gguf_layout import Layout
 from lora.pretrained.gguf_tokenizer import ENDS, special_ids, tokenizer_files
 from lora.quant.gguf import TYPES, Blocks
 
+MOST_LAYERS = 1024
 CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
-GEMMA_27B = (46, 62)  # layers; llama.cpp knows these by them, the files do not say by what attention divides
 
 
 class GGUFFile:
@@ -126,7 +126,7 @@ class GGUFFile:
         """config.json, without what this family or this file has not."""
         get, has, family, reads = self._keys.get, self._keys.has, self._family, self._family.reads
         size, layers = self._head_dim, self._layers
-        scalar = get("embedding_length") / self._heads if layers in GEMMA_27B else float(size)
+        scalar = get("embedding_length") / self._heads if layers in names.GEMMA_27B else float(size)
         biases = {name.split(".")[3] for name in self.header if name.endswith("_proj.bias")}
         ends = list(dict.fromkeys(ids[name] for name in ENDS if ids[name] is not None))
         given = {key: of for key, of in self._reads.items() if has(key)}
@@ -142,7 +142,7 @@ class GGUFFile:
             "partial_rotary_factor": self._rotary_dim / size if "partial_rotary_factor" in reads else None,
             "query_pre_attn_scalar": scalar if family.query_pre_attn_scalar else None,
             "linear_value_head_dim": self._delta.value_dim if self._delta else None,
-            "layer_types": self._layer_types(),
+            **self._layer_types(),
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
             "rope_theta": get("rope.freq_base", float, 10000.0),
@@ -155,14 +155,19 @@ class GGUFFile:
         }  # fmt: skip
         return {key: value for key, value in config.items() if value is not None}
 
-    def _layer_types(self) -> list[str] | None:
-        """Where the file says it layer by layer."""
-        if not self._keys.has("attention.recurrent_layers"):
-            return None
-        linear = self._keys.get("attention.recurrent_layers", np.ndarray).tolist()
-        right = len(linear) >= self._layers and all(one in (0, 1) for one in linear)
-        self._keys.check(right, "attention.recurrent_layers", f"it does not say 0 or 1 of {self._layers} layers", AGAIN)
-        return [LINEAR if one else FULL for one in linear[: self._layers]]
+    def _layer_types(self) -> dict:
+        """What the file says of its layers one by one, or of one in so many, if it is not what the family has."""
+        recurrent, pattern, family = "attention.recurrent_layers", "attention.sliding_window_pattern", self._family
+        for key, kinds in (recurrent, (FULL, LINEAR)), (pattern, (FULL, SLIDING)):
+            value = self._metadata.values.get(f"{self._arch}.{key}")
+            if isinstance(value, np.ndarray):
+                right = value.ndim == 1 and len(value) >= self._layers and set(value.tolist()) <= {0, 1}
+                self._keys.check(right, key, f"it does not say 0 or 1 of {self._layers} layers", AGAIN)
+                return {"layer_types": [kinds[int(one)] for one in value[: self._layers]]}
+        step = self._keys.get(pattern) if self._keys.has(pattern) else family.sliding_window_pattern
+        if step == family.sliding_window_pattern or "sliding_window_pattern" in family.reads:
+            return {"sliding_window_pattern": step} if self._keys.has(pattern) else {}
+        return {"layer_types": [SLIDING if (i + 1) % step else FULL for i in range(self._layers)]}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor of a hub name in `dtype`, by default bfloat16. Raises BadInput if the file has become shorter."""

@@ -18,6 +18,9 @@ class Architecture(NamedTuple):
     scalings: tuple[str, ...] = ()  # of RoPE, beside linear and YaRN's
     yarn_betas: bool = False  # llama.cpp reads where YaRN's ramp begins and ends
     names: Mapping[str, str] = MappingProxyType({})  # of tensors that others have not, or call otherwise
+    windows: bool = False  # llama.cpp has sliding windows in all layers but one in so many
+    biases: tuple[str, ...] = ()  # the Linears that may have one in llama.cpp
+    square: bool = False  # it knows only heads that are as wide together as the model
 
 
 DELTA_NAMES = {
@@ -27,19 +30,27 @@ DELTA_NAMES = {
     "blk.ssm_conv1d": "linear_attn.conv1d", "blk.ssm_norm": "linear_attn.norm", "blk.ssm_out": "linear_attn.out_proj",
     "blk.ssm_a.": "linear_attn.A_log.", "blk.ssm_dt.bias.": "linear_attn.dt_bias.",
 }  # fmt: skip
+QKV = ("q_proj", "k_proj", "v_proj")
+LINEARS = (*QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
+GEMMA_27B = (46, 62)  # layers; llama.cpp knows these by them, the files do not say by what attention divides
 ARCHITECTURES = {  # which RoPE they have: `llama_model_rope_type` in llama.cpp; GLM-4's is interleaved in both
     "llama": Architecture(
-        "LlamaForCausalLM", "llama", ("llama", "mistral"), reordered=True, scalings=("llama3", "longrope")
+        "LlamaForCausalLM",
+        "llama",
+        ("llama", "mistral", "baichuan"),
+        reordered=True,
+        scalings=("llama3", "longrope"),
+        biases=LINEARS,
     ),
     "mistral3": Architecture("Ministral3ForCausalLM", "ministral3", ("ministral3",), reordered=True, yarn_betas=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", ("qwen2",)),
+    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", ("qwen2",), biases=QKV, square=True),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", ("qwen3",)),
     "qwen35": Architecture("Qwen3_5ForCausalLM", "qwen3_5_text", ("qwen3_5_text",), names=DELTA_NAMES),
-    "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", reordered=True),
-    "glm4": Architecture("Glm4ForCausalLM", "glm4"),
-    "phi3": Architecture("Phi3ForCausalLM", "phi3", scalings=("longrope",)),
-    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2"),
-    "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text"),
+    "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", ("smollm3",), reordered=True),
+    "glm4": Architecture("Glm4ForCausalLM", "glm4", ("glm4",), biases=QKV),
+    "phi3": Architecture("Phi3ForCausalLM", "phi3", ("phi3",), scalings=("longrope",), square=True),
+    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2", ("gemma2",), windows=True),
+    "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text", ("gemma3_text",), windows=True),
 }
 
 # Keys under the architecture's name. Any other could change the maths and is refused.
@@ -58,7 +69,6 @@ DELTA_KEYS = {  # of Gated DeltaNet: its sizes, and layers that guess further to
 }  # fmt: skip
 READ_KEYS = {  # those of families that read the hub's field
     "attention.sliding_window": ("sliding_window", int), "rope.freq_base_swa": ("rope_local_base_freq", float),
-    "attention.sliding_window_pattern": ("sliding_window_pattern", int),
     "attn_logit_softcapping": ("attn_logit_softcapping", float),
     "final_logit_softcapping": ("final_logit_softcapping", float),
     "full_attention_interval": ("full_attention_interval", int), **DELTA_KEYS,
@@ -66,6 +76,7 @@ READ_KEYS = {  # those of families that read the hub's field
 OTHER_KEYS = {  # key -> the field that a family reads whose files have it; read by code, not by this table
     "attention.temperature_scale": "llama_4_scaling_beta", "rope.scaling.yarn_log_multiplier": "llama_4_scaling_beta",
     "rope.dimension_sections": "mrope_section", "ssm.inner_size": "linear_value_head_dim",
+    "attention.sliding_window_pattern": "layer_types",
     "nextn_predict_layers": "full_attention_interval", "attention.recurrent_layers": "full_attention_interval",
 }  # fmt: skip
 
@@ -89,7 +100,7 @@ def hub_names(arch: Architecture, family: Family) -> dict[str, str]:
             block, _ = stem.split(".")
             names = {theirs: ours for theirs, ours in names.items() if ours not in {f"{block}.{p}" for p in parts}}
             names[FUSED_NAMES[stem]] = stem
-    return {theirs: ours for theirs, ours in names.items() if ours not in arch.names.values()} | arch.names
+    return {theirs: ours for theirs, ours in names.items() if ours not in arch.names.values()} | {**arch.names}
 
 
 def hub_name(names: dict[str, str], name: str) -> str | None:

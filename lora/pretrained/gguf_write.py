@@ -7,7 +7,7 @@ Conventions: llama.cpp's convert_hf_to_gguf.py, convert_lora_to_gguf.py and src/
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from lora import files, folders
 from lora.errors import BadInput, BadNumbers, say
 from lora.network.config import ModelConfig
 from lora.network.families import FAMILIES
-from lora.pretrained import fused, gguf_names, gguf_rope
+from lora.pretrained import fused, gguf_keys, gguf_names, gguf_rope
 from lora.pretrained.folder import ModelFiles
 from lora.pretrained.gguf import CHUNK
 from lora.pretrained.gguf_layout import Layout
@@ -37,9 +37,6 @@ TYPES = {  # --gguf-type: how matrices are stored, and what llama.cpp calls such
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-
-
-MROPE = (11, 11, 10)  # Qwen3.5's parts of RoPE for time, height and width; text has the same position in all
 
 
 class Planned(NamedTuple):
@@ -69,51 +66,6 @@ def check_out(path: Path, overwrite: bool) -> None:
         raise PermissionError(13, "permission denied", str(path.parent))
 
 
-def _architecture(config: ModelConfig, where: str) -> tuple[str, gguf_names.Architecture, Layout]:
-    rows = gguf_names.ARCHITECTURES.items()
-    arch, row = next(((arch, row) for arch, row in rows if config.model_type in row.written), (None, None))
-    if row is None:
-        known = ", ".join(kind for _, row in rows for kind in row.written)
-        why = f"{config.model_type} as GGUF is not implemented, only {known}"
-        fix = "Write a model folder and convert it with llama.cpp"
-        raise BadInput(f"unsupported model in {where}: {why}. {fix}")
-    if any(config.windows):
-        _refuse(where, arch, "sliding window")
-    if config.delta and config.delta.key_dim != config.delta.value_dim:
-        _refuse(where, arch, f"heads with {config.delta.key_dim} keys and {config.delta.value_dim} values")
-    return arch, row, Layout(row, config.head_dim, config.delta)
-
-
-def _sizes(config: ModelConfig, raw: Mapping) -> dict[str, int | float | list]:
-    """Keys under the architecture's name."""
-    values = {
-        "vocab_size": config.vocab_size, "block_count": config.num_hidden_layers,
-        "context_length": raw.get("max_position_embeddings") or config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": config.rotary_dim, "rope.freq_base": config.rope_theta,
-    }  # fmt: skip
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    if config.delta:
-        values |= _delta_sizes(config, raw)
-    return values
-
-
-def _delta_sizes(config: ModelConfig, raw: Mapping) -> dict[str, int | list]:
-    d, layers = config.delta, [mixer == "delta" for mixer in config.mixers]
-    interval = raw.get("full_attention_interval") or 4
-    sections = ((raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})).get("mrope_section")
-    return {
-        "ssm.conv_kernel": d.kernel, "ssm.state_size": d.key_dim, "ssm.group_count": d.key_heads,
-        "ssm.time_step_rank": d.value_heads, "ssm.inner_size": d.value_heads * d.value_dim,
-        "full_attention_interval": interval, "rope.dimension_sections": [*(sections or MROPE), 0],
-    } | ({} if layers == [bool((i + 1) % interval) for i in range(len(layers))] else
-         {"attention.recurrent_layers": layers})  # fmt: skip
-
-
 def _type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     """What is no matrix stays float32, which llama.cpp computes with; rows that are not whole blocks become float16."""
     wanted, _ = TYPES[kind]
@@ -135,8 +87,9 @@ def write_model(
     TYPES; `template` is a file that replaces the chat template; where `check` of the whole file raises, there is none.
     Raises BadInput for what GGUF, or we, cannot say."""
     config, names = ModelConfig.from_json(base.config, base.name), empty_model(base).state_dict()
-    arch, row, layout = _architecture(config, base.name)
-    scaling, tensors = gguf_rope.written(config, base.config, row, partial(_refuse, base.name, arch))
+    arch, row = gguf_keys.architecture(config, base.name)
+    layout = Layout(row, config.head_dim, config.delta)
+    scaling, tensors = gguf_rope.written(config, base.config, row, partial(gguf_keys.refuse, base.name, arch))
 
     def read(parts: list[str]) -> torch.Tensor:
         tensors = [layout.stored(name, change(name, base.read(name, base.widest))) for name in parts]
@@ -149,7 +102,7 @@ def write_model(
         planned[_named(row, whole, base.name)] = Planned(_type(shape, kind), own, partial(read, parts))
     for name, tensor in tensors.items():
         planned[name] = Planned(F32, tuple(tensor.shape), lambda tensor=tensor: tensor)
-    sizes = {f"{arch}.{key}": value for key, value in (_sizes(config, base.config) | scaling).items()}
+    sizes = {f"{arch}.{key}": value for key, value in (gguf_keys.sizes(config, base.config, row) | scaling).items()}
     _write(path, arch, "model", sizes | tokenizer_metadata(base, template), planned, kind, check)
 
 
@@ -162,7 +115,8 @@ def write_adapter(
     llama.cpp counts a map alpha / r times with one alpha for all, so where s r differs it goes into B.
     """
     config = ModelConfig.from_json(raw_config)
-    arch, row, layout = _architecture(config, "config.json")
+    arch, row = gguf_keys.architecture(config, "config.json")
+    layout = Layout(row, config.head_dim, config.delta)
     alpha = next(s * len(A) for s, A, _ in maps.values())
     tensors = {}
     for target, parts in fused.stored(config, [f"{name}.weight" for name in maps]).items():
@@ -188,13 +142,10 @@ def _one_map(config: ModelConfig, whole: str, maps: dict[str, tuple]) -> tuple[f
     return 1.0, A, B
 
 
-def _refuse(where: str, arch: str, what: str) -> None:
-    raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no {what}. Write a folder")
-
-
 def _named(row: gguf_names.Architecture, name: str, where: str) -> str:
     found = gguf_names.gguf_name(gguf_names.hub_names(row, FAMILIES[row.model_type]), name)
-    if not found:
+    stem, kind = name.rsplit(".", 1)
+    if not found or (kind == "bias" and stem.rsplit(".", 1)[-1] not in row.biases):
         raise BadInput(f"unsupported model in {where}:{name}: GGUF has no place for it. Write a model folder")
     return found
 

@@ -463,7 +463,10 @@ NO_MODEL = {"tensors": {"output_norm.weight": np.zeros(HIDDEN, np.float32)}}
         (with_divisors(llama3_divisors(8)) | {"arch": "qwen2"}, "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8), **{"rope.scaling.factor": 2.0}), "rope_freqs.weight"),
         (with_divisors(np.full(32, np.nan, np.float32)), "rope_freqs.weight"),
-        ({"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "original_context_length: it is missing"),
+        (
+            {"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}},
+            "original_context_length: it is missing",
+        ),
         ({"sizes": {"rope.scaling.type": "su", "rope.scaling.factor": 4.0}}, "rope.scaling.type: 'su'"),
         ({"arch": "mamba"}, "general.architecture: 'mamba'"),
         ({"sizes": {"expert_count": 8}}, "llama.expert_count"),

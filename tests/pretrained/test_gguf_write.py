@@ -24,7 +24,7 @@ from lora.adapter.inject import inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.errors import BadInput, BadNumbers
 from lora.network.config import ModelConfig
-from lora.pretrained import gguf_write
+from lora.pretrained import gguf_keys, gguf_names, gguf_write
 from lora.pretrained.gguf import GGUFFile
 from lora.pretrained.gguf_vocab import tokenizer_metadata
 from tests import cli
@@ -227,20 +227,20 @@ def test_a_value_too_large_for_the_type_is_refused_by_name(models, tmp_path, kin
 
 
 def test_a_family_without_a_row_is_refused_by_name(models, tmp_path, monkeypatch):
-    monkeypatch.delitem(gguf_write.gguf_names.ARCHITECTURES, "qwen2")
+    monkeypatch.delitem(gguf_names.ARCHITECTURES, "qwen2")
     with pytest.raises(BadInput, match="qwen2 as GGUF is not implemented, only llama"):
         written(models("qwen2"), tmp_path / "a.gguf")
 
 
 def test_llama3_scaling_that_the_architecture_cannot_hold_is_refused(tmp_path):
     folder = cli.write_model(tmp_path / "model", model_type="qwen2", rope_scaling=LLAMA3)
-    with pytest.raises(BadInput, match="qwen2 in GGUF has no llama3 scaling"):
+    with pytest.raises(BadInput, match=r"qwen2 in llama\.cpp has no llama3 scaling"):
         written(folder, tmp_path / "a.gguf")
 
 
 def test_a_sliding_window_that_the_architecture_cannot_hold_is_refused(tmp_path):
     folder = cli.write_model(tmp_path / "model", model_type="mistral", sliding_window=8)
-    with pytest.raises(BadInput, match="llama in GGUF has no sliding window"):
+    with pytest.raises(BadInput, match=r"llama in llama\.cpp has no such sliding windows"):
         written(folder, tmp_path / "a.gguf")
 
 
@@ -272,7 +272,7 @@ def test_a_tokenizer_read_back_gives_the_ids_of_the_one_that_was_written(with_to
     metadata = tokenizer_metadata(base)
     assert metadata["tokenizer.ggml.pre"] == pre and len(metadata["tokenizer.ggml.tokens"]) == 420
     tensors = {"token_embd.weight": gguf_write.Planned(TYPE.F32, (420, 32), lambda: torch.zeros(420, 32))}
-    sizes = gguf_write._sizes(ModelConfig.from_json(base.config), base.config)
+    sizes = gguf_keys.sizes(ModelConfig.from_json(base.config), base.config, gguf_names.ARCHITECTURES["llama"])
     sizes = {f"llama.{key}": value for key, value in sizes.items()} | metadata
     gguf_write._write(tmp_path / "a.gguf", "llama", "model", sizes, tensors, "f32")
     back = FastTokenizer.from_str(GGUFFile(tmp_path / "a.gguf").files()["tokenizer.json"].decode())
@@ -482,7 +482,11 @@ def test_the_adapter_file_says_what_it_is(merged):
     assert maps["blk.1.ffn_down.weight.lora_b"][1].shape == (32, 4)  # (out, r)
 
 
-@mutation("lora/pretrained/gguf_layout.py", "return (A, order.moved(B)) if order.dim == 0 else", "return (A, B) if order.dim == 0 else")
+@mutation(
+    "lora/pretrained/gguf_layout.py",
+    "return (A, order.moved(B)) if order.dim == 0 else",
+    "return (A, B) if order.dim == 0 else",
+)
 def test_the_base_and_the_adapter_file_sum_to_the_merged_file(merged, tmp_path):
     written(cli.model_folder(), tmp_path / "base.gguf", "f32")
     done(merge(tmp_path, "--out", "f32.gguf", "--format", "gguf", "--gguf-type", "f32"))
