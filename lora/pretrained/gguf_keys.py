@@ -32,6 +32,10 @@ def architecture(config: ModelConfig, where: str) -> tuple[str, Architecture]:
             row.square and config.head_dim * heads != width,
             f"{heads} heads of {config.head_dim} beside {width} channels",
         ),
+        (
+            row.head is config.tie_word_embeddings,
+            f"head {'of its own' if row.head is False else 'that is the embedding'}",
+        ),
         (config.query_pre_attn_scalar != scalar, f"query_pre_attn_scalar {config.query_pre_attn_scalar:g}"),
         (family.attn_logit_softcapping and not config.attn_logit_softcapping, "attention without a softcap"),
         (family.final_logit_softcapping and not config.final_logit_softcapping, "logits without a softcap"),

@@ -20,6 +20,7 @@ class Architecture(NamedTuple):
     names: Mapping[str, str] = MappingProxyType({})  # of tensors that others have not, or call otherwise
     windows: bool = False  # llama.cpp has sliding windows in all layers but one in so many
     biases: tuple[str, ...] = ()  # the Linears that may have one in llama.cpp
+    head: bool | None = None  # whether it has one beside the embedding, where llama.cpp knows only one of the two
     square: bool = False  # it knows only heads that are as wide together as the model
 
 
@@ -49,7 +50,7 @@ ARCHITECTURES = {  # which RoPE they have: `llama_model_rope_type` in llama.cpp;
     "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", ("smollm3",), reordered=True),
     "glm4": Architecture("Glm4ForCausalLM", "glm4", ("glm4",), biases=QKV),
     "phi3": Architecture("Phi3ForCausalLM", "phi3", ("phi3",), scalings=("longrope",), square=True),
-    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2", ("gemma2",), windows=True),
+    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2", ("gemma2",), windows=True, head=False),
     "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text", ("gemma3_text",), windows=True),
 }
 

@@ -81,9 +81,10 @@ def _yarn(keys: Keys, factor: float) -> dict:
         found |= {field: keys.get(key, float)} if keys.has(key) else {}
     if keys.has(LOG):
         found |= {"mscale": 1.0, "mscale_all_dim": keys.get(LOG, float)}
-    if keys.has(ATTENTION):
+    attention = keys.get(ATTENTION, float, 1.0)
+    if attention != 1:
         theirs = grows(factor) / (0.1 * found.get("mscale_all_dim", 0.0) * math.log(max(factor, 1)) + 1)
-        found["attention_factor"] = short(theirs * keys.get(ATTENTION, float))
+        found["attention_factor"] = float(f"{theirs * attention:.7g}")  # as exact as a float32
     return found | ({"llama_4_scaling_beta": keys.get(TEMPERATURE, float)} if keys.has(TEMPERATURE) else {})
 
 

@@ -171,7 +171,7 @@ def _write(
         values, size = GGML_QUANT_SIZES[kind]
         total += (nbytes := int(np.prod(shape)) // values * size)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-    other = [name for name, (kind, shape, _) in tensors.items() if len(shape) > 1 and kind != wanted]
+    other = [name for name, (kind, shape, _) in tensors.items() if kind == F16 != wanted]
     if other:
         say(f"note     f16 in place of {wanted.name.lower()} where rows are not whole blocks of "
             f"{GGML_QUANT_SIZES[wanted][0]} values: {len(other)} tensors, {other[0]} the first")  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if os.environ.get("LORA_PARITY") == "1":
-    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server, ggml_type
+    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
 else:
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
 
@@ -35,7 +35,6 @@ def llama_cpp(path, adapter=None):
     """A model of llama.cpp: ids, number -> [(id, {id: log probability})] of the greedy continuation."""
     params = CommonParams()
     params.model.path, params.n_ctx, params.cpuparams.n_threads, params.verbosity = str(path), 1024, 1, -1
-    params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32  # else keys and values are rounded to float16
     if adapter:
         params.lora_adapters = [CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = Server(params)
