@@ -16,7 +16,7 @@ import torch
 from gguf.quants import dequantize
 
 from lora.errors import BadInput
-from lora.network.config import LINEAR, DeltaSizes
+from lora.network.config import CONV, LINEAR, DeltaSizes
 from lora.network.families import FAMILIES
 from lora.network.rope_fields import FULL, SLIDING
 from lora.pretrained import fused, gguf_rope
@@ -27,6 +27,9 @@ from lora.pretrained.gguf_tokenizer import ENDS, special_ids, tokenizer_files
 from lora.quant.gguf import TYPES, Blocks
 
 MOST_LAYERS = 1024
+BIASES = {  # config.json's field -> Linears that have one then
+    "attention_bias": ("q_proj", "k_proj", "v_proj"), "o_bias": ("o_proj",), "mlp_bias": ("gate_proj", "up_proj"),
+}  # fmt: skip
 CHUNK = 2**22  # values dequantised at a time; the gguf package works in float32 and on copies
 
 
@@ -53,17 +56,21 @@ class GGUFFile:
         self._arch = arch = self._metadata.get("general.architecture", str)
         known = ", ".join(names.ARCHITECTURES)
         self._check(arch in names.ARCHITECTURES, "general.architecture", f"{show(arch)}; implemented are {known}")
-        self._architecture = names.ARCHITECTURES[arch]
-        self._family = FAMILIES[self._architecture.model_type]
         self._keys = Keys(self._metadata, arch)
+        row = names.ARCHITECTURES[arch]
+        if row.with_windows and self._keys.has("attention.sliding_window"):
+            row = row._replace(hub_class=row.with_windows[0], model_type=row.with_windows[1])
+        self._architecture, self._family = row, FAMILIES[row.model_type]
         self._heads = self._keys.get("attention.head_count")
-        reads = self._family.reads
-        self._reads = {key: field for key, field in names.READ_KEYS.items() if field[0] in reads}
-        other = {key for key, field in names.OTHER_KEYS.items() if field in reads}
+        self._reads = {key: field for key, field in names.READ_KEYS.items() if field[0] in self._family.reads}
+        self._reads |= {key: field for key, field in row.keys.items() if field}
+        known = {*names.KNOWN_KEYS, *self._reads, *row.keys, *((names.PATTERN,) if row.windows else ())}
         for key in values:
-            known = {*names.KNOWN_KEYS, *self._reads, *other}
-            known = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in known
-            self._check(known, show(key)[1:-1], "it could change the maths and is not implemented")
+            right = not key.startswith(f"{arch}.") or key.removeprefix(f"{arch}.") in known
+            self._check(right, show(key)[1:-1], "it could change the maths and is not implemented")
+        self._keys.check(not self._keys.has("expert_count"), "expert_count", "experts are not implemented")
+        turned = arch != "granite" or values.get(f"{arch}.rope.scaling.finetuned") is not False
+        self._keys.check(turned, "rope.scaling.finetuned", "Granite without RoPE is not implemented")
         self._layers = self._count_layers(tensors)
         self._rope_tensors = {name: tensors.pop(name) for name in gguf_rope.TENSORS if name in tensors}
         hub = names.hub_names(self._architecture, self._family)
@@ -89,9 +96,8 @@ class GGUFFile:
         """How many layers the model has; those behind them, which guess further tokens, are taken out of `tensors`."""
         count, ahead = self._keys.get("block_count"), "nextn_predict_layers"
         ahead = self._keys.get(ahead) if self._keys.has(ahead) else 0
-        self._keys.check(
-            ahead < count, "nextn_predict_layers", f"{ahead} of {count} layers guess further tokens", AGAIN
-        )
+        self._keys.check(count <= MOST_LAYERS, "block_count", f"{count:,} is more than {MOST_LAYERS:,}", AGAIN)
+        self._keys.check(ahead < count, "nextn_predict_layers", f"{ahead} of {count} layers", AGAIN)
         behind = tuple(f"blk.{i}." for i in range(count - ahead, count))
         left_out = [name for name in tensors if ahead and name.startswith(behind)]
         for name in left_out:
@@ -125,9 +131,9 @@ class GGUFFile:
     def _config(self, vocab_size: int, ids: dict[str, int | None]) -> dict:
         """config.json, without what this family or this file has not."""
         get, has, family, reads = self._keys.get, self._keys.has, self._family, self._family.reads
-        size, layers = self._head_dim, self._layers
+        size, layers, kv_heads = self._head_dim, self._layers, self._kv_heads()
         scalar = get("embedding_length") / self._heads if layers in names.GEMMA_27B else float(size)
-        biases = {name.split(".")[3] for name in self.header if name.endswith("_proj.bias")}
+        biases = {name.split(".")[-2] for name in self.header if name.endswith("_proj.bias")}
         ends = list(dict.fromkeys(ids[name] for name in ENDS if ids[name] is not None))
         given = {key: of for key, of in self._reads.items() if has(key)}
         factors = {name: self._dequantised(t, torch.float32) for name, t in self._rope_tensors.items()}
@@ -137,27 +143,42 @@ class GGUFFile:
             "vocab_size": vocab_size, "hidden_size": get("embedding_length"),
             "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": layers, "num_attention_heads": self._heads,
-            "num_key_value_heads": get("attention.head_count_kv", default=self._heads),
+            "num_key_value_heads": max(kv_heads),
             "head_dim": size if family.head_dim or has("attention.key_length") else None,
             "partial_rotary_factor": self._rotary_dim / size if "partial_rotary_factor" in reads else None,
             "query_pre_attn_scalar": scalar if family.query_pre_attn_scalar else None,
             "linear_value_head_dim": self._delta.value_dim if self._delta else None,
-            **self._layer_types(),
+            **self._layer_types(kv_heads),
             "max_position_embeddings": get("context_length"),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
+            family.called.get("rms_norm_eps", "rms_norm_eps"): get("attention.layer_norm_rms_epsilon", float),
+            "block_auto_adjust_ff_dim": False if family.mixer == "conv" else None,
             "rope_theta": get("rope.freq_base", float, 10000.0),
             "rope_scaling": gguf_rope.scaling(self._keys, self._architecture, factors, self._rotary_dim),
             "tie_word_embeddings": "lm_head.weight" not in self.header,
-            "attention_bias": "self_attn" in biases if "attention_bias" in reads else None,
-            "mlp_bias": "mlp" in biases if "mlp_bias" in reads else None,
+            **{family.called.get(field, field): any(part in biases for part in parts)
+               for field, parts in BIASES.items() if field in reads},
             "bos_token_id": ids["bos"], "pad_token_id": ids["padding"],
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         }  # fmt: skip
-        return {key: value for key, value in config.items() if value is not None}
+        config = {key: value for key, value in config.items() if value is not None}
+        nowhere = family.rope_in_windows_only and "sliding_window" not in config  # absent, it would be the family's
+        return config | ({"sliding_window": None} if nowhere else {})
 
-    def _layer_types(self) -> dict:
+    def _kv_heads(self) -> list[int]:
+        """Of every layer; those that do not attend may be told to have none."""
+        key, value = "attention.head_count_kv", self._metadata.values.get(f"{self._arch}.attention.head_count_kv")
+        if not isinstance(value, np.ndarray):
+            return [self._keys.get(key, default=self._heads)] * self._layers
+        told = value.tolist()[: self._layers]
+        right = value.dtype.kind in "iu" and len(told) == self._layers and set(told) <= {0, max(told)} and max(told) > 0
+        self._keys.check(right and (0 not in told or self._family.mixer == "conv"), key, "layers differ in it")
+        return told
+
+    def _layer_types(self, kv_heads: list[int]) -> dict:
         """What the file says of its layers one by one, or of one in so many, if it is not what the family has."""
-        recurrent, pattern, family = "attention.recurrent_layers", "attention.sliding_window_pattern", self._family
+        recurrent, pattern, family = "attention.recurrent_layers", names.PATTERN, self._family
+        if family.mixer == "conv":
+            return {"layer_types": [FULL if count else CONV for count in kv_heads]}
         for key, kinds in (recurrent, (FULL, LINEAR)), (pattern, (FULL, SLIDING)):
             value = self._metadata.values.get(f"{self._arch}.{key}")
             if isinstance(value, np.ndarray):

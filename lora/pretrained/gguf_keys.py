@@ -3,13 +3,13 @@
 Conventions: llama.cpp's convert_hf_to_gguf.py, and `load_arch_hparams` in its src/models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.families import ACTIVATIONS, FAMILIES
 from lora.pretrained import gguf_names
-from lora.pretrained.gguf_names import GEMMA_27B, Architecture
+from lora.pretrained.gguf_names import EXAONE_32B, GEMMA_27B, PATTERN, Architecture
 
 
 def architecture(config: ModelConfig, where: str) -> tuple[str, Architecture]:
@@ -21,31 +21,41 @@ def architecture(config: ModelConfig, where: str) -> tuple[str, Architecture]:
         why = f"{config.model_type} as GGUF is not implemented, only {known}"
         fix = "Write a model folder and convert it with llama.cpp"
         raise BadInput(f"unsupported model in {where}: {why}. {fix}")
-    family, layers = FAMILIES[config.model_type], config.num_hidden_layers
-    width, heads = config.hidden_size, config.num_attention_heads
-    scalar = width / heads if family.query_pre_attn_scalar and layers in GEMMA_27B else config.head_dim
-    without = [i for i, rope in enumerate(config.ropes) if rope is None and config.mixers[i] == "attention"]
-    step = family.no_rope_layer_interval
-    for wrong, what in (
-        (any(config.windows) and not (row.windows and period(config)), "such sliding windows"),
-        (
-            row.square and config.head_dim * heads != width,
-            f"{heads} heads of {config.head_dim} beside {width} channels",
-        ),
-        (
-            row.head is config.tie_word_embeddings,
-            f"head {'of its own' if row.head is False else 'that is the embedding'}",
-        ),
-        (config.query_pre_attn_scalar != scalar, f"query_pre_attn_scalar {config.query_pre_attn_scalar:g}"),
-        (family.attn_logit_softcapping and not config.attn_logit_softcapping, "attention without a softcap"),
-        (family.final_logit_softcapping and not config.final_logit_softcapping, "logits without a softcap"),
-        (without != [i for i in range(layers) if step and (i + 1) % step == 0], f"layers {without} without RoPE"),
-        (config.activation != ACTIVATIONS[family.activation[1]], f"activation {config.activation}"),
-        (config.delta and config.delta.key_dim != config.delta.value_dim, "keys and values of different sizes"),
-    ):
-        if wrong:
-            refuse(where, arch, what)
+    for what in lacks(config, arch, row):
+        refuse(where, arch, what)
     return arch, row
+
+
+def lacks(config: ModelConfig, arch: str, row: Architecture) -> Iterator[str]:
+    """What this model has and llama.cpp does not compute for the architecture."""
+    family, layers, windows = FAMILIES[config.model_type], config.num_hidden_layers, any(config.windows)
+    width, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
+    if windows and not (row.windows and period(config)):
+        yield "such sliding windows"
+    if arch == "exaone4" and windows != (layers == EXAONE_32B):
+        yield f"sliding windows, but has them in {EXAONE_32B} layers"
+    if config.rope_local_theta != config.rope_theta and "rope_local_base_freq" not in family.reads:
+        yield "RoPE of another base in sliding windows"
+    if row.square and heads * size != width:
+        yield f"{heads} heads of {size} beside {width} channels"
+    if row.head is config.tie_word_embeddings:
+        yield "head that is the embedding" if row.head else "head of its own"
+    scalar = width / heads if family.query_pre_attn_scalar and layers in GEMMA_27B else size
+    if config.query_pre_attn_scalar != scalar and not family.attention_multiplier:
+        yield f"query_pre_attn_scalar {config.query_pre_attn_scalar:g}"
+    for field in "attn_logit_softcapping", "final_logit_softcapping":
+        if getattr(family, field) and not getattr(config, field):
+            yield f"model without {field}"
+    step, attending = family.no_rope_layer_interval, [i for i in range(layers) if config.mixers[i] == "attention"]
+    turned = [i for i in attending if not step or (i + 1) % step]
+    if windows and family.rope_in_windows_only:
+        turned = [i for i in attending if config.windows[i]]
+    if turned != [i for i in attending if config.ropes[i]]:
+        yield "RoPE in such layers only"
+    if config.activation != ACTIVATIONS[family.activation[1]]:
+        yield f"activation {config.activation}"
+    if config.delta and config.delta.key_dim != config.delta.value_dim:
+        yield "keys and values of different sizes"
 
 
 def refuse(where: str, arch: str, what: str) -> None:
@@ -65,13 +75,20 @@ def sizes(config: ModelConfig, raw: Mapping, row: Architecture) -> dict[str, int
     }  # fmt: skip
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    if row.windows:  # where there are none, one layer in one has none
-        window = max(filter(None, config.windows), default=1)
-        values |= {"attention.sliding_window": window, "attention.sliding_window_pattern": period(config)}
+    family = FAMILIES[config.model_type]
+    if any(config.windows) or (row.windows and family.query_pre_attn_scalar):
+        window = max(filter(None, config.windows), default=1)  # where there are none, one layer in one has none
+        values |= {"attention.sliding_window": window, PATTERN: period(config)}
     if config.rope_local_theta != config.rope_theta:
         values["rope.freq_base_swa"] = config.rope_local_theta
     for key in "attn_logit_softcapping", "final_logit_softcapping":
         values |= {key: getattr(config, key)} if getattr(config, key) else {}
+    if family.attention_multiplier:
+        values |= {"attention.scale": config.query_pre_attn_scalar**-0.5, "embedding_scale": config.embedding_scale,
+                   "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling}  # fmt: skip
+    if config.conv_size:
+        heads = [config.num_key_value_heads * (mixer == "attention") for mixer in config.mixers]
+        values |= {"shortconv.l_cache": config.conv_size, "attention.head_count_kv": heads}
     return values | (delta_sizes(config, raw) if config.delta else {})
 
 

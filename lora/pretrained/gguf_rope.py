@@ -26,7 +26,7 @@ from lora.pretrained.gguf_names import Architecture
 FREQS = "rope_freqs.weight"
 FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 TENSORS = (FREQS, *FACTORS.values())
-LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2
+LLAMA3_FACTORS = (8.0, 16.0, 32.0)  # of Llama 3.1, EXAONE 4 and Llama 3.2
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TYPE, ORIGINAL, ATTENTION = "rope.scaling.type", "rope.scaling.original_context_length", "rope.scaling.attn_factor"
 LOG, TEMPERATURE = "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"

@@ -96,10 +96,10 @@ def write_model(
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     planned = {}
-    for whole, parts in fused.stored(config, names).items():
+    for whole, parts in fused.stored(gguf_names.held(config), names).items():
         shape = stored_as(base, parts)[1]
         own = (shape[0], *shape[2:]) if len(shape) == 3 else shape  # a convolution's
-        planned[_named(row, whole, base.name)] = Planned(_type(shape, kind), own, partial(read, parts))
+        planned[_named(row, config, whole, base.name)] = Planned(_type(shape, kind), own, partial(read, parts))
     for name, tensor in tensors.items():
         planned[name] = Planned(F32, tuple(tensor.shape), lambda tensor=tensor: tensor)
     sizes = {f"{arch}.{key}": value for key, value in (gguf_keys.sizes(config, base.config, row) | scaling).items()}
@@ -119,12 +119,14 @@ def write_adapter(
     layout = Layout(row, config.head_dim, config.delta)
     alpha = next(s * len(A) for s, A, _ in maps.values())
     tensors = {}
-    for target, parts in fused.stored(config, [f"{name}.weight" for name in maps]).items():
+    for target, parts in fused.stored(gguf_names.held(config), [f"{name}.weight" for name in maps]).items():
         s, A, B = _one_map(config, target, {name: maps[name.removesuffix(".weight")] for name in parts})
         A, B = layout.maps(target, A, B.float() * (s * len(A) / alpha))
         for end, tensor in (("lora_a", A), ("lora_b", B)):
             shape = tuple(tensor.shape)
-            tensors[f"{_named(row, target, target)}.{end}"] = Planned(_type(shape, kind), shape, lambda t=tensor: t)
+            tensors[f"{_named(row, config, target, target)}.{end}"] = Planned(
+                _type(shape, kind), shape, lambda t=tensor: t
+            )
     _write(path, arch, "adapter", {"adapter.type": "lora", "adapter.lora.alpha": float(alpha)}, tensors, kind)
 
 
@@ -142,8 +144,8 @@ def _one_map(config: ModelConfig, whole: str, maps: dict[str, tuple]) -> tuple[f
     return 1.0, A, B
 
 
-def _named(row: gguf_names.Architecture, name: str, where: str) -> str:
-    found = gguf_names.gguf_name(gguf_names.hub_names(row, FAMILIES[row.model_type]), name)
+def _named(row: gguf_names.Architecture, config: ModelConfig, name: str, where: str) -> str:
+    found = gguf_names.gguf_name(gguf_names.hub_names(row, FAMILIES[config.model_type]), name)
     stem, kind = name.rsplit(".", 1)
     if not found or (kind == "bias" and stem.rsplit(".", 1)[-1] not in row.biases):
         raise BadInput(f"unsupported model in {where}:{name}: GGUF has no place for it. Write a model folder")

@@ -436,7 +436,7 @@ def with_divisors(divisors, **sizes):
     return {"sizes": sizes, "tensors": tensors}
 
 
-@pytest.mark.parametrize("factor", [8, 32])
+@pytest.mark.parametrize("factor", [8, 16, 32])
 def test_the_scaling_of_llama3_is_recovered_from_its_divisors(path, factor):
     divisors = llama3_divisors(factor)
     assert len(set(divisors.tolist())) > 4  # the blend is there, not only its ends
@@ -457,7 +457,7 @@ NO_MODEL = {"tensors": {"output_norm.weight": np.zeros(HIDDEN, np.float32)}}
 @pytest.mark.parametrize(
     "change, words",
     [
-        (with_divisors(llama3_divisors(16)), "rope_freqs.weight"),
+        (with_divisors(llama3_divisors(24)), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8, original=4096)), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8)[:-1]), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8)) | {"arch": "qwen2"}, "rope_freqs.weight"),
