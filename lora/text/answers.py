@@ -147,7 +147,7 @@ class Renderer:
         if whole.startswith(begin) and whole.endswith(end) and len(whole) >= len(begin + end):
             body = whole[len(begin) : len(whole) - len(end)]
         thought = thoughts.continued(prompt.text, content)
-        text = prompt.text + (_rest(prompted, written) + body if thought is None else thought) + end
+        text = prompt.text + (self._rest(prompted, written) + body if thought is None else thought) + end
         answers = [*prompt.answers, self._answer(text.removesuffix(self.closing), len(prompt.text), len(before))]
         found = Rendered(text, answers, list(self.tokenizer.control_pattern.finditer(text)), guard, joined=True)
         found.unclosed = thoughts.stays_open(prompt.text, text[len(prompt.text) :])
@@ -156,6 +156,16 @@ class Renderer:
     def _between(self, asked: Sequence[dict], question: str, answer: dict) -> str:
         """What the template writes between a question and the content of its answer, both of them marks."""
         return self._render([*asked, answer]).rpartition(answer["content"])[0].rpartition(question)[2]
+
+    def _rest(self, prompted: str, written: str) -> str:
+        """What is written before an answer and not prompted for."""
+        ours, theirs = ([*self.tokenizer.control_pattern.finditer(text)] for text in (prompted, written))
+        if ours and [match[0] for match in ours] == [match[0] for match in theirs]:  # what differs before, may
+            prompted, written = prompted[ours[-1].end() :], written[theirs[-1].end() :]
+        common = written[: alike(prompted, written)]
+        if common not in (prompted, written):  # no part of a tag or a word is common
+            common = common[: 1 + max(common.rfind(c) for c in ">]:\n ")]
+        return written.removeprefix(common)
 
     def _missing(self, text: Rendered, messages: Sequence[dict]) -> Iterator[str]:
         """For each trained answer of which the template leaves something out or changes it: that. Raises BadInput for
@@ -235,11 +245,3 @@ class Renderer:
             return ""
         bos = self.template.tokens.get("bos_token", "")
         return inserted if rest.startswith(bos) else inserted.removeprefix(bos)  # some begin every turn with it
-
-
-def _rest(prompted: str, written: str) -> str:
-    """What is written before an answer and not prompted for."""
-    common = written[: alike(prompted, written)]
-    if common not in (prompted, written):  # no part of a tag or a word is common
-        common = common[: 1 + max(common.rfind(c) for c in ">]:\n ")]
-    return written.removeprefix(common)

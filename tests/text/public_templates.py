@@ -1,5 +1,5 @@
-"""How the templates of public model families work, each retold in a few lines: their turns, ends, switches and ways with
-thoughts, and the parts of jinja that they use. None is the real file; what the names are is.
+"""How the templates of public model families work, each retold in a few lines: their turns, ends, switches, ways with
+thoughts, and the parts of jinja that they use. None is the real file.
 """
 
 from functools import cache
@@ -68,7 +68,7 @@ MINISTRAL3 = (  # a system turn of its own, thoughts as parts of the content, an
     "{{- '[SYSTEM_PROMPT]' + messages[0]['content'] + '[/SYSTEM_PROMPT]' }}{%- set rest = messages[1:] %}"
     "{%- else %}{{- '[SYSTEM_PROMPT]Think like this:[THINK]so[/THINK]then answer.[/SYSTEM_PROMPT]' }}"
     "{%- set rest = messages %}{%- endif %}{%- for m in rest %}"
-    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('Roles must alternate') }}{%- endif %}"
+    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('Not in turn') }}{%- endif %}"
     "{%- if m['role'] == 'user' %}{{- '[INST]' + m['content'] + '[/INST]' }}{%- else %}"
     "{%- if m['content'] is string %}{{- m['content'] }}{%- else %}{%- for block in m['content'] %}"
     "{%- if block['type'] == 'text' %}{{- block['text'] }}{%- elif block['type'] == 'thinking' %}"
@@ -94,7 +94,8 @@ GRANITE3 = (  # the date, JSON in a role, and a switch that only another system 
 GRANITE4 = (
     "{%- set ns = namespace(tools='', system='You are helpful.') %}{%- if tools %}{%- for tool in tools %}"
     "{%- set ns.tools = ns.tools + '\n' + (tool | tojson) %}{%- endfor %}{%- endif %}"
-    "{%- if messages[0].role == 'system' and messages[0].content %}{%- set ns.system = messages[0].content %}{%- endif %}"
+    "{%- if messages[0].role == 'system' and messages[0].content %}"
+    "{%- set ns.system = messages[0].content %}{%- endif %}"
     "{{- '<|start_of_role|>system<|end_of_role|>' + ns.system + ns.tools + '<|end_of_text|>\n' }}"
     "{%- for m in messages %}{%- set content = namespace(val=m.content if m.content is string else '') %}"
     "{%- if m.role == 'user' or (m.role == 'system' and not loop.first) or m.role == 'assistant' %}"
@@ -103,7 +104,8 @@ GRANITE4 = (
 )
 LFM25 = (  # a BOS, marks of other tools round answers, thoughts under a name of their own
     "{{- bos_token -}}{%- set keep = preserve_thinking | default(false) -%}{%- set ns = namespace(last=-1) -%}"
-    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
     "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' -}}{%- set content = m['content'] -%}"
     "{%- if content is not string -%}{%- set content = content | tojson -%}{%- endif -%}"
     "{%- if m['role'] == 'assistant' -%}{%- generation -%}{%- if keep or loop.index0 > ns.last -%}"
@@ -120,7 +122,8 @@ GEMMA4 = (  # the answers' role is "model"; what is thought stands in a channel
     "{%- set turn = namespace(last=-1) -%}{%- for i in range(rest | length) -%}{%- if rest[i]['role'] == 'user' -%}"
     "{%- set turn.last = i -%}{%- endif -%}{%- endfor -%}{%- for m in rest -%}"
     "{{- '<|turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' -}}"
-    "{%- set thought = m.get('reasoning') or m.get('reasoning_content') -%}{%- if thought and loop.index0 > turn.last -%}"
+    "{%- set thought = m.get('reasoning') or m.get('reasoning_content') -%}"
+    "{%- if thought and loop.index0 > turn.last -%}"
     "{{- '<|channel>thought\n' + thought + '\n<channel|>' -}}{%- endif -%}"
     "{%- set captured -%}{{- m['content'] | trim -}}{%- endset -%}{{- captured + '<turn|>\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|turn>model\n' -}}EMPTY{%- endif -%}"
@@ -195,15 +198,17 @@ R1_0528 = (  # the prompt stands already behind every question, and no answer ha
 )
 
 TAGS = ("<think>", "</think>")  # tokens, but no control tokens
-CONTROL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|image_pad|> <s> </s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] "
-    "[THINK] [/THINK] <|system|> <|user|> <|assistant|> <|end|> <|start_of_role|> <|end_of_role|> <|end_of_text|> "
-    "<|startoftext|> <bos> <eos> <|turn> <turn|> <|channel> <channel|> <|think|> [BOS] [|system|] [|user|] "
-    "[|assistant|] [|endofturn|] <|begin_of_sentence|> <|end_of_sentence|> <｜hy_begin▁of▁sentence｜> <｜hy_User｜> "
-    "<｜hy_Assistant｜> <｜hy_place▁holder▁no▁2｜> <｜hy_place▁holder▁no▁3｜> <｜hy_place▁holder▁no▁8｜> <|extra_0|> "
-    "<|extra_4|> <|eos|> <seed:bos> <seed:eos> <seed:think> </seed:think> <seed:cot_budget_reflect> "
-    "</seed:cot_budget_reflect> <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <｜User｜> <｜Assistant｜>"
-).split()
+CONTROL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>", "</s>", "[INST]", "[/INST]",
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|end|>", "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|startoftext|>", "<bos>", "<eos>",
+    "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "[BOS]", "[|system|]", "[|user|]",
+    "[|assistant|]", "[|endofturn|]", "<|begin_of_sentence|>", "<|end_of_sentence|>",
+    "<｜hy_begin▁of▁sentence｜>", "<｜hy_User｜>", "<｜hy_Assistant｜>", "<｜hy_place▁holder▁no▁2｜>",
+    "<｜hy_place▁holder▁no▁3｜>", "<｜hy_place▁holder▁no▁8｜>", "<|extra_0|>", "<|extra_4|>", "<|eos|>",
+    "<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>",
+    "</seed:cot_budget_reflect>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+]  # fmt: skip
 
 
 class Public(NamedTuple):
