@@ -95,6 +95,11 @@ def _taken(x: Tensor, places: Tensor, heads: int, part: int = 0) -> Tensor:
     return x.reshape(-1, x.shape[-1]).index_select(0, rows.view(-1)).view(-1, heads, x.shape[-1])
 
 
+def _of_groups(x: Tensor, KH: int) -> Tensor:
+    """Sums over the value heads of each key head, (T, H, d) -> (T, KH, d)"""
+    return x if x.shape[1] == KH else x.unflatten(1, (KH, -1)).sum(2)
+
+
 def _of_heads(x: Tensor, positions: Tensor) -> Tensor:
     """(T, parts, H) -> (parts, N·H, C), zeros where there is no position."""
     x = torch.cat((x, x.new_zeros(1, *x.shape[1:])))[positions]  # (N, C, parts, H)
@@ -110,7 +115,7 @@ class _Chunks:
     def __init__(self, q, k, v, g, beta, lengths: tuple[int, ...]):
         self.heads, self.dtype, self.layout = v.shape[1], wide(v.dtype), _layout(lengths, v.device)
         positions, both = self.layout.positions, torch.stack((q, k), 1)  # (T, 2, KH, d)
-        norms = torch.rsqrt(both.to(self.dtype).square().sum(-1) + 1e-6)
+        norms = torch.rsqrt(torch.linalg.vector_norm(both, dim=-1, dtype=self.dtype).square_() + 1e-6)
         norms = norms.repeat_interleave(self.heads // q.shape[1], -1)  # (T, 2, H)
         numbers = torch.cat((norms, g[:, None].to(self.dtype), beta[:, None].to(self.dtype)), 1)
         norm_q, norm_k, g, self.beta = _of_heads(numbers, positions)  # (B, C) each
@@ -222,8 +227,9 @@ class _Chunked(torch.autograd.Function):
                 dS = d_before
         dg = dc.flip(-1).cumsum(-1).flip(-1)
         dg, dbeta = (_taken(x[..., None], places, heads)[..., 0] for x in (dg, dbeta))
-        dq, dk = (_taken(dQK, places, heads, part).unflatten(1, (q.shape[1], -1)).sum(2) for part in (0, 1))
-        gradients = [dq, dk, _taken(F, places, heads, 1), dg, dbeta]
+        dQK = dQK.to(q.dtype) if heads == q.shape[1] else dQK  # before they are laid back, there are fewer bytes
+        dq, dk = (_of_groups(_taken(dQK, places, heads, part), q.shape[1]) for part in (0, 1))
+        gradients = [dq, dk, _taken(F[:, CHUNK:].to(v.dtype), places, heads), dg, dbeta]
         if states is not None:
             gradients.append(torch.empty_like(states))
             gradients[-1][order] = dS.view_as(states).to(states.dtype)

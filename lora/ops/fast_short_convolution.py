@@ -30,7 +30,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, w, lengths):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
         ctx.lengths = lengths
-        return _sum(x, w, _starts(lengths, w.shape[1], x.device))
+        return _sum(x, w, _edges(lengths, w.shape[1], False, x.device))
 
     @staticmethod
     @once_differentiable
@@ -41,27 +41,29 @@ class _Convolution(torch.autograd.Function):
             places = _places(ctx.lengths).to(x.device)
             products = [(gradient[b:] * x[: len(x) - b] * (places[b:] >= b)).sum(0) for b in range(min(K, len(x)))]
             d_w = torch.stack([*[torch.zeros_like(products[0])] * (K - len(products)), *reversed(products)], 1)
-        ends = _starts(ctx.lengths[::-1], K, gradient.device)
-        return _sum(gradient.flip(0), w, ends).flip(0), d_w, None
+        return _sum(gradient, w, _edges(ctx.lengths, K, True, gradient.device), True), d_w, None
 
 
-def _sum(x: Tensor, w: Tensor, starts: tuple[Tensor, Tensor]) -> Tensor:
-    """Σ_b w_b x_{t-b} in each document, (T, C)"""
-    w = w.T.contiguous()  # (K, C)
-    y = x * w[-1]
-    for back in range(1, min(len(w), len(x))):
-        y[back:].addcmul_(x[:-back], w[-1 - back])
-    rows, there = starts  # (N,), (N, K, 1)
-    seen = x[(rows[:, None] - torch.arange(len(w) - 1, -1, -1, device=x.device)).clamp(min=0)]  # (N, K, C)
-    return y.index_copy_(0, rows, (seen * there * w).sum(1))
+def _sum(x: Tensor, w: Tensor, edges: tuple[Tensor, Tensor, Tensor], backwards: bool = False) -> Tensor:
+    """Σ_b w_b x_{t-b} in each document, or x_{t+b} backwards, (T, C)"""
+    w = w.T.flip(0).contiguous()  # (K, C), by the positions back
+    y = x * w[0]
+    for b in range(1, min(len(w), len(x))):
+        here, there = (slice(0, -b), slice(b, None))[:: -1 if not backwards else 1]
+        y[here].addcmul_(x[there], w[b])
+    rows, seen, own = edges
+    return y.index_copy_(0, rows, (x[seen] * own * w).sum(1))
 
 
 @lru_cache(maxsize=64)
-def _starts(lengths: tuple[int, ...], K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first K - 1 positions of every document, (N,), and which of the K up to it are its document's, (N, K, 1)."""
-    places = _places(lengths)[:, 0]
-    rows = (places < K - 1).nonzero()[:, 0]
-    return rows.to(device), (places[rows, None] >= torch.arange(K - 1, -1, -1))[..., None].to(device)
+def _edges(lengths: tuple[int, ...], K: int, backwards: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """The first K - 1 positions of every document, the last backwards, (N,); the K that each sees, itself first, (N, K);
+    and which of these are in its document, (N, K, 1)."""
+    places, back = _places(lengths)[:, 0], torch.arange(K)
+    before = torch.cat([torch.arange(n - 1, -1, -1) for n in lengths]) if backwards else places
+    rows = (before < K - 1).nonzero()  # (N, 1)
+    seen = (rows + back if backwards else rows - back).clamp(0, len(places) - 1)
+    return rows[:, 0].to(device), seen.to(device), (before[rows] >= back)[..., None].to(device)
 
 
 @lru_cache(maxsize=64)
