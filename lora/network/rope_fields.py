@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types, and in Gemma 3's rope_parameters
-ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", "proportional")
 YARN = (
     "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim", "truncate",
@@ -27,6 +27,7 @@ class RopeScaling:
     truncate: bool = True
     attention_factor: float = 1.0  # cos and sin are multiplied by it
     short_factors: tuple[float, ...] = ()  # of longrope, while a document fits the original length
+    turned: int = 0  # of proportional: so many of a head's pairs, the fastest, and the others stand still
     q_beta: float = 0.0  # queries grow by 1 + β log(1 + ⌊position / original length⌋)
 
     @property
@@ -38,15 +39,15 @@ class RopeScaling:
 class RopeFields:
     """The part of the reader of `config.json` that reads them."""
 
-    def rope(self, head_dim: int) -> dict:
+    def rope(self, head_dim: int, global_head_dim: int) -> dict:
         """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
         family, raw = self.family, self.raw
         old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
         new = new or (not old and family.rope_parameters) or {}
         local = self.optional("rope_local_base_freq", kind=float, high=1e12)
-        if local and {FULL, SLIDING} & new.keys():
+        if family.rope_local and {FULL, SLIDING} & new.keys():
             new, other = self.mapping(new, FULL), self.mapping(new, SLIDING)
-            local = self.number("rope_theta", local, raw=other, kind=float, high=1e12)
+            local = self.number("rope_theta", local or family.rope_theta, raw=other, kind=float, high=1e12)
             if other.get("rope_type", "default") != "default":
                 self.wrong("rope_parameters", f"rope type {other['rope_type']!r} of {SLIDING} is not implemented")
         factor = family.partial_rotary_factor
@@ -55,11 +56,16 @@ class RopeFields:
             factor = self.number(
                 "partial_rotary_factor", factor, raw=parts[0] if parts else {}, kind=float, low=1e-3, high=1
             )
-        turned = int(head_dim * factor)
+        proportional = new.get("rope_type") == "proportional" and "global_head_dim" in family.reads
+        turned = head_dim if proportional else int(head_dim * factor)
         if turned % 2 or not turned:
             self.wrong("head_dim", f"of {head_dim} numbers {turned} are turned; RoPE turns pairs")
         theta, scaling = self.scaled_rope(old, new, turned)
-        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, "rotary_dim": turned}
+        sizes = {"rotary_dim": turned, "rope_local_dim": turned}
+        if proportional:  # in a wider head; the pairs that are not turned are the slowest ones
+            sizes["rotary_dim"] = global_head_dim
+            scaling = RopeScaling("proportional", turned=int(factor * global_head_dim // 2))
+        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, **sizes}
 
     def scaled_rope(self, old: Mapping, new: Mapping, turned: int) -> tuple[float, RopeScaling]:
         """RoPE's base and scaling."""
@@ -72,7 +78,7 @@ class RopeFields:
 
         kinds = {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)} or {"default"}
         kind = kinds.pop()
-        if kinds or kind not in ROPES:
+        if kinds or kind not in ROPES or (kind == "proportional" and "global_head_dim" not in self.family.reads):
             self.wrong(field, f"rope type {kind!r} is not implemented; {', '.join(ROPES)} are")
             return theta, RopeScaling()
         if kind == "default":
@@ -80,6 +86,12 @@ class RopeFields:
                 if part[key] not in (None, 1, 1.0):
                     self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
             return theta, RopeScaling()
+        if kind == "proportional":
+            if part.get("factor") not in (None, 1, 1.0):
+                self.wrong(field, f"factor {part['factor']!r} of rope type 'proportional' is not implemented")
+            return theta, RopeScaling()
+        if kind == "dynamic":
+            return self.stretched_base(theta, field, part, turned), RopeScaling()
         if kind in ("yarn", "longrope"):
             return theta, self.yarn(part) if kind == "yarn" else self.longrope(part, turned)
         factor = self.number("factor", raw=part, kind=float, low=1, high=1e6)
@@ -93,6 +105,14 @@ class RopeFields:
             )
         original = self.number("original_max_position_embeddings", raw=part, high=2**30)
         return theta, RopeScaling("llama3", factor, low, high, original)
+
+    def stretched_base(self, theta: float, field: str, part: Mapping, turned: int) -> float:
+        """NTK-aware RoPE with a fixed α is RoPE of another base; without α it would change with the text's length."""
+        if "alpha" not in self.family.reads or part.get("alpha") is None:
+            self.wrong(field, "rope type 'dynamic' changes with the text's length, which is not implemented")
+            return theta
+        alpha = self.number("alpha", raw=part, kind=float, low=1, high=1e9)
+        return theta * alpha ** (turned / (turned - 2)) if turned > 2 else theta
 
     def yarn(self, part: Mapping) -> RopeScaling:
         """Its defaults, and what attention's scores are multiplied by, as transformers has them."""

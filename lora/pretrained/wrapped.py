@@ -3,9 +3,11 @@
 config.json     {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text", …}, "vision_config": …}
 tensors         model.language_model.layers.0.…, or language_model.model.layers.0.…    -> model.layers.0.…
                 lm_head.weight, or language_model.lm_head.weight                       -> lm_head.weight
-                all others are left out: towers, projectors, heads that guess further tokens
+                all others are left out: towers, projectors, heads that guess further tokens, and what Gemma 4's
+                files have and nothing uses
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 from lora.network.families import WRAPPERS
@@ -33,8 +35,19 @@ def text_config(raw: dict) -> dict:
 def own_names(raw: Mapping, stored: Iterable[str]) -> dict[str, str]:
     """The language model's tensors: its own name -> the folder's."""
     if not is_wrapped(raw):
-        return {name: name for name in stored if not name.startswith("mtp.")}
-    return {name.replace(PART, "", 1): name for name in stored if PART in name or name == HEAD}
+        own = {name: name for name in stored if not name.startswith("mtp.")}
+    else:
+        own = {name.replace(PART, "", 1): name for name in stored if PART in name or name == HEAD}
+    return {name: there for name, there in own.items() if not is_idle(text_config(raw), name)}
+
+
+def is_idle(raw: Mapping, name: str) -> bool:
+    """Does it stand in a file of Gemma 4, in a layer that uses the keys and values of another?"""
+    shared, layers = raw.get("num_kv_shared_layers"), raw.get("num_hidden_layers")
+    found = re.fullmatch(r"model\.layers\.(\d{1,5})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+", name)
+    if raw.get("model_type") != "gemma4_text" or not found or type(shared) is not int or type(layers) is not int:
+        return False
+    return int(found[1]) >= layers - shared
 
 
 def left_out(stored: Iterable[str]) -> str:

@@ -175,7 +175,7 @@ def test_an_inactive_sliding_window_is_none():
 
 
 @mutation(
-    "lora/network/config.py", '("rope_parameters", new) if new else ("rope_scaling", old)', '("rope_scaling", old)'
+    "lora/network/rope_fields.py", '("rope_parameters", new) if new else ("rope_scaling", old)', '("rope_scaling", old)'
 )
 @pytest.mark.parametrize("theta", [10000.0, 1e6])
 @pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}, LLAMA3])
@@ -279,7 +279,7 @@ REFUSED = [
     'if activation not in (*ACTIVATIONS, "gelu", "relu"):',
 )
 @mutation("lora/network/families.py", '    "sliding_window": (None,),', '    "sliding_window": (None, 4096),')
-@mutation("lora/network/config.py", "if any(theta != thetas[0] for theta in thetas):", "if False:")
+@mutation("lora/network/rope_fields.py", "if any(theta != thetas[0] for theta in thetas):", "if False:")
 @mutation("lora/network/config.py", "        if heads % kv_heads:", "        if False:")
 @pytest.mark.parametrize(("field", "fields"), REFUSED, ids=lambda x: str(x)[:40])
 def test_a_config_that_would_compute_something_else_is_refused_by_field(field, fields):
