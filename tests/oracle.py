@@ -14,6 +14,17 @@ import math
 import numpy as np
 
 GEMMA = ("gemma2", "gemma3_text")
+NORMS = {  # before and after attention, before and after the MLP; in all others as Llama's
+    **dict.fromkeys(GEMMA, ("input", "post_attention", "pre_feedforward", "post_feedforward")),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), (None, "post_attention", None, "post_feedforward")),
+    "glm4": ("input", "post_self_attn", "post_attention", "post_mlp"),
+}
+AS_LLAMA = ("input", None, "post_attention", None)
+KNOWN = (
+    *NORMS, "llama", "mistral", "ministral3", "baichuan", "qwen2", "qwen3", "qwen3_5_text", "smollm3", "phi3",
+    "granite", "granitemoehybrid", "lfm2", "ernie4_5", "hunyuan_v1_dense", "seed_oss",
+)  # fmt: skip
+INTERLEAVED = ("glm4", "ernie4_5")
 
 
 def logits(
@@ -21,8 +32,7 @@ def logits(
 ) -> np.ndarray:
     """Next-token logits, shape (T, V). `positions` only set the RoPE angles; the causal mask follows list order."""
     kind = config["model_type"]
-    known = ("llama", "mistral", "ministral3", "baichuan", "qwen2", "qwen3", "qwen3_5_text", "smollm3", "phi3", "glm4")
-    if kind not in (*known, *GEMMA):
+    if kind not in KNOWN:
         raise ValueError(f"no oracle for model_type {kind!r}")
     if kind not in GEMMA and config.get("hidden_act", "silu") != "silu":
         raise ValueError("no oracle for activations other than silu")
@@ -34,31 +44,35 @@ def logits(
     x = np.stack([embedding[token] for token in tokens])
     if kind in GEMMA:
         x = x * math.sqrt(config["hidden_size"])
+    x = x * config.get("embedding_multiplier", 1)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        mix = delta_net if kind == "qwen3_5_text" and (i + 1) % config["full_attention_interval"] else attention
-        y = mix(config, weights, i, norm(config, weights, f"{layer}.input_layernorm", x), positions)
-        if kind in GEMMA:
-            y = norm(config, weights, f"{layer}.post_attention_layernorm", y)
-        if kind == "glm4":
-            y = norm(config, weights, f"{layer}.post_self_attn_layernorm", y)
-        x = x + y
-        second = "pre_feedforward_layernorm" if kind in GEMMA else "post_attention_layernorm"
-        y = gated_mlp(config, weights, f"{layer}.mlp", norm(config, weights, f"{layer}.{second}", x))
-        if kind in GEMMA:
-            y = norm(config, weights, f"{layer}.post_feedforward_layernorm", y)
-        if kind == "glm4":
-            y = norm(config, weights, f"{layer}.post_mlp_layernorm", y)
-        x = x + y
-    x = norm(config, weights, "model.norm", x)
+        mix = attention
+        if kind == "qwen3_5_text" and (i + 1) % config["full_attention_interval"]:
+            mix = delta_net
+        if kind == "lfm2" and config["layer_types"][i] == "conv":
+            mix = short_convolution
+        before, after, before_mlp, after_mlp = (
+            f"{layer}.{name}_layernorm" if name else None for name in NORMS.get(kind, AS_LLAMA)
+        )
+        if kind == "lfm2":
+            before, before_mlp = f"{layer}.operator_norm", f"{layer}.ffn_norm"
+        y = norm(config, weights, after, mix(config, weights, i, norm(config, weights, before, x), positions))
+        x = x + y * config.get("residual_multiplier", 1)
+        y = norm(config, weights, after_mlp, gated_mlp(config, weights, layer, norm(config, weights, before_mlp, x)))
+        x = x + y * config.get("residual_multiplier", 1)
+    x = norm(config, weights, "model.embedding_norm" if kind == "lfm2" else "model.norm", x)
+    x = x / config.get("logits_scaling", 1)
     head = embedding if config.get("tie_word_embeddings", kind in GEMMA) else _f64(weights["lm_head.weight"])
     return softcap(np.einsum("th,vh->tv", x, head), config.get("final_logit_softcapping"))
 
 
-def norm(config: dict, weights: dict, name: str, x: np.ndarray) -> np.ndarray:
-    """RMSNorm by the stored weight; Gemma and Qwen3.5 store the gain less one."""
+def norm(config: dict, weights: dict, name: str | None, x: np.ndarray) -> np.ndarray:
+    """RMSNorm by the stored weight, if there is one; Gemma and Qwen3.5 store the gain less one."""
+    if name is None:
+        return x
     gain = _f64(weights[f"{name}.weight"]) + (1 if config["model_type"] in (*GEMMA, "qwen3_5_text") else 0)
-    return rms_norm(x, gain, config.get("rms_norm_eps", 1e-6))
+    return rms_norm(x, gain, config.get("norm_eps" if config["model_type"] == "lfm2" else "rms_norm_eps", 1e-6))
 
 
 def softcap(scores: np.ndarray, cap: float | None) -> np.ndarray:
@@ -91,30 +105,43 @@ def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
     if kind == "qwen3_5_text":  # each head of q_proj is a query and a gate
         q, gates = np.split(q.reshape(steps, heads, 2 * d), 2, axis=2)
         gates = 1 / (1 + np.exp(-gates))
+    if kind in ("olmo2", "olmo3"):  # over all heads
+        q, k = norm(config, weights, f"{prefix}.q_norm", q), norm(config, weights, f"{prefix}.k_norm", k)
     q, k, v = q.reshape(steps, heads, d), k.reshape(steps, kv_heads, d), v.reshape(steps, kv_heads, d)
-    if kind in ("qwen3", "qwen3_5_text", "gemma3_text"):
-        q = np.stack([norm(config, weights, f"{prefix}.q_norm", row) for row in q])
-        k = np.stack([norm(config, weights, f"{prefix}.k_norm", row) for row in k])
+    suffix = "layernorm" if kind == "lfm2" else "norm"
+    if kind in ("qwen3", "qwen3_5_text", "gemma3_text", "lfm2", "exaone4"):
+        q = np.stack([norm(config, weights, f"{prefix}.q_{suffix}", row) for row in q])
+        k = np.stack([norm(config, weights, f"{prefix}.k_{suffix}", row) for row in k])
 
     window, frequencies = sliding_window(config, i), rope_frequencies(config, d, i)
     scale = math.sqrt(config.get("query_pre_attn_scalar") or d)
+    if kind.startswith("granite"):
+        scale = 1 / config["attention_multiplier"]
     mixed = np.zeros((steps, heads, d))
     for h in range(heads):
         g = h // (heads // kv_heads)
-        keys = np.stack([rotate(k[s, g], positions[s], frequencies, kind == "glm4") for s in range(steps)])
+        keys = np.stack([rotate(k[s, g], positions[s], frequencies, kind in INTERLEAVED) for s in range(steps)])
+        if kind == "hunyuan_v1_dense":  # normed after they were turned
+            keys = norm(config, weights, f"{prefix}.key_layernorm", keys)
         for t in range(steps):
-            query = rotate(q[t, h], positions[t], frequencies, kind == "glm4")
+            query = rotate(q[t, h], positions[t], frequencies, kind in INTERLEAVED)
+            if kind == "hunyuan_v1_dense":
+                query = norm(config, weights, f"{prefix}.query_layernorm", query[None])[0]
             seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
             scores = softcap(keys[seen] @ query / scale, config.get("attn_logit_softcapping"))
-            scores = scores * rope_growth(config, positions[t])
+            scores = scores * rope_growth(config, positions[t], i)
             mixed[t, h] = softmax(scores) @ v[seen, g]
-    return linear(weights, f"{prefix}.o_proj", (gates * mixed).reshape(steps, heads * d))
+    return linear(
+        weights, f"{prefix}.{'out' if kind == 'lfm2' else 'o'}_proj", (gates * mixed).reshape(steps, heads * d)
+    )
 
 
-def rope_growth(config: dict, position: int) -> float:
+def rope_growth(config: dict, position: int, i: int) -> float:
     """What scores are multiplied by: YaRN's temperature (Peng et al. 2023, eq. 22: cos and sin of both sides by
     0.1 ln s + 1), LongRoPE's likewise, and in Ministral 3 queries by 1 + beta ln(1 + floor(position / L))."""
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    if config["model_type"] == "olmo3":
+        rope = rope["sliding_attention" if sliding_window(config, i) else "full_attention"]
     kind, L = rope.get("rope_type", rope.get("type", "default")), rope.get("original_max_position_embeddings")
     if kind == "yarn":
         beta = rope.get("llama_4_scaling_beta", 0)
@@ -163,10 +190,24 @@ def delta_net(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
     return linear(weights, f"{prefix}.out_proj", out)
 
 
+def short_convolution(config: dict, weights: dict, i: int, x: np.ndarray, positions: list[int]) -> np.ndarray:
+    """LFM2's, token by token: y_t = W_out (C_t * sum_j w_j (B x)_{t - K + 1 + j}), with B, C, x from W_in."""
+    prefix = f"model.layers.{i}.conv"
+    b, c, u = np.split(linear(weights, f"{prefix}.in_proj", x), 3, axis=1)
+    kernel, seen = _f64(weights[f"{prefix}.conv.weight"])[:, 0], b * u
+    K, mixed = kernel.shape[1], np.zeros_like(x)
+    for t in range(len(x)):
+        for j in range(K):
+            if t - j >= 0:
+                mixed[t] += kernel[:, K - 1 - j] * seen[t - j]
+    return linear(weights, f"{prefix}.out_proj", c * mixed)
+
+
 def sliding_window(config: dict, i: int) -> int | None:
     """How many positions layer i looks back, its own included. `layer_types` says it where it is given."""
     kind, window = config["model_type"], config.get("sliding_window")
-    if kind in ("llama", "baichuan", "glm4", "smollm3", "qwen3_5_text"):
+    windowed = ("mistral", "ministral3", "phi3", "qwen2", "qwen3", "olmo3", "exaone4", *GEMMA)
+    if kind not in windowed:
         return None
     if kind in ("mistral", "ministral3", "phi3"):
         return window
@@ -174,7 +215,8 @@ def sliding_window(config: dict, i: int) -> int | None:
         return window if config["layer_types"][i] == "sliding_attention" else None
     if kind in ("qwen2", "qwen3"):
         return window if config.get("use_sliding_window") and i >= config["max_window_layers"] else None
-    return None if (i + 1) % (2 if kind == "gemma2" else config["sliding_window_pattern"]) == 0 else window
+    pattern = {"gemma2": 2, "olmo3": 4}.get(kind) or config.get("sliding_window_pattern") or 1
+    return None if (i + 1) % (pattern if isinstance(pattern, int) else len(pattern)) == 0 else window
 
 
 def rotate(vector: np.ndarray, position: int, frequencies: list[float], rope_interleaved: bool = False) -> np.ndarray:
@@ -209,11 +251,18 @@ def rope_frequencies(config: dict, d: int, i: int = 0) -> list[float]:
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if config["model_type"] == "gemma3_text" and sliding_window(config, i):
         rope, theta = {}, config.get("rope_local_base_freq", 10000.0)
+    if config["model_type"] == "olmo3":  # that of layers with a window is never stretched
+        rope = rope["sliding_attention" if sliding_window(config, i) else "full_attention"]
+        theta = rope["rope_theta"]
+    if config["model_type"] == "exaone4" and config.get("sliding_window") and not sliding_window(config, i):
+        return []
     kind = rope.get("rope_type", rope.get("type", "default"))
     n = int(d * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)))
     frequencies = [1.0 / theta ** (2 * j / n) for j in range(n // 2)]
     if kind == "default":
         return frequencies
+    if kind == "dynamic":  # with an alpha: of another base
+        return [1.0 / (theta * rope["alpha"] ** (n / (n - 2))) ** (2 * j / n) for j in range(n // 2)]
     if kind == "linear":
         return [f / rope["factor"] for f in frequencies]
     if kind == "llama3":
@@ -251,15 +300,19 @@ def _yarn_frequency(f: float, j: int, n: int, theta: float, rope: dict) -> float
     return stretched * f / factor + (1 - stretched) * f
 
 
-def gated_mlp(config: dict, weights: dict, prefix: str, x: np.ndarray) -> np.ndarray:
+def gated_mlp(config: dict, weights: dict, layer: str, x: np.ndarray) -> np.ndarray:
     """SwiGLU (Shazeer 2020): W_down (silu(W_gate x) * W_up x), silu(z) = z sigmoid(z) = z (1 + tanh(z / 2)) / 2;
     Gemma's has gelu in the place of silu, in its tanh form (Hendrycks & Gimpel 2016)."""
-    if config["model_type"] in ("phi3", "glm4"):
-        gate, up = np.split(linear(weights, f"{prefix}.gate_up_proj", x), 2, axis=1)
-    else:
-        gate, up = linear(weights, f"{prefix}.gate_proj", x), linear(weights, f"{prefix}.up_proj", x)
-    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3) if config["model_type"] in GEMMA else gate / 2
-    return linear(weights, f"{prefix}.down_proj", gate * (1 + np.tanh(inner)) / 2 * up)
+    kind = config["model_type"]
+    names = {"lfm2": ("feed_forward", "w1", "w3", "w2"),
+             "granitemoehybrid": ("shared_mlp", "input_linear", None, "output_linear"),
+             **dict.fromkeys(("phi3", "glm4"), ("mlp", "gate_up_proj", None, "down_proj"))}  # fmt: skip
+    block, first, second, down = names.get(kind, ("mlp", "gate_proj", "up_proj", "down_proj"))
+    prefix = f"{layer}.{block}"
+    gate = linear(weights, f"{prefix}.{first}", x)
+    gate, up = (gate, linear(weights, f"{prefix}.{second}", x)) if second else np.split(gate, 2, axis=1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3) if kind in GEMMA else gate / 2
+    return linear(weights, f"{prefix}.{down}", gate * (1 + np.tanh(inner)) / 2 * up)
 
 
 def linear(weights: dict, name: str, x: np.ndarray) -> np.ndarray:

@@ -9,12 +9,9 @@ from torch import nn
 from lora.quant.linear import QuantLinear
 
 KINDS = (nn.Linear, QuantLinear)
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")  # or what is in its place
-
-
-MLP = ("gate_proj", "up_proj", "down_proj")
-
-
+# By the names that families give them: attention or what is in its place, and the MLP.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "in_proj", "out_proj")
+MLP = ("gate_proj", "up_proj", "down_proj", "output_linear", "w1", "w3", "w2")
 GROUPS = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
 
 

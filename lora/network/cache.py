@@ -20,9 +20,9 @@ class Cache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths, self.states = [0] * rows, {}
 
-    def recall(self, layer: int) -> tuple[torch.Tensor | None, ...]:
-        """What a layer without keys and values has remembered, its tensors (B, …); two of none at first."""
-        return self.states.get(layer, (None, None))
+    def recall(self, layer: int, count: int = 2) -> tuple[torch.Tensor | None, ...]:
+        """What a layer without keys and values has remembered, `count` tensors (B, …); at first none."""
+        return self.states.get(layer, (None,) * count)
 
     def remember(self, layer: int, *state: torch.Tensor) -> None:
         self.states[layer] = state

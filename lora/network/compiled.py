@@ -28,8 +28,8 @@ def before(block: Block, x, rope):
 
 def after(block: Block, x, y):
     """The block's input x (T, D) and what attention found, y (T, H·d) -> the block's output (T, D)"""
-    x = x + block.norm(1, block.self_attn.o_proj(y))
-    return x + block.norm(3, block.mlp(block.norm(2, x)))
+    x = x.add(block.norm(1, block.self_attn.o_proj(y)), alpha=block.multiplier)
+    return x.add(block.norm(3, block.mlp(block.norm(2, x))), alpha=block.multiplier)
 
 
 def compiled_forward(block: Block, before: Callable, after: Callable) -> Callable:

@@ -1,14 +1,17 @@
 """`config.json` of a supported model as data. What is not implemented is refused by field, never ignored."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora.errors import BadInput
-from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, quantised
+from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, Family, quantised
 from lora.network.rope_fields import FULL, SLIDING, RopeFields, RopeScaling
 
-LINEAR = "linear_attention"  # in layer_types
+# In layer_types: what is there in attention's place.
+LINEAR, CONV = "linear_attention", "conv"
+MIXER_WORDS = {"delta": {LINEAR: "delta"}, "conv": {CONV: "conv"}, "mamba": {"attention": "attention"}}
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,11 @@ class ModelConfig:
     activation: str  # silu or gelu_tanh
     norms: tuple[str | None, ...]  # before and after attention, before and after the MLP
     norm_offset: float  # what norms add to their weight
-    qk_norm: bool
+    qk_norm: str | None  # of what queries and keys are normed, `Attention.normed`
     embedding_scale: float
+    embedding_scale_rounded: bool  # to the model's dtype
+    residual_multiplier: float  # what is added to a block's input is multiplied by it
+    logits_scaling: float  # and logits are divided by this
     query_pre_attn_scalar: float  # the number whose root attention divides by, head_dim in most
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
@@ -55,10 +61,12 @@ class ModelConfig:
     rope_local_theta: float  # of "local" RoPE, which is never scaled
     ropes: tuple[str | None, ...]  # "global", "local" or none, for every layer
     windows: tuple[int | None, ...]  # how many positions each layer looks back, its own included; None is all
-    mixers: tuple[str, ...]  # what mixes positions in each layer: "attention", "delta"
+    mixers: tuple[str, ...]  # what mixes positions in each layer: "attention", "delta", "conv"
     delta: DeltaSizes | None
+    conv_size: int | None  # positions that LFM2's convolution sees
     output_gate: bool  # attention's output is multiplied by the sigmoid of what q_proj gives beside each query
     fused: tuple[tuple[str, tuple[str, ...]], ...]  # Linears whose rows a file has as one tensor, and its name
+    names: Mapping[str, str]  # modules that the hub calls otherwise
     written_as: str | None  # the model_type of merged models, where it is another
     eos_token_ids: tuple[int, ...]
 
@@ -72,14 +80,18 @@ class _Reader(RopeFields):
     """Reads fields one by one and collects what is wrong with them."""
 
     def __init__(self, raw: Mapping, where: str):
-        self.raw, self.where, self.problems = raw, where, []
+        self.raw, self.where, self.problems, self.family = raw, where, [], Family()
+
+    def called(self, field: str) -> str:
+        """What the family's files call a field."""
+        return self.family.called.get(field, field)
 
     def wrong(self, field: str, why: str, fix: str = "Give another model") -> None:
-        self.problems.append(f"unsupported model in {self.where}:{field}: {why}. {fix}")
+        self.problems.append(f"unsupported model in {self.where}:{self.called(field)}: {why}. {fix}")
 
     def number(self, field, default=None, *, raw=None, kind=int, low=1, high=2**24):
         """A field between `low` and `high`; strings and booleans are no numbers."""
-        value = (self.raw if raw is None else raw).get(field)
+        value = self.raw.get(self.called(field)) if raw is None else raw.get(field)
         value = default if value is None else value
         kinds = (int,) if kind is int else (int, float)
         if value is None:
@@ -91,7 +103,7 @@ class _Reader(RopeFields):
         return 1
 
     def flag(self, field: str, default: bool = False, raw: Mapping | None = None) -> bool:
-        value = (self.raw if raw is None else raw).get(field)
+        value = self.raw.get(self.called(field)) if raw is None else raw.get(field)
         if value is not None and type(value) is not bool:
             self.wrong(field, f"{value!r} is neither true nor false", "Download the file again")
         return default if value is None else bool(value)
@@ -111,6 +123,10 @@ class _Reader(RopeFields):
             why = why or f"Supported are: {', '.join(sorted(FAMILIES))}"
             raise BadInput(f"unsupported model in {self.where}:model_type: {kind!r}. {why}")
         self.family = family = FAMILIES[kind]
+        for field, (needed, absent) in family.required.items():
+            value = self.raw.get(field, absent)
+            if value != needed:
+                self.wrong(field, f"{json.dumps(value)[:60]} is not implemented, {json.dumps(needed)} is")
         for field, value, why, fix in TRAPS.get(kind, ()):
             if self.raw.get(field) == value:
                 self.wrong(field, why, fix)
@@ -140,8 +156,6 @@ class _Reader(RopeFields):
         head_dim = self.number("head_dim", default=family.head_dim or max(1, hidden // heads), high=2**12)
         layers = self.number("num_hidden_layers", high=1024)
         mixers = self.mixers(layers)
-        if family.output_gate and not self.flag("attn_output_gate", True):
-            self.wrong("attn_output_gate", "false is not implemented")
         windows = self.windows(layers)
         rope = self.rope(head_dim)
         positions = self.number("max_position_embeddings", family.max_position_embeddings, high=2**30)
@@ -151,7 +165,7 @@ class _Reader(RopeFields):
             model_type=kind,
             vocab_size=self.number("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=self.number("intermediate_size", high=2**20),
+            intermediate_size=self.lfm2_width() if kind == "lfm2" else self.number("intermediate_size", high=2**20),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -161,14 +175,19 @@ class _Reader(RopeFields):
             **rope,
             tie_word_embeddings=self.flag("tie_word_embeddings", family.tie_word_embeddings),
             qkv_bias=bias,
-            o_bias=bias and family.o_bias,
+            o_bias=self.flag("o_bias") if "o_bias" in reads else bias and family.o_bias,
             mlp_bias=self.flag("mlp_bias") if "mlp_bias" in reads else False,
             activation=ACTIVATIONS[activation],
             norms=family.norms,
             norm_offset=family.norm_offset,
             qk_norm=family.qk_norm,
-            embedding_scale=hidden**0.5 if family.embedding_scaled else 1.0,
-            query_pre_attn_scalar=self.optional("query_pre_attn_scalar", kind=float, low=1e-6) or head_dim,
+            embedding_scale=hidden**0.5
+            if family.embedding_scaled
+            else self.optional("embedding_multiplier", kind=float, low=1e-6, high=1e6),
+            embedding_scale_rounded=family.embedding_scaled,
+            residual_multiplier=self.optional("residual_multiplier", kind=float, low=1e-6, high=1e6),
+            logits_scaling=self.optional("logits_scaling", kind=float, low=1e-6, high=1e6),
+            query_pre_attn_scalar=self.query_scalar() or head_dim,
             attn_logit_softcapping=self.optional("attn_logit_softcapping", kind=float, low=1e-6),
             final_logit_softcapping=self.optional("final_logit_softcapping", kind=float, low=1e-6),
             rope_interleaved=family.rope_interleaved,
@@ -178,7 +197,9 @@ class _Reader(RopeFields):
             windows=windows,
             mixers=mixers,
             delta=self.delta() if "delta" in mixers else None,
+            conv_size=self.number("conv_L_cache", 3, low=2, high=64) if family.mixer == "conv" else None,
             output_gate=family.output_gate,
+            names=family.names,
             fused=family.fused,
             written_as=family.written_as,
             eos_token_ids=self.token_ids("eos_token_id"),
@@ -192,11 +213,33 @@ class _Reader(RopeFields):
         if self.family.mixer == "attention":
             return ("attention",) * count
         interval, given = self.optional("full_attention_interval"), self.raw.get("layer_types")
-        kinds = [LINEAR if (i + 1) % interval else FULL for i in range(count)] if given is None else given
-        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (FULL, LINEAR) for kind in kinds):
-            self.wrong("layer_types", f"{json.dumps(given)[:60]} is not {count} times {FULL} or {LINEAR}")
+        attending = self.raw.get("full_attn_idxs") if self.family.mixer == "conv" else None
+        if isinstance(attending, list):
+            kinds = [FULL if i in attending else CONV for i in range(count)]
+        else:
+            kinds = [LINEAR if interval and (i + 1) % interval else FULL for i in range(count)]
+        kinds = kinds if given is None else given
+        words = {FULL: "attention"} | MIXER_WORDS[self.family.mixer]
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in words for kind in kinds):
+            self.wrong("layer_types", f"{json.dumps(kinds)[:60]} is not {count} times {' or '.join(words)}")
             return ("attention",) * count
-        return tuple("attention" if kind == FULL else self.family.mixer for kind in kinds)
+        return tuple(words[kind] for kind in kinds)
+
+    def lfm2_width(self) -> int:
+        """LFM2's files say the MLP's width before it is cut to two thirds and rounded up, or say that it is not."""
+        width = self.number("block_ff_dim", self.raw.get("intermediate_size"), high=2**20)
+        if not self.flag("block_auto_adjust_ff_dim", True):
+            return width
+        width = int(int(2 * width / 3) * self.number("block_ffn_dim_multiplier", 1.0, kind=float, low=1e-3, high=1e3))
+        multiple = self.number("block_multiple_of", 256)
+        return multiple * -(-width // multiple)
+
+    def query_scalar(self) -> float | None:
+        """Granite says what scores are multiplied by, Gemma whose root they are divided by."""
+        multiplier = self.optional("attention_multiplier", kind=float, low=1e-6, high=1e6)
+        if multiplier:
+            return multiplier**-2
+        return self.optional("query_pre_attn_scalar", kind=float, low=1e-6)
 
     def delta(self) -> DeltaSizes:
         keys, values = (self.number(f"linear_num_{of}_heads", n, high=2**12) for of, n in (("key", 16), ("value", 32)))
@@ -210,7 +253,7 @@ class _Reader(RopeFields):
         family, window = self.family, self.optional("sliding_window", high=2**30)
         if "use_sliding_window" in family.reads and not self.flag("use_sliding_window"):
             window = None
-        first, pattern = self.optional("max_window_layers", low=0), self.optional("sliding_window_pattern")
+        first, pattern = self.optional("max_window_layers", low=0), self.window_pattern()
         kinds = [
             FULL if not window or i < first or (pattern and (i + 1) % pattern == 0) else SLIDING for i in range(count)
         ]
@@ -223,17 +266,26 @@ class _Reader(RopeFields):
             return (None,) * count
         return tuple(window if kind == SLIDING else None for kind in given)
 
+    def window_pattern(self) -> int | None:
+        """One layer in so many looks back without limit; Exaone's files write it as LLLG, too."""
+        given = self.raw.get("sliding_window_pattern")
+        if "sliding_window_pattern" in self.family.reads and isinstance(given, str) and re.fullmatch("L+G", given):
+            return len(given)
+        return self.optional("sliding_window_pattern")
+
     def ropes(self, windows: tuple[int | None, ...]) -> tuple[str | None, ...]:
         """Which RoPE each layer has."""
         interval = self.optional("no_rope_layer_interval")
         turned = [not interval or (i + 1) % interval != 0 for i in range(len(windows))]
+        if self.family.rope_in_windows_only and self.optional("sliding_window", high=2**30):
+            turned = [bool(window) for window in windows]
         given = self.raw.get("no_rope_layers") if interval else None  # 1 where a layer has RoPE, whatever the name says
         if given is not None:
             if not isinstance(given, list) or len(given) < len(windows) or any(i not in (0, 1) for i in given):
                 self.wrong("no_rope_layers", f"{json.dumps(given)[:60]} does not say 0 or 1 for each layer")
                 return (None,) * len(windows)
             turned = given
-        local = self.family.rope_local_base_freq
+        local = self.family.rope_local
         kinds = ("local" if local and window else "global" for window in windows)
         return tuple(kind if rope else None for kind, rope in zip(kinds, turned, strict=False))
 

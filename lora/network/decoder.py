@@ -12,7 +12,9 @@ from lora.device import upload
 from lora.network.cache import Cache
 from lora.network.config import ModelConfig
 from lora.network.delta import GatedDeltaNet
+from lora.network.named import HubNamed
 from lora.network.rope import Rope, rope_table
+from lora.network.short_convolution import ShortConvolution
 from lora.ops import wide
 
 
@@ -32,9 +34,9 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.gain, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(HubNamed):
     def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
+        super().__init__(config.names)
         self.index, self.head_dim = index, config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.output_gate = config.output_gate
@@ -44,9 +46,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm, self.k_norm = (
-                RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset) for _ in range(2)
-            )
+            sizes = (q_size, kv_size) if config.qk_norm == "projection" else (config.head_dim, config.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps, config.norm_offset) for size in sizes)
         self.rope_kind, self.rope_interleaved = config.ropes[index], config.rope_interleaved
         self.window, self.softcap = config.windows[index], config.attn_logit_softcapping
         self.q_scale = (config.head_dim / config.query_pre_attn_scalar) ** 0.5  # attention itself divides by √d
@@ -55,15 +56,21 @@ class Attention(nn.Module):
         """The Linears of one input."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
+    def normed(self, what: str, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, normed if that is what the family norms: the whole "projection", each "head" before RoPE,
+        or each that RoPE has "turned"."""
+        return (self.q_norm(q), self.k_norm(k)) if self.qk_norm == what else (q, k)
+
     def heads(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
         """x (T, D) -> queries (T, H, d), keys and values (T, KV, d), and where outputs are gated a number for each."""
         q, k, v = ops.linears(x, self.group())
+        q, k = self.normed("projection", q, k)
         k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v))
         q, *gate = q.unflatten(-1, (-1, self.head_dim * (1 + self.output_gate))).split(self.head_dim, -1)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.normed("head", q, k)
         if self.rope_kind:
             q, k = (ops.rotate(y, rope.cos, rope.sin, self.rope_interleaved) for y in (q, k))
+        q, k = self.normed("turned", q, k)
         q = q if rope.growth is None else q * rope.growth
         return (q if self.q_scale == 1 else q * self.q_scale), k, v, *gate
 
@@ -77,12 +84,14 @@ class Attention(nn.Module):
         return self.o_proj((y * gate[0].sigmoid() if gate else y).flatten(1))
 
 
-MIXERS = {"attention": ("self_attn", Attention), "delta": ("linear_attn", GatedDeltaNet)}  # the hub's name, the module
+MIXERS = {  # the hub's name, the module
+    "attention": ("self_attn", Attention), "delta": ("linear_attn", GatedDeltaNet), "conv": ("conv", ShortConvolution),
+}  # fmt: skip
 
 
-class MLP(nn.Module):
+class MLP(HubNamed):
     def __init__(self, config: ModelConfig):
-        super().__init__()
+        super().__init__(config.names)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -93,52 +102,57 @@ class MLP(nn.Module):
         return self.down_proj(ops.swiglu(gate, up, self.activation))
 
 
-class Block(nn.Module):
+class Block(HubNamed):
     """A mixer of positions, attention in most, and an MLP, each added to its input. Families have norms before them,
     after them, or both."""
 
     def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
+        super().__init__(config.names)
         self.norms = config.norms  # their names: before and after attention, before and after the MLP
         for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset))
         self.mixer, kind = MIXERS[config.mixers[index]]
         self.add_module(self.mixer, kind(config, index))
-        self.rope_kind = config.ropes[index]
+        self.rope_kind, self.multiplier = config.ropes[index], config.residual_multiplier
         self.mlp = MLP(config)
 
     def norm(self, place: int, x: torch.Tensor) -> torch.Tensor:
         name = self.norms[place]
         return getattr(self, name)(x) if name else x
 
+    def mixed(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None) -> torch.Tensor:
+        return getattr(self, self.mixer)(x, rope, lengths, cache)
+
     def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
         """x (T, D) -> (T, D)"""
-        x = x + self.norm(1, getattr(self, self.mixer)(self.norm(0, x), rope, lengths, cache))
-        return x + self.norm(3, self.mlp(self.norm(2, x)))
+        x = x.add(self.norm(1, self.mixed(self.norm(0, x), rope, lengths, cache)), alpha=self.multiplier)
+        return x.add(self.norm(3, self.mlp(self.norm(2, x))), alpha=self.multiplier)
 
 
-class Trunk(nn.Module):
+class Trunk(HubNamed):
     """Everything but the head; the hub calls it `model`."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
+        super().__init__(config.names)
         # zeros, to be loaded: nn.Embedding's own normal_ on `meta` would import torch's compiler, more than a second
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.zeros(config.vocab_size, config.hidden_size), freeze=False
         )
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-        self.scale = config.embedding_scale
+        self.scale, self.scale_rounded = config.embedding_scale, config.embedding_scale_rounded
+        self.logits_scaling = config.logits_scaling
 
     def forward(self, tokens, ropes: dict, lengths: list[int], cache: Cache | None = None, recompute: bool = False):
         """tokens (T,) -> (T, D). To `recompute` is to save only the input of each block for the backward pass."""
         x = self.embed_tokens(tokens)  # (T, D)
         if self.scale != 1:
-            x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded to the dtype, as the reference does
+            x = x * (torch.tensor(self.scale, dtype=x.dtype) if self.scale_rounded else self.scale)
         for block in self.layers:
             inputs = x, ropes[block.rope_kind], lengths, cache
             x = ops.recomputed(block, *inputs) if recompute else block(*inputs)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.logits_scaling == 1 else x / self.logits_scaling  # the head is linear
 
 
 class Model(nn.Module):

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Q_K_V, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 GEMMA_NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
+NORMS_AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 GLM4_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 
 
@@ -17,6 +18,9 @@ class Family:
     that all have. Sources: the configuration and model classes of transformers; for Baichuan its own."""
 
     reads: tuple[str, ...] = ()
+    called: Mapping[str, str] = field(default_factory=dict)  # fields that its files call otherwise
+    required: Mapping = field(default_factory=dict)  # field -> the one value that is implemented, what absent means
+    names: Mapping[str, str] = field(default_factory=dict)  # modules that the hub calls otherwise
     unused: tuple[str, ...] = ()  # fields that its configuration has and nobody computes with, the reference neither
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
@@ -27,17 +31,25 @@ class Family:
     o_bias: bool = True  # has o_proj one where they have?
     rope_theta: float = 10000.0
     rope_parameters: Mapping | None = None  # where neither they nor their old form are there
-    rope_local_base_freq: float | None = None  # in layers with a sliding window, where that differs
+    rope_local: bool = False  # layers with a sliding window have RoPE of their own, never scaled
+    rope_local_base_freq: float | None = None  # its base, where that differs
+    rope_in_windows_only: bool = False
     partial_rotary_factor: float = 1.0
     rope_interleaved: bool = False  # RoPE turns (2i, 2i + 1), not (i, i + d/2)
     no_rope_layer_interval: int | None = None  # every so many layers one is without RoPE
     sliding_window: int | None = None
     max_window_layers: int = 0  # the first ones look back without limit
     sliding_window_pattern: int | None = None  # and one in so many
-    qk_norm: bool = False  # of every head, before RoPE
+    qk_norm: str | None = (
+        None  # of queries and keys: of the whole "projection", each "head", or each after RoPE, "turned"
+    )
     norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
     norm_offset: float = 0.0  # what norms add to their weight
     embedding_scaled: bool = False  # by the square root of hidden_size
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None  # of scores, in the place of 1/√d
+    logits_scaling: float = 1.0  # divides
     activation: tuple[str, str] = ("hidden_act", "silu")  # the field that says it, and its default
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
@@ -66,6 +78,7 @@ MINISTRAL_ROPE = {
     "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")  # Granite's
 MROPE = ("mrope_section", "mrope_interleaved")
 READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -84,15 +97,53 @@ FAMILIES = {
         sliding_window=4096, max_window_layers=28,
     ),
     "qwen3": Family(
-        reads=(*READ_BY_QWEN, "attention_bias"), max_position_embeddings=32768, head_dim=128, qk_norm=True,
+        reads=(*READ_BY_QWEN, "attention_bias"), max_position_embeddings=32768, head_dim=128, qk_norm="head",
         sliding_window=4096, max_window_layers=28,
     ),
     "qwen3_5_text": Family(
         reads=("attention_bias", "partial_rotary_factor", "layer_types", "full_attention_interval", "attn_output_gate",
                *MROPE, *DELTA),
-        max_position_embeddings=32768, num_key_value_heads=4, head_dim=256, qk_norm=True, norm_offset=1.0,
+        required={"attn_output_gate": (True, True)},
+        max_position_embeddings=32768, num_key_value_heads=4, head_dim=256, qk_norm="head", norm_offset=1.0,
         partial_rotary_factor=0.25,
         output_gate=True, mixer="delta", full_attention_interval=4,
+    ),
+    "granite": Family(reads=("attention_bias", "mlp_bias", *MULTIPLIERS), attention_multiplier=1.0),
+    "granitemoehybrid": Family(  # those of Granite 4 that are dense, and attend in every layer
+        reads=("attention_bias", "layer_types", "num_local_experts", *MULTIPLIERS), attention_multiplier=1.0,
+        mixer="mamba", called={"intermediate_size": "shared_intermediate_size"},
+        required={"num_local_experts": (0, 8), "position_embedding_type": ("rope", None)},
+        names={"mlp": "shared_mlp", "down_proj": "output_linear"}, fused=(("shared_mlp.input_linear", GATE_UP),),
+    ),
+    "lfm2": Family(
+        reads=("layer_types", "full_attn_idxs"), called={"rms_norm_eps": "norm_eps"}, max_position_embeddings=128000,
+        rms_norm_eps=1e-5, num_key_value_heads=8, tie_word_embeddings=True, rope_theta=1000000.0, qk_norm="head",
+        mixer="conv", norms=("operator_norm", None, "ffn_norm", None), required={"conv_bias": (False, False)},
+        names={"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm", "mlp": "feed_forward",
+               "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "norm": "embedding_norm"},
+    ),
+    "olmo2": Family(reads=("attention_bias",), rms_norm_eps=1e-5, qk_norm="projection", norms=NORMS_AFTER),
+    "olmo3": Family(
+        reads=("attention_bias", "sliding_window", "layer_types"), rms_norm_eps=1e-5, rope_theta=500000.0,
+        rope_local=True, sliding_window=4096, sliding_window_pattern=4, qk_norm="projection", norms=NORMS_AFTER,
+    ),
+    "exaone4": Family(
+        reads=("sliding_window", "sliding_window_pattern", "layer_types"), rms_norm_eps=1e-5, num_key_value_heads=32,
+        sliding_window=4096, sliding_window_pattern=4, rope_in_windows_only=True, qk_norm="head", norms=NORMS_AFTER,
+    ),
+    "ernie4_5": Family(
+        reads=("attention_bias", "mlp_bias"), called={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        max_position_embeddings=131072, rms_norm_eps=1e-5, num_key_value_heads=2, head_dim=128,
+        tie_word_embeddings=True, rope_theta=500000.0, rope_interleaved=True,
+    ),
+    "hunyuan_v1_dense": Family(
+        reads=("attention_bias", "alpha", "use_qk_norm"), required={"use_qk_norm": (True, True)}, rms_norm_eps=1e-5,
+        qk_norm="turned", names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+    ),
+    "seed_oss": Family(  # dropout was that of its pretraining
+        reads=("attention_bias", "o_bias", "mlp_bias"), called={"o_bias": "attention_out_bias"},
+        unused=("attention_dropout", "residual_dropout"), max_position_embeddings=524288, num_key_value_heads=8,
+        head_dim=128, attention_bias=True,
     ),
     "smollm3": Family(
         reads=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"),
@@ -109,8 +160,9 @@ FAMILIES = {
     ),
     "gemma3_text": Family(
         reads=(*READ_BY_GEMMA, "rope_local_base_freq", "sliding_window_pattern"), unused=("attn_logit_softcapping",),
-        max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1000000.0, rope_local_base_freq=10000.0,
-        qk_norm=True, **GEMMA,
+        max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1000000.0, rope_local=True,
+        rope_local_base_freq=10000.0,
+        qk_norm="head", **GEMMA,
     ),
     "glm4": Family(
         reads=("attention_bias", "partial_rotary_factor"), max_position_embeddings=131072, rms_norm_eps=1.5625e-7,

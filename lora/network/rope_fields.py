@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types, and in Gemma 3's rope_parameters
-ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 YARN = (
     "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim", "truncate",
@@ -44,9 +44,9 @@ class RopeFields:
         old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
         new = new or (not old and family.rope_parameters) or {}
         local = self.optional("rope_local_base_freq", kind=float, high=1e12)
-        if local and {FULL, SLIDING} & new.keys():
+        if family.rope_local and {FULL, SLIDING} & new.keys():
             new, other = self.mapping(new, FULL), self.mapping(new, SLIDING)
-            local = self.number("rope_theta", local, raw=other, kind=float, high=1e12)
+            local = self.number("rope_theta", local or family.rope_theta, raw=other, kind=float, high=1e12)
             if other.get("rope_type", "default") != "default":
                 self.wrong("rope_parameters", f"rope type {other['rope_type']!r} of {SLIDING} is not implemented")
         factor = family.partial_rotary_factor
@@ -80,6 +80,8 @@ class RopeFields:
                 if part[key] not in (None, 1, 1.0):
                     self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
             return theta, RopeScaling()
+        if kind == "dynamic":
+            return self.stretched_base(theta, field, part, turned), RopeScaling()
         if kind in ("yarn", "longrope"):
             return theta, self.yarn(part) if kind == "yarn" else self.longrope(part, turned)
         factor = self.number("factor", raw=part, kind=float, low=1, high=1e6)
@@ -93,6 +95,14 @@ class RopeFields:
             )
         original = self.number("original_max_position_embeddings", raw=part, high=2**30)
         return theta, RopeScaling("llama3", factor, low, high, original)
+
+    def stretched_base(self, theta: float, field: str, part: Mapping, turned: int) -> float:
+        """NTK-aware RoPE with a fixed α is RoPE of another base; without α it would change with the text's length."""
+        if "alpha" not in self.family.reads or part.get("alpha") is None:
+            self.wrong(field, "rope type 'dynamic' changes with the text's length, which is not implemented")
+            return theta
+        alpha = self.number("alpha", raw=part, kind=float, low=1, high=1e9)
+        return theta * alpha ** (turned / (turned - 2)) if turned > 2 else theta
 
     def yarn(self, part: Mapping) -> RopeScaling:
         """Its defaults, and what attention's scores are multiplied by, as transformers has them."""

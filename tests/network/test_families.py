@@ -37,7 +37,11 @@ FUSED = {
     "baichuan": {"self_attn.W_pack": Q_K_V},
     "phi3": {"self_attn.qkv_proj": Q_K_V, **GATE_UP},
     "glm4": GATE_UP,
+    "granitemoehybrid": {"shared_mlp.input_linear": ("shared_mlp.gate_proj", "shared_mlp.up_proj")},
 }
+FREE_HEAD_DIM = (
+    "qwen3", "qwen3_5_text", "ministral3", "gemma2", "gemma3_text", "glm4", "ernie4_5", "seed_oss", "exaone4",
+)  # fmt: skip
 
 
 def family_config(kind: str, seed: int = 0) -> dict:
@@ -47,7 +51,7 @@ def family_config(kind: str, seed: int = 0) -> dict:
     kv_heads, group = draw.choice((1, 2, 3)), draw.choice((1, 2, 3))
     heads = kv_heads * group
     d = draw.choice((8, 12))  # half of it is even
-    free_head_dim = kind in ("qwen3", "qwen3_5_text", "ministral3", "gemma2", "gemma3_text", "glm4")
+    free_head_dim = kind in FREE_HEAD_DIM
     config = {
         "model_type": kind, "vocab_size": draw.randint(90, 140), "num_hidden_layers": draw.choice((2, 3)),
         "hidden_size": heads * (2 * draw.randint(2, 6) if free_head_dim else d),
@@ -81,6 +85,26 @@ def family_config(kind: str, seed: int = 0) -> dict:
                         "sliding_window_pattern": 2, "final_logit_softcapping": None,
                         "rope_scaling": {"rope_type": "linear", "factor": 2.5} if seed % 3 == 2 else None},
         "glm4": {"partial_rotary_factor": 0.5, "attention_bias": bool(seed % 3)},
+        "granite": {"attention_bias": seed % 3 == 1, "mlp_bias": seed % 3 == 2, "embedding_multiplier": 3.0,
+                    "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 0.7},
+        "granitemoehybrid": {"attention_bias": seed % 3 == 1, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+                             "attention_multiplier": 0.3, "logits_scaling": 0.7, "num_local_experts": 0,
+                             "position_embedding_type": "rope", "shared_intermediate_size": draw.randint(17, 60),
+                             "layer_types": ["attention"] * 3, "num_hidden_layers": 3, "mamba_n_heads": 2},
+        "lfm2": {"norm_eps": 1e-2, "conv_L_cache": 3 + seed % 2, "block_multiple_of": 7, "num_hidden_layers": 3,
+                 "block_auto_adjust_ff_dim": seed % 3 != 1, "layer_types": ["conv", "full_attention", "conv"]},
+        "olmo2": {"attention_bias": seed % 3 == 1},
+        "olmo3": {"attention_bias": seed % 3 == 1, "sliding_window": window, "num_hidden_layers": 4, "rope_theta": None,
+                  "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                                      "full_attention": {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0,
+                                                         "original_max_position_embeddings": 12}}},
+        "exaone4": {"sliding_window": window if seed % 3 != 2 else None, "num_hidden_layers": 3,
+                    "sliding_window_pattern": 2 if seed % 3 != 2 else None},
+        "ernie4_5": {"use_bias": seed % 3 == 1},
+        "hunyuan_v1_dense": {"attention_bias": seed % 3 == 1, "use_qk_norm": True, "head_dim": d, "rope_scaling": {
+            "type": "dynamic", "alpha": 50.0, "factor": 1.0, "beta_fast": 32} if seed % 3 != 2 else None},
+        "seed_oss": {"attention_bias": seed % 3 != 1, "attention_out_bias": seed % 3 == 2, "mlp_bias": seed % 3 == 0,
+                     "attention_dropout": 0.1, "residual_dropout": 0.1},
     }.get(kind, {})  # fmt: skip
     if kind.startswith("gemma"):
         config |= {"hidden_activation": "gelu_pytorch_tanh"}
@@ -150,20 +174,21 @@ def test_logits_equal_the_numpy_oracle(kind, seed):
 def test_configs_have_what_each_family_brings():
     configs = {(kind, seed): ModelConfig.from_json(family_config(kind, seed)) for kind in NEW for seed in range(3)}
     windowed = {kind for (kind, _), c in configs.items() if any(w and w < 21 for w in c.windows)}
-    assert windowed == {"mistral", "qwen3", "phi3", "gemma2", "gemma3_text"}
-    assert {kind for (kind, _), c in configs.items() if None in c.ropes} == {"smollm3", "qwen3_5_text"}
-    assert {kind for (kind, _), c in configs.items() if "local" in c.ropes} == {"gemma3_text"}
+    assert windowed == {"mistral", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo3", "exaone4"}
+    assert {kind for (kind, _), c in configs.items() if None in c.ropes} == {
+        "smollm3", "qwen3_5_text", "exaone4", "lfm2"}  # fmt: skip
+    assert {kind for (kind, _), c in configs.items() if "local" in c.ropes} == {"gemma3_text", "olmo3"}
     assert {kind for (kind, _), c in configs.items() if c.rotary_dim < c.head_dim} == {
         "phi3", "glm4", "qwen3_5_text"}  # fmt: skip
-    assert {kind for (kind, _), c in configs.items() if "delta" in c.mixers and "attention" in c.mixers} == {
-        "qwen3_5_text"}  # fmt: skip
+    assert {kind for (kind, _), c in configs.items() if {"delta", "conv"} & set(c.mixers)} == {"qwen3_5_text", "lfm2"}
     assert {kind for (kind, _), c in configs.items() if c.rope_scaling.q_beta} == {"ministral3"}
     assert {kind for (kind, _), c in configs.items() if c.query_pre_attn_scalar != c.head_dim} == {
-        "gemma2",
-        "gemma3_text",
-    }
-    assert {kind for (kind, _), c in configs.items() if c.qkv_bias} == {"qwen3", "smollm3", "glm4", "gemma2",
-                                                                        "gemma3_text"}  # fmt: skip
+        "gemma2", "gemma3_text", "granite", "granitemoehybrid"}  # fmt: skip
+    assert {kind for (kind, _), c in configs.items() if c.qkv_bias} == {
+        "qwen3", "smollm3", "glm4", "gemma2", "gemma3_text", "granite", "granitemoehybrid", "olmo2", "olmo3",
+        "ernie4_5", "hunyuan_v1_dense", "seed_oss"}  # fmt: skip
+    assert {kind for (kind, _), c in configs.items() if c.qk_norm == "projection"} == {"olmo2", "olmo3"}
+    assert {kind for (kind, _), c in configs.items() if c.qk_norm == "turned"} == {"hunyuan_v1_dense"}
     for kind in NEW:
         assert {configs[kind, seed].tie_word_embeddings for seed in range(3)} == {True, False}
     assert {c.num_attention_heads // c.num_key_value_heads for c in configs.values()} == {1, 2, 3}
@@ -242,7 +267,7 @@ def test_documents_end_to_end_equal_one_by_one_and_fast_paths_equal_plain_ones(k
     model.checkpoint_activations = False
     with as_written():
         expected = gradients(model, tokens, LENGTHS, g)
-    in_layers = [14 if mixer == "attention" else 12 for mixer in model.config.mixers]  # A and B
+    in_layers = [{"attention": 14, "delta": 12, "conv": 10}[mixer] for mixer in model.config.mixers]  # A and B
     assert len(expected) == 1 + sum(in_layers)
     for found in (together, alone, again):
         assert all(close(a, b, 1e-11) and b.abs().max() > 1e-3 for a, b in zip(found, expected, strict=True))
