@@ -14,6 +14,7 @@ from tests import cli
 from tests.helpers import close
 from tests.methods.linked import data_of, rewarded
 from tests.mutation import mutation
+from tests.run.test_resume import ordinary
 
 STEADY = (
     "--schedule",
@@ -57,7 +58,7 @@ def until_step(folder, step):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4)
+    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4, "--retention", ordinary())
     done = cli.train("out", *STEADY, *held_out, "--max-steps", 10, cwd=folder)
     assert done.code == 0, done.err
     return folder / "out"
@@ -70,7 +71,7 @@ def alone(tmp_path_factory):
     ids=["shares", "a sharded base"],
 )
 def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(tmp_path, alone, how, flags, finish):
-    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4)
+    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4, "--retention", ordinary())
     first, second = map(finish, start(2, *held_out, "--max-steps", 6, *flags, cwd=tmp_path, how=how))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "Try it" in first.err and (second.out, second.err) == ("", "")
@@ -113,7 +114,8 @@ def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(
 def test_two_processes_make_the_run_of_one_with_every_method(tmp_path, method, how, flags):
     """Of rloo, the last of the steps has one prompt, so that one process has none."""
     learned = ("--method", method, "--data", data_of(method), "--eval-data", data_of(method), "--eval-every", 2,
-               "--max-steps", 3, "--batch-size", 5, "--micro-tokens", 90, *flags, *rewarded(method))  # fmt: skip
+               "--retention", ordinary(), "--max-steps", 3, "--batch-size", 5, "--micro-tokens", 90, *flags,
+               *rewarded(method))  # fmt: skip
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     done = cli.train("out", *STEADY, *learned, cwd=tmp_path / "one")
     assert done.code == 0, done.err
