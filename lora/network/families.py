@@ -40,6 +40,7 @@ class Family:
     sliding_window: int | None = None
     max_window_layers: int = 0  # the first ones look back without limit
     sliding_window_pattern: int | None = None  # and one in so many
+    last_is_full: bool = False  # whatever the pattern says
     qk_norm: str | None = (
         None  # of queries and keys: of the whole "projection", each "head", or each after RoPE, "turned"
     )
@@ -79,6 +80,10 @@ MINISTRAL_ROPE = {
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")  # Granite's
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+}
 MROPE = ("mrope_section", "mrope_interleaved")
 READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -165,6 +170,15 @@ FAMILIES = {
         rope_local_base_freq=10000.0,
         qk_norm="head", **GEMMA,
     ),
+    "gemma4_text": Family(
+        reads=("attention_bias", "sliding_window", "layer_types", "final_logit_softcapping", "partial_rotary_factor",
+               "use_bidirectional_attention", "global_head_dim", "per_layer_config"),
+        norms=GEMMA_NORMS, required={"attention_k_eq_v": (False, False), "enable_moe_block": (False, False)},
+        max_position_embeddings=131072, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True,
+        sliding_window=512, sliding_window_pattern=6, last_is_full=True, rope_local=True,
+        rope_parameters=GEMMA4_ROPE, qk_norm="head", embedding_scaled=True,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+    ),
     "glm4": Family(
         reads=("attention_bias", "partial_rotary_factor"), max_position_embeddings=131072, rms_norm_eps=1.5625e-7,
         num_key_value_heads=2, head_dim=128, attention_bias=True, o_bias=False, partial_rotary_factor=0.5,
@@ -177,6 +191,7 @@ FAMILIES = {
 WRAPPERS = {
     "qwen3_5": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
     "gemma3": {"gemma3_text": "Gemma3ForCausalLM"},
+    "gemma4": {"gemma4_text": "Gemma4ForCausalLM"},
     "mistral3": {"ministral3": "Ministral3ForCausalLM", "mistral": "MistralForCausalLM"},
 }
 
@@ -248,6 +263,7 @@ NEUTRAL = {
     "num_experts": (None, 0, 1),
     "moe_num_experts": (None, 0),
     "is_causal": (True, None),
+    "per_layer_config": (None, {}),
     "add_cross_attention": (False, None),
     "is_encoder_decoder": (False, None),
 }

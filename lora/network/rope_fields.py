@@ -15,6 +15,7 @@ ROPES = {  # kinds, and what each reads
     ),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
     "dynamic": ("factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),  # Hunyuan's; α alone counts
+    "proportional": ("factor", "partial_rotary_factor"),
 }  # fmt: skip
 
 
@@ -33,6 +34,7 @@ class RopeScaling:
     truncate: bool = True
     attention_factor: float = 1.0  # cos and sin are multiplied by it
     short_factors: tuple[float, ...] = ()  # of longrope, while a document fits the original length
+    turned: int = 0  # of proportional: so many of a head's pairs, the fastest, and the others stand still
     q_beta: float = 0.0  # queries grow by 1 + β log(1 + ⌊position / original length⌋)
 
     @property
@@ -44,7 +46,7 @@ class RopeScaling:
 class RopeFields:
     """The part of the reader of `config.json` that reads them."""
 
-    def rope(self, head_dim: int) -> dict:
+    def rope(self, head_dim: int, global_head_dim: int) -> dict:
         """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
         family, raw = self.family, self.raw
         old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
@@ -61,11 +63,16 @@ class RopeFields:
             factor = self.number(
                 "partial_rotary_factor", factor, raw=parts[0] if parts else {}, kind=float, low=1e-3, high=1
             )
-        turned = int(head_dim * factor)
+        proportional = new.get("rope_type") == "proportional" and "global_head_dim" in family.reads
+        turned = head_dim if proportional else int(head_dim * factor)
         if turned % 2 or not turned:
             self.wrong("head_dim", f"of {head_dim} numbers {turned} are turned; RoPE turns pairs")
         theta, scaling = self.scaled_rope(old, new, turned)
-        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, "rotary_dim": turned}
+        sizes = {"rotary_dim": turned, "rope_local_dim": turned}
+        if proportional:  # in a wider head; the pairs that are not turned are the slowest ones
+            sizes["rotary_dim"] = global_head_dim
+            scaling = RopeScaling("proportional", turned=int(factor * global_head_dim // 2))
+        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, **sizes}
 
     def scaled_rope(self, old: Mapping, new: Mapping, turned: int) -> tuple[float, RopeScaling]:
         """RoPE's base and scaling."""
@@ -78,13 +85,17 @@ class RopeFields:
 
         kinds = {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)} or {"default"}
         kind = kinds.pop()
-        if kinds or kind not in ROPES:
+        if kinds or kind not in ROPES or (kind == "proportional" and "global_head_dim" not in self.family.reads):
             self.wrong(field, f"rope type {kind!r} is not implemented; {', '.join(ROPES)} are")
             return theta, RopeScaling()
         for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *ROPES[kind], *self.family.reads}):
             if part[key] not in (None, 1, 1.0):
                 self.wrong(field, f"{key} {str(part[key])[:60]} is nothing that rope type {kind!r} reads")
         if kind == "default":
+            return theta, RopeScaling()
+        if kind == "proportional":
+            if part.get("factor") not in (None, 1, 1.0):
+                self.wrong(field, f"factor {part['factor']!r} of rope type 'proportional' is not implemented")
             return theta, RopeScaling()
         if kind == "dynamic":
             return self.stretched_base(theta, field, part, turned), RopeScaling()

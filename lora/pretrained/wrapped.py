@@ -3,7 +3,8 @@
 config.json     {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text", …}, "vision_config": …}
 tensors         model.language_model.layers.0.…, or language_model.model.layers.0.…    -> model.layers.0.…
                 lm_head.weight, or language_model.lm_head.weight                       -> lm_head.weight
-                those of OTHER_PARTS are left out: towers, projectors, heads that guess further tokens
+                those of OTHER_PARTS are left out: towers, projectors, heads that guess further tokens, and what
+                Gemma 4's files have and nothing uses
                 all others keep their names, and are refused as those of no model
 """
 
@@ -44,13 +45,15 @@ def text_config(raw: dict) -> dict:
 def own_names(raw: Mapping, stored: Iterable[str], where: object) -> dict[str, str]:
     """The language model's tensors: its own name -> the folder's. Raises BadInput for one that is there twice."""
     names: dict[str, str] = {}
-    larger = is_wrapped(raw)
+    larger, config = is_wrapped(raw), text_config(raw)
     for name in stored:
         if OTHER_PARTS.match(name) if larger else name.startswith("mtp."):
             continue
         part = PART.match(name) if larger else None
         rest = name[part.end() :] if part else name
         own = rest if not part or rest.startswith("lm_head.") else f"model.{rest}"
+        if is_idle(config, own):
+            continue
         if own in names:
             raise BadInput(f"broken model in {where}:{name}: it is there as {names[own]}, too. Download it again")
         names[own] = name
@@ -66,6 +69,15 @@ def tied(raw: Mapping, config: dict, header: Mapping) -> dict:
     """Mistral 3's config ties the head to the embedding where it says nothing, unless the file has a head."""
     silent = is_wrapped(raw) and raw["model_type"] == "mistral3" and config.get("tie_word_embeddings") is None
     return config | {"tie_word_embeddings": HEAD not in header} if silent else config
+
+
+def is_idle(raw: Mapping, name: str) -> bool:
+    """Does it stand in a file of Gemma 4, in a layer that uses the keys and values of another?"""
+    shared, layers = raw.get("num_kv_shared_layers"), raw.get("num_hidden_layers")
+    found = re.fullmatch(r"model\.layers\.(\d{1,5})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+", name)
+    if raw.get("model_type") != "gemma4_text" or not found or type(shared) is not int or type(layers) is not int:
+        return False
+    return int(found[1]) >= layers - shared
 
 
 def left_out(stored: Iterable[str]) -> str:
