@@ -192,7 +192,7 @@ PARTICULAR = {
     'not tied if "tie_embedding" in reads',
     case="LiquidAI/LFM2.5-350M",
 )
-@mutation("lora/network/config.py", "int(2 * width / 3)", "int(width / 2)", case="LiquidAI/LFM2-1.2B")
+@mutation("lora/network/layer_fields.py", "int(2 * width / 3)", "int(width / 2)", case="LiquidAI/LFM2-1.2B")
 @mutation("lora/network/config.py", "return multiplier**-2", "return multiplier", case="ibm-granite/granite-4.0-350m")
 @pytest.mark.parametrize("name", PARTICULAR)
 def test_what_is_particular_in_the_files_of_newer_families_is_read(name):
@@ -567,7 +567,7 @@ FIELDS = st.sampled_from(sorted({*QWEN2, *NEUTRAL, "rope_scaling", "rope_paramet
 BASES = [{**LLAMA, "model_type": family} for family in sorted(FAMILIES)] + [text_of(name) for name in PARTICULAR]
 
 
-@mutation("lora/network/config.py", "any(kind not in [*words] for", "any(kind not in words for")
+@mutation("lora/network/layer_fields.py", "any(kind not in [*words] for", "any(kind not in words for")
 @hypothesis_settings(max_examples=400, **CALM)
 @given(st.sampled_from(BASES), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
 @example(LLAMA, {"model_type": ["llama"]})
