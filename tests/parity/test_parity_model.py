@@ -21,8 +21,9 @@ else:
 from lora import files
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
-from lora.network.decoder import Model, rope_table
+from lora.network.decoder import Model
 from lora.network.families import FAMILIES
+from lora.network.rope import rope_table
 from lora.pretrained import ModelFolder, load_chat, load_model, write_model
 from tests.helpers import as_true_as, close, example_of, far, randomise, some_tokens, tiny_config, tiny_model
 from tests.network.test_families import NEW, family_config, on_disk

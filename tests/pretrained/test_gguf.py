@@ -436,7 +436,7 @@ def with_divisors(divisors, **sizes):
     return {"sizes": sizes, "tensors": tensors}
 
 
-@pytest.mark.parametrize("factor", [8, 32])
+@pytest.mark.parametrize("factor", [8, 16, 32])
 def test_the_scaling_of_llama3_is_recovered_from_its_divisors(path, factor):
     divisors = llama3_divisors(factor)
     assert len(set(divisors.tolist())) > 4  # the blend is there, not only its ends
@@ -457,13 +457,17 @@ NO_MODEL = {"tensors": {"output_norm.weight": np.zeros(HIDDEN, np.float32)}}
 @pytest.mark.parametrize(
     "change, words",
     [
-        (with_divisors(llama3_divisors(16)), "rope_freqs.weight"),
+        (with_divisors(llama3_divisors(24)), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8, original=4096)), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8)[:-1]), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8)) | {"arch": "qwen2"}, "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8), **{"rope.scaling.factor": 2.0}), "rope_freqs.weight"),
         (with_divisors(np.full(32, np.nan, np.float32)), "rope_freqs.weight"),
-        ({"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "rope.scaling.type: 'yarn'"),
+        (
+            {"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}},
+            "original_context_length: it is missing",
+        ),
+        ({"sizes": {"rope.scaling.type": "su", "rope.scaling.factor": 4.0}}, "rope.scaling.type: 'su'"),
         ({"arch": "mamba"}, "general.architecture: 'mamba'"),
         ({"sizes": {"expert_count": 8}}, "llama.expert_count"),
         ({"sizes": {"attention.sliding_window": 4096}}, "llama.attention.sliding_window"),
