@@ -20,17 +20,11 @@ from lora.ops import (
     plain,
     windowed_attention,
 )
-from tests.helpers import as_written, close, far, patched, some_tokens, tiny_model
+from tests.helpers import DELTAS, as_written, close, far, patched, some_tokens, tiny_model
 from tests.mutation import mutation
 from tests.quantised import FORMATS, both
 
 TOL = 1e-12
-
-
-DELTAS = {
-    "model_type": "qwen3_5_text", "full_attention_interval": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
-    "linear_key_head_dim": 4, "linear_value_head_dim": 6, "head_dim": 8, "rope_theta": None,
-}  # fmt: skip
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
