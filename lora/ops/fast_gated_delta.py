@@ -50,7 +50,7 @@ def _one_each(q, k, v, g, beta, states) -> tuple[Tensor, Tensor]:
     S = v.new_zeros(*k.shape, v.shape[-1]) if states is None else states.to(v)
     S = S * g.exp()[..., None, None]
     error = beta[..., None] * (v - (k[..., None, :] @ S)[..., 0, :])
-    S = S + k[..., None] * error[..., None, :]
+    S = torch.addcmul(S, k[..., None], error[..., None, :])  # one pass over the states
     return (q[..., None, :] @ S)[..., 0, :].to(dtype), S
 
 

@@ -64,6 +64,7 @@ CASES = {  # name -> arguments, those with gradients, the fast modules that can 
         [fast_gated_delta],
     ),
     "short_convolution": ((x, numbers(9, 4), [2, 1, 8]), (x,), [fast_short_convolution]),
+    "last_inputs one each": ((x, [1] * 11, 3, numbers(11, 3, 9)), (x,), [fast_short_convolution]),
     "short_convolution one each": ((x, numbers(9, 4), [1] * 11, numbers(11, 3, 9)), (x,), [fast_short_convolution]),
     "rms_norm": ((x, numbers(9), 1e-5), (x,), [fast_rms_norm]),
     "swiglu": ((gate, up), (gate, up), [fast_swiglu]),
@@ -132,7 +133,7 @@ def test_with_use_plain_no_fast_version_runs(monkeypatch):
     used = set()
     for module in FAST:
         for name in ("linear", "linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs",
-                     "short_convolution", "gated_delta"):  # fmt: skip
+                     "short_convolution", "last_inputs", "gated_delta"):  # fmt: skip
             if hasattr(module, name):
                 monkeypatch.setattr(
                     module, name, lambda *a, m=module, n=name, **k: used.add(m) or getattr(plain, n)(*a)
