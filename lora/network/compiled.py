@@ -23,9 +23,8 @@ def compile_blocks(model: Model, **options) -> None:
     """
     if any(type(block) is not Block for block in model.model.layers):
         kind = model.config.model_type
-        raise BadInput(
-            f"unsupported {kind} in the command line: --compile is not for layers that share keys. Leave it out"
-        )
+        why = "--compile is not for layers that share keys and values"
+        raise BadInput(f"unsupported {kind} in the command line: {why}. Leave it out")
     threads.unbind()  # the compiler's processes are started from here, as many as there are cores
     halves = torch.compile(before, **options), torch.compile(after, **options)
     for block in model.model.layers:

@@ -53,8 +53,8 @@ class GatedDeltaNet(nn.Module):
         return [self.in_proj_qkv, self.in_proj_z]
 
     def heads(self, x: torch.Tensor, rope) -> tuple[torch.Tensor, ...]:
-        """x (T, D) -> queries, keys and values (T, C), the gate of outputs (T, H·d), log α and β (T, H). It has no RoPE:
-        positions are told apart by what came before them."""
+        """x (T, D) -> queries, keys and values (T, C), the gate of outputs (T, H·d), log α and β (T, H). There is no
+        RoPE: positions are told apart by what came before them."""
         qkv, z = ops.linears(x, self.group())
         rate = F.softplus(self.in_proj_a(x).to(wide(x.dtype)) + self.dt_bias)
         return qkv, z, -self.A_log.to(rate.dtype).exp() * rate, self.in_proj_b(x).sigmoid()

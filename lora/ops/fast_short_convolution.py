@@ -64,8 +64,8 @@ def _sum(x: Tensor, w: Tensor, edges: tuple[Tensor, Tensor, Tensor], backwards: 
 
 @lru_cache(maxsize=64)
 def _edges(lengths: tuple[int, ...], K: int, backwards: bool, device: torch.device) -> tuple[Tensor, ...]:
-    """The first K - 1 positions of every document, the last backwards, (N,); the K that each sees, itself first, (N, K);
-    and which of these are in its document, (N, K, 1)."""
+    """The first K - 1 positions of every document, the last backwards, (N,); the K that each sees, itself first,
+    (N, K); and which of these are in its document, (N, K, 1)."""
     places, back = _places(lengths)[:, 0], torch.arange(K)
     before = torch.cat([torch.arange(n - 1, -1, -1) for n in lengths]) if backwards else places
     rows = (before < K - 1).nonzero()  # (N, 1)

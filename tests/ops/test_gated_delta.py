@@ -1,4 +1,4 @@
-"""Chunks of the gated delta rule equal the recurrence, whatever the documents; the short convolution in front of it, too."""
+"""Chunks of the gated delta rule equal the recurrence, whatever the documents; so does the convolution before it."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from lora.ops import fast_gated_delta, fast_short_convolution, plain
 from tests.helpers import close, far
 from tests.mutation import mutation
 
-FILE = "lora/ops/fast_gated_delta.py"
 TOL = 1e-9
 
 
@@ -43,14 +42,14 @@ def all_of(form, given, lengths, last: bool = True) -> list[torch.Tensor]:
     return [*found, *torch.autograd.grad(sum(weighted[: 1 + last]), given)]
 
 
-@mutation(FILE, "learned.addcmul_(S, self.fade[here])", "learned.add_(S)")
-@mutation(FILE, "ended, S = [S[len(P) :], *ended]", "ended, S = [*ended, S[len(P) :]]")
-@mutation(FILE, "weights[:, 1].diagonal(dim1=-2, dim2=-1).zero_()", "pass")
-@mutation(FILE, "of_rows[:, CHUNK:] += of_columns", "pass")
-@mutation(FILE, "dc[go, -1] += ", "dc[go, 0] += ")
-@mutation(FILE, "torch.cat((dS, d_last[len(dS) : len(K)]))", "dS")
-@mutation(FILE, "d_before[:n] += dS", "pass")
-@mutation(FILE, "x.unflatten(1, (KH, -1)).sum(2)", "x.unflatten(1, (-1, KH)).sum(1)")
+@mutation("lora/ops/fast_gated_delta.py", "learned.addcmul_(S, self.fade[here])", "learned.add_(S)")
+@mutation("lora/ops/fast_gated_delta.py", "ended, S = [S[len(P) :], *ended]", "ended, S = [*ended, S[len(P) :]]")
+@mutation("lora/ops/fast_gated_delta.py", "weights[:, 1].diagonal(dim1=-2, dim2=-1).zero_()", "pass")
+@mutation("lora/ops/fast_gated_delta.py", "of_rows[:, CHUNK:] += of_columns", "pass")
+@mutation("lora/ops/fast_gated_delta.py", "dc[go, -1] += ", "dc[go, 0] += ")
+@mutation("lora/ops/fast_gated_delta.py", "torch.cat((dS, d_last[len(dS) : len(K)]))", "dS")
+@mutation("lora/ops/fast_gated_delta.py", "d_before[:n] += dS", "pass")
+@mutation("lora/ops/fast_gated_delta.py", "x.unflatten(1, (KH, -1)).sum(2)", "x.unflatten(1, (-1, KH)).sum(1)")
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 26), min_size=1, max_size=6), key_heads=st.integers(1, 2), group=st.integers(1, 3),
@@ -79,7 +78,7 @@ def test_a_document_is_alone_in_its_batch():
     assert close(together, torch.cat(alone), TOL)
 
 
-@mutation(FILE, '.masked_fill_(future, float("-inf")).exp_()', ".exp_().masked_fill_(future, 0)")
+@mutation("lora/ops/fast_gated_delta.py", '.masked_fill_(future, float("-inf")).exp_()', ".exp_().tril_()")
 def test_what_fades_at_once_is_forgotten_without_a_nan():
     """Else e^{c_i - c_j} of the future would be infinite, and its gradient 0 · ∞."""
     given = inputs([20], seed=1)
@@ -88,7 +87,7 @@ def test_what_fades_at_once_is_forgotten_without_a_nan():
     assert all(close(a, b, TOL) for a, b in zip(found, wanted, strict=True))
 
 
-@mutation(FILE, "beta, states, U.to(v.dtype))", "beta, states, U.to(v.dtype), out)")
+@mutation("lora/ops/fast_gated_delta.py", "beta, states, U.to(v.dtype))", "beta, states, U.to(v.dtype), out)")
 def test_beside_its_inputs_one_number_for_each_of_the_values_is_saved():
     """So memory is linear in the length: states of chunks are formed again."""
     q, k, v, g, beta = (x.detach().float().requires_grad_() for x in inputs([40, 3], states=False))
