@@ -35,6 +35,7 @@ from lora.pretrained import ModelFolder, gguf, gguf_header, load_chat, load_mode
 from lora.pretrained.gguf import GGUFFile
 from tests.helpers import far, same, snapshot
 from tests.mutation import mutation
+from tests.pretrained.gguf_converter import llama3_divisors, permuted
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 32, 4, 2, 8, 64, 2
 SIZES = {
@@ -144,12 +145,6 @@ def test_types_that_cannot_be_dequantised_are_refused(path, kind):
     assert f"tensor type {kind.value} cannot" in refused(path)
 
 
-def converters_permutation(weights, heads):
-    """`permute` of LlamaModel in llama.cpp's convert_hf_to_gguf.py."""
-    split = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(weights.shape))
-
-
 def random_bf16(*shape):
     """Values that bfloat16 holds exactly, as float32."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16().float().numpy()
@@ -166,7 +161,7 @@ def test_llamas_q_and_k_get_back_the_row_order_the_converter_changed_and_nothing
         originals |= {f"{which}.weight": random_bf16(rows, HIDDEN), f"{which}.bias": random_bf16(rows)}
     for name, data in originals.items():
         moved = arch == "llama" and name[0] in QK
-        stored[f"blk.1.attn_{name}"] = converters_permutation(data, QK[name[0]][1]) if moved else data
+        stored[f"blk.1.attn_{name}"] = permuted(data, QK[name[0]][1]) if moved else data
         assert not moved or not np.array_equal(stored[f"blk.1.attn_{name}"], data)
     base = GGUFFile(write(path, arch, tensors=stored))
     for name, data in originals.items():
@@ -413,21 +408,6 @@ def test_config_fields_follow_the_metadata(path, change, expected):
     config = GGUFFile(write(path, **change)).config
     assert config == CONFIG | expected
     ModelConfig.from_json(config)
-
-
-def llama3_divisors(factor, low=1.0, high=4.0, original=8192, theta=500000.0, dim=64):
-    """`generate_extra_tensors` of LlamaModel in llama.cpp's convert_hf_to_gguf.py."""
-    divisors = []
-    for frequency in 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)):
-        wavelength = 2 * math.pi / frequency
-        if wavelength < original / high:
-            divisors.append(1)
-        elif wavelength > original / low:
-            divisors.append(factor)
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            divisors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(divisors, np.float32)
 
 
 def with_divisors(divisors, **sizes):
