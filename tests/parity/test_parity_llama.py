@@ -1,6 +1,6 @@
 """llama.cpp itself reads what `merge.py --format gguf` writes, and says the same tokens.
 
-Needs xllamacpp, and the default model (fetched where it is not there yet). With LORA_PARITY=1 it fails rather than
+Needs xllamacpp, transformers, and the default model (fetched where it is not there yet). With LORA_PARITY=1 it fails rather than
 skips.
 """
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 if os.environ.get("LORA_PARITY") == "1":
+    from transformers import AutoConfig, AutoModelForCausalLM
     from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
 else:
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
@@ -22,7 +23,7 @@ from lora.pretrained import default_model, gguf_write
 from lora.pretrained.gguf import GGUFFile
 from lora.text.tokenizer import Tokenizer
 from tests import cli
-from tests.helpers import example_of, randomise_adapter, some_tokens
+from tests.helpers import close, example_of, randomise_adapter, some_tokens
 from tests.make_tokenizer_reference import LlamaCpp
 from tests.pretrained import test_sentencepiece
 from tests.pretrained.test_gguf import STRINGS
@@ -79,6 +80,24 @@ def test_small_models_and_adapters_of_every_kind_give_llama_cpps_probabilities(t
         (_, top), *_ = llama_cpp(tmp_path / "base.gguf", adapter)(ids, 2, logit_bias=[[letter, 100]])
         assert next(iter(top)) == ours.argmax() and len(top) == 5
         assert all(abs(ours[i].item() - p) < 0.02 for i, p in top.items()), (adapter, top)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_written_from_a_gguf_file_is_the_model_for_transformers(tmp_path, case):
+    """The file does not say all that a config.json does: here what is written computes the same."""
+    checkpoint = pretrained.find(str(cli.write_model(tmp_path / "model", **CASES[case])))
+    gguf_write.write_model(checkpoint, tmp_path / "base.gguf", lambda name, tensor: tensor.float(), "f32")
+    (tmp_path / "out").mkdir()
+    pretrained.write_model(GGUFFile(tmp_path / "base.gguf"), tmp_path / "out", lambda name, W: W, torch.float32)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    config.pad_token_id = None  # most families' is beyond so small a vocabulary
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", config=config, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    tokens = some_tokens(60, vocab=290)
+    ours, theirs = pretrained.load_model(checkpoint)(tokens), theirs(tokens[None]).logits[0]
+    assert not any(info.values()) and close(ours, theirs, 1e-4), info
 
 
 # ---- the default model -----------------------------------------------------------------------------------------------

@@ -186,9 +186,9 @@ def test_attention_is_multiplied_by_what_llama_cpp_makes_of_its_keys(path, keys,
     assert config.rope_scaling.kind == "yarn" and config.rope_scaling.q_beta == 0
 
 
-def test_a_file_without_scaling_is_no_ministral_with_its_usual_one(path):
+def test_a_mistral3_file_without_a_temperature_is_a_llama(path):
     base = GGUFFile(write(path, "mistral3", tensors=TENSORS))
-    assert ModelConfig.from_json(base.config).rope_scaling.kind == "default"
+    assert base.config["model_type"] == "llama" and "rope_scaling" not in base.config
 
 
 SHORT = {"rope_factors_short.weight": np.ones(4, np.float32)}

@@ -95,8 +95,7 @@ CASES = {
     "olmo3 that looks back without limit": {"model_type": "olmo3", "layer_types": ["full_attention"] * 2},
     "exaone4": {"model_type": "exaone4", "sliding_window": None, "rope_scaling": LLAMA3 | {"factor": 16.0},
                 "rope_theta": 1000000.0},
-    "exaone4 of 64 layers": {"model_type": "exaone4", "num_hidden_layers": 64, "sliding_window": 6,
-                             "hidden_size": 16, "intermediate_size": 16},
+    "exaone4 of 64 layers": {"model_type": "exaone4", "num_hidden_layers": 64, "sliding_window": 6},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 16},
     "hunyuan": {"model_type": "hunyuan_v1_dense", "head_dim": 16,
                 "rope_scaling": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
@@ -232,7 +231,12 @@ def test_every_tensor_is_there_once_under_its_name_in_llama_cpps_row_order_round
         assert np.array_equal(tensors[name][1], rounded(values, own)), name
 
 
-OTHERWISE = {"mistral": "llama", "granitemoehybrid": "granite", "olmo3": "olmo2"}  # what a family may be read as
+OTHERWISE = {
+    "mistral": "llama",
+    "ministral3": "llama",
+    "granitemoehybrid": "granite",
+    "olmo3": "olmo2",
+}  # what a family may be read as
 
 
 def same_model(ours, theirs) -> bool:
@@ -285,16 +289,51 @@ def test_a_family_without_a_row_is_refused_by_name(models, tmp_path, monkeypatch
         written(models("qwen2"), tmp_path / "a.gguf")
 
 
-def test_llama3_scaling_that_the_architecture_cannot_hold_is_refused(tmp_path):
-    folder = cli.write_model(tmp_path / "model", model_type="qwen2", rope_scaling=LLAMA3)
-    with pytest.raises(BadInput, match=r"qwen2 in llama\.cpp has no llama3 scaling"):
-        written(folder, tmp_path / "a.gguf")
+REFUSED = {  # what llama.cpp does not compute so
+    "qwen2 in llama.cpp has no llama3 scaling": {"model_type": "qwen2", "rope_scaling": LLAMA3},
+    "llama in llama.cpp has no such sliding windows": {"model_type": "mistral", "sliding_window": 8},
+    "olmo2 in llama.cpp has no such sliding windows": {
+        "model_type": "olmo3", "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    "exaone4 in llama.cpp has no sliding windows, but has them in 64 layers": {"model_type": "exaone4", **WINDOWS},
+    "olmo2 in llama.cpp has no RoPE of another base in sliding windows": {
+        "model_type": "olmo3", **WINDOWS, "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}},
+    "qwen2 in llama.cpp has no 4 heads of 16 beside 32 channels": {"model_type": "qwen2", "head_dim": 16},
+    "olmo2 in llama.cpp has no head that is the embedding": {"model_type": "olmo2", "tie_word_embeddings": True},
+    "gemma2 in llama.cpp has no head of its own": {"model_type": "gemma2", **GEMMA, "tie_word_embeddings": False},
+    "gemma2 in llama.cpp has no query_pre_attn_scalar 16": {
+        "model_type": "gemma2", **GEMMA, "query_pre_attn_scalar": 16},
+    "gemma2 in llama.cpp has no model without attn_logit_softcapping": {
+        "model_type": "gemma2", **GEMMA, "attn_logit_softcapping": None},
+    "smollm3 in llama.cpp has no RoPE in such layers only": {"model_type": "smollm3", "no_rope_layers": [0, 1]},
+    "qwen3 in llama.cpp has no activation gelu_tanh": {
+        "model_type": "qwen3", "head_dim": 8, "hidden_act": "gelu_pytorch_tanh"},
+    "qwen35 in llama.cpp has no keys and values of different sizes": DELTA | {"linear_value_head_dim": 8},
+    "qwen3 in llama.cpp has no YaRN with beta_fast and beta_slow of its own": {
+        "model_type": "qwen3", "head_dim": 8, "rope_scaling": YARN | {"beta_fast": 8.0}},
+    "llama in llama.cpp has no YaRN whose ramp is not between whole pairs": {
+        "rope_scaling": YARN | {"truncate": False}},
+    "phi3 in llama.cpp has no longrope without a long_factor as long as its short_factor": {
+        "model_type": "phi3", "rope_scaling": LONGROPE | {"long_factor": [1.0]}, "max_position_embeddings": 4096},
+    "qwen3 in llama.cpp has no longrope scaling": {
+        "model_type": "qwen3", "head_dim": 8, "rope_scaling": LONGROPE, "max_position_embeddings": 4096},
+    "layers.0.self_attn.q_proj.bias: GGUF has no place for it": {
+        "model_type": "qwen3", "head_dim": 8, "attention_bias": True},
+}  # fmt: skip
 
 
-def test_a_sliding_window_that_the_architecture_cannot_hold_is_refused(tmp_path):
-    folder = cli.write_model(tmp_path / "model", model_type="mistral", sliding_window=8)
-    with pytest.raises(BadInput, match=r"llama in llama\.cpp has no such sliding windows"):
+@mutation("lora/pretrained/gguf_keys.py", "if row.square and heads * size != width:", "if False:",
+          case="qwen2 in llama.cpp has no 4 heads of 16 beside 32 channels")  # fmt: skip
+@mutation("lora/pretrained/gguf_write.py", 'stem.rsplit(".", 1)[-1] not in row.biases', "False",
+          case="layers.0.self_attn.q_proj.bias: GGUF has no place for it")  # fmt: skip
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_llama_cpp_does_not_compute_so_is_refused_by_name_with_the_way_out(tmp_path, words):
+    folder = cli.write_model(tmp_path / "model", **REFUSED[words])
+    with pytest.raises(BadInput) as caught:
         written(folder, tmp_path / "a.gguf")
+    assert len(caught.value.problems) == 1 and words in str(caught.value) and "\n" not in str(caught.value)
+    assert "Write a model folder" in str(caught.value) and not (tmp_path / "a.gguf").exists()
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------
