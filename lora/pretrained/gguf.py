@@ -161,6 +161,9 @@ class GGUFFile:
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         }  # fmt: skip
         config = {key: value for key, value in config.items() if value is not None}
+        rope = config.get("rope_scaling", {})
+        if rope.get("rope_type") == "longrope":  # Phi's files have it outside as well
+            config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         if family.rope_in_windows_only and "sliding_window" not in config:  # absent, it would be the family's
             config |= {"sliding_window": None, "layer_types": [FULL] * layers}
         if family.rope_local and "rope_local_base_freq" not in reads:

@@ -1,10 +1,11 @@
 """llama.cpp itself reads what `merge.py --format gguf` writes, and says the same tokens.
 
-Needs xllamacpp, transformers, and the default model (fetched where it is not there yet). With LORA_PARITY=1 it fails rather than
-skips.
+Needs xllamacpp, transformers, and the default model (fetched where it is not there yet). With LORA_PARITY=1 it fails
+rather than skips.
 """
 
 import os
+import unicodedata
 
 import pytest
 import torch
@@ -21,12 +22,13 @@ from lora.adapter import passport, store
 from lora.adapter.inject import inject, lora_layers
 from lora.pretrained import default_model, gguf_write
 from lora.pretrained.gguf import GGUFFile
+from lora.pretrained.gguf_tokenizer import PRE_TOKENIZERS
 from lora.text.tokenizer import Tokenizer
 from tests import cli
 from tests.helpers import close, example_of, randomise_adapter, some_tokens
 from tests.make_tokenizer_reference import LlamaCpp
 from tests.pretrained import test_sentencepiece
-from tests.pretrained.test_gguf import STRINGS
+from tests.pretrained.test_gguf import EMBEDDINGS, STRINGS, tokenizer_metadata, trained, write  # noqa: F401 (a fixture)
 from tests.pretrained.test_gguf_write import CASES
 
 MARGIN = 0.5  # between our two likeliest tokens, in logits; below it another rounding may choose the other one
@@ -125,9 +127,9 @@ def learned(checkpoint, place):
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TAUGHT.items()]
     for _ in range(14):
         for example in (example_of(chat, messages) for messages in turns):
-            trained = torch.tensor(example.trained[1:])
-            logits = model(torch.tensor(example.tokens))[:-1][trained]
-            torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[trained]).backward()
+            answer = torch.tensor(example.trained[1:])
+            logits = model(torch.tensor(example.tokens))[:-1][answer]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[answer]).backward()
         optimizer.step()
         optimizer.zero_grad()
     store.save(model, place / "run", passport=passport.make(checkpoint, paths))
@@ -150,7 +152,7 @@ def kept(base, tmp_path_factory):
     return learned(pretrained.find(str(base), "keep"), tmp_path_factory.mktemp("kept"))
 
 
-def trained(checkpoint, place):
+def loaded(checkpoint, place):
     model = pretrained.load_model(checkpoint)
     store.load(model, place / "run")
     return pretrained.load_chat(checkpoint), model
@@ -158,12 +160,12 @@ def trained(checkpoint, place):
 
 @pytest.fixture(scope="module")
 def ours(base, results):
-    return trained(GGUFFile(base), results)
+    return loaded(GGUFFile(base), results)
 
 
 @pytest.fixture(scope="module")
 def ours_kept(base, kept):
-    return trained(pretrained.find(str(base), "keep"), kept)
+    return loaded(pretrained.find(str(base), "keep"), kept)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
@@ -195,6 +197,17 @@ def test_llama_cpp_reads_the_rebuilt_tokenizer_as_the_original_one(base, results
     for text in STRINGS:
         for control in (False, True):
             assert ours.encode(text, control) == theirs.encode(text, control), text
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_llama_cpp_cuts_text_by_every_name_as_we_do(tmp_path, trained, pre):  # noqa: F811
+    _, vocabulary, merges = trained["llama-bpe"]
+    path = tmp_path / "a.gguf"
+    write(path, metadata=tokenizer_metadata(pre, vocabulary, merges), tensors=EMBEDDINGS)
+    ours, theirs = Tokenizer(GGUFFile(path).files()["tokenizer.json"]), LlamaCpp(path)
+    for text in STRINGS:
+        text = unicodedata.normalize("NFC", text)  # which llama.cpp leaves to others
+        assert ours.encode_plain(text) == theirs.encode(text, False), text
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -487,18 +487,29 @@ QWEN2 = WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + REST
 LLAMA_3 = WORDS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + REST
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+MARKS = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + REST
+)
 PRE = {
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
     "gpt-2": GPT2,
     "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES]),
     "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES]),
+    "qwen35": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(MARKS), "isolated"), BYTES]),
+    "tekken": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(TEKKEN), "isolated"), BYTES]),
 }
+WHOLE_WORDS = ("llama-bpe", "tekken")
 # "Ab\n\n 1234 don't I'LLs go  !?\nx" as each of them cuts it
 PIECES = {
     "smollm": "Ab ĊĊĠ 1 2 3 4 Ġdon 't ĠI ' LLs Ġgo Ġ Ġ!? Ċ x",
     "gpt-2": "Ab ĊĊ Ġ1234 Ġdon 't ĠI ' LLs Ġgo Ġ Ġ!? Ċ x",
     "qwen2": "Ab ĊĊ Ġ 1 2 3 4 Ġdon 't ĠI 'LL s Ġgo Ġ Ġ!?Ċ x",
     "llama-bpe": "Ab ĊĊ Ġ 123 4 Ġdon 't ĠI 'LL s Ġgo Ġ Ġ!?Ċ x",
+    "qwen35": "Ab ĊĊ Ġ 1 2 3 4 Ġdon 't ĠI 'LL s Ġgo Ġ Ġ!?Ċ x",
+    "tekken": "Ab ĊĊ Ġ 1 2 3 4 Ġdon 't ĠI 'LLs Ġgo Ġ Ġ!?Ċ x",
 }
 STRINGS = [
     "", " ", "hello", "Hello, World!", TEXT, "1234567890 12 3", "  two\n\n\nlines \t\r\n", "你好 日本語", "🙂👍🏽 ok",
@@ -512,8 +523,8 @@ def trained():
     """For each pre-tokenizer a small tokenizer, built without the module under test."""
     built = {}
     for pre, pre_tokenizer in PRE.items():
-        fast = FastTokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-        fast.normalizer = normalizers.NFC() if pre == "qwen2" else None
+        fast = FastTokenizer(models.BPE(ignore_merges=pre in WHOLE_WORDS))
+        fast.normalizer = normalizers.NFC() if pre.startswith("qwen") else None
         fast.pre_tokenizer, fast.decoder = pre_tokenizer, decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=400, special_tokens=list(SPECIALS), show_progress=False,
@@ -523,7 +534,7 @@ def trained():
         model = json.loads(fast.to_str())["model"]
         vocabulary, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
         vocabulary["WORLD"] = len(vocabulary)  # no merges lead there: found only where merges are ignored
-        fast.model = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
+        fast.model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS)
         fast.add_tokens([AddedToken(t, normalized=False, special=kind == 3) for t, kind in SPECIALS.items()])
         built[pre] = fast, vocabulary, merges
     return built
@@ -576,7 +587,7 @@ def test_ids_are_those_of_a_tokenizer_built_independently(path, trained, pre):
             assert fast.encode(text, add_special_tokens=special).ids == reference.encode(text).ids, text
         ids = fast.encode(text).ids
         assert fast.decode(ids, skip_special_tokens=False) == reference.decode(ids, skip_special_tokens=False)
-        normal = text if pre != "qwen2" else normalizers.NFC().normalize_str(text)
+        normal = text if not pre.startswith("qwen") else normalizers.NFC().normalize_str(text)
         assert fast.decode(ids, skip_special_tokens=False) == normal
     assert fast.get_vocab(with_added_tokens=True) == vocabulary
     added = {token.content: token.special for token in fast.get_added_tokens_decoder().values()}
@@ -591,11 +602,11 @@ def test_every_pre_tokenizer_cuts_text_as_its_model_does(path, trained, pre):
     assert pieces == PIECES[pre].split(" ")
 
 
-def test_only_llama3_takes_a_whole_word_without_merges(path, trained):
+def test_only_llama3_and_tekken_take_a_whole_word_without_merges(path, trained):
     for pre, (_, vocabulary, merges) in trained.items():
         files = files_of(path, tokenizer_metadata(pre, vocabulary, merges), tensors=EMBEDDINGS)
         ids = FastTokenizer.from_str(files["tokenizer.json"]).encode("WORLD").ids
-        assert (ids == [vocabulary["WORLD"]]) == (pre == "llama-bpe")
+        assert (ids == [vocabulary["WORLD"]]) == (pre in WHOLE_WORDS)
 
 
 @pytest.mark.parametrize(
