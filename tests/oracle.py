@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-GEMMA = ("gemma2", "gemma3_text")
+GEMMA = ("gemma2", "gemma3_text", "gemma4_text")
 NORMS = {  # before and after attention, before and after the MLP; in all others as Llama's
     **dict.fromkeys(GEMMA, ("input", "post_attention", "pre_feedforward", "post_feedforward")),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), (None, "post_attention", None, "post_feedforward")),
@@ -45,6 +45,8 @@ def logits(
     if kind in GEMMA:
         x = x * math.sqrt(config["hidden_size"])
     x = x * config.get("embedding_multiplier", 1)
+    kept = {}
+    inputs = token_inputs(config, weights, tokens, x) if kind == "gemma4_text" else None
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         mix = attention
@@ -57,21 +59,39 @@ def logits(
         )
         if kind == "lfm2":
             before, before_mlp = f"{layer}.operator_norm", f"{layer}.ffn_norm"
-        y = norm(config, weights, after, mix(config, weights, i, norm(config, weights, before, x), positions))
+        y = norm(config, weights, after, mix(config, weights, i, norm(config, weights, before, x), positions, kept))
         x = x + y * config.get("residual_multiplier", 1)
         y = norm(config, weights, after_mlp, gated_mlp(config, weights, layer, norm(config, weights, before_mlp, x)))
         x = x + y * config.get("residual_multiplier", 1)
+        if kind == "gemma4_text":
+            y = gelu(linear(weights, f"{layer}.per_layer_input_gate", x)) * inputs[:, i]
+            y = linear(weights, f"{layer}.per_layer_projection", y)
+            x = (x + norm(config, weights, f"{layer}.post_per_layer_input_norm", y)) * _f64(
+                weights[f"{layer}.layer_scalar"]
+            )
     x = norm(config, weights, "model.embedding_norm" if kind == "lfm2" else "model.norm", x)
     x = x / config.get("logits_scaling", 1)
     head = embedding if config.get("tie_word_embeddings", kind in GEMMA) else _f64(weights["lm_head.weight"])
     return softcap(np.einsum("th,vh->tv", x, head), config.get("final_logit_softcapping"))
 
 
+def token_inputs(config: dict, weights: dict, tokens: list[int], x: np.ndarray) -> np.ndarray:
+    """Gemma 4: what tokens of embeddings x (T, D) bring to each layer, (T, L, P), from an embedding of their own and
+    from x: (sqrt(P) E'[token] + RMSNorm(W x / sqrt(D))) / sqrt(2)."""
+    P = config["hidden_size_per_layer_input"]
+    own = np.stack([_f64(weights["model.embed_tokens_per_layer.weight"])[token] for token in tokens]) * math.sqrt(P)
+    seen = linear(weights, "model.per_layer_model_projection", x) / math.sqrt(x.shape[1])
+    own, seen = own.reshape(len(x), -1, P), seen.reshape(len(x), -1, P)
+    seen = np.stack([norm(config, weights, "model.per_layer_projection_norm", row) for row in seen])
+    return (own + seen) / math.sqrt(2)
+
+
 def norm(config: dict, weights: dict, name: str | None, x: np.ndarray) -> np.ndarray:
     """RMSNorm by the stored weight, if there is one; Gemma and Qwen3.5 store the gain less one."""
     if name is None:
         return x
-    gain = _f64(weights[f"{name}.weight"]) + (1 if config["model_type"] in (*GEMMA, "qwen3_5_text") else 0)
+    less_one = ("gemma2", "gemma3_text", "qwen3_5_text")
+    gain = _f64(weights[f"{name}.weight"]) + (1 if config["model_type"] in less_one else 0)
     return rms_norm(x, gain, config.get("norm_eps" if config["model_type"] == "lfm2" else "rms_norm_eps", 1e-6))
 
 
@@ -85,7 +105,7 @@ def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
     return np.stack([_f64(gain) * row / math.sqrt(np.dot(row, row) / row.size + eps) for row in x])
 
 
-def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: list[int]) -> np.ndarray:
+def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: list[int], kept: dict) -> np.ndarray:
     """Causal grouped-query attention (Ainslie et al. 2023), over consecutive groups of heads/kv_heads query heads.
 
     Query head h reads key/value head floor(h / group):  o_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(d)) v_s.
@@ -96,11 +116,15 @@ def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
     kv_heads = config.get("num_key_value_heads") or heads
     d = config.get("head_dim") or config["hidden_size"] // heads
     steps = len(x)
+    if kind == "gemma4_text":
+        d = d if sliding_window(config, i) else config["global_head_dim"]
+    full = sliding_window(config, i) is None
     if kind in ("baichuan", "phi3"):
         packed = linear(weights, f"{prefix}.{'W_pack' if kind == 'baichuan' else 'qkv_proj'}", x)
         q, k, v = np.split(packed, [heads * d, (heads + kv_heads) * d], axis=1)
     else:
-        q, k, v = (linear(weights, f"{prefix}.{name}_proj", x) for name in "qkv")
+        q = linear(weights, f"{prefix}.q_proj", x)
+        k, v = (linear(weights, f"{prefix}.{n}_proj", x) for n in "kv") if owns_keys(config, i) else kept[full]
     gates = np.ones((steps, heads, d))
     if kind == "qwen3_5_text":  # each head of q_proj is a query and a gate
         q, gates = np.split(q.reshape(steps, heads, 2 * d), 2, axis=2)
@@ -109,14 +133,21 @@ def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
         q, k = norm(config, weights, f"{prefix}.q_norm", q), norm(config, weights, f"{prefix}.k_norm", k)
     q, k, v = q.reshape(steps, heads, d), k.reshape(steps, kv_heads, d), v.reshape(steps, kv_heads, d)
     suffix = "layernorm" if kind == "lfm2" else "norm"
-    if kind in ("qwen3", "qwen3_5_text", "gemma3_text", "lfm2", "exaone4"):
+    if kind in ("qwen3", "qwen3_5_text", "gemma3_text", "gemma4_text", "lfm2", "exaone4"):
         q = np.stack([norm(config, weights, f"{prefix}.q_{suffix}", row) for row in q])
-        k = np.stack([norm(config, weights, f"{prefix}.k_{suffix}", row) for row in k])
+        if owns_keys(config, i):
+            k = np.stack([norm(config, weights, f"{prefix}.k_{suffix}", row) for row in k])
+    if kind == "gemma4_text":  # values are normed, too, and the last layers use those of the last that has its own
+        if owns_keys(config, i):
+            v = np.stack([rms_norm(row, np.ones(d), config["rms_norm_eps"]) for row in v])
+        kept[full] = k, v
 
     window, frequencies = sliding_window(config, i), rope_frequencies(config, d, i)
     scale = math.sqrt(config.get("query_pre_attn_scalar") or d)
     if kind.startswith("granite"):
         scale = 1 / config["attention_multiplier"]
+    if kind == "gemma4_text":
+        scale = 1
     mixed = np.zeros((steps, heads, d))
     for h in range(heads):
         g = h // (heads // kv_heads)
@@ -136,6 +167,11 @@ def attention(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
     )
 
 
+def owns_keys(config: dict, i: int) -> bool:
+    """Has the layer keys and values of its own?"""
+    return i < config["num_hidden_layers"] - config.get("num_kv_shared_layers", 0)
+
+
 def rope_growth(config: dict, position: int, i: int) -> float:
     """What scores are multiplied by: YaRN's temperature (Peng et al. 2023, eq. 22: cos and sin of both sides by
     0.1 ln s + 1), LongRoPE's likewise, and in Ministral 3 queries by 1 + beta ln(1 + floor(position / L))."""
@@ -152,7 +188,7 @@ def rope_growth(config: dict, position: int, i: int) -> float:
     return 1.0
 
 
-def delta_net(config: dict, weights: dict, i: int, x: np.ndarray, positions: list[int]) -> np.ndarray:
+def delta_net(config: dict, weights: dict, i: int, x: np.ndarray, positions, kept) -> np.ndarray:
     """Gated DeltaNet (Yang et al. 2024), head by head and token by token, S mapping keys to values:
 
         S <- a S;   S <- S + b (v - S k) k^T;   y = S q / sqrt(d)
@@ -190,7 +226,7 @@ def delta_net(config: dict, weights: dict, i: int, x: np.ndarray, positions: lis
     return linear(weights, f"{prefix}.out_proj", out)
 
 
-def short_convolution(config: dict, weights: dict, i: int, x: np.ndarray, positions: list[int]) -> np.ndarray:
+def short_convolution(config: dict, weights: dict, i: int, x: np.ndarray, positions, kept) -> np.ndarray:
     """LFM2's, token by token: y_t = W_out (C_t * sum_j w_j (B x)_{t - K + 1 + j}), with B, C, x from W_in."""
     prefix = f"model.layers.{i}.conv"
     b, c, u = np.split(linear(weights, f"{prefix}.in_proj", x), 3, axis=1)
@@ -254,6 +290,11 @@ def rope_frequencies(config: dict, d: int, i: int = 0) -> list[float]:
     if config["model_type"] == "olmo3":  # that of layers with a window is never stretched
         rope = rope["sliding_attention" if sliding_window(config, i) else "full_attention"]
         theta = rope["rope_theta"]
+    if config["model_type"] == "gemma4_text":
+        full = sliding_window(config, i) is None
+        rope = rope["full_attention" if full else "sliding_attention"]
+        turned = int(d * rope["partial_rotary_factor"]) // 2 if full else d // 2
+        return [1.0 / rope["rope_theta"] ** (2 * j / d) if j < turned else 0.0 for j in range(d // 2)]
     if config["model_type"] == "exaone4" and config.get("sliding_window") and not sliding_window(config, i):
         return []
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -311,8 +352,14 @@ def gated_mlp(config: dict, weights: dict, layer: str, x: np.ndarray) -> np.ndar
     prefix = f"{layer}.{block}"
     gate = linear(weights, f"{prefix}.{first}", x)
     gate, up = (gate, linear(weights, f"{prefix}.{second}", x)) if second else np.split(gate, 2, axis=1)
-    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3) if kind in GEMMA else gate / 2
-    return linear(weights, f"{prefix}.{down}", gate * (1 + np.tanh(inner)) / 2 * up)
+    return linear(
+        weights, f"{prefix}.{down}", (gelu(gate) if kind in GEMMA else gate * (1 + np.tanh(gate / 2)) / 2) * up
+    )
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """In its tanh form: x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def linear(weights: dict, name: str, x: np.ndarray) -> np.ndarray:

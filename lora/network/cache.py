@@ -10,15 +10,16 @@ class Cache:
     """Keys and values of a batch: per layer (B, KV, room, d), row b holding `lengths[b]` positions; and the states of
     layers that have none.
 
-    A forward pass calls `begin` once, `attend` in every layer, and `advance` once.
+    A forward pass calls `begin` once, `append` and `attend` in every layer, and `advance` once.
     """
 
-    def __init__(self, layers: list[int], rows: int, kv_heads: int, room: int, head_dim: int, dtype, device):
-        """`layers` are those that attend."""
-        shape, self.slots = (len(layers), rows, kv_heads, room, head_dim), {layer: i for i, layer in enumerate(layers)}
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths, self.states = [0] * rows, {}
+    def __init__(self, head_dims: dict[int, int], rows: int, kv_heads: int, room: int, dtype, device):
+        """`head_dims` of the layers that have keys and values."""
+        self.dtype, self.device, self.lengths, self.states = dtype, device, [0] * rows, {}
+        self.keys, self.values = (
+            {layer: torch.zeros(rows, kv_heads, room, d, dtype=dtype, device=device) for layer, d in head_dims.items()}
+            for _ in range(2)
+        )
 
     def recall(self, layer: int, count: int = 2) -> tuple[torch.Tensor | None, ...]:
         """What a layer without keys and values has remembered, `count` tensors (B, …); at first none."""
@@ -32,8 +33,8 @@ class Cache:
         self.new, self.room, self.masks = new, max(self.lengths) + 1, {}
         self.ends, self.where = None, (slice(None), slice(None), self.room - 1)  # all rows end in the same column
         if max(new) == 1 == min(new) and min(self.lengths) + 1 < self.room:
-            device, self.ends = self.keys.device, torch.tensor(self.lengths, device=self.keys.device)  # (B,)
-            self.where = (torch.arange(len(self.ends), device=device), slice(None), self.ends)
+            self.ends = torch.tensor(self.lengths, device=self.device)  # (B,)
+            self.where = (torch.arange(len(self.ends), device=self.device), slice(None), self.ends)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """What is added to scores (B, KV, G, room) where some rows do not see all columns."""
@@ -41,37 +42,45 @@ class Cache:
         if self.ends is None and window is None:
             return None
         if window not in self.masks:
-            device = self.keys.device
-            ends = torch.tensor(self.lengths, device=device) if self.ends is None else self.ends
-            columns = torch.arange(self.room, device=device)
+            ends = torch.tensor(self.lengths, device=self.device) if self.ends is None else self.ends
+            columns = torch.arange(self.room, device=self.device)
             unseen = columns > ends[:, None]  # (B, room)
             if window:
                 unseen |= columns <= ends[:, None] - window
-            zeros = torch.zeros(unseen.shape, dtype=self.keys.dtype, device=device)
+            zeros = torch.zeros(unseen.shape, dtype=self.dtype, device=self.device)
             self.masks[window] = zeros.masked_fill(unseen, float("-inf"))[:, None, None]
         return self.masks[window]
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, cap=None
-    ) -> torch.Tensor:
-        """Append k, v (T, KV, d), new positions end to end, and let each of q (T, H, d) see all up to its own, or as
-        `ops.attend` says."""
-        keys, values = self.keys[self.slots[layer]], self.values[self.slots[layer]]
-        if max(self.new) == 1 == min(self.new) and not cap:
-            return self._attend_one(keys, values, q, k, v, self.mask(window))
-        outputs = []
-        for row, (q1, k1, v1) in enumerate(zip(*(x.split(self.new) for x in (q, k, v)), strict=True)):
+    @property
+    def one_each(self) -> bool:
+        """Is there one new position in every row?"""
+        return max(self.new) == 1 == min(self.new)
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keys and values (T, KV, d) of the new positions, end to end."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.one_each:
+            keys[self.where], values[self.where] = k, v
+            return
+        for row, (k1, v1) in enumerate(zip(k.split(self.new), v.split(self.new), strict=True)):
             start, end = self.lengths[row], self.lengths[row] + self.new[row]
             keys[row, :, start:end], values[row, :, start:end] = k1.transpose(0, 1), v1.transpose(0, 1)
-            k1, v1 = (x[row, :, :end].transpose(0, 1) for x in (keys, values))
+
+    def attend(self, layer: int, q: torch.Tensor, window: int | None = None, cap=None) -> torch.Tensor:
+        """Let each of q (T, H, d), new positions end to end, see all up to its own, or as `ops.attend` says."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.one_each and not cap:
+            return self._attend_one(keys, values, q, self.mask(window))
+        outputs = []
+        for row, q1 in enumerate(q.split(self.new)):
+            k1, v1 = (x[row, :, : self.lengths[row] + self.new[row]].transpose(0, 1) for x in (keys, values))
             outputs.append(ops.attend(q1, k1, v1, window, cap))
         return torch.cat(outputs)
 
-    def _attend_one(self, keys, values, q, k, v, mask):
+    def _attend_one(self, keys, values, q, mask):
         """One new position in every row, all rows at once. The queries of a group stand where positions would, (B, KV,
         G, d): PyTorch's kernel then reads each key once for all of them."""
-        (B, H, d), KV = q.shape, k.shape[1]
-        keys[self.where], values[self.where] = k, v
+        (B, H, d), KV = q.shape, keys.shape[1]
         q = q.reshape(B, KV, H // KV, d)
         out = F.scaled_dot_product_attention(q, keys[:, :, : self.room], values[:, :, : self.room], attn_mask=mask)
         return out.view(B, H, d)
@@ -81,6 +90,6 @@ class Cache:
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values = ({layer: x[rows] for layer, x in kept.items()} for kept in (self.keys, self.values))
         self.states = {layer: tuple(x[rows] for x in state) for layer, state in self.states.items()}
         self.lengths = [self.lengths[row] for row in rows]

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from lora import ops, threads
-from lora.network.decoder import Block, Model
+from lora.network.decoder import Model
+from lora.network.layers import Block
 
 
 def compile_blocks(model: Model, **options) -> None:

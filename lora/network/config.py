@@ -1,28 +1,13 @@
 """`config.json` of a supported model as data. What is not implemented is refused by field, never ignored."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora.errors import BadInput
-from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, Family, quantised
-from lora.network.rope_fields import FULL, SLIDING, RopeFields, RopeScaling
-
-# In layer_types: what is there in attention's place.
-LINEAR, CONV = "linear_attention", "conv"
-MIXER_WORDS = {"delta": {LINEAR: "delta"}, "conv": {CONV: "conv"}, "mamba": {"attention": "attention"}}
-
-
-@dataclass(frozen=True)
-class DeltaSizes:
-    """Of Gated DeltaNet."""
-
-    key_heads: int
-    value_heads: int
-    key_dim: int  # of a head
-    value_dim: int
-    kernel: int  # positions that its convolution sees
+from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, WRAPPERS, Family, quantised
+from lora.network.layer_fields import DeltaSizes, Gemma4Sizes, LayerFields
+from lora.network.rope_fields import RopeFields, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -59,16 +44,27 @@ class ModelConfig:
     rotary_dim: int  # of the head_dim numbers of a head RoPE turns so many
     rope_interleaved: bool  # and it turns (2i, 2i + 1), not (i, i + d/2)
     rope_local_theta: float  # of "local" RoPE, which is never scaled
+    rope_local_dim: int
     ropes: tuple[str | None, ...]  # "global", "local" or none, for every layer
     windows: tuple[int | None, ...]  # how many positions each layer looks back, its own included; None is all
     mixers: tuple[str, ...]  # what mixes positions in each layer: "attention", "delta", "conv"
     delta: DeltaSizes | None
     conv_size: int | None  # positions that LFM2's convolution sees
+    gemma4: Gemma4Sizes | None
     output_gate: bool  # attention's output is multiplied by the sigmoid of what q_proj gives beside each query
     fused: tuple[tuple[str, tuple[str, ...]], ...]  # Linears whose rows a file has as one tensor, and its name
     names: Mapping[str, str]  # modules that the hub calls otherwise
     written_as: str | None  # the model_type of merged models, where it is another
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def head_dims(self) -> dict[int, int]:
+        """Of each layer that has keys and values."""
+        own = (i for i, mixer in enumerate(self.mixers) if mixer == "attention")
+        if self.gemma4 is None:
+            return dict.fromkeys(own, self.head_dim)
+        sizes = (self.head_dim, self.gemma4.global_head_dim)
+        return {i: sizes[self.windows[i] is None] for i in own if self.gemma4.sources[i] == i}
 
     @staticmethod
     def from_json(raw: Mapping, where: str = "config.json") -> "ModelConfig":
@@ -76,7 +72,7 @@ class ModelConfig:
         return _Reader(raw, where).config()
 
 
-class _Reader(RopeFields):
+class _Reader(LayerFields, RopeFields):
     """Reads fields one by one and collects what is wrong with them."""
 
     def __init__(self, raw: Mapping, where: str):
@@ -118,6 +114,9 @@ class _Reader(RopeFields):
     def config(self) -> ModelConfig:
         """The whole config, with all problems raised together. It is long because it is a table, a line a field."""
         kind = self.raw.get("model_type")
+        if isinstance(kind, str) and kind in WRAPPERS:
+            why = f"no config of the language model in {kind}, of the kind {' or '.join(WRAPPERS[kind])}"
+            raise BadInput(f"unsupported model in {self.where}:text_config: {why}. Download the file again")
         if not isinstance(kind, str) or kind not in FAMILIES:
             why = OTHERS.get(kind) if isinstance(kind, str) else None
             why = why or f"Supported are: {', '.join(sorted(FAMILIES))}"
@@ -157,10 +156,13 @@ class _Reader(RopeFields):
         layers = self.number("num_hidden_layers", high=1024)
         mixers = self.mixers(layers)
         windows = self.windows(layers)
-        rope = self.rope(head_dim)
+        wide = self.global_head_dim(windows) if "global_head_dim" in family.reads else head_dim
+        rope = self.rope(head_dim, wide)
         positions = self.number("max_position_embeddings", family.max_position_embeddings, high=2**30)
         bias, reads = family.attention_bias, family.reads
         bias = self.flag("attention_bias", bias) if "attention_bias" in reads else bias
+        tied = self.flag("tie_word_embeddings", family.tie_word_embeddings)
+        tied = self.flag("tie_embedding", tied) if "tie_embedding" in reads else tied
         config = ModelConfig(
             model_type=kind,
             vocab_size=self.number("vocab_size"),
@@ -173,7 +175,7 @@ class _Reader(RopeFields):
             max_position_embeddings=min(positions, rope["rope_scaling"].longest),
             rms_norm_eps=self.number("rms_norm_eps", family.rms_norm_eps, kind=float, low=0, high=1),
             **rope,
-            tie_word_embeddings=self.flag("tie_word_embeddings", family.tie_word_embeddings),
+            tie_word_embeddings=tied,
             qkv_bias=bias,
             o_bias=self.flag("o_bias") if "o_bias" in reads else bias and family.o_bias,
             mlp_bias=self.flag("mlp_bias") if "mlp_bias" in reads else False,
@@ -198,6 +200,7 @@ class _Reader(RopeFields):
             mixers=mixers,
             delta=self.delta() if "delta" in mixers else None,
             conv_size=self.number("conv_L_cache", 3, low=2, high=64) if family.mixer == "conv" else None,
+            gemma4=self.gemma4(windows, wide) if kind == "gemma4_text" else None,
             output_gate=family.output_gate,
             names=family.names,
             fused=family.fused,
@@ -207,32 +210,6 @@ class _Reader(RopeFields):
         if self.problems:
             raise BadInput(*self.problems)
         return config
-
-    def mixers(self, count: int) -> tuple[str, ...]:
-        """What mixes positions in each layer: by the family's interval, or by `layer_types` in its place."""
-        if self.family.mixer == "attention":
-            return ("attention",) * count
-        interval, given = self.optional("full_attention_interval"), self.raw.get("layer_types")
-        attending = self.raw.get("full_attn_idxs") if self.family.mixer == "conv" else None
-        if isinstance(attending, list):
-            kinds = [FULL if i in attending else CONV for i in range(count)]
-        else:
-            kinds = [LINEAR if interval and (i + 1) % interval else FULL for i in range(count)]
-        kinds = kinds if given is None else given
-        words = {FULL: "attention"} | MIXER_WORDS[self.family.mixer]
-        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in words for kind in kinds):
-            self.wrong("layer_types", f"{json.dumps(kinds)[:60]} is not {count} times {' or '.join(words)}")
-            return ("attention",) * count
-        return tuple(words[kind] for kind in kinds)
-
-    def lfm2_width(self) -> int:
-        """LFM2's files say the MLP's width before it is cut to two thirds and rounded up, or say that it is not."""
-        width = self.number("block_ff_dim", self.raw.get("intermediate_size"), high=2**20)
-        if not self.flag("block_auto_adjust_ff_dim", True):
-            return width
-        width = int(int(2 * width / 3) * self.number("block_ffn_dim_multiplier", 1.0, kind=float, low=1e-3, high=1e3))
-        multiple = self.number("block_multiple_of", 256)
-        return multiple * -(-width // multiple)
 
     def query_scalar(self) -> float | None:
         """Granite says what scores are multiplied by, Gemma whose root they are divided by."""
@@ -247,47 +224,6 @@ class _Reader(RopeFields):
             self.wrong("linear_num_key_heads", f"{keys} does not divide linear_num_value_heads {values}")
         sizes = (self.number(f"linear_{of}_head_dim", 128, high=2**12) for of in ("key", "value"))
         return DeltaSizes(keys, values, *sizes, self.number("linear_conv_kernel_dim", 4, low=2, high=64))
-
-    def windows(self, count: int) -> tuple[int | None, ...]:
-        """How many positions each layer looks back: by the family's pattern, or by `layer_types` in its place."""
-        family, window = self.family, self.optional("sliding_window", high=2**30)
-        if "use_sliding_window" in family.reads and not self.flag("use_sliding_window"):
-            window = None
-        first, pattern = self.optional("max_window_layers", low=0), self.window_pattern()
-        kinds = [
-            FULL if not window or i < first or (pattern and (i + 1) % pattern == 0) else SLIDING for i in range(count)
-        ]
-        given = self.raw.get("layer_types") if family.mixer == "attention" else None
-        if given is None or given == kinds:
-            return tuple(window if kind == SLIDING else None for kind in kinds)
-        possible = (FULL, SLIDING) if window and "layer_types" in family.reads else (kinds[0],)
-        if not isinstance(given, list) or len(given) != count or any(kind not in possible for kind in given):
-            self.wrong("layer_types", f"{json.dumps(given)[:60]} is not {count} times {' or '.join(possible)}")
-            return (None,) * count
-        return tuple(window if kind == SLIDING else None for kind in given)
-
-    def window_pattern(self) -> int | None:
-        """One layer in so many looks back without limit; Exaone's files write it as LLLG, too."""
-        given = self.raw.get("sliding_window_pattern")
-        if "sliding_window_pattern" in self.family.reads and isinstance(given, str) and re.fullmatch("L+G", given):
-            return len(given)
-        return self.optional("sliding_window_pattern")
-
-    def ropes(self, windows: tuple[int | None, ...]) -> tuple[str | None, ...]:
-        """Which RoPE each layer has."""
-        interval = self.optional("no_rope_layer_interval")
-        turned = [not interval or (i + 1) % interval != 0 for i in range(len(windows))]
-        if self.family.rope_in_windows_only and self.optional("sliding_window", high=2**30):
-            turned = [bool(window) for window in windows]
-        given = self.raw.get("no_rope_layers") if interval else None  # 1 where a layer has RoPE, whatever the name says
-        if given is not None:
-            if not isinstance(given, list) or len(given) < len(windows) or any(i not in (0, 1) for i in given):
-                self.wrong("no_rope_layers", f"{json.dumps(given)[:60]} does not say 0 or 1 for each layer")
-                return (None,) * len(windows)
-            turned = given
-        local = self.family.rope_local
-        kinds = ("local" if local and window else "global" for window in windows)
-        return tuple(kind if rope else None for kind, rope in zip(kinds, turned, strict=False))
 
     def token_ids(self, field: str) -> tuple[int, ...]:
         value = self.raw.get(field)

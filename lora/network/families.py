@@ -40,6 +40,7 @@ class Family:
     sliding_window: int | None = None
     max_window_layers: int = 0  # the first ones look back without limit
     sliding_window_pattern: int | None = None  # and one in so many
+    last_is_full: bool = False  # whatever the pattern says
     qk_norm: str | None = (
         None  # of queries and keys: of the whole "projection", each "head", or each after RoPE, "turned"
     )
@@ -79,6 +80,10 @@ MINISTRAL_ROPE = {
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")  # Granite's
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+}
 MROPE = ("mrope_section", "mrope_interleaved")
 READ_BY_QWEN = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -116,7 +121,8 @@ FAMILIES = {
         names={"mlp": "shared_mlp", "down_proj": "output_linear"}, fused=(("shared_mlp.input_linear", GATE_UP),),
     ),
     "lfm2": Family(
-        reads=("layer_types", "full_attn_idxs"), called={"rms_norm_eps": "norm_eps"}, max_position_embeddings=128000,
+        reads=("layer_types", "full_attn_idxs", "tie_embedding"), called={"rms_norm_eps": "norm_eps"},
+        max_position_embeddings=128000,
         rms_norm_eps=1e-5, num_key_value_heads=8, tie_word_embeddings=True, rope_theta=1000000.0, qk_norm="head",
         mixer="conv", norms=("operator_norm", None, "ffn_norm", None), required={"conv_bias": (False, False)},
         names={"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm", "mlp": "feed_forward",
@@ -138,9 +144,9 @@ FAMILIES = {
     ),
     "hunyuan_v1_dense": Family(
         reads=("attention_bias", "alpha", "use_qk_norm"), required={"use_qk_norm": (True, True)}, rms_norm_eps=1e-5,
-        qk_norm="turned", names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+        unused=("attention_dropout",), qk_norm="turned", names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
     ),
-    "seed_oss": Family(  # dropout was that of its pretraining
+    "seed_oss": Family(  # its dropout, like Hunyuan's, was that of its pretraining
         reads=("attention_bias", "o_bias", "mlp_bias"), called={"o_bias": "attention_out_bias"},
         unused=("attention_dropout", "residual_dropout"), max_position_embeddings=524288, num_key_value_heads=8,
         head_dim=128, attention_bias=True,
@@ -164,6 +170,15 @@ FAMILIES = {
         rope_local_base_freq=10000.0,
         qk_norm="head", **GEMMA,
     ),
+    "gemma4_text": Family(
+        reads=("attention_bias", "sliding_window", "layer_types", "final_logit_softcapping", "partial_rotary_factor",
+               "use_bidirectional_attention", "global_head_dim", "per_layer_config"),
+        norms=GEMMA_NORMS, required={"attention_k_eq_v": (False, False), "enable_moe_block": (False, False)},
+        max_position_embeddings=131072, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True,
+        sliding_window=512, sliding_window_pattern=6, last_is_full=True, rope_local=True,
+        rope_parameters=GEMMA4_ROPE, qk_norm="head", embedding_scaled=True,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+    ),
     "glm4": Family(
         reads=("attention_bias", "partial_rotary_factor"), max_position_embeddings=131072, rms_norm_eps=1.5625e-7,
         num_key_value_heads=2, head_dim=128, attention_bias=True, o_bias=False, partial_rotary_factor=0.5,
@@ -176,6 +191,7 @@ FAMILIES = {
 WRAPPERS = {
     "qwen3_5": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
     "gemma3": {"gemma3_text": "Gemma3ForCausalLM"},
+    "gemma4": {"gemma4_text": "Gemma4ForCausalLM"},
     "mistral3": {"ministral3": "Ministral3ForCausalLM", "mistral": "MistralForCausalLM"},
 }
 
@@ -227,6 +243,11 @@ NEUTRAL = {
     "compression_config": (None,),
     "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
+    "use_rotary_pos_emb": (True, None),  # Hunyuan's
+    "use_pos_enc": (True, None),  # LFM2's
+    "use_cla": (False, None),  # layers of Hunyuan that share keys and values
+    "output_gate_type": ("swish", "silu", None),  # of Gated DeltaNet
+    "block_use_swiglu": (True, None),
     "use_qk_norm": (False, None),
     "qk_layernorm": (False, None),
     "clip_qkv": (None,),
@@ -240,7 +261,9 @@ NEUTRAL = {
     "query_pre_attn_scalar": (None,),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
+    "moe_num_experts": (None, 0),
     "is_causal": (True, None),
+    "per_layer_config": (None, {}),
     "add_cross_attention": (False, None),
     "is_encoder_decoder": (False, None),
 }

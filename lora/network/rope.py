@@ -10,7 +10,7 @@ from lora.network.config import ModelConfig, RopeScaling
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None, local: bool = False) -> torch.Tensor:
     """Angle per position for each of the d/2 pairs that are turned, (d/2,); `local` RoPE is never scaled."""
-    d, scaling = config.rotary_dim, config.rope_scaling
+    d, scaling = config.rope_local_dim if local else config.rotary_dim, config.rope_scaling
     theta = config.rope_local_theta if local else config.rope_theta
     frequencies = 1.0 / theta ** (torch.arange(0, d, 2, device=device).to(dtype) / d)
     if local:
@@ -23,6 +23,8 @@ def inverse_frequencies(config: ModelConfig, dtype: torch.dtype, device=None, lo
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         blend = blend.clamp(0, 1)
         return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    if scaling.kind == "proportional":
+        return frequencies * (torch.arange(d // 2, device=device) < scaling.turned)
     if scaling.kind == "yarn":  # Peng et al. 2023, https://arxiv.org/abs/2309.00071, sections 3.2 and 3.3
         keep = 1 - yarn_ramp(scaling, d, theta).to(frequencies)
         return frequencies / scaling.factor * (1 - keep) + frequencies * keep

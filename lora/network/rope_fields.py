@@ -5,11 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types, and in Gemma 3's rope_parameters
-ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
-YARN = (
-    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-    "mscale_all_dim", "truncate",
-)  # fmt: skip
+ROPES = {  # kinds, and what each reads
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "attn_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate",
+    ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+    "dynamic": ("factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),  # Hunyuan's; α alone counts
+    "proportional": ("factor", "partial_rotary_factor"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class RopeScaling:
     truncate: bool = True
     attention_factor: float = 1.0  # cos and sin are multiplied by it
     short_factors: tuple[float, ...] = ()  # of longrope, while a document fits the original length
+    turned: int = 0  # of proportional: so many of a head's pairs, the fastest, and the others stand still
     q_beta: float = 0.0  # queries grow by 1 + β log(1 + ⌊position / original length⌋)
 
     @property
@@ -38,7 +46,7 @@ class RopeScaling:
 class RopeFields:
     """The part of the reader of `config.json` that reads them."""
 
-    def rope(self, head_dim: int) -> dict:
+    def rope(self, head_dim: int, global_head_dim: int) -> dict:
         """What ModelConfig says of RoPE: by `rope_parameters` (new files), or `rope_theta` and `rope_scaling` (old)."""
         family, raw = self.family, self.raw
         old, new = (self.mapping(raw, field) for field in ("rope_scaling", "rope_parameters"))
@@ -55,11 +63,16 @@ class RopeFields:
             factor = self.number(
                 "partial_rotary_factor", factor, raw=parts[0] if parts else {}, kind=float, low=1e-3, high=1
             )
-        turned = int(head_dim * factor)
+        proportional = new.get("rope_type") == "proportional" and "global_head_dim" in family.reads
+        turned = head_dim if proportional else int(head_dim * factor)
         if turned % 2 or not turned:
             self.wrong("head_dim", f"of {head_dim} numbers {turned} are turned; RoPE turns pairs")
         theta, scaling = self.scaled_rope(old, new, turned)
-        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, "rotary_dim": turned}
+        sizes = {"rotary_dim": turned, "rope_local_dim": turned}
+        if proportional:  # in a wider head; the pairs that are not turned are the slowest ones
+            sizes["rotary_dim"] = global_head_dim
+            scaling = RopeScaling("proportional", turned=int(factor * global_head_dim // 2))
+        return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local or theta, **sizes}
 
     def scaled_rope(self, old: Mapping, new: Mapping, turned: int) -> tuple[float, RopeScaling]:
         """RoPE's base and scaling."""
@@ -72,13 +85,17 @@ class RopeFields:
 
         kinds = {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)} or {"default"}
         kind = kinds.pop()
-        if kinds or kind not in ROPES:
+        if kinds or kind not in ROPES or (kind == "proportional" and "global_head_dim" not in self.family.reads):
             self.wrong(field, f"rope type {kind!r} is not implemented; {', '.join(ROPES)} are")
             return theta, RopeScaling()
+        for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *ROPES[kind], *self.family.reads}):
+            if part[key] not in (None, 1, 1.0):
+                self.wrong(field, f"{key} {str(part[key])[:60]} is nothing that rope type {kind!r} reads")
         if kind == "default":
-            for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *self.family.reads}):
-                if part[key] not in (None, 1, 1.0):
-                    self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
+            return theta, RopeScaling()
+        if kind == "proportional":
+            if part.get("factor") not in (None, 1, 1.0):
+                self.wrong(field, f"factor {part['factor']!r} of rope type 'proportional' is not implemented")
             return theta, RopeScaling()
         if kind == "dynamic":
             return self.stretched_base(theta, field, part, turned), RopeScaling()
@@ -112,7 +129,7 @@ class RopeFields:
             return default if value is None else self.number(field, raw=part, **({"kind": float, "high": 1e6} | limits))
 
         original = self.original(part)
-        factor = named("factor", None, low=1) or self.raw.get("max_position_embeddings", original) / original
+        factor = self.stretch(part, original)
         mscale, of_all = (named(field, 0, low=0) for field in ("mscale", "mscale_all_dim"))
         grown = (
             [0.1 * by * math.log(factor) + 1 for by in (mscale, of_all)] if mscale and of_all else [grows(factor), 1]
@@ -120,10 +137,9 @@ class RopeFields:
         fast, slow = named("beta_fast", 0, low=0) or 32.0, named("beta_slow", 0, low=0) or 1.0
         truncate = self.flag("truncate", True, raw=part)
         beta = named("llama_4_scaling_beta", 0.0, low=0) if "llama_4_scaling_beta" in self.family.reads else 0.0
-        attention = named("attention_factor", grown[0] / grown[1], low=0)
-        known = {"rope_type", "type", "rope_theta", *YARN, *self.family.reads}
-        for key in sorted(part.keys() - known):
-            self.wrong("rope_parameters", f"{key} {part[key]!r} without a rope type that uses it")
+        # vLLM and llama.cpp multiply by what DeepSeek's files call attn_factor, which transformers passes over: there
+        # it is 1 / grows(factor), so that cos and sin stay as they are
+        attention = named("attention_factor", grown[0] / grown[1] * named("attn_factor", 1.0, low=0), low=0)
         return RopeScaling(
             "yarn", factor, original_max_position_embeddings=original, beta_fast=fast, beta_slow=slow,
             truncate=truncate, attention_factor=attention, q_beta=beta,
@@ -137,15 +153,21 @@ class RopeFields:
             self.wrong(field, "two different values", "Keep the right one")
         return self.number(field, raw=self.raw | part, high=2**30)
 
+    def stretch(self, part: Mapping, original: int) -> float:
+        """How many times longer than in the pretraining texts are: `factor`, or what the two lengths say."""
+        if part.get("factor") is not None:
+            return self.number("factor", raw=part, kind=float, low=1, high=1e6)
+        longest = self.raw.get("max_position_embeddings")
+        return longest / original if type(longest) is int and 0 < longest <= 2**30 else 1.0
+
     def longrope(self, part: Mapping, turned: int) -> RopeScaling:
         """With the factors of short documents: longer ones than the original length are refused."""
-        raw, original = self.raw | part, self.original(part)
-        factors, factor = part.get("short_factor"), part.get("factor")
+        original, factors = self.original(part), part.get("short_factor")
         right = isinstance(factors, list) and len(factors) == turned // 2
         if not right or not all(type(x) in (int, float) and 0 < x < 1e6 for x in factors):
             self.wrong("rope_scaling", f"short_factor is not {turned // 2} numbers above 0", "Download the file again")
             factors = ()
-        factor = factor or raw.get("max_position_embeddings", original) / original
+        factor = self.stretch(part, original)
         attention = part.get("attention_factor")
         if attention is None:
             attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0

@@ -1,25 +1,69 @@
-"""A causal convolution over few positions as a sum of shifted inputs: no document is cut out and laid by itself."""
+"""A causal convolution over few positions as a sum of shifted inputs, over all documents at once.
+
+The first K - 1 positions of a document would see the one before it: they are formed anew, from what is their own.
+
+    y_t = Σ_b w_b x_{t-b}      ∂x_t = Σ_b w_b ∂y_{t+b}      ∂w_b = Σ_t ∂y_t x_{t-b}
+
+with b positions back (w_{K-1-b} of the weights), so that ∂x is the same sum with positions and documents reversed.
+"""
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora.ops import plain
 
 
 def short_convolution(x: Tensor, w: Tensor, lengths: list[int], before: Tensor | None = None) -> Tensor:
     """`plain.short_convolution`"""
-    if before is not None:
-        if max(lengths) > 1:
-            return plain.short_convolution(x, w, lengths, before)
-        return (torch.cat((before, x[:, None]), 1) * w.T).sum(1)  # (B, K, C) -> (B, C)
-    places, K = _places(tuple(lengths)).to(x.device), w.shape[1]  # (T, 1)
-    y = x * w[:, -1]
-    for back in range(1, min(K, max(lengths))):
-        there = places[back:] >= back
-        y = torch.cat((y[:back], torch.addcmul(y[back:], x[:-back] * there, w[:, -1 - back])))
-    return y
+    if before is None:
+        return _Convolution.apply(x, w, tuple(lengths))
+    if max(lengths) > 1:
+        return plain.short_convolution(x, w, lengths, before)
+    return (torch.cat((before, x[:, None]), 1) * w.T).sum(1)  # (B, K, C) -> (B, C)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, lengths):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        ctx.lengths = lengths
+        return _sum(x, w, _edges(lengths, w.shape[1], False, x.device))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, w = ctx.saved_tensors
+        d_w, K = None, w.shape[1]
+        if x is not None:
+            places = _places(ctx.lengths).to(x.device)
+            products = [(gradient[b:] * x[: len(x) - b] * (places[b:] >= b)).sum(0) for b in range(min(K, len(x)))]
+            d_w = torch.stack([*[torch.zeros_like(products[0])] * (K - len(products)), *reversed(products)], 1)
+        return _sum(gradient, w, _edges(ctx.lengths, K, True, gradient.device), True), d_w, None
+
+
+def _sum(x: Tensor, w: Tensor, edges: tuple[Tensor, Tensor, Tensor], backwards: bool = False) -> Tensor:
+    """Σ_b w_b x_{t-b} in each document, or x_{t+b} backwards, (T, C)"""
+    w = w.T.flip(0).contiguous()  # (K, C), by the positions back
+    y = x * w[0]
+    for b in range(1, min(len(w), len(x))):
+        here, there = (slice(0, -b), slice(b, None))[:: -1 if not backwards else 1]
+        y[here].addcmul_(x[there], w[b])
+    rows, seen, own = edges
+    return y.index_copy_(0, rows, (x[seen] * own * w).sum(1))
+
+
+@lru_cache(maxsize=64)
+def _edges(lengths: tuple[int, ...], K: int, backwards: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """The first K - 1 positions of every document, the last backwards, (N,); the K that each sees, itself first, (N, K);
+    and which of these are in its document, (N, K, 1)."""
+    places, back = _places(lengths)[:, 0], torch.arange(K)
+    before = torch.cat([torch.arange(n - 1, -1, -1) for n in lengths]) if backwards else places
+    rows = (before < K - 1).nonzero()  # (N, 1)
+    seen = (rows + back if backwards else rows - back).clamp(0, len(places) - 1)
+    return rows[:, 0].to(device), seen.to(device), (before[rows] >= back)[..., None].to(device)
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora import ops
 from lora.adapter.layer import LoRALinear
-from lora.network import decoder
+from lora.network.layers import RMSNorm
 from lora.ops import (
     fast_attention,
     fast_gated_delta,
@@ -157,7 +157,7 @@ def test_with_use_plain_no_fast_version_runs(monkeypatch):
 @pytest.mark.parametrize("trained", [False, True])
 def test_norms_and_their_closed_gradients_equal_the_formula(trained, offset):
     random = torch.Generator().manual_seed(4)
-    norm = decoder.RMSNorm(24, 1e-5, offset).double()
+    norm = RMSNorm(24, 1e-5, offset).double()
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5, generator=random)
     norm.weight.requires_grad_(trained)

@@ -24,8 +24,9 @@ from lora.adapter import store
 from lora.adapter.inject import lora_layers
 from lora.errors import BadInput
 from lora.network.config import ModelConfig
-from lora.network.decoder import Model, rope_table
+from lora.network.decoder import Model
 from lora.network.families import FAMILIES
+from lora.network.rope import rope_table
 from lora.pretrained import ModelFolder, load_chat, load_model, write_model
 from tests.helpers import as_true_as, close, example_of, far, patched, randomise, some_tokens, tiny_config, tiny_model
 from tests.network.test_families import NEW, family_config, folder_of, on_disk
@@ -148,7 +149,8 @@ def test_absent_fields_mean_what_transformers_means_by_them(family):
     windows = [config.sliding_window] * 7 if family in ("mistral", "phi3") else windows
     if family == "exaone4":  # each layer has the number, and three of four use it
         windows = [
-            window if layer.self_attn.is_sliding else None for window, layer in zip(windows, reference.model.layers)
+            window if layer.self_attn.is_sliding else None
+            for window, layer in zip(windows, reference.model.layers, strict=True)
         ]
     assert list(ours.config.windows) == windows
 

@@ -33,9 +33,7 @@ def learned(model) -> list[torch.Tensor]:
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-@mutation(
-    "lora/pretrained/quantised.py", 'name.endswith("_proj.weight")', 'name.endswith("n_proj.weight")', case="nf4-llama"
-)
+@mutation("lora/pretrained/quantised.py", 'and ".layers." in name', 'and ".mlp." in name', case="nf4-llama")
 @mutation("lora/pretrained/load.py", "QuantLinear(packed, model.get_submodule(path).bias, dtype)",
           "QuantLinear(packed, None, dtype)", case="nf4-qwen2")  # fmt: skip
 @pytest.mark.parametrize("kind", FAMILIES)
