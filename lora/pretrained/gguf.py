@@ -16,8 +16,8 @@ import torch
 from gguf.quants import dequantize
 
 from lora.errors import BadInput
-from lora.network.config import CONV, LINEAR, DeltaSizes
 from lora.network.families import FAMILIES
+from lora.network.layer_fields import CONV, LINEAR, DeltaSizes
 from lora.network.rope_fields import FULL, SLIDING
 from lora.pretrained import fused, gguf_rope
 from lora.pretrained import gguf_names as names

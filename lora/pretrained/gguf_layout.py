@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from lora.network.config import DeltaSizes
 from lora.network.families import FAMILIES
+from lora.network.layer_fields import DeltaSizes
 from lora.pretrained.gguf_names import Architecture
 from lora.quant.gguf import TYPES
 
