@@ -32,6 +32,8 @@ MORE = {
     "Qwen2.5-32B": shape("qwen2", 64, 5120, 27_648, 40, 8, 152_064, rope_theta=1e6),
 }  # fmt: skip
 
+WAYS = ((None, False), ("nf4", False), ("nf4", True))  # packing, activations recomputed
+
 
 def real(name: str) -> dict:
     """The language model's config of a real file."""
@@ -60,8 +62,7 @@ def main() -> None:
     shapes = {name: real(name) for name in args.models} or usual
     print("| model | bf16, GB | nf4, GB | nf4, activations recomputed, GB |\n|---|---|---|---|")
     for name in sorted(shapes, key=lambda name: needed(shapes[name], None, 64, True)):
-        ways = ((None, False), ("nf4", False), ("nf4", True))
-        figures = " | ".join(f"{needed(shapes[name], quant, args.tokens, again) / 1e9:.1f}" for quant, again in ways)
+        figures = " | ".join(f"{needed(shapes[name], quant, args.tokens, again) / 1e9:.1f}" for quant, again in WAYS)
         print(f"| {name} | {figures} |", flush=True)
 
 
