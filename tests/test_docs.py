@@ -228,7 +228,7 @@ def test_the_chapter_on_models_lists_every_family_and_what_is_done_with_its_gguf
     outer = {kind: re.search(r"in `(\w+)`", row[1]) for kind, row in kinds.items()}
     named = {outer[kind][1] for kind in kinds if outer[kind]}
     assert named == WRAPPERS.keys() and all(kind in WRAPPERS[found[1]] for kind, found in outer.items() if found)
-    read_as = {kind for row in ARCHITECTURES.values() for kind in (row.model_type, *(row.with_windows or ())[1:])}
+    read_as = {kind for row in ARCHITECTURES.values() for kind in (row.model_type, *(row.other or ())[2:])}
     written = {kind for row in ARCHITECTURES.values() for kind in row.written}
     assert {kind for kind, row in kinds.items() if "written" in row[3]} == written
     assert {kind for kind, row in kinds.items() if row[3].startswith(("read", "no", "written"))} == kinds.keys()
