@@ -58,8 +58,8 @@ class GGUFFile:
         self._check(arch in names.ARCHITECTURES, "general.architecture", f"{show(arch)}; implemented are {known}")
         self._keys = Keys(self._metadata, arch)
         row = names.ARCHITECTURES[arch]
-        if row.with_windows and self._keys.has("attention.sliding_window"):
-            row = row._replace(hub_class=row.with_windows[0], model_type=row.with_windows[1])
+        if row.other and self._keys.has(row.other[0]):
+            row = row._replace(hub_class=row.other[1], model_type=row.other[2])
         self._architecture, self._family = row, FAMILIES[row.model_type]
         self._heads = self._keys.get("attention.head_count")
         self._reads = {key: field for key, field in names.READ_KEYS.items() if field[0] in self._family.reads}
@@ -132,7 +132,7 @@ class GGUFFile:
         """config.json, without what this family or this file has not."""
         get, has, family, reads = self._keys.get, self._keys.has, self._family, self._family.reads
         size, layers, kv_heads = self._head_dim, self._layers, self._kv_heads()
-        scalar = get("embedding_length") / self._heads if layers in names.GEMMA_27B else float(size)
+        scalar = get("embedding_length") // self._heads if layers in names.GEMMA_27B else size
         biases = {name.split(".")[-2] for name in self.header if name.endswith("_proj.bias")}
         ends = list(dict.fromkeys(ids[name] for name in ENDS if ids[name] is not None))
         given = {key: of for key, of in self._reads.items() if has(key)}
@@ -161,8 +161,16 @@ class GGUFFile:
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         }  # fmt: skip
         config = {key: value for key, value in config.items() if value is not None}
-        nowhere = family.rope_in_windows_only and "sliding_window" not in config  # absent, it would be the family's
-        return config | ({"sliding_window": None} if nowhere else {})
+        rope = config.get("rope_scaling", {})
+        if rope.get("rope_type") == "longrope":  # Phi's files have it outside as well
+            config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        if family.rope_in_windows_only and "sliding_window" not in config:  # absent, it would be the family's
+            config |= {"sliding_window": None, "layer_types": [FULL] * layers}
+        if family.rope_local and "rope_local_base_freq" not in reads:
+            theta = {"rope_theta": config.pop("rope_theta")}
+            config["rope_parameters"] = {FULL: {"rope_type": "default"} | config.pop("rope_scaling", {}) | theta,
+                                         SLIDING: {"rope_type": "default"} | theta}  # fmt: skip
+        return config
 
     def _kv_heads(self) -> list[int]:
         """Of every layer; those that do not attend may be told to have none."""

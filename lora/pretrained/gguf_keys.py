@@ -9,7 +9,7 @@ from lora.errors import BadInput
 from lora.network.config import ModelConfig
 from lora.network.families import ACTIVATIONS, FAMILIES
 from lora.pretrained import gguf_names
-from lora.pretrained.gguf_names import EXAONE_32B, GEMMA_27B, PATTERN, Architecture
+from lora.pretrained.gguf_names import EXAONE_32B, GEMMA_27B, PATTERN, WINDOW, Architecture
 
 
 def architecture(config: ModelConfig, where: str) -> tuple[str, Architecture]:
@@ -78,7 +78,7 @@ def sizes(config: ModelConfig, raw: Mapping, row: Architecture) -> dict[str, int
     family = FAMILIES[config.model_type]
     if any(config.windows) or (row.windows and family.query_pre_attn_scalar):
         window = max(filter(None, config.windows), default=1)  # where there are none, one layer in one has none
-        values |= {"attention.sliding_window": window, PATTERN: period(config)}
+        values |= {WINDOW: window, PATTERN: period(config)}
     if config.rope_local_theta != config.rope_theta:
         values["rope.freq_base_swa"] = config.rope_local_theta
     for key in "attn_logit_softcapping", "final_logit_softcapping":

@@ -20,18 +20,19 @@ class Architecture(NamedTuple):
     hub_class: str
     model_type: str  # what a file is read as
     written: tuple[str, ...] = ()  # the hub's names of families that are written so; others are only read
-    with_windows: tuple[str, str] | None = None  # class and model_type where layers have sliding windows
+    other: tuple[str, str, str] | None = None  # a key, and what a file is read as where it is there
     names: Mapping[str, str] = NOTHING  # of tensors that others have not, or call otherwise
     keys: Mapping[str, tuple[str, type] | None] = NOTHING  # as READ_KEYS; None are those that are read by code
     reordered: bool = False  # llama.cpp's RoPE is interleaved where the hub's is not: rows of q and k change places
     scalings: tuple[str, ...] = ()  # of RoPE, beside linear and YaRN's
-    yarn_betas: bool = False  # it reads where YaRN's ramp begins and ends
+    yarn: bool = False  # it reads where YaRN's ramp begins and ends, and the log multiplier
     windows: bool = False  # sliding windows in all layers but one in so many
     biases: tuple[str, ...] = ()  # the Linears that may have one
     head: bool | None = None  # whether there is one beside the embedding, where only one of the two is known
     square: bool = False  # heads must be as wide together as the model
 
 
+WINDOW, TEMPERATURE = "attention.sliding_window", "attention.temperature_scale"
 PATTERN = "attention.sliding_window_pattern"
 DELTA_NAMES = {
     "blk.post_attention_norm": "post_attention_layernorm",
@@ -62,8 +63,8 @@ ARCHITECTURES = {  # which RoPE they have: `llama_model_rope_type` in llama.cpp;
         scalings=("llama3", "longrope"),
     ),
     "mistral3": Architecture(
-        "Ministral3ForCausalLM", "ministral3", ("ministral3",), reordered=True, yarn_betas=True,
-        keys=dict.fromkeys(("attention.temperature_scale", "rope.scaling.yarn_log_multiplier")),
+        "LlamaForCausalLM", "llama", ("ministral3",), (TEMPERATURE, "Ministral3ForCausalLM", "ministral3"),
+        reordered=True, yarn=True, keys=dict.fromkeys((TEMPERATURE, "rope.scaling.yarn_log_multiplier")),
     ),
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", ("qwen2",), biases=QKV, square=True),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", ("qwen3",)),
@@ -78,7 +79,7 @@ ARCHITECTURES = {  # which RoPE they have: `llama_model_rope_type` in llama.cpp;
         "Lfm2ForCausalLM", "lfm2", ("lfm2",), names=LFM2_NAMES, keys={"shortconv.l_cache": ("conv_L_cache", int)}
     ),
     "olmo2": Architecture(
-        "Olmo2ForCausalLM", "olmo2", ("olmo2", "olmo3"), ("Olmo3ForCausalLM", "olmo3"), windows=True, head=True,
+        "Olmo2ForCausalLM", "olmo2", ("olmo2", "olmo3"), (WINDOW, "Olmo3ForCausalLM", "olmo3"), windows=True, head=True,
         square=True,
     ),
     "exaone4": Architecture("Exaone4ForCausalLM", "exaone4", ("exaone4",), scalings=("llama3",), windows=True),

@@ -21,7 +21,7 @@ from lora.network.config import ModelConfig, RopeScaling
 from lora.network.rope import inverse_frequencies
 from lora.network.rope_fields import grows
 from lora.pretrained.gguf_header import Keys
-from lora.pretrained.gguf_names import Architecture
+from lora.pretrained.gguf_names import TEMPERATURE, Architecture
 
 FREQS = "rope_freqs.weight"
 FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
@@ -29,7 +29,7 @@ TENSORS = (FREQS, *FACTORS.values())
 LLAMA3_FACTORS = (8.0, 16.0, 32.0)  # of Llama 3.1, EXAONE 4 and Llama 3.2
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TYPE, ORIGINAL, ATTENTION = "rope.scaling.type", "rope.scaling.original_context_length", "rope.scaling.attn_factor"
-LOG, TEMPERATURE = "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"
+LOG = "rope.scaling.yarn_log_multiplier"
 
 
 def short(value: float) -> float:
@@ -56,9 +56,7 @@ def scaling(keys: Keys, arch: Architecture, tensors: Mapping[str, torch.Tensor],
         return _yarn(keys, factor)
     attention = keys.get(ATTENTION, float, 1.0)
     keys.check(attention == 1, ATTENTION, f"{attention:g} is implemented with YaRN and longrope only")
-    if kind == "linear" and factor != 1:
-        return {"rope_type": "linear", "factor": factor}
-    return {"rope_type": "default"} if arch.model_type == "ministral3" else None  # whose default is YaRN
+    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
 
 
 def _llama3(keys: Keys, divisors: np.ndarray, size: int) -> dict:
@@ -130,16 +128,15 @@ def divisors(config: ModelConfig) -> torch.Tensor:
 
 
 def _yarn_keys(rope: RopeScaling, arch: Architecture, refuse: Callable[[str], None]) -> dict[str, float | int | str]:
-    ministral = arch.model_type == "ministral3"
     if not rope.truncate:
         refuse("YaRN whose ramp is not between whole pairs")
-    if not arch.yarn_betas and (rope.beta_fast, rope.beta_slow) != (32, 1):
+    if not arch.yarn and (rope.beta_fast, rope.beta_slow) != (32, 1):
         refuse("YaRN with beta_fast and beta_slow of its own")
     keys = {TYPE: "yarn", "rope.scaling.factor": rope.factor, ORIGINAL: rope.original_max_position_embeddings}
-    if arch.yarn_betas:
+    if arch.yarn:
         keys |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
     theirs = grows(rope.factor)
-    if ministral and rope.attention_factor == 1:
+    if arch.yarn and rope.attention_factor == 1:
         keys[LOG], theirs = 1.0, 1.0
     if rope.attention_factor != theirs:
         keys[ATTENTION] = rope.attention_factor / theirs

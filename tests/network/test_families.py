@@ -26,7 +26,8 @@ from tests.cli import SIZES, ask, call, train
 from tests.cli import write_model as write_base
 from tests.helpers import as_written, close, far, patched, randomise, same, snapshot, some_tokens, tiny_config
 from tests.mutation import mutation
-from tests.pretrained.test_gguf import converters_permutation, write
+from tests.pretrained.gguf_converter import permuted
+from tests.pretrained.test_gguf import write
 
 NEW = sorted(FAMILIES.keys() - {"llama", "qwen2"})
 TOL = 1e-12
@@ -460,7 +461,7 @@ def test_a_gguf_file_gives_the_model_it_was_made_of(kind, tmp_path):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         moved = kind == "smollm3" and name.split(".")[-2] in heads
         data = tensor.float().numpy() + (kind.startswith("gemma") and name.endswith("norm.weight"))
-        tensors[theirs] = converters_permutation(data, heads[name.split(".")[-2]]) if moved else data
+        tensors[theirs] = permuted(data, heads[name.split(".")[-2]]) if moved else data
     c = model.config
     sizes = {
         "block_count": c.num_hidden_layers, "context_length": c.max_position_embeddings,

@@ -4,6 +4,7 @@ numpy and the gguf package alone, which also has the names of tensors.
 
 import json
 import math
+from functools import cache
 
 import gguf
 import numpy as np
@@ -15,14 +16,17 @@ from safetensors.torch import load_file
 F32 = gguf.GGMLQuantizationType.F32
 CALLED = {  # where the model_type is another
     "mistral": "llama", "ministral3": "mistral3", "qwen3_5_text": "qwen35", "gemma3_text": "gemma3",
+    "granitemoehybrid": "granite", "olmo3": "olmo2", "hunyuan_v1_dense": "hunyuan-dense",
 }  # fmt: skip
 GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
 FUSED = {"phi3": {"qkv_proj": ("q_proj", "k_proj", "v_proj"), **GATE_UP}, "glm4": GATE_UP}
-PERMUTED = {"llama", "mistral3", "smollm3"}
+PERMUTED = {"llama", "mistral3", "smollm3", "granite"}
 PLAIN = {  # keys that hold a field as it is
     "attention.sliding_window": "sliding_window", "attention.sliding_window_pattern": "sliding_window_pattern",
     "rope.freq_base_swa": "rope_local_base_freq", "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping", "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling", "shortconv.l_cache": "conv_L_cache",
 }  # fmt: skip
 ONE_MORE = {"gemma2", "gemma3", "qwen35"}
 
@@ -73,6 +77,12 @@ def arch_of(config: dict) -> str:
     return CALLED.get(config["model_type"], config["model_type"])
 
 
+@cache
+def names(arch: str, layers: int):
+    """The package's own table."""
+    return gguf.get_tensor_name_map(next(key for key, one in gguf.MODEL_ARCH_NAMES.items() if one == arch), layers)
+
+
 def stored(name: str, tensor: torch.Tensor, config: dict) -> tuple[str, np.ndarray]:
     """The name of a tensor in the file, and its float32 values there."""
     arch, values = arch_of(config), tensor.float().numpy()
@@ -84,9 +94,25 @@ def stored(name: str, tensor: torch.Tensor, config: dict) -> tuple[str, np.ndarr
         name, values = delta_net(name, values, config)
     elif arch in ONE_MORE and name.endswith("norm.weight"):
         values = values + 1
-    known = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
-    names = gguf.get_tensor_name_map(known, config["num_hidden_layers"])
-    return names.get_name(name, try_suffixes=(".weight", ".bias")), values
+    if name.endswith(".conv.conv.weight"):
+        values = values.squeeze(1)
+    name = name.replace("shared_mlp.output_linear", "mlp.down_proj").replace("shared_mlp.", "mlp.")
+    return names(arch, config["num_hidden_layers"]).get_name(name, try_suffixes=(".weight", ".bias")), values
+
+
+def llama3_divisors(factor, low=1.0, high=4.0, original=8192, theta=500000.0, dim=64):
+    """`generate_extra_tensors` of its LlamaModel."""
+    divisors = []
+    for frequency in 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / high:
+            divisors.append(1)
+        elif wavelength > original / low:
+            divisors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
 
 
 def rope(config: dict) -> tuple[dict, dict]:
@@ -109,7 +135,16 @@ def rope(config: dict) -> tuple[dict, dict]:
         keys = {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": attention}
         for which in "long", "short":
             tensors[f"rope_factors_{which}.weight"] = np.array(given[f"{which}_factor"], np.float32)
-    keys["rope.freq_base"] = float(given.get("rope_theta", config.get("rope_theta")))
+    if kind == "llama3":
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        dim, theta = (
+            config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
+            config["rope_theta"],
+        )
+        divisors = llama3_divisors(given["factor"], low, high, given["original_max_position_embeddings"], theta, dim)
+        tensors = {"rope_freqs.weight": divisors}
+    base, size = given.get("rope_theta", config.get("rope_theta")), config.get("head_dim", 8)
+    keys["rope.freq_base"] = float(base * given.get("alpha", 1) ** (size / (size - 2)))
     return keys, tensors
 
 
@@ -121,12 +156,22 @@ def keys_of(config: dict) -> dict:
         "embedding_length": config["hidden_size"], "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "rope.dimension_count": int(size * partial),
+        "attention.layer_norm_rms_epsilon": config.get("norm_eps", config["rms_norm_eps"]),
+        "rope.dimension_count": int(size * partial),
     } | rope(config)[0]  # fmt: skip
     if "head_dim" in config:
         keys |= {"attention.key_length": size, "attention.value_length": size}
     for key, field in PLAIN.items():
         keys |= {key: config[field]} if config.get(field) else {}
+    kinds, window = config.get("layer_types"), config.get("sliding_window")
+    if config["model_type"] in ("olmo3", "exaone4") and window:
+        kinds = kinds or ["sliding" if (i + 1) % 4 else "full" for i in range(config["num_hidden_layers"])]
+        keys["attention.sliding_window_pattern"] = [kind.startswith("sliding") for kind in kinds]
+    if "conv" in (kinds or ()):
+        keys["attention.head_count_kv"] = [config["num_key_value_heads"] * (kind != "conv") for kind in kinds]
+    if config["model_type"] == "granitemoehybrid":  # what it writes of layers that are not there
+        keys |= {"expert_count": 0, "expert_used_count": 0, "ssm.conv_kernel": 4, "ssm.state_size": 8,
+                 "attention.head_count_kv": [config["num_key_value_heads"]] * len(kinds)}  # fmt: skip
     if "linear_num_key_heads" in config:
         keys |= {
             "ssm.conv_kernel": config["linear_conv_kernel_dim"], "ssm.state_size": config["linear_key_head_dim"],
