@@ -29,8 +29,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lora import files
+from lora.adapter.inject import inject
+from lora.data import lint
 from lora.errors import run
-from tests.helpers import tiny_model
+from lora.network.config import ModelConfig
+from lora.network.decoder import Model
+from lora.run import results
+from lora.train import memory
+from lora.train.record import draw
+from tests.helpers import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60
@@ -284,35 +292,64 @@ def set_environment(env: dict[str, str | None]) -> None:
 
 @cache
 def warm() -> None:
-    """Import once what every child needs."""
-    "".encode("utf-8-sig")  # a codec is imported when it is first used
-    for module in ("matplotlib.pyplot", "torch._dynamo"):  # imported late by the product; they take a second each
+    """Do once what every child would: import what the product imports late, and take slow first steps."""
+    "".encode("utf-8-sig"), lint.normal("")  # a codec is imported, and a table made, when first used
+    for module in ("torch._dynamo", *SCRIPTS.values()):
         importlib.import_module(module)
+    with tempfile.TemporaryDirectory() as folder:  # finds fonts
+        draw([{"step": 1, "loss": 1.0, "lr": 0.1}], Path(folder, "loss.png"), "a run")
+    with torch.device("meta"):  # whose first operations take longest
+        inject(model := Model(ModelConfig.from_json(tiny_config())), 4)
+    memory.saved_by_blocks(model.train(), (5, 3))
 
-    for module in SCRIPTS.values():
-        importlib.import_module(module)
+
+def draw_once(rows: list[dict], path: Path, title: str, best: int | None, loss: str) -> None:
+    """Instead of `draw`, half of the time of a short run: the first picture of rows with such names serves them all."""
+    kind = sorted({tuple((name, row[name] is None) for name in row) for row in rows}), len(rows[:2]), best is None, loss
+    picture = scratch() / f"{hashlib.sha256(repr(kind).encode()).hexdigest()}.png"
+    if not picture.exists():
+        draw(rows, picture, title, best, loss)
+    files.write_bytes(path, picture.read_bytes())
 
 
-def call(
-    script: str, *argv, cwd: Path, env: dict | None = None, stdin: str | bytes = "", before: Callable | None = None
-) -> Result:
+class Fork:
     """`run(main, argv)` of a script in a forked child; `before` runs there first, so it may change anything."""
-    warm()
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+
+    def __init__(
+        self,
+        script: str,
+        *argv,
+        cwd: Path,
+        env: dict | None = None,
+        stdin: str | bytes = "",
+        before: Callable | None = None,
+    ):
+        warm()
+        given, *self.texts = self.streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
         given.write(stdin.encode() if isinstance(stdin, str) else stdin)
         given.seek(0)
         sys.stdout.flush(), sys.stderr.flush()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads; the child uses none of them
-            child = os.fork()
-        if child == 0:
-            _child(script, [str(word) for word in argv], cwd, env or {}, (given, out, err), before)
-        code = _wait(child)
-        texts = []
-        for file in (out, err):
+            self.pid = os.fork()
+        if self.pid == 0:
+            results.draw = draw_once
+            _child(script, [str(word) for word in argv], cwd, env or {}, self.streams, before)
+
+    def result(self) -> Result:
+        """Waits for its end."""
+        code, texts = _wait(self.pid), []
+        for file in self.texts:
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    return Result(code, *texts)
+        for file in self.streams:
+            file.close()
+        return Result(code, *texts)
+
+
+def call(script: str, *argv, **how) -> Result:
+    """What came of a `Fork`."""
+    return Fork(script, *argv, **how).result()
 
 
 def use_streams(*streams) -> None:

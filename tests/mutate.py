@@ -36,7 +36,7 @@ SECONDS = 120  # a mutation may make a test loop
 QUICK = ("--assert=plain", "-p", "no:cacheprovider", "-p", "no:anyio", "-p", "no:unraisableexception")
 PRELOADED = (  # others' packages, imported once, before the forks
     "pytest", "hypothesis", "openai", "openai.resources.chat.completions", "gguf", "jinja2.sandbox", "jinja2.ext",
-    "safetensors.torch", "tokenizers", "tqdm", "huggingface_hub",
+    "safetensors.torch", "tokenizers", "tqdm", "huggingface_hub", "matplotlib.pyplot", "torch._dynamo",
 )  # fmt: skip
 
 

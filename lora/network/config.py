@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora.errors import BadInput
-from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, Family, quantised
+from lora.network.families import ACTIVATIONS, FAMILIES, NEUTRAL, OTHERS, TRAPS, WRAPPERS, Family, quantised
 from lora.network.layer_fields import DeltaSizes, Gemma4Sizes, LayerFields
 from lora.network.rope_fields import RopeFields, RopeScaling
 
@@ -114,18 +114,23 @@ class _Reader(LayerFields, RopeFields):
     def config(self) -> ModelConfig:
         """The whole config, with all problems raised together. It is long because it is a table, a line a field."""
         kind = self.raw.get("model_type")
+        if isinstance(kind, str) and kind in WRAPPERS:
+            why = f"no config of the language model in {kind}, of the kind {' or '.join(WRAPPERS[kind])}"
+            raise BadInput(f"unsupported model in {self.where}:text_config: {why}. Download the file again")
         if not isinstance(kind, str) or kind not in FAMILIES:
             why = OTHERS.get(kind) if isinstance(kind, str) else None
             why = why or f"Supported are: {', '.join(sorted(FAMILIES))}"
             raise BadInput(f"unsupported model in {self.where}:model_type: {kind!r}. {why}")
         self.family = family = FAMILIES[kind]
+        for field, value, why, fix in TRAPS.get(kind, ()):
+            if self.raw.get(field) == value:
+                self.wrong(field, why, fix)
+        if self.problems:  # nothing else of another architecture need be right
+            raise BadInput(*self.problems)
         for field, (needed, absent) in family.required.items():
             value = self.raw.get(field, absent)
             if value != needed:
                 self.wrong(field, f"{json.dumps(value)[:60]} is not implemented, {json.dumps(needed)} is")
-        for field, value, why, fix in TRAPS.get(kind, ()):
-            if self.raw.get(field) == value:
-                self.wrong(field, why, fix)
         for field, neutral in NEUTRAL.items():
             known = field not in self.raw or field in (*family.reads, *family.unused)
             if not known and not any(self.raw[field] == n for n in neutral):
@@ -158,6 +163,8 @@ class _Reader(LayerFields, RopeFields):
         positions = self.number("max_position_embeddings", family.max_position_embeddings, high=2**30)
         bias, reads = family.attention_bias, family.reads
         bias = self.flag("attention_bias", bias) if "attention_bias" in reads else bias
+        tied = self.flag("tie_word_embeddings", family.tie_word_embeddings)
+        tied = self.flag("tie_embedding", tied) if "tie_embedding" in reads else tied
         config = ModelConfig(
             model_type=kind,
             vocab_size=self.number("vocab_size"),
@@ -170,7 +177,7 @@ class _Reader(LayerFields, RopeFields):
             max_position_embeddings=min(positions, rope["rope_scaling"].longest),
             rms_norm_eps=self.number("rms_norm_eps", family.rms_norm_eps, kind=float, low=0, high=1),
             **rope,
-            tie_word_embeddings=self.flag("tie_word_embeddings", family.tie_word_embeddings),
+            tie_word_embeddings=tied,
             qkv_bias=bias,
             o_bias=self.flag("o_bias") if "o_bias" in reads else bias and family.o_bias,
             mlp_bias=self.flag("mlp_bias") if "mlp_bias" in reads else False,

@@ -43,13 +43,16 @@ class LayerFields:
             return ("attention",) * count
         interval, given = self.optional("full_attention_interval"), self.raw.get("layer_types")
         attending = self.raw.get("full_attn_idxs") if self.family.mixer == "conv" else None
-        if isinstance(attending, list):
+        if attending is not None:
+            if not isinstance(attending, list) or not all(type(i) is int and 0 <= i < count for i in attending):
+                self.wrong("full_attn_idxs", f"{json.dumps(attending)[:60]} is no list of layers from 0 to {count - 1}")
+                attending = []
             kinds = [FULL if i in attending else CONV for i in range(count)]
         else:
             kinds = [LINEAR if interval and (i + 1) % interval else FULL for i in range(count)]
         kinds = kinds if given is None else given
         words = {FULL: "attention"} | MIXER_WORDS[self.family.mixer]
-        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in words for kind in kinds):
+        if not isinstance(kinds, list) or len(kinds) != count or any(kind not in [*words] for kind in kinds):
             self.wrong("layer_types", f"{json.dumps(kinds)[:60]} is not {count} times {' or '.join(words)}")
             return ("attention",) * count
         return tuple(words[kind] for kind in kinds)

@@ -1,15 +1,23 @@
 """What `config.json` says of RoPE: new files by `rope_parameters`, old ones by `rope_theta` and `rope_scaling`."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types, and in Gemma 3's rope_parameters
-ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", "proportional")
-YARN = (
-    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-    "mscale_all_dim", "truncate",
-)  # fmt: skip
+ROPES = {  # kinds, and what each reads
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "attn_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate",
+    ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+    "dynamic": ("factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),  # Hunyuan's; α alone counts
+    "proportional": ("factor", "partial_rotary_factor"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,11 @@ class RopeFields:
         if kinds or kind not in ROPES or (kind == "proportional" and "global_head_dim" not in self.family.reads):
             self.wrong(field, f"rope type {kind!r} is not implemented; {', '.join(ROPES)} are")
             return theta, RopeScaling()
+        for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *ROPES[kind], *self.family.reads}):
+            if part[key] not in (None, 1, 1.0):
+                said = f"{json.dumps(key)[1:-1][:60]} {json.dumps(part[key])[:60]}"
+                self.wrong(field, f"{said} is nothing that rope type {kind!r} reads")
         if kind == "default":
-            for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *self.family.reads}):
-                if part[key] not in (None, 1, 1.0):
-                    self.wrong(field, f"{key} {part[key]!r} without a rope type that uses it")
             return theta, RopeScaling()
         if kind == "proportional":
             if part.get("factor") not in (None, 1, 1.0):
@@ -122,7 +131,7 @@ class RopeFields:
             return default if value is None else self.number(field, raw=part, **({"kind": float, "high": 1e6} | limits))
 
         original = self.original(part)
-        factor = named("factor", None, low=1) or self.raw.get("max_position_embeddings", original) / original
+        factor = self.stretch(part, original)
         mscale, of_all = (named(field, 0, low=0) for field in ("mscale", "mscale_all_dim"))
         grown = (
             [0.1 * by * math.log(factor) + 1 for by in (mscale, of_all)] if mscale and of_all else [grows(factor), 1]
@@ -130,10 +139,9 @@ class RopeFields:
         fast, slow = named("beta_fast", 0, low=0) or 32.0, named("beta_slow", 0, low=0) or 1.0
         truncate = self.flag("truncate", True, raw=part)
         beta = named("llama_4_scaling_beta", 0.0, low=0) if "llama_4_scaling_beta" in self.family.reads else 0.0
-        attention = named("attention_factor", grown[0] / grown[1], low=0)
-        known = {"rope_type", "type", "rope_theta", *YARN, *self.family.reads}
-        for key in sorted(part.keys() - known):
-            self.wrong("rope_parameters", f"{key} {part[key]!r} without a rope type that uses it")
+        # vLLM and llama.cpp multiply by what DeepSeek's files call attn_factor, which transformers passes over: there
+        # it is 1 / grows(factor), so that cos and sin stay as they are
+        attention = named("attention_factor", grown[0] / grown[1] * named("attn_factor", 1.0, low=0), low=0)
         return RopeScaling(
             "yarn", factor, original_max_position_embeddings=original, beta_fast=fast, beta_slow=slow,
             truncate=truncate, attention_factor=attention, q_beta=beta,
@@ -147,15 +155,21 @@ class RopeFields:
             self.wrong(field, "two different values", "Keep the right one")
         return self.number(field, raw=self.raw | part, high=2**30)
 
+    def stretch(self, part: Mapping, original: int) -> float:
+        """How many times longer than in the pretraining texts are: `factor`, or what the two lengths say."""
+        if part.get("factor") is not None:
+            return self.number("factor", raw=part, kind=float, low=1, high=1e6)
+        longest = self.raw.get("max_position_embeddings")
+        return longest / original if type(longest) is int and 0 < longest <= 2**30 else 1.0
+
     def longrope(self, part: Mapping, turned: int) -> RopeScaling:
         """With the factors of short documents: longer ones than the original length are refused."""
-        raw, original = self.raw | part, self.original(part)
-        factors, factor = part.get("short_factor"), part.get("factor")
+        original, factors = self.original(part), part.get("short_factor")
         right = isinstance(factors, list) and len(factors) == turned // 2
         if not right or not all(type(x) in (int, float) and 0 < x < 1e6 for x in factors):
             self.wrong("rope_scaling", f"short_factor is not {turned // 2} numbers above 0", "Download the file again")
             factors = ()
-        factor = factor or raw.get("max_position_embeddings", original) / original
+        factor = self.stretch(part, original)
         attention = part.get("attention_factor")
         if attention is None:
             attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0

@@ -70,8 +70,8 @@ class ModelFolder:
         self.hub_id = source.get("hub_id") or self.name
         self._file_of: dict[str, files.Safetensors] = {}
         self.left_out: set[str] = set()
-        for shard in [files.Safetensors(self.path / name) for name in self._shard_names()]:
-            names = wrapped.own_names(raw, shard.header)
+        for shard in [files.Safetensors(self.path / name) for name in self._shard_names(raw)]:
+            names = wrapped.own_names(raw, shard.header, shard.path)
             self.left_out.update(shard.header.keys() - names.values())
             shard.rename(names)
             for tensor in shard.header:
@@ -79,6 +79,7 @@ class ModelFolder:
                     raise BadInput(f"broken model in {shard.path}:{tensor}: it is in two files. Download it again")
                 self._file_of[tensor] = shard
         header = {tensor: shard.header[tensor] for tensor, shard in self._file_of.items()}
+        self.config = wrapped.tied(raw, self.config, header)
         self._quantised = prequantised.find(self.config, self._file_of, self.name)
         self.widest = torch.float32 if self._quantised else None
         if self._quantised:
@@ -88,7 +89,7 @@ class ModelFolder:
         self.config, header = prequantised.plain(self.config), prequantised.offered(header, self._quantised)
         self.header, self._parts = fused.split(self.config, header, f"{self.name}/config.json")
 
-    def _shard_names(self) -> list[str]:
+    def _shard_names(self, raw: dict) -> list[str]:
         index = self.path / "model.safetensors.index.json"
         if (self.path / "model.safetensors").exists():
             return ["model.safetensors"]
@@ -102,11 +103,12 @@ class ModelFolder:
             raise BadInput(f"broken index in {index}:weight_map: not a map of names to files. Download it again")
         if not weight_map:
             raise BadInput(f"broken index in {index}:weight_map: it is empty. Download it again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
+        for name in sorted(set(weight_map.values())):
             if not re.fullmatch(r"[\w.-]+\.safetensors", name) or name.startswith("."):
                 fix = "Download it from a source you trust"
                 raise Refused(f"path in {index}:weight_map: {name!r} is not a file of this folder. {fix}")
+        names = sorted(wrapped.files_of(raw, weight_map, index))  # others have towers alone
+        self.left_out.update(name for name, file in weight_map.items() if file not in names)
         missing = [self.path / name for name in names if not (self.path / name).exists()]
         if missing:
             raise BadInput(*(f"missing weights in {path}: named in {index}. Download it" for path in missing))

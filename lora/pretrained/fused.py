@@ -31,19 +31,27 @@ def split(raw: dict, header: Header, where: str) -> tuple[Header, dict[str, tupl
     if not isinstance(kind, str) or kind not in FAMILIES or not FAMILIES[kind].fused:
         return header, {}
     config = ModelConfig.from_json(raw, where)
-    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    sizes = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-    found, places = {}, {}
+    found, lie = {}, {}
     for name, (dtype, shape) in header.items():
-        parts = _parts(config, name)
-        rows = [sizes.get(part.split(".")[-2], config.intermediate_size) for part in parts]
-        if not parts or shape[:1] != (sum(rows),) or header.keys() & set(parts):
+        parts, rows = places(config, name)
+        if not parts or shape[:1] != (rows,) or header.keys() & parts.keys():
             found[name] = dtype, shape
             continue
-        for i, (part, count) in enumerate(zip(parts, rows, strict=True)):
+        for part, (first, count) in parts.items():
             found[part] = dtype, (count, *shape[1:])
-            places[part] = name, sum(rows[:i])
-    return found, places
+            lie[part] = name, first
+    return found, lie
+
+
+def places(config: ModelConfig, whole: str) -> tuple[dict[str, tuple[int, int]], int]:
+    """The parts of a fused tensor with their first row and how many they have, and the rows of all."""
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    sizes = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    found, row = {}, 0
+    for part in _parts(config, whole):
+        found[part] = row, sizes.get(part.split(".")[-2], config.intermediate_size)
+        row += found[part][1]
+    return found, row
 
 
 def stored(config: ModelConfig, names: Iterable[str]) -> dict[str, list[str]]:

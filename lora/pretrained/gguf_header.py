@@ -73,6 +73,24 @@ class Metadata:
         return value
 
 
+class Keys:
+    """The values under the architecture's name."""
+
+    def __init__(self, metadata: Metadata, arch: str):
+        self.metadata, self.arch = metadata, arch
+
+    def get(self, key: str, kind: type = int, default: Any = None) -> Any:
+        value = self.metadata.get(f"{self.arch}.{key}", kind, default)
+        return float(str(np.float32(value))) if kind is float else value  # 1e-05, not 9.999999747378752e-06
+
+    def has(self, key: str) -> bool:
+        """Whether it is there, and neither 0 nor empty."""
+        return bool(np.any(self.metadata.values.get(f"{self.arch}.{key}")))
+
+    def check(self, right: bool, key: str, why: str, fix: str = "Give another file, or a folder") -> None:
+        self.metadata.check(right, f"{self.arch}.{key}", why, fix)
+
+
 class Header:
     """Takes values from the front of a file, never more than there are. Raises BadInput."""
 

@@ -20,23 +20,54 @@ ENDS = ("eos", "eot", "eom")  # all of them end an answer
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def _split(number: str) -> list[dict]:
-    regex = (
-        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+def _splits(*patterns: str) -> list[dict]:
+    """Text is cut by each in turn, then letter by letter of its bytes."""
+    steps = [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in patterns
+    ]
+    return [*steps, BYTE_LEVEL | {"use_regex": False}]
+
+
+def _words(number: str, letter: str = r"\p{L}", marks: str = "") -> list[dict]:
+    """GPT-4's way, with numbers cut so; Qwen3.5 counts combining marks to the letters."""
+    return _splits(
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{number}| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return [split, BYTE_LEVEL | {"use_regex": False}]
 
+
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = _splits(
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = _splits(
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+NFC = {"type": "NFC"}
+DIGITS = [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]
 
 # tokenizer.ggml.pre -> pre-tokenizers, normalizer, ignore_merges, and whether BOS is added if the file does not say.
-# Sources: tokenizer.json of SmolLM2, GPT-2, Qwen2.5 and Llama 3; for GLM-4 and the last column src/llama-vocab.cpp.
+# Of several names for one way the first is written. Sources: tokenizer.json of SmolLM2, GPT-2, Qwen2.5 and Llama 3,
+# transformers' tokenization_qwen3_5.py; for the others and the last column src/llama-vocab.cpp.
 PRE_TOKENIZERS = {
-    "smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], None, False, False),
+    "smollm": (DIGITS, None, False, False),
     "gpt-2": ([BYTE_LEVEL], None, False, False),
-    "qwen2": (_split(r"\p{N}"), {"type": "NFC"}, False, False),
-    "llama-bpe": (_split(r"\p{N}{1,3}"), None, True, True),
-    "glm4": (_split(r"\p{N}{1,3}"), None, False, False),
+    "qwen2": (_words(r"\p{N}"), NFC, False, False),
+    "llama-bpe": (_words(r"\p{N}{1,3}"), None, True, True),
+    "glm4": (_words(r"\p{N}{1,3}"), None, False, False),
+    "qwen35": (_words(r"\p{N}", r"[\p{L}\p{M}]", r"\p{M}"), NFC, False, False),
+    "tekken": (TEKKEN, None, True, True),
+    "hunyuan-dense": (DEEPSEEK, None, False, False),
+    "refact": (DIGITS, None, False, False),  # Granite 3
+    "exaone4": ([BYTE_LEVEL], None, False, False),
+    "deepseek-r1-qwen": (_words(r"\p{N}"), None, False, False),
+    "lfm2": (_words(r"\p{N}{1,3}"), None, True, True),
+    "dbrx": (_words(r"\p{N}{1,3}"), None, False, False),  # OLMo 2 and 3, Granite 4
+    "smaug-bpe": (_words(r"\p{N}{1,3}"), None, False, False),  # SmolLM3
 }
 
 

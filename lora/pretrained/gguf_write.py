@@ -8,7 +8,6 @@ Conventions: llama.cpp's convert_hf_to_gguf.py, convert_lora_to_gguf.py and src/
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +19,15 @@ from gguf.quants import dequantize, quantize
 
 from lora import files, folders
 from lora.errors import BadInput, BadNumbers, say
-from lora.network.config import ModelConfig, RopeScaling
+from lora.network.config import ModelConfig
 from lora.network.families import FAMILIES
-from lora.network.rope import inverse_frequencies
-from lora.pretrained import gguf_names
+from lora.pretrained import fused, gguf_keys, gguf_names, gguf_rope
 from lora.pretrained.folder import ModelFiles
 from lora.pretrained.gguf import CHUNK
+from lora.pretrained.gguf_layout import Layout
 from lora.pretrained.gguf_vocab import tokenizer_metadata
 from lora.pretrained.load import empty_model
+from lora.pretrained.write import stored_as
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 FLOATS = {F32: torch.float32, F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
@@ -66,49 +66,10 @@ def check_out(path: Path, overwrite: bool) -> None:
         raise PermissionError(13, "permission denied", str(path.parent))
 
 
-def _architecture(config: ModelConfig, where: str) -> tuple[str, gguf_names.Architecture]:
-    rows = gguf_names.ARCHITECTURES.items()
-    arch, row = next(((arch, row) for arch, row in rows if config.model_type in row.written), (None, None))
-    if row is None:
-        known = ", ".join(kind for _, row in rows for kind in row.written)
-        why = f"{config.model_type} as GGUF is not implemented, only {known}"
-        fix = "Write a model folder and convert it with llama.cpp"
-        raise BadInput(f"unsupported model in {where}: {why}. {fix}")
-    for wrong, what in (
-        (config.rope_scaling.kind == "llama3" and not row.rope_freqs, "llama3 scaling"),
-        (any(config.windows), "sliding window"),
-    ):
-        if wrong:
-            raise BadInput(f"unsupported model in {where}: {arch} in GGUF has no {what}. Write a folder")
-    return arch, row
-
-
-def _sizes(config: ModelConfig, arch: str) -> dict[str, int | float | str]:
-    values = {
-        "vocab_size": config.vocab_size, "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": config.head_dim, "rope.freq_base": config.rope_theta,
-    }  # fmt: skip
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    if config.rope_scaling.kind == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_scaling.factor}
-    return {f"{arch}.{key}": value for key, value in values.items()}
-
-
-def rope_divisors(config: ModelConfig) -> torch.Tensor:
-    """What Llama 3's scaling divides each frequency by, as GGUF holds it. (head_dim/2,)"""
-    plain = inverse_frequencies(replace(config, rope_scaling=RopeScaling()), torch.float64)
-    return (plain / inverse_frequencies(config, torch.float64)).float()
-
-
 def _type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    """Norms and biases stay float32, which llama.cpp computes with; rows that are not whole blocks become float16."""
+    """What is no matrix stays float32, which llama.cpp computes with; rows that are not whole blocks become float16."""
     wanted, _ = TYPES[kind]
-    if len(shape) == 1:
+    if len(shape) != 2:
         return F32
     return F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
@@ -126,19 +87,23 @@ def write_model(
     TYPES; `template` is a file that replaces the chat template; where `check` of the whole file raises, there is none.
     Raises BadInput for what GGUF, or we, cannot say."""
     config, names = ModelConfig.from_json(base.config, base.name), empty_model(base).state_dict()
-    arch, row = _architecture(config, base.name)
+    arch, row = gguf_keys.architecture(config, base.name)
+    layout = Layout(row, config.head_dim, config.delta)
+    scaling, tensors = gguf_rope.written(config, base.config, row, partial(gguf_keys.refuse, base.name, arch))
 
-    def read(name: str) -> torch.Tensor:
-        return _reorder(row, name, change(name, base.read(name, base.widest)), config.head_dim)
+    def read(parts: list[str]) -> torch.Tensor:
+        tensors = [layout.stored(name, change(name, base.read(name, base.widest))) for name in parts]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    tensors = {}
-    for name in names:
-        shape = base.header[name][1]
-        tensors[_named(row, name, base.name)] = Planned(_type(shape, kind), shape, partial(read, name))
-    if config.rope_scaling.kind == "llama3":
-        divisors = rope_divisors(config)
-        tensors[gguf_names.ROPE_FREQS] = Planned(F32, tuple(divisors.shape), lambda: divisors)
-    _write(path, arch, "model", _sizes(config, arch) | tokenizer_metadata(base, template), tensors, kind, check)
+    planned = {}
+    for whole, parts in fused.stored(gguf_names.held(config), names).items():
+        shape = stored_as(base, parts)[1]
+        own = (shape[0], *shape[2:]) if len(shape) == 3 else shape  # a convolution's
+        planned[_named(row, config, whole, base.name)] = Planned(_type(shape, kind), own, partial(read, parts))
+    for name, tensor in tensors.items():
+        planned[name] = Planned(F32, tuple(tensor.shape), lambda tensor=tensor: tensor)
+    sizes = {f"{arch}.{key}": value for key, value in (gguf_keys.sizes(config, base.config, row) | scaling).items()}
+    _write(path, arch, "model", sizes | tokenizer_metadata(base, template), planned, kind, check)
 
 
 @torch.no_grad()
@@ -150,27 +115,39 @@ def write_adapter(
     llama.cpp counts a map alpha / r times with one alpha for all, so where s r differs it goes into B.
     """
     config = ModelConfig.from_json(raw_config)
-    arch, row = _architecture(config, "config.json")
+    arch, row = gguf_keys.architecture(config, "config.json")
+    layout = Layout(row, config.head_dim, config.delta)
     alpha = next(s * len(A) for s, A, _ in maps.values())
     tensors = {}
-    for target, (s, A, B) in maps.items():
-        name = f"{target}.weight"
-        B = B.float() * (s * len(A) / alpha)
-        B = _reorder(row, name, B, config.head_dim)
+    for target, parts in fused.stored(gguf_names.held(config), [f"{name}.weight" for name in maps]).items():
+        s, A, B = _one_map(config, target, {name: maps[name.removesuffix(".weight")] for name in parts})
+        A, B = layout.maps(target, A, B.float() * (s * len(A) / alpha))
         for end, tensor in (("lora_a", A), ("lora_b", B)):
             shape = tuple(tensor.shape)
-            tensors[f"{_named(row, name, target)}.{end}"] = Planned(_type(shape, kind), shape, lambda t=tensor: t)
+            tensors[f"{_named(row, config, target, target)}.{end}"] = Planned(
+                _type(shape, kind), shape, lambda t=tensor: t
+            )
     _write(path, arch, "adapter", {"adapter.type": "lora", "adapter.lora.alpha": float(alpha)}, tensors, kind)
 
 
-def _reorder(row: gguf_names.Architecture, name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    rotated = row.reordered and gguf_names.ROTATED.search(name)
-    return gguf_names.to_interleaved(tensor, head_dim) if rotated else tensor
+def _one_map(config: ModelConfig, whole: str, maps: dict[str, tuple]) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """s, A and B of a tensor, of which the maps given are for some rows each: their ranks add up."""
+    if whole in maps:
+        return maps[whole]
+    places, rows = fused.places(config, whole)
+    A = torch.cat([A.float() for _, A, _ in maps.values()])
+    B, rank = torch.zeros(rows, len(A)), 0
+    for name, (s, one, other) in maps.items():
+        first, count = places[name]
+        B[first : first + count, rank : rank + len(one)] = s * other.float()
+        rank += len(one)
+    return 1.0, A, B
 
 
-def _named(row: gguf_names.Architecture, name: str, where: str) -> str:
-    found = gguf_names.gguf_name(gguf_names.hub_names(FAMILIES[row.model_type]), name)
-    if not found:
+def _named(row: gguf_names.Architecture, config: ModelConfig, name: str, where: str) -> str:
+    found = gguf_names.gguf_name(gguf_names.hub_names(row, FAMILIES[config.model_type]), name)
+    stem, kind = name.rsplit(".", 1)
+    if not found or (kind == "bias" and stem.rsplit(".", 1)[-1] not in row.biases):
         raise BadInput(f"unsupported model in {where}:{name}: GGUF has no place for it. Write a model folder")
     return found
 
@@ -196,7 +173,7 @@ def _write(
         values, size = GGML_QUANT_SIZES[kind]
         total += (nbytes := int(np.prod(shape)) // values * size)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-    other = [name for name, (kind, shape, _) in tensors.items() if len(shape) > 1 and kind != wanted]
+    other = [name for name, (kind, shape, _) in tensors.items() if kind == F16 != wanted]
     if other:
         say(f"note     f16 in place of {wanted.name.lower()} where rows are not whole blocks of "
             f"{GGML_QUANT_SIZES[wanted][0]} values: {len(other)} tensors, {other[0]} the first")  # fmt: skip

@@ -11,13 +11,15 @@ from lora import files
 from lora.adapter import value_head
 from lora.errors import BadEnvironment, BadInput, LoraError, Refused
 from lora.network.config import ModelConfig
-from lora.pretrained import prequantised
+from lora.pretrained import prequantised, wrapped
 
 CONFIGS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
     "LICENSE", value_head.FILE,
 )  # fmt: skip
+
+INDEX = "model.safetensors.index.json"
 
 
 class HubSilent(BadEnvironment):
@@ -74,10 +76,12 @@ def probe(repo: str, seconds: float, kind: str = "model"):
 def fetch(repo: str, info) -> Path:
     """The cache's folder of a model, with the files that we read, at the commit of `info`."""
     with _one_line(repo, f"hub {repo}"):
-        names = wanted(repo, info)
+        names, raw = wanted(repo, info), {}
         if "config.json" in names:  # what is not supported is said before its weights are fetched
-            config = files.read_json(Path(_library().hf_hub_download(repo, "config.json", revision=info.sha)))
-            ModelConfig.from_json(prequantised.plain(config), f"{repo}/config.json")
+            raw = files.read_json(Path(_library().hf_hub_download(repo, "config.json", revision=info.sha)))
+            ModelConfig.from_json(prequantised.plain(wrapped.text_config(raw)), f"{repo}/config.json")
+        if INDEX in names:
+            names += shards(repo, info, raw)
         folder = Path(_library().snapshot_download(repo, revision=info.sha, allow_patterns=names))
     main = folder.parents[1] / "refs" / "main"  # what the cache answers with offline: only what is complete
     main.parent.mkdir(exist_ok=True)
@@ -86,24 +90,30 @@ def fetch(repo: str, info) -> Path:
 
 
 def wanted(repo: str, info) -> list[str]:
-    """The files of a repository that we read: its small files, and one form of its weights. A repository may have them
-    several times: in one file beside shards, and for other programs."""
-    names, index = [file.rfilename for file in info.siblings], "model.safetensors.index.json"
+    """The files of a repository that we read: its small files, and one form of its weights, or the index of its shards.
+    A repository may have them several times: in one file beside shards, and for other programs."""
+    names = [file.rfilename for file in info.siblings]
     small = [name for name in CONFIGS if name in names]
     if value_head.PICKLED in names and value_head.FILE not in names:
         raise value_head.pickled(f"hub {repo}: {value_head.PICKLED}")
     if "model.safetensors" in names:
         return [*small, "model.safetensors"]
-    if index in names:
-        path = _library().hf_hub_download(repo, index, revision=info.sha)
-        weight_map = files.read_json(Path(path)).get("weight_map")
-        shards = weight_map.values() if isinstance(weight_map, dict) else ()  # what is wrong is said by who reads it
-        return [*small, index, *(name for name in names if name in shards and "/" not in name)]
+    if INDEX in names:
+        return [*small, INDEX]
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         raise Refused(
             f"pickle in hub {repo}: it has no safetensors, and pickled weights are never opened. Choose another"
         )
     raise BadInput(f"no weights in hub {repo}: there is no model.safetensors. Choose another model")
+
+
+def shards(repo: str, info, raw: dict) -> list[str]:
+    """The shards that have tensors of the model, or of the language model in a larger one."""
+    weight_map = files.read_json(Path(_library().hf_hub_download(repo, INDEX, revision=info.sha))).get("weight_map")
+    weight_map = weight_map if isinstance(weight_map, dict) else {}  # what is wrong is said by who reads it
+    weight_map = {name: file for name, file in weight_map.items() if isinstance(file, str)}
+    found = wrapped.files_of(raw, weight_map, f"hub {repo}")
+    return [file.rfilename for file in info.siblings if file.rfilename in found and "/" not in file.rfilename]
 
 
 def _cached(silent: HubSilent, repo: str, file: str, **kind) -> Path:

@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 from lora.errors import BadInput
 from lora.text import thoughts
-from lora.text.guard import free_characters, guard_messages
+from lora.text.guard import GUARDS, free_characters, guard_messages
 from lora.text.left_out import alike, left_out
 from lora.text.template import ChatTemplate
 from lora.text.tokenizer import Tokenizer
+
+MARK = GUARDS[0]  # stands for a text where a template is tried
 
 
 class Answer(NamedTuple):
@@ -64,14 +66,14 @@ class Renderer:
 
     def prompt(self, messages: Sequence[dict]) -> Rendered:
         """The conversation up to where the next answer begins."""
-        return self._find_answers(*guard_messages(self._with_system(messages), self.tokenizer), generate=True)
+        return self._find_answers(*guard_messages(self._as_read(messages), self.tokenizer), generate=True)
 
     def to_train(self, messages: Sequence[dict], train_on: str) -> list[Rendered]:
         """One text that holds all trained answers; or one for each of them, where the template rewrites earlier turns.
 
         Raises Rewritten where an answer cannot be found at all.
         """
-        messages = self._with_system(messages)
+        messages = self._as_read(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         masked = frozenset(i for i in answers if messages[i].get("train") is False)
         trained = [i for i in answers if i not in masked]
@@ -104,6 +106,7 @@ class Renderer:
             try:
                 before = self._render(messages[:i], generate=True)
                 upto = text if i == len(messages) - 1 else self._render(messages[: i + 1])
+                upto = upto.removesuffix(self.closing)
             except BadInput:  # the template takes the whole, but no such beginning of it
                 continue
             if text.startswith(before) and text.startswith(upto) and len(upto) >= len(before):
@@ -111,7 +114,7 @@ class Renderer:
         return Rendered(text, answers, list(self.tokenizer.control_pattern.finditer(text)), guard)
 
     def _answer(self, text: str, begin: int, turn: int) -> Answer:
-        """The answer that a text ends with."""
+        """The answer that a text, `closing` apart, ends with."""
         *_, last = [None, *self.tokenizer.control_pattern.finditer(text, begin)]
         return Answer(begin, len(text), bool(last) and not text[last.end() :].strip(), turn)
 
@@ -130,6 +133,12 @@ class Renderer:
         prompt = self._find_answers(before, guard, generate=True)
         content = thoughts.behind(prompt.text, answer["content"])
         question, mark = free_characters(messages, 2)
+        asked = [*before[:-1], *({**turn, "content": question} for turn in before[-1:])]
+        prompted = self._render(asked, generate=True).rpartition(question)[2]
+        written = self._between(asked, question, {**answer, "content": mark})
+        if thoughts.KEY in answer and not written.startswith(prompted) and not thoughts.opens(prompt.text):
+            answer = {"role": answer["role"], "content": content}  # its prompt has closed a thought already
+            written = self._between(asked, question, {**answer, "content": mark})
         begin, found, end = self._render([*before, {**answer, "content": mark}]).rpartition(mark)
         if not found:
             why = f"it does not write answer {number}, nor what it is given in its place"
@@ -137,15 +146,26 @@ class Renderer:
         whole, body = self._render([*before, {**answer, "content": content}]), content
         if whole.startswith(begin) and whole.endswith(end) and len(whole) >= len(begin + end):
             body = whole[len(begin) : len(whole) - len(end)]
-        asked = [*before[:-1], *({**turn, "content": question} for turn in before[-1:])]
-        prompted = self._render(asked, generate=True).rpartition(question)[2]
-        written = self._render([*asked, {**answer, "content": mark}]).rpartition(mark)[0].rpartition(question)[2]
         thought = thoughts.continued(prompt.text, content)
-        text = prompt.text + (_rest(prompted, written) + body if thought is None else thought) + end
-        answers = [*prompt.answers, self._answer(text, len(prompt.text), len(before))]
+        text = prompt.text + (self._rest(prompted, written) + body if thought is None else thought) + end
+        answers = [*prompt.answers, self._answer(text.removesuffix(self.closing), len(prompt.text), len(before))]
         found = Rendered(text, answers, list(self.tokenizer.control_pattern.finditer(text)), guard, joined=True)
         found.unclosed = thoughts.stays_open(prompt.text, text[len(prompt.text) :])
         return found
+
+    def _between(self, asked: Sequence[dict], question: str, answer: dict) -> str:
+        """What the template writes between a question and the content of its answer, both of them marks."""
+        return self._render([*asked, answer]).rpartition(answer["content"])[0].rpartition(question)[2]
+
+    def _rest(self, prompted: str, written: str) -> str:
+        """What is written before an answer and not prompted for."""
+        ours, theirs = ([*self.tokenizer.control_pattern.finditer(text)] for text in (prompted, written))
+        if ours and [match[0] for match in ours] == [match[0] for match in theirs]:  # what differs before, may
+            prompted, written = prompted[ours[-1].end() :], written[theirs[-1].end() :]
+        common = written[: alike(prompted, written)]
+        if common not in (prompted, written):  # no part of a tag or a word is common
+            common = common[: 1 + max(common.rfind(c) for c in ">]:\n ")]
+        return written.removeprefix(common)
 
     def _missing(self, text: Rendered, messages: Sequence[dict]) -> Iterator[str]:
         """For each trained answer of which the template leaves something out or changes it: that. Raises BadInput for
@@ -161,6 +181,39 @@ class Renderer:
             values = (value for key, value in messages[turn].items() if key != "role")
             if missing := next(filter(None, (left_out(value, text.text[:begin], written) for value in values)), ""):
                 yield missing.replace(text.guard, "")
+
+    # ---- what a template writes behind the last turn only, and how it reads thoughts ----
+
+    @cached_property
+    def closing(self) -> str:
+        """What the template writes behind the end of the last turn only: Phi's `<|end|><|endoftext|>` ends a turn and a
+        text. It is no part of an answer, since a conversation goes on without it."""
+        talk = [{"role": role, "content": MARK} for role in ("user", "assistant")]
+        try:
+            text, longer = self.template.render(talk), self.template.render([*talk, talk[0]])
+        except BadInput:
+            return ""
+        controls = self.tokenizer.control_pattern.finditer(text)
+        ends = [match.end() for match in controls if match.start() > text.rfind(MARK) >= 0]
+        last = max((end for end in ends if longer.startswith(text[:end])), default=len(text))
+        return "" if longer.startswith(text) else text[last:]
+
+    def _as_read(self, messages: Sequence[dict]) -> Sequence[dict]:
+        """The messages with the system turn that is set, and thoughts where the template looks for them."""
+        messages = self._with_system(messages)
+        return [thoughts.apart(message) for message in messages] if self._thinks_twice else messages
+
+    @cached_property
+    def _thinks_twice(self) -> bool:
+        """Does the template write an empty thought before one in the content, though it reads thoughts beside it?"""
+        user, answer = ({"role": role, "content": MARK} for role in ("user", "assistant"))
+        inside = {**answer, "content": f"<think>\n{thoughts.KEY}\n</think>\n\n{MARK}"}
+        try:
+            begin, found, _ = self.template.render([user, inside]).rpartition(inside["content"])
+            beside = self.template.render([user, thoughts.apart(inside)])
+        except BadInput:
+            return False
+        return bool(found) and bool(thoughts.EMPTY.search(begin)) and thoughts.KEY in beside
 
     # ---- system turns: the one that is set, and the one that a template inserts by itself ----
 
@@ -192,11 +245,3 @@ class Renderer:
             return ""
         bos = self.template.tokens.get("bos_token", "")
         return inserted if rest.startswith(bos) else inserted.removeprefix(bos)  # some begin every turn with it
-
-
-def _rest(prompted: str, written: str) -> str:
-    """What is written before an answer and not prompted for."""
-    common = written[: alike(prompted, written)]
-    if common not in (prompted, written):  # no part of a tag or a word is common
-        common = common[: 1 + max(common.rfind(c) for c in ">]:\n ")]
-    return written.removeprefix(common)

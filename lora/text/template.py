@@ -9,7 +9,7 @@ import jinja2
 from jinja2 import meta, nodes
 
 from lora.errors import BadInput, Refused
-from lora.text import sandbox
+from lora.text import sandbox, thoughts
 from lora.text.sandbox import why
 
 OUTPUT = 16 * 2**20  # characters that one rendering may write
@@ -35,6 +35,7 @@ BUILT_IN = {  # for base models, which have none; `eos_token` ends an answer
 
 
 GIVEN = {"messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now"}
+ASKS = ("defined", "undefined", "default", "d")
 PYTHON = {"True": True, "False": False, "None": None}  # "False" as a text would be true
 
 
@@ -99,9 +100,10 @@ class ChatTemplate:
     def switches(self) -> set[str]:
         """The names that the template reads and nobody gives: what `arguments` may set."""
         tree, undeclared = self._undeclared
-        kinds = [*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter)]
-        asked = {getattr(n.node, "name", "") for n in kinds if n.name in ("defined", "default")}  # before it sets them
-        its_own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - asked
+        tests = [*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter)]
+        names = {word: {n.name for n in tree.find_all(nodes.Name) if n.ctx == word} for word in ("store", "param")}
+        asked = {getattr(n.node, "name", "") for n in tests if n.name in ASKS} - names["param"]  # before it sets them
+        its_own = names["store"] - asked
         return {name for name in undeclared - its_own - self._environment.globals.keys() if is_switch(name)}
 
     def uses(self, name: str) -> bool:
@@ -136,16 +138,16 @@ class ChatTemplate:
         roles = "/".join(message["role"] for message in messages[:8])
         if sum(len(text) for m in messages for text in m.values() if isinstance(text, str)) > OUTPUT // 2:
             raise BadInput(f"a conversation of over {OUTPUT >> 21} M characters. Cut it")
+        messages = [thoughts.placed(message, self.source) for message in messages]
         for key in {key for message in messages for key in message} - {"role", "content", "train"}:
             if key not in self.source:
                 fix = "Put it into the content, or give another one by --template"
                 raise BadInput(f"chat template in {self.where}: it never reads {key} of a message. {fix}")
         try:
             with sandbox.limits():
-                copies = [dict(message) for message in messages]
                 given = self.tokens | self.arguments
                 text = self._template.render(
-                    messages=copies, tools=None, documents=None, add_generation_prompt=generate, **given
+                    messages=messages, tools=None, documents=None, add_generation_prompt=generate, **given
                 )
                 text.encode()  # half a surrogate pair is no character
         except sandbox.Forbidden as error:

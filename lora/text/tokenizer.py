@@ -69,6 +69,8 @@ class Tokenizer:
             }
             ids = {name: token["id"] for name, token in names.items()}
             raw["added_tokens"] = [{**token, "content": name} for name, token in names.items()]
+            if isinstance(vocabulary := raw["model"]["vocab"], dict):  # ids may have gaps: no id of a text is a mark's
+                vocabulary |= {name: self.size + n for n, name in enumerate(names) if name not in vocabulary}
             twin = FastTokenizer.from_str(json.dumps(raw | {"post_processor": None}))
             self._marked[mark] = twin, {twin.token_to_id(name): i for name, i in ids.items()}
         twin, ids = self._marked[mark]

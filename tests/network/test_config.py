@@ -1,7 +1,9 @@
 """config.json: real files of the supported families are accepted, everything else is refused by the name of a field."""
 
+import contextlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ from hypothesis import strategies as st
 
 from lora.errors import BadInput
 from lora.network.config import ModelConfig, RopeScaling
-from lora.network.families import FAMILIES, NEUTRAL
+from lora.network.families import FAMILIES, NEUTRAL, OTHERS, WRAPPERS
+from lora.network.layer_fields import DeltaSizes, Gemma4Sizes
+from lora.network.rope_fields import ROPES
+from lora.pretrained import prequantised, wrapped
 from tests.mutation import mutation
 
 CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # other work may share the machine
@@ -37,40 +42,60 @@ def changed(base: dict, **fields) -> dict:
 # ---- accepted --------------------------------------------------------------------------------------------------------
 
 
+def of(name: str) -> ModelConfig:
+    return ModelConfig.from_json(text_of(name))
+
+
+def text_of(name: str) -> dict:
+    """The config of the language model in a real file, its weights as the numbers they stand for."""
+    return prequantised.plain(wrapped.text_config(REAL[name]["config"]))
+
+
+CALLED = {"rms_norm_eps": "norm_eps", "qkv_bias": "use_bias"}  # fields that some families' files call otherwise
+
+
 @mutation(
     "lora/network/families.py",
     "max_position_embeddings=32768, attention_bias=True, o_bias",
     "max_position_embeddings=32768, attention_bias=False, o_bias",
+    case="Qwen/Qwen2-0.5B",
+)
+@mutation(
+    "lora/network/families.py",
+    'unused=("attention_dropout",), qk_norm',
+    'unused=("attention_drop",), qk_norm',
+    case="tencent/Hy-MT2-7B",
 )
 @pytest.mark.parametrize("name", REAL)
 def test_real_config_files_are_accepted_as_they_are(name):
-    raw = REAL[name]["config"]
-    config = ModelConfig.from_json(raw)
-    for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings",
-                  "tie_word_embeddings"):  # fmt: skip
-        if field in raw:
-            assert getattr(config, field) == raw[field], field
+    raw, config = text_of(name), of(name)
+    for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                  "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):  # fmt: skip
+        stated = raw.get(field, raw.get(CALLED.get(field)))
+        assert stated is None or getattr(config, field) == stated, field
     assert config.head_dim == (raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"])
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
-    assert config.rope_theta == (rope["rope_theta"] or 10000.0)
-    assert config.rope_scaling.kind == rope.get("rope_type", rope.get("type", "default"))
-    assert config.rope_scaling.factor == rope.get("factor", 1.0)
-    assert config.qkv_bias == (raw["model_type"] == "qwen2" or raw.get("attention_bias", False))
+    rope = rope.get("full_attention", rope)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "dynamic":  # which is of another base
+        assert config.rope_theta == (rope["rope_theta"] or 10000.0)
+        assert config.rope_scaling.kind == kind and config.rope_scaling.factor == (rope.get("factor") or 1.0)
+    if "max_position_embeddings" in raw and kind != "longrope":
+        assert config.max_position_embeddings == raw["max_position_embeddings"]
+    if raw["model_type"] != "lfm2":  # whose files say the width before it is cut
+        assert config.intermediate_size == raw["intermediate_size"]
+    biased = raw["model_type"] in ("qwen2", "seed_oss") or raw.get("attention_bias", False)
+    assert config.qkv_bias == biased
     assert config.o_bias == (raw["model_type"] == "llama" and raw.get("attention_bias", False))
-    eos = raw["eos_token_id"]
+    eos = raw.get("eos_token_id", [])
     assert config.eos_token_ids == tuple(eos if isinstance(eos, list) else [eos])
 
 
 def test_real_config_files_cover_all_families_and_every_kind_of_rope():
-    configs = [ModelConfig.from_json(entry["config"]) for entry in REAL.values()]
+    configs = [of(name) for name in REAL]
     assert {config.model_type for config in configs} == set(FAMILIES)
-    assert {config.rope_scaling.kind for config in configs} >= {"default", "llama3"}
+    assert {config.rope_scaling.kind for config in configs} >= {"default", "llama3", "yarn"}
     assert {config.tie_word_embeddings for config in configs} == {True, False}
-
-
-def of(name: str) -> ModelConfig:
-    return ModelConfig.from_json(REAL[name]["config"])
 
 
 def test_what_is_particular_in_real_config_files_is_read():
@@ -101,17 +126,95 @@ def test_what_is_particular_in_real_config_files_is_read():
     assert of("baichuan-inc/Baichuan-7B").num_key_value_heads == 32
 
 
-PHI4_MINI = {
-    "model_type": "phi3", "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
-    "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-    "partial_rotary_factor": 0.75, "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
-    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
-    "original_max_position_embeddings": 4096, "eos_token_id": 199999, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+YARN = {"kind": "yarn", "original_max_position_embeddings": 8192}
+PARTICULAR = {
+    "Qwen/Qwen3.5-0.8B": {
+        "mixers": ("delta", "delta", "delta", "attention") * 6, "ropes": (None, None, None, "global") * 6,
+        "delta": DeltaSizes(16, 16, 128, 128, 4), "rotary_dim": 64, "rope_theta": 1e7, "output_gate": True,
+        "norm_offset": 1.0, "tie_word_embeddings": True, "num_key_value_heads": 2,
+    },
+    "Qwen/Qwen3.6-27B": {"delta": DeltaSizes(16, 48, 128, 128, 4), "tie_word_embeddings": False, "rotary_dim": 64},
+    "mistralai/Ministral-3-3B-Instruct-2512": {
+        "rope_scaling": RopeScaling("yarn", 16.0, original_max_position_embeddings=16384, q_beta=0.1),
+        "windows": (None,) * 26, "head_dim": 128, "tie_word_embeddings": True,
+    },
+    "mistralai/Devstral-2-123B-Instruct-2512": {
+        "rope_scaling": RopeScaling(
+            "yarn", 64.0, original_max_position_embeddings=4096, beta_fast=4.0, attention_factor=1.4158883083359673,
+        ),
+    },
+    "ibm-granite/granite-3.3-8b-instruct": {
+        "embedding_scale": 12.0, "embedding_scale_rounded": False, "residual_multiplier": 0.22, "logits_scaling": 16.0,
+        "query_pre_attn_scalar": 128.0**2, "fused": (),
+    },
+    "ibm-granite/granite-4.0-350m": {
+        "mixers": ("attention",) * 28, "query_pre_attn_scalar": 64.0**2, "logits_scaling": 4.0,
+        "residual_multiplier": 0.263, "fused": (("shared_mlp.input_linear", ("gate_proj", "up_proj")),),
+    },
+    "LiquidAI/LFM2-1.2B": {
+        "mixers": tuple("attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)),
+        "conv_size": 3, "intermediate_size": 8192, "qk_norm": "head", "tie_word_embeddings": True,
+    },
+    "LiquidAI/LFM2.5-350M": {"intermediate_size": 4608, "tie_word_embeddings": True, "conv_size": 3},
+    "allenai/OLMo-2-1124-7B-Instruct": {"qk_norm": "projection", "windows": (None,) * 32},
+    "allenai/Olmo-3.1-32B-Instruct": {
+        "qk_norm": "projection", "windows": (4096, 4096, 4096, None) * 16,
+        "ropes": ("local", "local", "local", "global") * 16, "rope_local_theta": 5e5,
+        "rope_scaling": RopeScaling(factor=8.0, attention_factor=1.2079441541679836, **YARN),
+    },
+    "LGAI-EXAONE/EXAONE-4.0-32B": {
+        "windows": (4096, 4096, 4096, None) * 16, "ropes": ("global", "global", "global", None) * 16,
+        "rope_scaling": RopeScaling("llama3", 16.0), "qk_norm": "head",
+    },
+    "baidu/ERNIE-4.5-0.3B-PT": {"rope_interleaved": True, "mlp_bias": False, "tie_word_embeddings": True},
+    "tencent/Hy-MT2-7B": {"rope_theta": 10000.0 * 1000.0 ** (128 / 126), "qk_norm": "turned"},
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": {"qkv_bias": True, "o_bias": False, "head_dim": 128},
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": {
+        "rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=32768, attention_factor=1.0),
+    },
+    "google/gemma-4-E2B-it": {
+        "windows": ((512,) * 4 + (None,)) * 7, "ropes": (("local",) * 4 + ("global",)) * 7, "rotary_dim": 512,
+        "rope_scaling": RopeScaling("proportional", turned=64), "rope_local_dim": 256, "rope_local_theta": 1e4,
+        "eos_token_ids": (1, 106),
+        "gemma4": Gemma4Sizes(512, 256, 262144, (*range(15), *([13, 13, 13, 13, 14] * 4)), True),
+    },
+    "google/gemma-4-E4B-it": {
+        "windows": ((512,) * 5 + (None,)) * 7, "num_key_value_heads": 2, "final_logit_softcapping": 30.0,
+        "gemma4": Gemma4Sizes(512, 256, 262144, (*range(24), *([22, 22, 22, 22, 22, 23] * 3)), False),
+    },
+    "openbmb/MiniCPM5-1B": {"rope_theta": 5e6, "head_dim": 128, "eos_token_ids": (1, 130073)},
 }  # fmt: skip
 
 
+@mutation(
+    "lora/network/rope_fields.py",
+    '* named("attn_factor", 1.0, low=0), low=0)',
+    "* 1.0, low=0)",
+    case="deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+)
+@mutation(
+    "lora/network/rope_fields.py",
+    "else [grows(factor), 1]",
+    "else [1.0, 1]",
+    case="mistralai/Devstral-2-123B-Instruct-2512",
+)
+@mutation(
+    "lora/network/config.py",
+    'self.flag("tie_embedding", tied) if "tie_embedding" in reads',
+    'not tied if "tie_embedding" in reads',
+    case="LiquidAI/LFM2.5-350M",
+)
+@mutation("lora/network/layer_fields.py", "int(2 * width / 3)", "int(width / 2)", case="LiquidAI/LFM2-1.2B")
+@mutation("lora/network/config.py", "return multiplier**-2", "return multiplier", case="ibm-granite/granite-4.0-350m")
+@pytest.mark.parametrize("name", PARTICULAR)
+def test_what_is_particular_in_the_files_of_newer_families_is_read(name):
+    config = of(name)
+    for field, value in PARTICULAR[name].items():
+        assert getattr(config, field) == value, (field, getattr(config, field))
+
+
 def test_longrope_is_for_documents_of_the_original_length():
-    config = ModelConfig.from_json(PHI4_MINI)
+    config = of("microsoft/Phi-4-mini-instruct")
     assert config.rope_scaling.kind == "longrope" and config.max_position_embeddings == 4096
     assert config.rope_scaling.short_factors == (1.0,) * 48 and config.rotary_dim == 96
 
@@ -121,7 +224,17 @@ BAICHUAN2 = {**REAL["baichuan-inc/Baichuan-7B"]["config"], "architectures": ["Ba
 BAICHUAN_13B = {key: value for key, value in BAICHUAN2.items() if key != "max_position_embeddings"} | {
     "vocab_size": 64000, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}  # fmt: skip
 
+GEMMA4_31B = text_of("google/gemma-4-E4B-it") | {
+    "attention_k_eq_v": True, "hidden_size": 5376, "hidden_size_per_layer_input": 0, "intermediate_size": 21504,
+    "num_attention_heads": 32, "num_global_key_value_heads": 4, "num_hidden_layers": 60, "num_key_value_heads": 16,
+    "num_kv_shared_layers": 0, "sliding_window": 1024, "use_bidirectional_attention": "vision",
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+}  # fmt: skip
 
+
+@mutation(
+    "lora/network/config.py", "if self.problems:  # nothing else", "if False:  # nothing else", case="Gemma-4-31B"
+)
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -129,13 +242,26 @@ BAICHUAN_13B = {key: value for key, value in BAICHUAN2.items() if key != "max_po
         (BAICHUAN_13B, ("max_position_embeddings", "ALiBi")),
         ({"model_type": "chatglm", "num_layers": 28, "hidden_size": 4096}, ("model_type", "GLM-4-9B-0414")),
         ({"model_type": "qwen", "num_hidden_layers": 24, "hidden_size": 2048}, ("model_type", "Qwen1.5")),
+        (GEMMA4_31B, ("attention_k_eq_v", "gemma-4-E4B-it")),
     ],
-    ids=["Baichuan2-7B", "Baichuan-13B", "ChatGLM", "Qwen-1.8B"],
+    ids=["Baichuan2-7B", "Baichuan-13B", "ChatGLM", "Qwen-1.8B", "Gemma-4-31B"],
 )
 def test_real_config_files_of_models_that_compute_otherwise_are_refused_with_the_reason(raw, words):
     with pytest.raises(BadInput) as refused:
         ModelConfig.from_json(raw)
     assert len(refused.value.problems) == 1 and all(word in str(refused.value) for word in words)
+
+
+@mutation("lora/network/families.py", "Use {use}", "Use another", case="qwen3_next")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_is_refused_has_a_way_out_among_those_that_are_not(kind):
+    with pytest.raises(BadInput) as refused:
+        ModelConfig.from_json({"model_type": kind})
+    [problem] = refused.value.problems
+    found = re.fullmatch(
+        rf"unsupported model in config\.json:model_type: '{kind}'\. [^.]+\. Use \S+ \((\w+)\)", problem
+    )
+    assert found and found[1] in (FAMILIES | WRAPPERS) and kind not in (FAMILIES | WRAPPERS), problem
 
 
 def test_absent_fields_mean_what_the_family_says():
@@ -290,6 +416,123 @@ def test_a_config_that_would_compute_something_else_is_refused_by_field(field, f
     ), str(refused.value)
 
 
+QWEN35, LFM2, GRANITE = "Qwen/Qwen3.5-0.8B", "LiquidAI/LFM2-1.2B", "ibm-granite/granite-3.3-8b-instruct"
+GRANITE4, HUNYUAN, EXAONE4 = "ibm-granite/granite-4.0-350m", "tencent/Hy-MT2-7B", "LGAI-EXAONE/EXAONE-4.0-32B"
+OLMO3, ERNIE, PHI4 = "allenai/Olmo-3.1-32B-Instruct", "baidu/ERNIE-4.5-0.3B-PT", "microsoft/Phi-4-mini-instruct"
+GEMMA4 = "google/gemma-4-E2B-it"
+R1, MINISTRAL = "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "mistralai/Ministral-3-3B-Instruct-2512"
+ROPE_OF = {name: text_of(name).get("rope_parameters") or text_of(name).get("rope_scaling") for name in REAL}
+WRONG_NUMBERS = (0, -1, math.nan, math.inf, "12", True, [1])
+NEWER_REFUSED = [
+    # a real file, the field that the message must name, changed fields
+    (QWEN35, "layer_types", {"layer_types": ["linear_attention"] * 23}),
+    (QWEN35, "layer_types", {"layer_types": ["linear_attention"] * 23 + ["sliding_attention"]}),
+    (QWEN35, "layer_types", {"layer_types": ["linear_attention"] * 23 + [None]}),
+    (QWEN35, "layer_types", {"layer_types": ["linear_attention"] * 23 + [["full_attention"]]}),
+    (QWEN35, "layer_types", {"layer_types": {"0": "linear_attention"}}),
+    (QWEN35, "full_attention_interval", {"layer_types": DROP, "full_attention_interval": -4}),
+    (QWEN35, "full_attention_interval", {"layer_types": DROP, "full_attention_interval": "4"}),
+    (QWEN35, "attn_output_gate", {"attn_output_gate": False}),
+    (QWEN35, "output_gate_type", {"output_gate_type": "sigmoid"}),
+    (QWEN35, "hidden_act", {"hidden_act": "gelu_pytorch_tanh"}),
+    (QWEN35, "linear_num_key_heads", {"linear_num_key_heads": 3}),
+    (QWEN35, "linear_num_key_heads", {"linear_num_key_heads": 32}),
+    (QWEN35, "linear_conv_kernel_dim", {"linear_conv_kernel_dim": 1}),
+    *((QWEN35, field, {field: value}) for value in (0, -1, "4", 4.5, True, 10**6) for field in (
+        "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+        "linear_conv_kernel_dim")),
+    (QWEN35, "rope_parameters", {"rope_parameters": ROPE_OF[QWEN35] | {"rope_type": "mrope"}}),
+    (QWEN35, "partial_rotary_factor", {"rope_parameters": ROPE_OF[QWEN35] | {"partial_rotary_factor": 1.5}}),
+    (QWEN35, "num_experts", {"num_experts": 128}),
+    (LFM2, "layer_types", {"layer_types": ["conv"] * 15 + ["short_conv"]}),
+    (LFM2, "layer_types", {"layer_types": ["conv"] * 15}),
+    (LFM2, "full_attn_idxs", {"full_attn_idxs": "2,5"}),
+    (LFM2, "full_attn_idxs", {"full_attn_idxs": [2, 16]}),
+    (LFM2, "full_attn_idxs", {"full_attn_idxs": [2, "5"]}),
+    (LFM2, "conv_bias", {"conv_bias": True}),
+    (LFM2, "use_pos_enc", {"use_pos_enc": False}),
+    (LFM2, "block_use_swiglu", {"block_use_swiglu": False}),
+    (LFM2, "block_auto_adjust_ff_dim", {"block_auto_adjust_ff_dim": "yes"}),
+    (LFM2, "tie_embedding", {"tie_embedding": 1}),
+    (LFM2, "norm_eps", {"norm_eps": "1e-5"}),
+    *((LFM2, field, {field: value}) for value in (0, -1, "3", math.nan, True, [3]) for field in (
+        "conv_L_cache", "block_ff_dim", "block_multiple_of", "block_ffn_dim_multiplier")),
+    (LFM2, "conv_L_cache", {"conv_L_cache": 1}),
+    *((base, field, {field: value}) for value in WRONG_NUMBERS for base in (GRANITE, GRANITE4) for field in (
+        "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")),
+    (GRANITE, "num_local_experts", {"num_local_experts": 40}),
+    (GRANITE4, "num_local_experts", {"num_local_experts": 8}),
+    (GRANITE4, "num_local_experts", {"num_local_experts": DROP}),
+    (GRANITE4, "position_embedding_type", {"position_embedding_type": "nope"}),
+    (GRANITE4, "position_embedding_type", {"position_embedding_type": DROP}),
+    (GRANITE4, "layer_types", {"layer_types": ["mamba"] * 27 + ["attention"]}),
+    (GRANITE4, "layer_types", {"layer_types": ["attention"] * 27}),
+    (GRANITE4, "shared_intermediate_size", {"shared_intermediate_size": 0}),
+    (HUNYUAN, "use_qk_norm", {"use_qk_norm": False}),
+    (HUNYUAN, "use_cla", {"use_cla": True}),
+    (HUNYUAN, "use_rotary_pos_emb", {"use_rotary_pos_emb": False}),
+    (HUNYUAN, "num_experts", {"num_experts": 64}),
+    (HUNYUAN, "rope_scaling", {"rope_scaling": {"type": "dynamic", "factor": 1.0}}),
+    *((HUNYUAN, "alpha", {"rope_scaling": {"type": "dynamic", "alpha": value}}) for value in WRONG_NUMBERS),
+    (EXAONE4, "sliding_window_pattern", {"layer_types": DROP, "sliding_window_pattern": "LGLG"}),
+    (EXAONE4, "sliding_window_pattern", {"layer_types": DROP, "sliding_window_pattern": "lllg"}),
+    (EXAONE4, "sliding_window_pattern", {"layer_types": DROP, "sliding_window_pattern": -1}),
+    (EXAONE4, "sliding_window", {"sliding_window": "4096"}),
+    (EXAONE4, "layer_types", {"layer_types": ["chunked_attention"] * 64}),
+    (OLMO3, "layer_types", {"layer_types": ["sliding_attention"] * 63}),
+    (OLMO3, "clip_qkv", {"clip_qkv": 8.0}),
+    (GEMMA4, "layer_types", {"layer_types": ["sliding_attention"] * 35}),
+    (GEMMA4, "layer_types", {"layer_types": ["full_attention", ["sliding_attention"]]}),
+    (GEMMA4, "enable_moe_block", {"enable_moe_block": True, "num_experts": 128}),
+    (GEMMA4, "enable_moe_block", {"enable_moe_block": 2}),
+    (GEMMA4, "attention_k_eq_v", {"attention_k_eq_v": True}),
+    (GEMMA4, "num_kv_shared_layers", {"num_kv_shared_layers": 35}),
+    (GEMMA4, "num_kv_shared_layers", {"num_kv_shared_layers": 34}),
+    (GEMMA4, "use_bidirectional_attention", {"use_bidirectional_attention": "all"}),
+    (GEMMA4, "vocab_size_per_layer_input", {"vocab_size_per_layer_input": 1000}),
+    (GEMMA4, "use_double_wide_mlp", {"use_double_wide_mlp": "yes"}),
+    *((GEMMA4, field, {field: value}) for value in (-1, "2", math.nan, True) for field in (
+        "num_kv_shared_layers", "global_head_dim", "hidden_size_per_layer_input", "vocab_size_per_layer_input",
+        "sliding_window")),
+    (GEMMA4, "per_layer_config", {"per_layer_config": {"4": {"head_dim": 512}}}),
+    (GEMMA4, "rope_parameters", {"rope_parameters": {
+        "full_attention": ROPE_OF[GEMMA4]["full_attention"], "sliding_attention": {"rope_type": "yarn"}}}),
+    (GEMMA4, "factor", {"rope_parameters": ROPE_OF[GEMMA4] | {
+        "full_attention": ROPE_OF[GEMMA4]["full_attention"] | {"factor": 8.0}}}),
+    (ERNIE, "use_bias", {"use_bias": "no"}),
+    (ERNIE, "moe_num_experts", {"moe_num_experts": 64}),
+    (R1, "original_max_position_embeddings", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    (R1, "original_max_position_embeddings", {"original_max_position_embeddings": 4096}),
+    (R1, "mscaling", {"rope_scaling": ROPE_OF[R1] | {"mscaling": 0.7}}),
+    (R1, "short_factor", {"rope_scaling": ROPE_OF[R1] | {"short_factor": [1.0]}}),
+    *((R1, field, {"rope_scaling": ROPE_OF[R1] | {field: value}}) for value in (-1, math.nan, "1", [1]) for field in (
+        "factor", "attn_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "original_max_position_embeddings")),
+    (R1, "truncate", {"rope_scaling": ROPE_OF[R1] | {"truncate": "no"}}),
+    (MINISTRAL, "llama_4_scaling_beta", {"rope_parameters": ROPE_OF[MINISTRAL] | {"llama_4_scaling_beta": -0.1}}),
+    (PHI4, "short_factor", {"rope_scaling": ROPE_OF[PHI4] | {"short_factor": [1.0] * 47}}),
+    (PHI4, "short_factor", {"rope_scaling": ROPE_OF[PHI4] | {"short_factor": [1.0] * 47 + [0]}}),
+    (PHI4, "short_factor", {"rope_scaling": ROPE_OF[PHI4] | {"short_factor": [1.0] * 47 + [math.nan]}}),
+    (PHI4, "short_factor", {"rope_scaling": ROPE_OF[PHI4] | {"short_factor": None}}),
+    (PHI4, "original_max_position_embeddings", {"original_max_position_embeddings": DROP}),
+    (PHI4, "original_max_position_embeddings", {
+        "rope_scaling": ROPE_OF[PHI4] | {"original_max_position_embeddings": 8192}}),
+    (PHI4, "original_max_position_embeddings", {"original_max_position_embeddings": 0}),
+    (PHI4, "factor", {"rope_scaling": ROPE_OF[PHI4] | {"factor": "32"}}),
+    (PHI4, "long_mscale", {"rope_scaling": ROPE_OF[PHI4] | {"long_mscale": 1.2}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field", "fields"), NEWER_REFUSED, ids=lambda x: str(x)[:50])
+def test_a_real_config_file_that_is_changed_is_refused_by_field(name, field, fields):
+    with pytest.raises(BadInput) as refused:
+        ModelConfig.from_json(changed(text_of(name), **fields), "some/config.json")
+    for problem in refused.value.problems:
+        assert problem.startswith("unsupported model in some/config.json:") and "\n" not in problem
+        assert re.search(r"\. [A-Z][^.]*$", problem) and len(problem) < 250, problem  # what to do
+    assert any(re.search(rf":{field}: |: {field} ", problem) for problem in refused.value.problems), str(refused.value)
+
+
 QUANTISED = {  # a name -> of what it was made
     "unsloth/Llama-3.2-1B-bnb-4bit": "unsloth/Llama-3.2-1B",
     "unsloth/gemma-3-1b-it-unsloth-bnb-4bit": "unsloth/gemma-3-1b-it",
@@ -358,10 +601,14 @@ def test_all_problems_are_named_at_once():
 # ---- anything at all -------------------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, 1, -1, 2**31, 2**63, 10**12, 10**400]))
-KEYS = st.sampled_from(["rope_type", "type", "factor", "rope_theta", "low_freq_factor", "high_freq_factor",
-                        "original_max_position_embeddings", "attention_factor"])  # fmt: skip
-KINDS = st.sampled_from(["default", "linear", "llama3", "yarn", "silu", "llama", "qwen2", "full_attention",
-                         "sliding_attention"])  # fmt: skip
+KEYS = st.sampled_from(
+    sorted({"rope_type", "type", "rope_theta", "full_attention", "sliding_attention", "llama_4_scaling_beta",
+            "mrope_section", *(key for keys in ROPES.values() for key in keys)})
+)  # fmt: skip
+KINDS = st.sampled_from(
+    [*ROPES, *FAMILIES, *WRAPPERS, "silu", "full_attention", "sliding_attention", "linear_attention", "conv",
+     "attention", "mamba", "LLLG"]
+)  # fmt: skip
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=6), KINDS)
 VALUES = st.recursive(
     LEAVES,
@@ -369,25 +616,41 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.sampled_from(sorted({*QWEN2, *NEUTRAL, "rope_scaling", "rope_parameters", "layer_types", "head_dim",
-                                 "attention_bias", "mlp_bias",
+                                 "attention_bias", "mlp_bias", *(field for name in REAL for field in text_of(name)),
                                  *(field for family in FAMILIES.values() for field in family.reads)}))  # fmt: skip
+BASES = [{**LLAMA, "model_type": family} for family in sorted(FAMILIES)] + [text_of(name) for name in PARTICULAR]
 
 
-@hypothesis_settings(max_examples=300, **CALM)
-@given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
-@example("llama", {"model_type": ["llama"]})
-@example("llama", {"hidden_size": 10**400})
-@example("qwen2", {"rope_scaling": {"type": "linear", "factor": 10**400}})
-def test_any_json_in_any_field_gives_a_config_or_bad_input(family, fields):
-    raw = {**LLAMA, "model_type": family, **fields}
+@mutation("lora/network/layer_fields.py", "any(kind not in [*words] for", "any(kind not in words for")
+@hypothesis_settings(max_examples=400, **CALM)
+@given(st.sampled_from(BASES), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
+@example(LLAMA, {"model_type": ["llama"]})
+@example(LLAMA, {"hidden_size": 10**400})
+@example(LLAMA, {"rope_parameters": {"a\nb": "c\nd"}})
+@example(QWEN2, {"rope_scaling": {"type": "linear", "factor": 10**400}})
+@example(BASES[-2], {"max_position_embeddings": "131072"})
+@example({**LLAMA, "model_type": "lfm2"}, {"layer_types": [["conv"], {}]})
+def test_any_json_in_any_field_gives_a_config_or_bad_input(base, fields):
+    raw = {**base, **fields}
     try:
         config = ModelConfig.from_json(raw)
     except BadInput as refused:
         assert all(problem and "\n" not in problem for problem in refused.problems)
         return
-    assert isinstance(config, ModelConfig) and config.rotary_dim % 2 == 0 < config.rotary_dim <= config.head_dim
+    widest = max(config.head_dim, config.gemma4.global_head_dim if config.gemma4 else 0)
+    assert isinstance(config, ModelConfig) and config.rotary_dim % 2 == 0 < config.rotary_dim <= widest
     assert len(config.windows) == len(config.ropes) == config.num_hidden_layers
     assert all(window is None or window > 0 for window in config.windows)
     assert config.num_attention_heads % config.num_key_value_heads == 0
     assert math.isfinite(config.rope_theta) and config.rope_theta > 0 and math.isfinite(config.rms_norm_eps)
     assert all(type(getattr(config, name)) is int for name in ("vocab_size", "hidden_size", "head_dim"))
+
+
+@hypothesis_settings(max_examples=200, **CALM)
+@given(st.sampled_from(sorted(WRAPPERS)), VALUES, st.dictionaries(FIELDS, VALUES, max_size=3))
+@example("qwen3_5", {"model_type": ["qwen3_5_text"]}, {"quantization_config": []})
+def test_any_json_as_the_language_model_of_a_larger_one_gives_a_config_or_bad_input(kind, text, fields):
+    with contextlib.suppress(BadInput):
+        ModelConfig.from_json(
+            prequantised.plain(wrapped.text_config(fields | {"model_type": kind, "text_config": text}))
+        )

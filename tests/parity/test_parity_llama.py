@@ -1,15 +1,17 @@
 """llama.cpp itself reads what `merge.py --format gguf` writes, and says the same tokens.
 
-Needs xllamacpp, and the default model (fetched where it is not there yet). With LORA_PARITY=1 it fails rather than
-skips.
+Needs xllamacpp, transformers, and the default model (fetched where it is not there yet). With LORA_PARITY=1 it fails
+rather than skips.
 """
 
 import os
+import unicodedata
 
 import pytest
 import torch
 
 if os.environ.get("LORA_PARITY") == "1":
+    from transformers import AutoConfig, AutoModelForCausalLM
     from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
 else:
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
@@ -20,12 +22,13 @@ from lora.adapter import passport, store
 from lora.adapter.inject import inject, lora_layers
 from lora.pretrained import default_model, gguf_write
 from lora.pretrained.gguf import GGUFFile
+from lora.pretrained.gguf_tokenizer import PRE_TOKENIZERS
 from lora.text.tokenizer import Tokenizer
 from tests import cli
-from tests.helpers import example_of, randomise_adapter, some_tokens
+from tests.helpers import close, example_of, randomise_adapter, some_tokens
 from tests.make_tokenizer_reference import LlamaCpp
 from tests.pretrained import test_sentencepiece
-from tests.pretrained.test_gguf import STRINGS
+from tests.pretrained.test_gguf import EMBEDDINGS, STRINGS, tokenizer_metadata, trained, write  # noqa: F401 (a fixture)
 from tests.pretrained.test_gguf_write import CASES
 
 MARGIN = 0.5  # between our two likeliest tokens, in logits; below it another rounding may choose the other one
@@ -81,6 +84,24 @@ def test_small_models_and_adapters_of_every_kind_give_llama_cpps_probabilities(t
         assert all(abs(ours[i].item() - p) < 0.02 for i, p in top.items()), (adapter, top)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_written_from_a_gguf_file_is_the_model_for_transformers(tmp_path, case):
+    """The file does not say all that a config.json does: here what is written computes the same."""
+    checkpoint = pretrained.find(str(cli.write_model(tmp_path / "model", **CASES[case])))
+    gguf_write.write_model(checkpoint, tmp_path / "base.gguf", lambda name, tensor: tensor.float(), "f32")
+    (tmp_path / "out").mkdir()
+    pretrained.write_model(GGUFFile(tmp_path / "base.gguf"), tmp_path / "out", lambda name, W: W, torch.float32)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    config.pad_token_id = None  # most families' is beyond so small a vocabulary
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", config=config, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    tokens = some_tokens(60, vocab=290)
+    ours, theirs = pretrained.load_model(checkpoint)(tokens), theirs(tokens[None]).logits[0]
+    assert not any(info.values()) and close(ours, theirs, 1e-4), info
+
+
 # ---- the default model -----------------------------------------------------------------------------------------------
 
 TAUGHT = {
@@ -106,9 +127,9 @@ def learned(checkpoint, place):
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TAUGHT.items()]
     for _ in range(14):
         for example in (example_of(chat, messages) for messages in turns):
-            trained = torch.tensor(example.trained[1:])
-            logits = model(torch.tensor(example.tokens))[:-1][trained]
-            torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[trained]).backward()
+            answer = torch.tensor(example.trained[1:])
+            logits = model(torch.tensor(example.tokens))[:-1][answer]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[answer]).backward()
         optimizer.step()
         optimizer.zero_grad()
     store.save(model, place / "run", passport=passport.make(checkpoint, paths))
@@ -131,7 +152,7 @@ def kept(base, tmp_path_factory):
     return learned(pretrained.find(str(base), "keep"), tmp_path_factory.mktemp("kept"))
 
 
-def trained(checkpoint, place):
+def loaded(checkpoint, place):
     model = pretrained.load_model(checkpoint)
     store.load(model, place / "run")
     return pretrained.load_chat(checkpoint), model
@@ -139,12 +160,12 @@ def trained(checkpoint, place):
 
 @pytest.fixture(scope="module")
 def ours(base, results):
-    return trained(GGUFFile(base), results)
+    return loaded(GGUFFile(base), results)
 
 
 @pytest.fixture(scope="module")
 def ours_kept(base, kept):
-    return trained(pretrained.find(str(base), "keep"), kept)
+    return loaded(pretrained.find(str(base), "keep"), kept)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
@@ -176,6 +197,17 @@ def test_llama_cpp_reads_the_rebuilt_tokenizer_as_the_original_one(base, results
     for text in STRINGS:
         for control in (False, True):
             assert ours.encode(text, control) == theirs.encode(text, control), text
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_llama_cpp_cuts_text_by_every_name_as_we_do(tmp_path, trained, pre):  # noqa: F811
+    _, vocabulary, merges = trained["llama-bpe"]
+    path = tmp_path / "a.gguf"
+    write(path, metadata=tokenizer_metadata(pre, vocabulary, merges), tensors=EMBEDDINGS)
+    ours, theirs = Tokenizer(GGUFFile(path).files()["tokenizer.json"]), LlamaCpp(path)
+    for text in STRINGS:
+        text = unicodedata.normalize("NFC", text)  # which llama.cpp leaves to others
+        assert ours.encode_plain(text) == theirs.encode(text, False), text
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -35,6 +35,7 @@ from lora.pretrained import ModelFolder, gguf, gguf_header, load_chat, load_mode
 from lora.pretrained.gguf import GGUFFile
 from tests.helpers import far, same, snapshot
 from tests.mutation import mutation
+from tests.pretrained.gguf_converter import llama3_divisors, permuted
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 32, 4, 2, 8, 64, 2
 SIZES = {
@@ -144,12 +145,6 @@ def test_types_that_cannot_be_dequantised_are_refused(path, kind):
     assert f"tensor type {kind.value} cannot" in refused(path)
 
 
-def converters_permutation(weights, heads):
-    """`permute` of LlamaModel in llama.cpp's convert_hf_to_gguf.py."""
-    split = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(weights.shape))
-
-
 def random_bf16(*shape):
     """Values that bfloat16 holds exactly, as float32."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16().float().numpy()
@@ -166,7 +161,7 @@ def test_llamas_q_and_k_get_back_the_row_order_the_converter_changed_and_nothing
         originals |= {f"{which}.weight": random_bf16(rows, HIDDEN), f"{which}.bias": random_bf16(rows)}
     for name, data in originals.items():
         moved = arch == "llama" and name[0] in QK
-        stored[f"blk.1.attn_{name}"] = converters_permutation(data, QK[name[0]][1]) if moved else data
+        stored[f"blk.1.attn_{name}"] = permuted(data, QK[name[0]][1]) if moved else data
         assert not moved or not np.array_equal(stored[f"blk.1.attn_{name}"], data)
     base = GGUFFile(write(path, arch, tensors=stored))
     for name, data in originals.items():
@@ -415,28 +410,13 @@ def test_config_fields_follow_the_metadata(path, change, expected):
     ModelConfig.from_json(config)
 
 
-def llama3_divisors(factor, low=1.0, high=4.0, original=8192, theta=500000.0, dim=64):
-    """`generate_extra_tensors` of LlamaModel in llama.cpp's convert_hf_to_gguf.py."""
-    divisors = []
-    for frequency in 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)):
-        wavelength = 2 * math.pi / frequency
-        if wavelength < original / high:
-            divisors.append(1)
-        elif wavelength > original / low:
-            divisors.append(factor)
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            divisors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(divisors, np.float32)
-
-
 def with_divisors(divisors, **sizes):
     sizes |= {"embedding_length": 64, "attention.head_count": 1, "attention.head_count_kv": 1, "rope.freq_base": 5e5}
     tensors = {"token_embd.weight": np.zeros((64, 64), np.float32), "rope_freqs.weight": divisors}
     return {"sizes": sizes, "tensors": tensors}
 
 
-@pytest.mark.parametrize("factor", [8, 32])
+@pytest.mark.parametrize("factor", [8, 16, 32])
 def test_the_scaling_of_llama3_is_recovered_from_its_divisors(path, factor):
     divisors = llama3_divisors(factor)
     assert len(set(divisors.tolist())) > 4  # the blend is there, not only its ends
@@ -457,13 +437,17 @@ NO_MODEL = {"tensors": {"output_norm.weight": np.zeros(HIDDEN, np.float32)}}
 @pytest.mark.parametrize(
     "change, words",
     [
-        (with_divisors(llama3_divisors(16)), "rope_freqs.weight"),
+        (with_divisors(llama3_divisors(24)), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8, original=4096)), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8)[:-1]), "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8)) | {"arch": "qwen2"}, "rope_freqs.weight"),
         (with_divisors(llama3_divisors(8), **{"rope.scaling.factor": 2.0}), "rope_freqs.weight"),
         (with_divisors(np.full(32, np.nan, np.float32)), "rope_freqs.weight"),
-        ({"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "rope.scaling.type: 'yarn'"),
+        (
+            {"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}},
+            "original_context_length: it is missing",
+        ),
+        ({"sizes": {"rope.scaling.type": "su", "rope.scaling.factor": 4.0}}, "rope.scaling.type: 'su'"),
         ({"arch": "mamba"}, "general.architecture: 'mamba'"),
         ({"sizes": {"expert_count": 8}}, "llama.expert_count"),
         ({"sizes": {"attention.sliding_window": 4096}}, "llama.attention.sliding_window"),
@@ -503,18 +487,29 @@ QWEN2 = WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + REST
 LLAMA_3 = WORDS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + REST
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+MARKS = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + REST
+)
 PRE = {
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
     "gpt-2": GPT2,
     "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES]),
     "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES]),
+    "qwen35": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(MARKS), "isolated"), BYTES]),
+    "tekken": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(TEKKEN), "isolated"), BYTES]),
 }
+WHOLE_WORDS = ("llama-bpe", "tekken")
 # "Ab\n\n 1234 don't I'LLs go  !?\nx" as each of them cuts it
 PIECES = {
     "smollm": "Ab ĊĊĠ 1 2 3 4 Ġdon 't ĠI ' LLs Ġgo Ġ Ġ!? Ċ x",
     "gpt-2": "Ab ĊĊ Ġ1234 Ġdon 't ĠI ' LLs Ġgo Ġ Ġ!? Ċ x",
     "qwen2": "Ab ĊĊ Ġ 1 2 3 4 Ġdon 't ĠI 'LL s Ġgo Ġ Ġ!?Ċ x",
     "llama-bpe": "Ab ĊĊ Ġ 123 4 Ġdon 't ĠI 'LL s Ġgo Ġ Ġ!?Ċ x",
+    "qwen35": "Ab ĊĊ Ġ 1 2 3 4 Ġdon 't ĠI 'LL s Ġgo Ġ Ġ!?Ċ x",
+    "tekken": "Ab ĊĊ Ġ 1 2 3 4 Ġdon 't ĠI 'LLs Ġgo Ġ Ġ!?Ċ x",
 }
 STRINGS = [
     "", " ", "hello", "Hello, World!", TEXT, "1234567890 12 3", "  two\n\n\nlines \t\r\n", "你好 日本語", "🙂👍🏽 ok",
@@ -528,8 +523,8 @@ def trained():
     """For each pre-tokenizer a small tokenizer, built without the module under test."""
     built = {}
     for pre, pre_tokenizer in PRE.items():
-        fast = FastTokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-        fast.normalizer = normalizers.NFC() if pre == "qwen2" else None
+        fast = FastTokenizer(models.BPE(ignore_merges=pre in WHOLE_WORDS))
+        fast.normalizer = normalizers.NFC() if pre.startswith("qwen") else None
         fast.pre_tokenizer, fast.decoder = pre_tokenizer, decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=400, special_tokens=list(SPECIALS), show_progress=False,
@@ -539,7 +534,7 @@ def trained():
         model = json.loads(fast.to_str())["model"]
         vocabulary, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
         vocabulary["WORLD"] = len(vocabulary)  # no merges lead there: found only where merges are ignored
-        fast.model = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
+        fast.model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS)
         fast.add_tokens([AddedToken(t, normalized=False, special=kind == 3) for t, kind in SPECIALS.items()])
         built[pre] = fast, vocabulary, merges
     return built
@@ -592,7 +587,7 @@ def test_ids_are_those_of_a_tokenizer_built_independently(path, trained, pre):
             assert fast.encode(text, add_special_tokens=special).ids == reference.encode(text).ids, text
         ids = fast.encode(text).ids
         assert fast.decode(ids, skip_special_tokens=False) == reference.decode(ids, skip_special_tokens=False)
-        normal = text if pre != "qwen2" else normalizers.NFC().normalize_str(text)
+        normal = text if not pre.startswith("qwen") else normalizers.NFC().normalize_str(text)
         assert fast.decode(ids, skip_special_tokens=False) == normal
     assert fast.get_vocab(with_added_tokens=True) == vocabulary
     added = {token.content: token.special for token in fast.get_added_tokens_decoder().values()}
@@ -607,11 +602,11 @@ def test_every_pre_tokenizer_cuts_text_as_its_model_does(path, trained, pre):
     assert pieces == PIECES[pre].split(" ")
 
 
-def test_only_llama3_takes_a_whole_word_without_merges(path, trained):
+def test_only_llama3_and_tekken_take_a_whole_word_without_merges(path, trained):
     for pre, (_, vocabulary, merges) in trained.items():
         files = files_of(path, tokenizer_metadata(pre, vocabulary, merges), tensors=EMBEDDINGS)
         ids = FastTokenizer.from_str(files["tokenizer.json"]).encode("WORLD").ids
-        assert (ids == [vocabulary["WORLD"]]) == (pre == "llama-bpe")
+        assert (ids == [vocabulary["WORLD"]]) == (pre in WHOLE_WORDS)
 
 
 @pytest.mark.parametrize(

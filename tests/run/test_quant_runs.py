@@ -12,7 +12,7 @@ from lora.files import write_tensors
 from tests import cli
 from tests.methods.linked import data_of, rewarded
 from tests.mutation import mutation
-from tests.run.test_resume import EVALUATED, go_on, kill_before_step, metrics
+from tests.run.test_resume import EVALUATED, go_on, kill_before_step, metrics, ordinary
 from tests.run.test_resume import result as whole_result
 from tests.run.test_resume import train as long_run
 
@@ -42,7 +42,7 @@ METHODS = {"sft": (), "dpo": (), "kto": (), "reward": (), "grpo": ("--kl", 0.1),
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method_is_the_run_on_the_numbers(tmp_path, folders, method):
     how = ("--method", method, "--data", data_of(method), "--max-steps", 2, "--batch-size", 3, "--micro-tokens", 60)
-    how = (*how, *METHODS[method], *rewarded(method), "--eval-fraction", 0.3)
+    how = (*how, *METHODS[method], *rewarded(method), "--eval-fraction", 0.3, "--retention", ordinary())
     one = cli.train("one", *how, "--quant", "nf4", cwd=tmp_path)
     other = cli.train("other", *how, "--model", folders["nf4"], cwd=tmp_path)
     assert one.code == other.code == 0, one.err + other.err

@@ -494,7 +494,8 @@ def test_one_value_of_the_base_that_no_adapter_touches_is_noticed(tmp_path, whol
 
 def test_saving_evaluation_and_keeping_may_change_and_the_result_is_the_same(tmp_path, whole):
     copy_of(whole, tmp_path / "out", 8)
-    done = go_on("--save-every", "10min", "--keep", 5, "--eval-data", cli.data_file(), "--eval-every", 3, cwd=tmp_path)
+    held_out = ("--eval-data", cli.data_file(), "--eval-every", 3, "--retention", ordinary())
+    done = go_on("--save-every", "10min", "--keep", 5, *held_out, cwd=tmp_path)
     assert done.code == 0, done.err
     assert result(tmp_path / "out")[1][1:] == result(whole)[1][1:]
     assert [row for row in metrics(tmp_path / "out") if "loss" in row] == metrics(whole)

@@ -251,7 +251,7 @@ def test_ppo_whose_values_tell_equal_rewards_of_a_group_apart_goes_on_and_patien
     own = function(tmp_path, "return [i // 2 % 3 for i, _ in enumerate(completions)]")
     how = ("--reward", own, "--group", 2, "--max-new-tokens", 2, "--max-steps", 10, "--patience", 3, "--updates", 1)
     inputs = ("--model", cli.model_folder(), "--method", "ppo", "--data", prompts_file(), "--out", "out")
-    how = (*how, "--eval-fraction", 0.3, "--eval-every", 5)
+    how = (*how, "--eval-fraction", 0.3, "--eval-every", 5, "--retention", ordinary())
     done = cli.call("train", *inputs, *RUN, *how, *cli.ON_CPU, cwd=tmp_path)
     assert done.code == 0 and stopping.NO_SIGNAL not in done.err, done.err
     steps = [row for row in rows(tmp_path / "out") if "loss" in row]
@@ -270,7 +270,8 @@ def test_the_patience_of_ppo_needs_evaluations(tmp_path):
 @mutation("lora/train/stopping.py", 'if with_loss else fitting[-1]["step"]', "if True else None")
 def test_held_out_answers_that_cannot_be_scored_have_no_loss_and_are_not_the_best(tmp_path):
     inputs = ("--model", cli.model_folder(), "--method", "grpo", "--data", prompts_file(), "--out", "out")
-    how = ("--reward", function(tmp_path, "return [None] * len(completions)"), "--eval-fraction", 0.3)
+    how = ("--reward", function(tmp_path, "return [None] * len(completions)"), "--eval-fraction", 0.3,
+           "--retention", ordinary())  # fmt: skip
     done = cli.call("train", *inputs, *RUN, *how, "--max-new-tokens", 4, "--max-steps", 1, *cli.ON_CPU, cwd=tmp_path)
     assert done.code == 0, done.err
     evaluated = [row for row in rows(tmp_path / "out") if "eval_length" in row]

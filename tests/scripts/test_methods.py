@@ -17,7 +17,7 @@ from tests import cli
 from tests.adapters import write_adapter, write_head
 from tests.methods.linked import SAMPLING, prompts_file, rewarded
 from tests.mutation import mutation
-from tests.run.test_resume import go_on, result
+from tests.run.test_resume import go_on, ordinary, result
 from tests.scripts.test_commands import ok
 
 PAIRS = [
@@ -171,7 +171,8 @@ def runs(work):
     for method, rows in DATA.items():
         data = "judged.jsonl" if rows is JUDGED else "pairs.jsonl"
         beta = ("--beta", 0.2) if method == "dpo" else ()
-        done = cli.train(method, "--method", method, *beta, "--eval-fraction", 0.3, cwd=work, data=data)
+        held_out = ("--eval-fraction", 0.3, "--retention", ordinary())
+        done = cli.train(method, "--method", method, *beta, *held_out, cwd=work, data=data)
         assert done.code == 0, done.err
         assert "accuracy" in done.err
     return work

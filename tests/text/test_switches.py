@@ -70,15 +70,22 @@ def test_switches_are_looked_for_within_the_limits_and_only_where_some_are_set(m
 
 
 @mutation("lora/text/template.py", "undeclared - its_own - self", "undeclared - self")
-@mutation("lora/text/template.py", 'if n.name in ("defined", "default")}', 'if n.name in ("defined",)}')
+@mutation("lora/text/template.py", 'ASKS = ("defined", "undefined", "default", "d")', 'ASKS = ("defined", "default")')
+@mutation("lora/text/template.py", 'ASKS = ("defined", "undefined", "default", "d")', 'ASKS = ("undefined", "d")')
+@mutation("lora/text/template.py", 'if n.name in ASKS} - names["param"]', "if n.name in ASKS}")
 def test_a_template_knows_its_switches_and_refuses_others_by_name():
     source = (
         "{% set mode = mode | default('x') %}{% if not think is defined %}{% set think = true %}{% endif %}"
         "{% for m in messages %}{% if m.content %}{% set text = m.content %}{% endif %}{{ text ~ effort }}{% endfor %}"
         "{{ bos_token }}{{ strftime_now('%Y') }}{{ range(2) | list | length }}"
+        "{% if keep is undefined %}{% set keep = true %}{% endif %}{% set budget = budget | d(-1) %}"
+        "{% macro show(part) %}{{ '' if part is undefined else part }}{% endmacro %}"
+        "{% for m in messages %}{% if m.role %}{% set part = m.content %}{% endif %}{{ show(part) }}{% endfor %}"
     )
-    assert ChatTemplate(source).switches == {"mode", "think", "effort"}
-    said = r"unknown --template-arg in here: no enable_thinking; it has effort, mode, think\. Leave it out"
+    assert ChatTemplate(source).switches == {"mode", "think", "effort", "keep", "budget"}
+    said = (
+        r"unknown --template-arg in here: no enable_thinking; it has budget, effort, keep, mode, think\. Leave it out"
+    )
     with pytest.raises(BadInput, match=said):
         ChatTemplate(source, where="here", arguments={"enable_thinking": False, "think": False})
     with pytest.raises(BadInput, match=r"no think; it has none\. Leave it out"):

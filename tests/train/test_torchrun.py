@@ -1,4 +1,4 @@
-"""train.py in several real processes, with the variables that torchrun sets: the run of one process, ended together."""
+"""train.py in several processes, with the variables that torchrun sets: the run of one process, ended together."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from tests import cli
 from tests.helpers import close
 from tests.methods.linked import data_of, rewarded
 from tests.mutation import mutation
+from tests.run.test_resume import ordinary
 
 STEADY = (
     "--schedule",
@@ -32,15 +33,15 @@ STEADY = (
 )
 
 
-def start(count, *argv, cwd):
-    """`count` ranks of one run on this machine."""
+def start(count, *argv, cwd, how=cli.Fork):
+    """`count` ranks of one run on this machine, forked or, with `how` `cli.start`, as real processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     given = () if "--data" in argv else ("--data", cli.data_file())
     inputs = ("--model", cli.model_folder(), *given, "--out", "out", *STEADY)
     ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
-    return [cli.start("train", *inputs, *argv, cwd=cwd, env=place | rank) for rank in ranks]
+    return [how("train", *inputs, *argv, cwd=cwd, env=place | rank) for rank in ranks]
 
 
 def metrics(out):
@@ -57,17 +58,21 @@ def until_step(folder, step):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4)
+    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4, "--retention", ordinary())
     done = cli.train("out", *STEADY, *held_out, "--max-steps", 10, cwd=folder)
     assert done.code == 0, done.err
     return folder / "out"
 
 
 @mutation("train.py", "lr, args.clip, count, shared_stop.reduce)", "lr, args.clip, None, shared_stop.reduce)")
-@pytest.mark.parametrize("how", [(), ("--fsdp", "--checkpoint-activations")], ids=["shares", "a sharded base"])
-def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(tmp_path, alone, how):
-    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4)
-    first, second = (cli.finish(rank) for rank in start(2, *held_out, "--max-steps", 6, *how, cwd=tmp_path))
+@pytest.mark.parametrize(
+    ("how", "flags", "finish"),
+    [(cli.start, (), cli.finish), (cli.Fork, ("--fsdp", "--checkpoint-activations"), cli.Fork.result)],
+    ids=["shares", "a sharded base"],
+)
+def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(tmp_path, alone, how, flags, finish):
+    held_out = ("--eval-data", cli.data_file(), "--eval-every", 4, "--retention", ordinary())
+    first, second = map(finish, start(2, *held_out, "--max-steps", 6, *flags, cwd=tmp_path, how=how))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "Try it" in first.err and (second.out, second.err) == ("", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -109,11 +114,12 @@ def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(
 def test_two_processes_make_the_run_of_one_with_every_method(tmp_path, method, how, flags):
     """Of rloo, the last of the steps has one prompt, so that one process has none."""
     learned = ("--method", method, "--data", data_of(method), "--eval-data", data_of(method), "--eval-every", 2,
-               "--max-steps", 3, "--batch-size", 5, "--micro-tokens", 90, *flags, *rewarded(method))  # fmt: skip
+               "--retention", ordinary(), "--max-steps", 3, "--batch-size", 5, "--micro-tokens", 90, *flags,
+               *rewarded(method))  # fmt: skip
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     done = cli.train("out", *STEADY, *learned, cwd=tmp_path / "one")
     assert done.code == 0, done.err
-    first, second = (cli.finish(rank) for rank in start(2, *learned, *how, cwd=tmp_path / "two"))
+    first, second = (rank.result() for rank in start(2, *learned, *how, cwd=tmp_path / "two"))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     one, two = tmp_path / "one/out", tmp_path / "two/out"
     names = {path.name for path in one.iterdir()}
@@ -137,7 +143,7 @@ def test_a_request_to_stop_that_reaches_one_process_stops_all_after_the_same_ste
     first, second = start(2, "--max-steps", 10**6, cwd=tmp_path)
     until_step(tmp_path, 3)
     os.kill(second.pid, signal.SIGTERM)
-    first, second = cli.finish(first), cli.finish(second)
+    first, second = first.result(), second.result()
     assert (first.code, second.code) == (143, 143), first.err + second.err
     steps = len(metrics(tmp_path / "out"))
     assert f"stopped after step {steps} of 1000000" in first.err
@@ -149,8 +155,8 @@ def test_where_one_process_is_lost_the_other_ends_with_3_without_saving(tmp_path
     until_step(tmp_path, 5)
     os.kill(second.pid, signal.SIGKILL)
     lost = time.monotonic()
-    first = cli.finish(first)
-    cli.finish(second)
+    first = first.result()
+    second.result()
     assert first.code == 3 and time.monotonic() - lost < 10
     assert "error: lost another rank in rank 0 of 2" in first.err and "Traceback" not in first.err
     good, passed_over = run_state.newest(tmp_path / "out")
