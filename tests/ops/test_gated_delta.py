@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora import ops
 from lora.ops import fast_gated_delta, fast_short_convolution, plain
-from tests.helpers import close, far
+from tests.helpers import DELTAS, close, far, patched, some_tokens, tiny_model
 from tests.mutation import mutation
 
 TOL = 1e-9
@@ -110,3 +111,13 @@ def test_shifted_sums_equal_the_convolution_with_gradients(lengths, size, seed):
         y = form.short_convolution(x, w, lengths)
         into += [y, *torch.autograd.grad((y * y.detach().cos()).sum(), (x, w))]
     assert all(close(a, b, TOL) for a, b in zip(found, wanted, strict=True))
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients():
+    model, tokens, found = patched(tiny_model(**DELTAS), dropout=0.2).train(), some_tokens(50), []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for model.checkpoint_activations in (False, True):
+        torch.manual_seed(0)
+        loss = ops.cross_entropy(model.trunk(tokens, [33, 17]), model.head_weight, tokens)
+        found.append(torch.autograd.grad(loss, parameters))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and far(found[0][0], 0 * found[0][0], 1e-6)
