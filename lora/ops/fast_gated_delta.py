@@ -132,15 +132,14 @@ class _Chunks:
 
     def products(self, here: slice) -> tuple[Tensor, Tensor, Tensor]:
         """P and (I - L)⁻¹ (b, C, C), and ρ W of both, (b, 2C, C)."""
-        c, size = self.c[here], (CHUNK, CHUNK)
-        future = torch.ones(size, dtype=torch.bool, device=c.device).triu(1)
-        W = (c[:, :, None] - c[:, None, :]).masked_fill_(future, float("-inf")).exp_()
+        c = self.c[here]
+        W = (c[:, :, None] - c[:, None, :]).exp_().tril_()  # of the future it may be infinite
         W.mul_(self.columns[here][:, None])
         weights = self.rho[here].unflatten(-1, (2, CHUNK))[..., None] * W[:, None]  # (b, 2, C, C)
         weights[:, 1].diagonal(dim1=-2, dim2=-1).zero_()
         weights = weights.flatten(1, 2)
         PL = (self.QK[here] @ self.K[here].mT).mul_(weights)
-        one = torch.eye(CHUNK, dtype=c.dtype, device=c.device).expand(len(c), *size)
+        one = torch.eye(CHUNK, dtype=c.dtype, device=c.device).expand(len(c), -1, -1)
         inverse = torch.linalg.solve_triangular(-PL[:, CHUNK:], one, upper=False, unitriangular=True)
         return PL[:, :CHUNK], inverse, weights
 
