@@ -16,7 +16,15 @@ import pytest
 
 from tests import cli
 
-SLOW = ()
+SLOW = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "run/test_resume", "run/test_faults", "scripts/test_bad_input", "run/test_quant_runs", "run/test_rollouts",
+        "train/test_torchrun", "scripts/test_methods", "run/test_interrupt", "scripts/test_commands",
+        "data_gen/test_judge", "train/test_ranks", "run/test_full", "parity/test_parity_adapter",
+        "parity/test_parity_model", "parity/test_parity_default", "parity/test_parity_llama",
+    )
+)  # fmt: skip
 REFEREES = ("transformers.models.llama.modeling_llama", "transformers.generation.utils", "peft")
 
 

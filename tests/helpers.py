@@ -36,6 +36,12 @@ def tiny_config(**overrides) -> dict:
     return {key: value for key, value in config.items() if value is not None}
 
 
+DELTAS = {  # overrides: the first layer is Gated DeltaNet
+    "model_type": "qwen3_5_text", "full_attention_interval": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 6, "head_dim": 8, "rope_theta": None,
+}  # fmt: skip
+
+
 def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> Model:
     """The decoder of `tiny_config(**overrides)` with random weights, in eval mode, nothing trainable."""
     model = Model(ModelConfig.from_json(tiny_config(**overrides)))

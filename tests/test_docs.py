@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import lora
+from bench import fits
+from lora.network.families import FAMILIES, WRAPPERS
+from lora.pretrained.gguf_names import ARCHITECTURES
 from tests.mutation import mutation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,3 +216,31 @@ def test_every_colour_of_the_pictures_stands_out_from_both_pages(page):
     for colour in colours:
         two = sorted((luminance(page), luminance(bytes.fromhex(colour))))
         assert (two[1] + 0.05) / (two[0] + 0.05) >= 3, colour
+
+
+@mutation("docs/models.md", "| **ERNIE 4.5**, dense (0.3B) | `ernie4_5` |", "| **ERNIE 4.5**, dense (0.3B) | `ernie` |")
+@mutation("lora/pretrained/gguf_names.py", '("lfm2",), names=LFM2_NAMES', "names=LFM2_NAMES")
+def test_the_chapter_on_models_lists_every_family_and_what_is_done_with_its_gguf():
+    table = re.search(r"\| models \|.*?\n\n", read(ROOT / "docs/models.md"), re.DOTALL)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    kinds = {re.match(r"`(\w+)`", row[1])[1]: row for row in rows}
+    assert kinds.keys() == FAMILIES.keys()
+    outer = {kind: re.search(r"in `(\w+)`", row[1]) for kind, row in kinds.items()}
+    named = {outer[kind][1] for kind in kinds if outer[kind]}
+    assert named == WRAPPERS.keys() and all(kind in WRAPPERS[found[1]] for kind, found in outer.items() if found)
+    read_as = {kind for row in ARCHITECTURES.values() for kind in (row.model_type, *(row.other or ())[2:])}
+    written = {kind for row in ARCHITECTURES.values() for kind in row.written}
+    assert {kind for kind, row in kinds.items() if "written" in row[3]} == written
+    assert {kind for kind, row in kinds.items() if row[3].startswith(("read", "no", "written"))} == kinds.keys()
+    assert {kind for kind, row in kinds.items() if row[3].startswith("read") and kind not in read_as} == {
+        "mistral",
+        "granitemoehybrid",
+    }
+
+
+def test_the_memory_of_models_is_that_of_the_plan():
+    text = read(ROOT / "docs/models.md")
+    for name, shown in (("LiquidAI/LFM2.5-350M", "LFM2.5-350M"), ("ibm-granite/granite-4.0-350m", "Granite-4.0-350M")):
+        config = fits.real(name)
+        figures = [fits.needed(config, quant, 512, again) / 1e9 for quant, again in fits.WAYS]
+        assert f"| {shown} | {' | '.join(f'{figure:.1f}' for figure in figures)} |" in text

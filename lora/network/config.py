@@ -122,13 +122,15 @@ class _Reader(LayerFields, RopeFields):
             why = why or f"Supported are: {', '.join(sorted(FAMILIES))}"
             raise BadInput(f"unsupported model in {self.where}:model_type: {kind!r}. {why}")
         self.family = family = FAMILIES[kind]
+        for field, value, why, fix in TRAPS.get(kind, ()):
+            if self.raw.get(field) == value:
+                self.wrong(field, why, fix)
+        if self.problems:  # nothing else of another architecture need be right
+            raise BadInput(*self.problems)
         for field, (needed, absent) in family.required.items():
             value = self.raw.get(field, absent)
             if value != needed:
                 self.wrong(field, f"{json.dumps(value)[:60]} is not implemented, {json.dumps(needed)} is")
-        for field, value, why, fix in TRAPS.get(kind, ()):
-            if self.raw.get(field) == value:
-                self.wrong(field, why, fix)
         for field, neutral in NEUTRAL.items():
             known = field not in self.raw or field in (*family.reads, *family.unused)
             if not known and not any(self.raw[field] == n for n in neutral):

@@ -52,12 +52,15 @@ class GatedDeltaNet(nn.Module):
         """The large Linears of one input."""
         return [self.in_proj_qkv, self.in_proj_z]
 
-    def forward(self, x: torch.Tensor, rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
-        """x (T, D) -> (T, D); it has no RoPE: positions are told apart by what came before them."""
-        qkv, z = ops.linears(x, self.group())  # (T, C), (T, H·d)
-        beta = self.in_proj_b(x).sigmoid()  # (T, H)
+    def heads(self, x: torch.Tensor, rope) -> tuple[torch.Tensor, ...]:
+        """x (T, D) -> queries, keys and values (T, C), the gate of outputs (T, H·d), log α and β (T, H). There is no
+        RoPE: positions are told apart by what came before them."""
+        qkv, z = ops.linears(x, self.group())
         rate = F.softplus(self.in_proj_a(x).to(wide(x.dtype)) + self.dt_bias)
-        decay = -self.A_log.to(rate.dtype).exp() * rate  # log α, (T, H)
+        return qkv, z, -self.A_log.to(rate.dtype).exp() * rate, self.in_proj_b(x).sigmoid()
+
+    def mix(self, lengths: list[int], qkv, z, decay, beta, cache: Cache | None = None) -> tuple[torch.Tensor, ...]:
+        """What `heads` gives -> what was found, (T, H, d), and its gate"""
         before, states = cache.recall(self.index) if cache else (None, None)
         kernel = self.conv1d.weight[:, 0]  # (C, K)
         mixed = F.silu(ops.short_convolution(qkv, kernel, lengths, before))
@@ -67,6 +70,13 @@ class GatedDeltaNet(nn.Module):
         y, states = ops.gated_delta(q, k, v, decay, beta, lengths, states)
         if cache:
             cache.remember(self.index, ops.last_inputs(qkv, lengths, kernel.shape[1] - 1, before), states)
+        return y, z
+
+    def output(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """What `mix` gives -> (T, D)"""
         y = ops.rms_norm(y, self.norm.weight, self.eps)
-        gate = F.silu(z.unflatten(-1, (-1, self.value_dim)).to(wide(z.dtype)))
-        return self.out_proj((y * gate).to(x.dtype).flatten(1))
+        return self.out_proj(ops.swiglu(z, y.flatten(1)))
+
+    def forward(self, x: torch.Tensor, rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
+        """x (T, D) -> (T, D)"""
+        return self.output(*self.mix(lengths, *self.heads(x, rope), cache=cache))

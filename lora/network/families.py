@@ -196,9 +196,39 @@ WRAPPERS = {
 }
 
 # Models that people ask for and that are refused: why, and what to use.
+OWN_CODE = "it computes by code that comes with the model, which is never run"
+EXPERTS = "its MLPs are mixtures of experts, which are not implemented"
+SEES = "it sees as well, and its language model is not taken out of it"
+OLDER = "it computes otherwise than the later ones"
 OTHERS = {
-    "chatglm": "ChatGLM computes by code that comes with the model, which is never run. Use GLM-4-9B-0414 (glm4)",
-    "qwen": "the first Qwen computes by code that comes with the model, which is never run. Use Qwen1.5 (qwen2)",
+    kind: f"{why}. Use {use}"
+    for why, use, kinds in (
+        (OWN_CODE, "GLM-4-9B-0414 (glm4)", ("chatglm",)),
+        (OWN_CODE, "Qwen1.5 (qwen2)", ("qwen",)),
+        (OWN_CODE, "EXAONE-4.0-1.2B (exaone4)", ("exaone",)),
+        (OWN_CODE, "MiniCPM5-1B (llama)", ("minicpm", "minicpm3")),
+        (EXPERTS, "Qwen3.5-9B (qwen3_5)", ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")),
+        (EXPERTS, "Qwen3-8B (qwen3)", ("qwen3_moe", "qwen2_moe", "qwen3_vl_moe")),
+        (EXPERTS, "DeepSeek-R1-0528-Qwen3-8B (qwen3)", ("deepseek_v2", "deepseek_v3")),
+        (EXPERTS, "granite-3.3-8b-instruct (granite)", ("granitemoe", "granitemoeshared")),
+        (EXPERTS, "LFM2-1.2B (lfm2)", ("lfm2_moe",)),
+        (EXPERTS, "ERNIE-4.5-0.3B-PT (ernie4_5)", ("ernie4_5_moe",)),
+        (EXPERTS, "Hunyuan-7B-Instruct (hunyuan_v1_dense)", ("hunyuan_v1_moe",)),
+        (EXPERTS, "Ministral-3-3B-Instruct-2512 (mistral3)", ("mistral4",)),
+        (EXPERTS, "Mistral-7B-Instruct-v0.3 (mistral)", ("mixtral",)),
+        (EXPERTS, "GLM-4-9B-0414 (glm4)", ("glm4_moe",)),
+        (EXPERTS, "OLMo-2-0425-1B (olmo2)", ("olmoe",)),
+        (EXPERTS, "Llama-3.1-8B-Instruct (llama)", ("llama4", "llama4_text")),
+        (SEES, "Qwen3-8B (qwen3)", ("qwen3_vl",)),
+        (SEES, "Qwen2.5-7B-Instruct (qwen2)", ("qwen2_5_vl", "qwen2_vl")),
+        (SEES, "LFM2-1.2B (lfm2)", ("lfm2_vl",)),
+        (OLDER, "OLMo-2-0425-1B (olmo2)", ("olmo",)),
+        (OLDER, "GLM-4-9B-0414 (glm4)", ("glm",)),
+        (OLDER, "Phi-4-mini-instruct (phi3)", ("phi",)),
+        (OLDER, "gemma-2-2b-it (gemma2)", ("gemma",)),
+        (OLDER, "gemma-4-E2B-it (gemma4)", ("gemma3n", "gemma3n_text")),
+    )
+    for kind in kinds
 }
 # How the names of quantised models end, whose weights are not read.
 QUANTISED = re.compile(
@@ -225,7 +255,11 @@ TRAPS = {
     "baichuan": (
         ("max_position_embeddings", None, "Baichuan-13B has ALiBi in the place of RoPE", "Give Baichuan-7B"),
         ("vocab_size", 125696, "Baichuan2 normalises the rows of its head", "Give Baichuan-7B"),
-    )
+    ),
+    "gemma4_text": (
+        ("enable_moe_block", True, EXPERTS, "Give gemma-4-E4B-it"),
+        ("attention_k_eq_v", True, "values that are keys are not implemented", "Give gemma-4-E4B-it"),
+    ),
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 

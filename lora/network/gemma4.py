@@ -99,7 +99,8 @@ class Gemma4Trunk(Trunk):
     def forward(self, tokens, ropes: dict, lengths: list[int], cache: Cache | None = None, recompute: bool = False):
         """`Trunk.forward`"""
         x, shared = self.embed(tokens), {}
-        for block, inputs in zip(self.layers, self.layer_inputs(tokens, x).unbind(1), strict=True):
-            given = x, ropes[block.rope_kind], lengths, cache, shared, inputs
+        inputs = self.layer_inputs(tokens, x).unbind(1)
+        for block in self.layers:
+            given = x, ropes[block.rope_kind], lengths, cache, shared, inputs[block.self_attn.index]
             x = ops.recomputed(block, *given) if recompute else block(*given)
         return self.norm(x)

@@ -73,15 +73,20 @@ class Attention(HubNamed):
         q = q if rope.growth is None else q * rope.growth
         return (q if self.q_scale == 1 else q * self.q_scale), k, v, *gate
 
-    def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
-        """softmax(q kᵀ / √d) v within each document, or over what a cache has seen of it; x (T, D) -> (T, D)."""
-        q, k, v, *gate = self.heads(x, rope)
+    def mix(self, lengths: list[int], q, k, v, *gate: torch.Tensor, cache: Cache | None = None):
+        """softmax(q kᵀ / √d) v within each document, or over what a cache has seen of it, (T, H, d); and the gate."""
         if cache is None:
-            y = ops.attention(q, k, v, lengths, self.window, self.softcap)  # (T, H, d)
-        else:
-            cache.append(self.index, k, v)
-            y = cache.attend(self.index, q, self.window, self.softcap)
+            return ops.attention(q, k, v, lengths, self.window, self.softcap), *gate
+        cache.append(self.index, k, v)
+        return cache.attend(self.index, q, self.window, self.softcap), *gate
+
+    def output(self, y: torch.Tensor, *gate: torch.Tensor) -> torch.Tensor:
+        """What `mix` gives -> (T, D)"""
         return self.o_proj((y * gate[0].sigmoid() if gate else y).flatten(1))
+
+    def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
+        """x (T, D) -> (T, D)"""
+        return self.output(*self.mix(lengths, *self.heads(x, rope), cache=cache))
 
 
 MIXERS = {  # the hub's name, the module

@@ -1,5 +1,6 @@
 """What `config.json` says of RoPE: new files by `rope_parameters`, old ones by `rope_theta` and `rope_scaling`."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ class RopeFields:
             return theta, RopeScaling()
         for key in sorted(part.keys() - {"rope_type", "type", "rope_theta", *ROPES[kind], *self.family.reads}):
             if part[key] not in (None, 1, 1.0):
-                self.wrong(field, f"{key} {str(part[key])[:60]} is nothing that rope type {kind!r} reads")
+                said = f"{json.dumps(key)[1:-1][:60]} {json.dumps(part[key])[:60]}"
+                self.wrong(field, f"{said} is nothing that rope type {kind!r} reads")
         if kind == "default":
             return theta, RopeScaling()
         if kind == "proportional":

@@ -26,11 +26,23 @@ class ShortConvolution(nn.Module):
         """The Linears of one input."""
         return [self.in_proj]
 
-    def forward(self, x: torch.Tensor, rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
-        """x (T, D) -> (T, D); it has no RoPE."""
+    def heads(self, x: torch.Tensor, rope) -> tuple[torch.Tensor, ...]:
+        """x (T, D) -> what is mixed, and its gate, (T, D) each; it has no RoPE."""
         b, c, x = self.in_proj(x).chunk(3, -1)
-        x, kernel = b * x, self.conv.weight[:, 0]  # (D, K)
+        return b * x, c
+
+    def mix(self, lengths: list[int], x, c, cache: Cache | None = None) -> tuple[torch.Tensor, ...]:
+        """What `heads` gives -> the mixed, and its gate"""
+        kernel = self.conv.weight[:, 0]  # (D, K)
         (before,) = cache.recall(self.index, 1) if cache else (None,)
         if cache:
             cache.remember(self.index, ops.last_inputs(x, lengths, kernel.shape[1] - 1, before))
-        return self.out_proj(c * ops.short_convolution(x, kernel, lengths, before))
+        return ops.short_convolution(x, kernel, lengths, before), c
+
+    def output(self, y: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """What `mix` gives -> (T, D)"""
+        return self.out_proj(c * y)
+
+    def forward(self, x: torch.Tensor, rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
+        """x (T, D) -> (T, D)"""
+        return self.output(*self.mix(lengths, *self.heads(x, rope), cache=cache))

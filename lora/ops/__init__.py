@@ -23,7 +23,7 @@ from lora.ops import (
     plain,
     windowed_attention,
 )
-from lora.ops.plain import Weight, is_autocast, is_finite, last_inputs, logits, no_autocast, rotate, soft_cap, wide
+from lora.ops.plain import Weight, is_autocast, is_finite, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
     "Weight", "attend", "attention", "cross_entropy", "gated_delta", "is_finite", "is_plain", "last_inputs", "linear",
@@ -111,6 +111,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: floa
 
 def short_convolution(x: Tensor, w: Tensor, lengths: list[int], before: Tensor | None = None) -> Tensor:
     return (plain if _as_written(x) else fast_short_convolution).short_convolution(x, w, lengths, before)
+
+
+def last_inputs(x: Tensor, lengths: list[int], count: int, before: Tensor | None = None) -> Tensor:
+    return (plain if _as_written(x) else fast_short_convolution).last_inputs(x, lengths, count, before)
 
 
 def gated_delta(q, k, v, g, beta, lengths: list[int], states: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ Yang et al. 2024, https://arxiv.org/abs/2406.06484 section 3, with decays as in 
     ∂U = Pᵀ ∂O + ω K ∂S'      ∂V = (I - L)⁻ᵀ ∂U      ∂S = e^{c_C} ∂S' + [Q; K]ᵀ ρ eᶜ F
     ∂rows = ρ eᶜ F Sᵀ + M K      ∂columns = Mᵀ [Q; K] + ω U ∂S'ᵀ      M = ρ W ∘ F Uᵀ, as in P and L
 
-Q has the gradient of its rows, K that of its rows and columns. A factor x of rows y has x ∂x = Σ y ∂y: so have ρ, β, e^c
-of rows and e^-c of columns, while e^{c_C} of S' has Σ S' ∂S'. Saved are the inputs and U, from which the states are
+Q has the gradient of its rows, K that of its rows and columns. A factor x of rows y has x ∂x = Σ y ∂y: so have ρ, β,
+e^c of rows and e^-c of columns, while e^{c_C} of S' has Σ S' ∂S'. Saved are the inputs and U, from which the states are
 formed again.
 
 The first chunks of all documents are computed at once, then the second of those that have one: only S goes from one to
@@ -50,7 +50,7 @@ def _one_each(q, k, v, g, beta, states) -> tuple[Tensor, Tensor]:
     S = v.new_zeros(*k.shape, v.shape[-1]) if states is None else states.to(v)
     S = S * g.exp()[..., None, None]
     error = beta[..., None] * (v - (k[..., None, :] @ S)[..., 0, :])
-    S = S + k[..., None] * error[..., None, :]
+    S = torch.addcmul(S, k[..., None], error[..., None, :])  # one pass over the states
     return (q[..., None, :] @ S)[..., 0, :].to(dtype), S
 
 

@@ -25,6 +25,13 @@ def short_convolution(x: Tensor, w: Tensor, lengths: list[int], before: Tensor |
     return (torch.cat((before, x[:, None]), 1) * w.T).sum(1)  # (B, K, C) -> (B, C)
 
 
+def last_inputs(x: Tensor, lengths: list[int], count: int, before: Tensor | None = None) -> Tensor:
+    """`plain.last_inputs`"""
+    if before is None or max(lengths) > 1:
+        return plain.last_inputs(x, lengths, count, before)
+    return torch.cat((before[:, 1:], x[:, None]), 1)
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, lengths):
@@ -57,8 +64,8 @@ def _sum(x: Tensor, w: Tensor, edges: tuple[Tensor, Tensor, Tensor], backwards: 
 
 @lru_cache(maxsize=64)
 def _edges(lengths: tuple[int, ...], K: int, backwards: bool, device: torch.device) -> tuple[Tensor, ...]:
-    """The first K - 1 positions of every document, the last backwards, (N,); the K that each sees, itself first, (N, K);
-    and which of these are in its document, (N, K, 1)."""
+    """The first K - 1 positions of every document, the last backwards, (N,); the K that each sees, itself first,
+    (N, K); and which of these are in its document, (N, K, 1)."""
     places, back = _places(lengths)[:, 0], torch.arange(K)
     before = torch.cat([torch.arange(n - 1, -1, -1) for n in lengths]) if backwards else places
     rows = (before < K - 1).nonzero()  # (N, 1)

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from lora.errors import BadInput
 from lora.network.families import WRAPPERS
 
-SHARED = ("eos_token_id", "bos_token_id", "pad_token_id", "torch_dtype", "dtype")  # unless the inner config has its own
-OUTER = ("tie_word_embeddings", "quantization_config", "quantization")  # the larger model decides
+# where both configs say it, the larger model's counts
+OUTER = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id", "torch_dtype", "dtype",
+         "quantization_config", "quantization")  # fmt: skip
 PART = re.compile(r"^(model\.)?language_model\.(model\.)?")
 OTHER_PARTS = re.compile(
     r"(model\.)?(visual|vision_tower|vision_embedder|audio_tower|multi_modal_projector|embed_vision|embed_audio)\.|mtp\."
@@ -36,10 +37,10 @@ def text_config(raw: dict) -> dict:
     if not is_wrapped(raw):
         return raw
     text = raw["text_config"]
-    shared, outer = ({key: raw[key] for key in keys if raw.get(key) is not None} for keys in (SHARED, OUTER))
+    outer = {key: raw[key] for key in OUTER if raw.get(key) is not None}
     classes, kind = WRAPPERS[raw["model_type"]], text.get("model_type")
     named = {"architectures": [classes[kind]]} if isinstance(kind, str) and kind in classes else {}
-    return shared | text | outer | named
+    return text | outer | named
 
 
 def own_names(raw: Mapping, stored: Iterable[str], where: object) -> dict[str, str]:
@@ -84,6 +85,7 @@ def left_out(stored: Iterable[str]) -> str:
     """What stays behind, in words."""
     parts: dict[str, int] = {}
     for name in stored:
-        part = OTHER_PARTS.match(name)[0].rstrip(".")
+        found = OTHER_PARTS.match(name)
+        part = found[0].rstrip(".") if found else "keys and values that no layer uses"
         parts[part] = parts.get(part, 0) + 1
     return ", ".join(f"{part} ({count} tensors)" for part, count in sorted(parts.items()))

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -81,14 +81,21 @@ def saved(model: nn.Module, documents: Sequence[int], blocks: Sequence[nn.Module
 @lru_cache(maxsize=256)
 def saved_by_blocks(model: nn.Module, documents: tuple[int, ...]) -> list[int]:
     """`saved` of each block; that of the first which trains includes the loss, and those before it save nothing. Of
-    blocks that are alike one is run."""
+    blocks that are alike one is run, behind the first, and behind the one whose keys it uses where that is another."""
     blocks, c = list(model.model.layers), model.config
+    sources = c.gemma4.sources if c.gemma4 else range(len(blocks))
     first = next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
-    start = saved(model, documents, blocks[first : first + 1])
+
+    @cache
+    def run(these: frozenset[int]) -> int:
+        return saved(model, documents, [blocks[i] for i in sorted(these)])
+
+    start = frozenset((first, sources[first]))
     kinds = [(str(block), *more) for block, *more in zip(blocks, c.windows, c.ropes, strict=True)]
-    one_of = dict(zip(kinds[first + 1 :], blocks[first + 1 :], strict=True))
-    behind = {kind: saved(model, documents, (blocks[first], block)) - start for kind, block in one_of.items()}
-    return [0] * first + [start] + [behind[kind] for kind in kinds[first + 1 :]]
+    behind = {kind: (start | {sources[i]}) - {i} for i, kind in enumerate(kinds) if i > first}
+    one_of = {kind: i for i, kind in enumerate(kinds) if i > first}
+    added = {kind: run(behind[kind] | {i}) - run(behind[kind]) for kind, i in one_of.items()}
+    return [0] * first + [run(start)] + [added[kind] for kind in kinds[first + 1 :]]
 
 
 def recomputes(tokens: int, args) -> bool:

@@ -105,9 +105,9 @@ def test_one_compilation_serves_all_blocks_and_steps_and_changes_nothing(model, 
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("kind", ["smollm3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["smollm3", "gemma3_text", "qwen3_5_text", "lfm2"])
 def test_blocks_of_other_families_are_compiled_to_the_same(kind, graphs):
-    """Some layers without RoPE; four norms, two RoPEs, windows."""
+    """Some layers without RoPE; four norms, two RoPEs, windows; Gated DeltaNet and gates; short convolutions."""
     model = patched(model_of(family_config(kind) | {"vocab_size": 131})).train()
     batches = [batch.collate(STEP[:3])]
     wanted = loss_and_gradients(model, batches)

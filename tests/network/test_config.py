@@ -12,8 +12,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from lora.errors import BadInput
-from lora.network.config import DeltaSizes, ModelConfig, RopeScaling
-from lora.network.families import FAMILIES, NEUTRAL, WRAPPERS
+from lora.network.config import ModelConfig, RopeScaling
+from lora.network.families import FAMILIES, NEUTRAL, OTHERS, WRAPPERS
+from lora.network.layer_fields import DeltaSizes, Gemma4Sizes
 from lora.network.rope_fields import ROPES
 from lora.pretrained import prequantised, wrapped
 from tests.mutation import mutation
@@ -74,6 +75,7 @@ def test_real_config_files_are_accepted_as_they_are(name):
         assert stated is None or getattr(config, field) == stated, field
     assert config.head_dim == (raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"])
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
+    rope = rope.get("full_attention", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "dynamic":  # which is of another base
         assert config.rope_theta == (rope["rope_theta"] or 10000.0)
@@ -170,6 +172,16 @@ PARTICULAR = {
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": {
         "rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=32768, attention_factor=1.0),
     },
+    "google/gemma-4-E2B-it": {
+        "windows": ((512,) * 4 + (None,)) * 7, "ropes": (("local",) * 4 + ("global",)) * 7, "rotary_dim": 512,
+        "rope_scaling": RopeScaling("proportional", turned=64), "rope_local_dim": 256, "rope_local_theta": 1e4,
+        "eos_token_ids": (1, 106),
+        "gemma4": Gemma4Sizes(512, 256, 262144, (*range(15), *([13, 13, 13, 13, 14] * 4)), True),
+    },
+    "google/gemma-4-E4B-it": {
+        "windows": ((512,) * 5 + (None,)) * 7, "num_key_value_heads": 2, "final_logit_softcapping": 30.0,
+        "gemma4": Gemma4Sizes(512, 256, 262144, (*range(24), *([22, 22, 22, 22, 22, 23] * 3)), False),
+    },
     "openbmb/MiniCPM5-1B": {"rope_theta": 5e6, "head_dim": 128, "eos_token_ids": (1, 130073)},
 }  # fmt: skip
 
@@ -182,8 +194,8 @@ PARTICULAR = {
 )
 @mutation(
     "lora/network/rope_fields.py",
-    "mscale and of_all else",
-    "mscale else",
+    "else [grows(factor), 1]",
+    "else [1.0, 1]",
     case="mistralai/Devstral-2-123B-Instruct-2512",
 )
 @mutation(
@@ -192,7 +204,7 @@ PARTICULAR = {
     'not tied if "tie_embedding" in reads',
     case="LiquidAI/LFM2.5-350M",
 )
-@mutation("lora/network/config.py", "int(2 * width / 3)", "int(width / 2)", case="LiquidAI/LFM2-1.2B")
+@mutation("lora/network/layer_fields.py", "int(2 * width / 3)", "int(width / 2)", case="LiquidAI/LFM2-1.2B")
 @mutation("lora/network/config.py", "return multiplier**-2", "return multiplier", case="ibm-granite/granite-4.0-350m")
 @pytest.mark.parametrize("name", PARTICULAR)
 def test_what_is_particular_in_the_files_of_newer_families_is_read(name):
@@ -212,7 +224,17 @@ BAICHUAN2 = {**REAL["baichuan-inc/Baichuan-7B"]["config"], "architectures": ["Ba
 BAICHUAN_13B = {key: value for key, value in BAICHUAN2.items() if key != "max_position_embeddings"} | {
     "vocab_size": 64000, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}  # fmt: skip
 
+GEMMA4_31B = text_of("google/gemma-4-E4B-it") | {
+    "attention_k_eq_v": True, "hidden_size": 5376, "hidden_size_per_layer_input": 0, "intermediate_size": 21504,
+    "num_attention_heads": 32, "num_global_key_value_heads": 4, "num_hidden_layers": 60, "num_key_value_heads": 16,
+    "num_kv_shared_layers": 0, "sliding_window": 1024, "use_bidirectional_attention": "vision",
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+}  # fmt: skip
 
+
+@mutation(
+    "lora/network/config.py", "if self.problems:  # nothing else", "if False:  # nothing else", case="Gemma-4-31B"
+)
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -220,13 +242,26 @@ BAICHUAN_13B = {key: value for key, value in BAICHUAN2.items() if key != "max_po
         (BAICHUAN_13B, ("max_position_embeddings", "ALiBi")),
         ({"model_type": "chatglm", "num_layers": 28, "hidden_size": 4096}, ("model_type", "GLM-4-9B-0414")),
         ({"model_type": "qwen", "num_hidden_layers": 24, "hidden_size": 2048}, ("model_type", "Qwen1.5")),
+        (GEMMA4_31B, ("attention_k_eq_v", "gemma-4-E4B-it")),
     ],
-    ids=["Baichuan2-7B", "Baichuan-13B", "ChatGLM", "Qwen-1.8B"],
+    ids=["Baichuan2-7B", "Baichuan-13B", "ChatGLM", "Qwen-1.8B", "Gemma-4-31B"],
 )
 def test_real_config_files_of_models_that_compute_otherwise_are_refused_with_the_reason(raw, words):
     with pytest.raises(BadInput) as refused:
         ModelConfig.from_json(raw)
     assert len(refused.value.problems) == 1 and all(word in str(refused.value) for word in words)
+
+
+@mutation("lora/network/families.py", "Use {use}", "Use another", case="qwen3_next")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_is_refused_has_a_way_out_among_those_that_are_not(kind):
+    with pytest.raises(BadInput) as refused:
+        ModelConfig.from_json({"model_type": kind})
+    [problem] = refused.value.problems
+    found = re.fullmatch(
+        rf"unsupported model in config\.json:model_type: '{kind}'\. [^.]+\. Use \S+ \((\w+)\)", problem
+    )
+    assert found and found[1] in (FAMILIES | WRAPPERS) and kind not in (FAMILIES | WRAPPERS), problem
 
 
 def test_absent_fields_mean_what_the_family_says():
@@ -384,6 +419,7 @@ def test_a_config_that_would_compute_something_else_is_refused_by_field(field, f
 QWEN35, LFM2, GRANITE = "Qwen/Qwen3.5-0.8B", "LiquidAI/LFM2-1.2B", "ibm-granite/granite-3.3-8b-instruct"
 GRANITE4, HUNYUAN, EXAONE4 = "ibm-granite/granite-4.0-350m", "tencent/Hy-MT2-7B", "LGAI-EXAONE/EXAONE-4.0-32B"
 OLMO3, ERNIE, PHI4 = "allenai/Olmo-3.1-32B-Instruct", "baidu/ERNIE-4.5-0.3B-PT", "microsoft/Phi-4-mini-instruct"
+GEMMA4 = "google/gemma-4-E2B-it"
 R1, MINISTRAL = "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "mistralai/Ministral-3-3B-Instruct-2512"
 ROPE_OF = {name: text_of(name).get("rope_parameters") or text_of(name).get("rope_scaling") for name in REAL}
 WRONG_NUMBERS = (0, -1, math.nan, math.inf, "12", True, [1])
@@ -445,6 +481,24 @@ NEWER_REFUSED = [
     (EXAONE4, "layer_types", {"layer_types": ["chunked_attention"] * 64}),
     (OLMO3, "layer_types", {"layer_types": ["sliding_attention"] * 63}),
     (OLMO3, "clip_qkv", {"clip_qkv": 8.0}),
+    (GEMMA4, "layer_types", {"layer_types": ["sliding_attention"] * 35}),
+    (GEMMA4, "layer_types", {"layer_types": ["full_attention", ["sliding_attention"]]}),
+    (GEMMA4, "enable_moe_block", {"enable_moe_block": True, "num_experts": 128}),
+    (GEMMA4, "enable_moe_block", {"enable_moe_block": 2}),
+    (GEMMA4, "attention_k_eq_v", {"attention_k_eq_v": True}),
+    (GEMMA4, "num_kv_shared_layers", {"num_kv_shared_layers": 35}),
+    (GEMMA4, "num_kv_shared_layers", {"num_kv_shared_layers": 34}),
+    (GEMMA4, "use_bidirectional_attention", {"use_bidirectional_attention": "all"}),
+    (GEMMA4, "vocab_size_per_layer_input", {"vocab_size_per_layer_input": 1000}),
+    (GEMMA4, "use_double_wide_mlp", {"use_double_wide_mlp": "yes"}),
+    *((GEMMA4, field, {field: value}) for value in (-1, "2", math.nan, True) for field in (
+        "num_kv_shared_layers", "global_head_dim", "hidden_size_per_layer_input", "vocab_size_per_layer_input",
+        "sliding_window")),
+    (GEMMA4, "per_layer_config", {"per_layer_config": {"4": {"head_dim": 512}}}),
+    (GEMMA4, "rope_parameters", {"rope_parameters": {
+        "full_attention": ROPE_OF[GEMMA4]["full_attention"], "sliding_attention": {"rope_type": "yarn"}}}),
+    (GEMMA4, "factor", {"rope_parameters": ROPE_OF[GEMMA4] | {
+        "full_attention": ROPE_OF[GEMMA4]["full_attention"] | {"factor": 8.0}}}),
     (ERNIE, "use_bias", {"use_bias": "no"}),
     (ERNIE, "moe_num_experts", {"moe_num_experts": 64}),
     (R1, "original_max_position_embeddings", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
@@ -567,11 +621,12 @@ FIELDS = st.sampled_from(sorted({*QWEN2, *NEUTRAL, "rope_scaling", "rope_paramet
 BASES = [{**LLAMA, "model_type": family} for family in sorted(FAMILIES)] + [text_of(name) for name in PARTICULAR]
 
 
-@mutation("lora/network/config.py", "any(kind not in [*words] for", "any(kind not in words for")
+@mutation("lora/network/layer_fields.py", "any(kind not in [*words] for", "any(kind not in words for")
 @hypothesis_settings(max_examples=400, **CALM)
 @given(st.sampled_from(BASES), st.dictionaries(FIELDS, VALUES, min_size=1, max_size=4))
 @example(LLAMA, {"model_type": ["llama"]})
 @example(LLAMA, {"hidden_size": 10**400})
+@example(LLAMA, {"rope_parameters": {"a\nb": "c\nd"}})
 @example(QWEN2, {"rope_scaling": {"type": "linear", "factor": 10**400}})
 @example(BASES[-2], {"max_position_embeddings": "131072"})
 @example({**LLAMA, "model_type": "lfm2"}, {"layer_types": [["conv"], {}]})
@@ -582,7 +637,8 @@ def test_any_json_in_any_field_gives_a_config_or_bad_input(base, fields):
     except BadInput as refused:
         assert all(problem and "\n" not in problem for problem in refused.problems)
         return
-    assert isinstance(config, ModelConfig) and config.rotary_dim % 2 == 0 < config.rotary_dim <= config.head_dim
+    widest = max(config.head_dim, config.gemma4.global_head_dim if config.gemma4 else 0)
+    assert isinstance(config, ModelConfig) and config.rotary_dim % 2 == 0 < config.rotary_dim <= widest
     assert len(config.windows) == len(config.ropes) == config.num_hidden_layers
     assert all(window is None or window > 0 for window in config.windows)
     assert config.num_attention_heads % config.num_key_value_heads == 0

@@ -20,17 +20,11 @@ from lora.ops import (
     plain,
     windowed_attention,
 )
-from tests.helpers import as_written, close, far, patched, some_tokens, tiny_model
+from tests.helpers import DELTAS, as_written, close, far, patched, some_tokens, tiny_model
 from tests.mutation import mutation
 from tests.quantised import FORMATS, both
 
 TOL = 1e-12
-
-
-DELTAS = {
-    "model_type": "qwen3_5_text", "full_attention_interval": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
-    "linear_key_head_dim": 4, "linear_value_head_dim": 6, "head_dim": 8, "rope_theta": None,
-}  # fmt: skip
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,6 +64,7 @@ CASES = {  # name -> arguments, those with gradients, the fast modules that can 
         [fast_gated_delta],
     ),
     "short_convolution": ((x, numbers(9, 4), [2, 1, 8]), (x,), [fast_short_convolution]),
+    "last_inputs one each": ((x, [1] * 11, 3, numbers(11, 3, 9)), (x,), [fast_short_convolution]),
     "short_convolution one each": ((x, numbers(9, 4), [1] * 11, numbers(11, 3, 9)), (x,), [fast_short_convolution]),
     "rms_norm": ((x, numbers(9), 1e-5), (x,), [fast_rms_norm]),
     "swiglu": ((gate, up), (gate, up), [fast_swiglu]),
@@ -138,7 +133,7 @@ def test_with_use_plain_no_fast_version_runs(monkeypatch):
     used = set()
     for module in FAST:
         for name in ("linear", "linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs",
-                     "short_convolution", "gated_delta"):  # fmt: skip
+                     "short_convolution", "last_inputs", "gated_delta"):  # fmt: skip
             if hasattr(module, name):
                 monkeypatch.setattr(
                     module, name, lambda *a, m=module, n=name, **k: used.add(m) or getattr(plain, n)(*a)

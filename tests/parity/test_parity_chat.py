@@ -100,7 +100,7 @@ def real_templates() -> dict[str, Public]:
     for path in sorted(Path(folder).glob("*.jinja")) if folder else ():
         source = path.read_text()
         eos = next((end for end in ENDS if end in source), "<|endoftext|>")
-        variants = [arguments for arguments in SWITCHES if all(name in source for name in arguments)]
+        variants = [arguments for arguments in SWITCHES if arguments.keys() <= ChatTemplate(source).switches]
         found |= {f"{path.stem} {arguments}": Public(source, "<s>", eos, arguments) for arguments in variants}
     return found
 
@@ -155,7 +155,10 @@ def test_a_public_template_writes_what_transformers_writes_and_answers_follow_it
     try:
         ours, reference = public_pair(ALL[name])
     except BadInput as error:  # made for other programs: it loops over the tools that nobody gave
-        assert "not iterable" in str(error) and rendered(public_reference(ALL[name]), turns("Hi")) is None
+        assert (
+            re.search("not iterable|undefined", str(error))
+            and rendered(public_reference(ALL[name]), turns("Hi")) is None
+        )
         return
     arguments = ALL[name].arguments
 
@@ -170,19 +173,21 @@ def test_a_public_template_writes_what_transformers_writes_and_answers_follow_it
                 assert rendered(ours.template.render, messages[:count], generate) == wanted
         if rendered(theirs, messages) is None:
             continue
-        before = ours.cuts
-        read = [*ours._renderer._as_read(messages)]
+        before, read = ours.cuts, [*ours._renderer._as_read(messages)]
+        whole = ids_of(reference, read, False, **arguments)
         places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         parts = ours.tokenize(messages)
         found = [(part, *span) for part in parts for span in part.answers]
         assert len(found) == len(places)
+        if whole.count(ours.end_of_turn) < len(places):
+            continue  # the template writes no end of turn, and each answer is given one
         for place, (part, begin, end) in zip(places, found, strict=True):
             prompt = ids_of(reference, read[:place], True, **arguments)
             assert spell(part.tokens[:begin]) == spell(prompt)
             assert ours.cuts > before or part.tokens[:begin] == prompt
             assert part.tokens[end - 1] == ours.end_of_turn
-        if len(parts) == 1 and not ours.joined and ours.end_is_written:
-            assert ours.cuts > before or parts[0].tokens == ids_of(reference, read, False, **arguments)
+        if len(parts) == 1:
+            assert ours.cuts > before or ours.joined or parts[0].tokens == whole
 
 
 def public_reference(public: Public):

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from tests import cli
 from tests.adapters import write_head
@@ -175,7 +177,7 @@ def test_a_hub_id_answers_as_the_folder_and_only_what_is_read_is_fetched(hub, tm
     assert hub.files_of("GET") == SMALL | {"model.safetensors"}
 
 
-@mutation("lora/pretrained/hub.py", 'if name in shards and "/" not in name)', 'if name.endswith(".safetensors"))')
+@mutation("lora/pretrained/hub.py", 'if file.rfilename in found and "/"', 'if ".safetensors" in file.rfilename and "/"')
 def test_a_model_in_shards_is_fetched_whole_and_nothing_that_is_there_twice(hub, tmp_path, expected):
     weight_map = shard(cli.write_model(tmp_path / "model"))
     hub.repos["owner/shards"] = hub.repos["owner/tiny"] | content(tmp_path / "model")
@@ -183,6 +185,44 @@ def test_a_model_in_shards_is_fetched_whole_and_nothing_that_is_there_twice(hub,
     done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/shards")
     assert done.code == 0 and done.out == expected, done.err
     assert hub.files_of("GET") == SMALL | {"model.safetensors.index.json"} | set(weight_map.values())
+
+
+def larger(folder, tower: str = "tower.safetensors") -> dict[str, bytes]:
+    """The files of the tiny model in shards, the language model of a larger one whose tower has a file of its own."""
+    weight_map, config = shard(cli.write_model(folder)), json.loads((folder / "config.json").read_text())
+    for name in set(weight_map.values()):
+        tensors = {
+            f"language_model.{tensor}": value for tensor, value in safetensors.torch.load_file(folder / name).items()
+        }
+        safetensors.torch.save_file(tensors, folder / name)
+    safetensors.torch.save_file({"vision_tower.x": torch.ones(3)}, folder / tower)
+    weight_map = {f"language_model.{name}": file for name, file in weight_map.items()} | {"vision_tower.x": tower}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    text = config | {"model_type": "mistral", "sliding_window": None}
+    config = {"model_type": "mistral3", "text_config": text, "vision_config": {}, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return content(folder)
+
+
+@mutation("lora/pretrained/hub.py", "prequantised.plain(wrapped.text_config(raw))", "prequantised.plain(raw)")
+@mutation("lora/pretrained/hub.py", "wrapped.files_of(raw, weight_map, f", "(lambda *_: set(weight_map.values()))(f")
+def test_of_a_larger_model_the_language_model_is_fetched_and_not_its_towers(hub, tmp_path, expected):
+    hub.repos["owner/larger"] = larger(tmp_path / "model")
+    done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/larger")
+    assert done.code == 0 and done.out == expected, done.err
+    assert f"hub owner/larger at {COMMIT[:12]}, without vision_tower (1 tensors)\n" in done.err
+    parts = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert hub.files_of("GET") == SMALL | {"model.safetensors.index.json"} | parts
+
+
+def test_weights_of_a_larger_model_that_is_not_supported_are_not_fetched(hub, tmp_path):
+    files = larger(tmp_path / "model")
+    config = json.loads(files["config.json"])
+    config["text_config"]["model_type"] = "mistral4"
+    hub.repos["owner/larger"] = files | {"config.json": json.dumps(config).encode()}
+    done = ask(tmp_path, hub.env(tmp_path / "cache"), model="owner/larger")
+    assert done.code == 2 and "owner/larger/config.json:model_type: 'mistral4'" in done.errors[0], done.err
+    assert hub.files_of("GET") == {"config.json"}
 
 
 @mutation("lora/pretrained/hub.py", '"LICENSE", value_head.FILE,', '"LICENSE",')

@@ -28,6 +28,12 @@ MINISTRAL = {
 }  # fmt: skip
 GEMMA3 = {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": True, "sliding_window": 16}
 NEW, OLD = ("model.language_model.", "lm_head."), ("language_model.model.", "language_model.lm_head.")
+GEMMA4 = {
+    "model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 12, "tie_word_embeddings": True, "rope_theta": None,
+    "num_hidden_layers": 4, "sliding_window": 16, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 140, "num_key_value_heads": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 LARGER = {  # a larger model: the config of its language model, how it calls that model's tensors, its other tensors
     "qwen3_5": (QWEN35, NEW, {
         "model.visual": ["patch_embed.proj.weight", "blocks.0.attn.qkv.bias", "merger.linear_fc1.weight"],
@@ -36,6 +42,10 @@ LARGER = {  # a larger model: the config of its language model, how it calls tha
     "mistral3": (MINISTRAL, OLD, {
         "vision_tower": ["patch_conv.weight", "transformer.layers.0.attention.q_proj.weight"],
         "multi_modal_projector": ["linear_1.weight", "norm.weight"],
+    }),
+    "gemma4": (GEMMA4, NEW, {
+        "model.vision_tower": ["patch_embedder.input_proj.weight"], "model.audio_tower": ["output_proj.weight"],
+        "model.embed_vision": ["embedding_projection.weight"], "model.embed_audio": ["embedding_projection.weight"],
     }),
     "gemma3": (GEMMA3, OLD, {
         "vision_tower": ["vision_model.embeddings.patch_embedding.weight"],
@@ -70,7 +80,7 @@ def plain_of(path: Path, kind: str) -> Path:
     "rest if not part",
     case="mistral3-1",
 )
-@mutation("lora/pretrained/wrapped.py", "shared | text | outer | named", "shared | outer | named", case="qwen3_5-1")
+@mutation("lora/pretrained/wrapped.py", "text | outer | named", "outer | named", case="qwen3_5-1")
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", LARGER)
 def test_the_language_model_is_that_of_a_folder_of_its_own(tmp_path, kind, shards):
@@ -94,10 +104,20 @@ def test_it_is_written_as_a_model_of_its_own(tmp_path, kind):
     write_model(folder, tmp_path / "new", lambda name, tensor: tensor)
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["model_type"] == LARGER[kind][0]["model_type"] and "text_config" not in config
+    assert config["eos_token_id"] == [2, 7]
     assert config["architectures"][0].endswith("ForCausalLM") and "vision_config" not in config
     new = ModelFolder(tmp_path / "new")
     assert new.described == f"folder {tmp_path / 'new'}" and new.header == folder.header
     assert same(tensors_of(load_model(new)), tensors_of(load_model(folder)))
+
+
+@mutation("lora/pretrained/wrapped.py", 'found[0].rstrip(".") if found else', 'found[0].rstrip(".") if True else')
+def test_keys_and_values_that_no_layer_of_gemma_4_uses_are_left_out(tmp_path):
+    idle = {f"model.language_model.layers.{i}.self_attn.{part}.weight": torch.ones(3)
+            for i in (2, 3) for part in ("k_proj", "v_proj", "k_norm")}  # fmt: skip
+    folder = ModelFolder(larger_folder(tmp_path / "m", "gemma4", change=lambda tensors: tensors | idle))
+    assert "without keys and values that no layer uses (6 tensors), model.audio_tower (1 tensors)" in folder.described
+    assert same(tensors_of(load_model(folder)), tensors_of(load_model(ModelFolder(plain_of(tmp_path / "p", "gemma4")))))
 
 
 STRANGE = {  # a tensor -> what is said of it
@@ -130,7 +150,7 @@ def test_a_folder_of_its_own_has_no_towers(tmp_path):
 
 
 @mutation("lora/pretrained/wrapped.py", '{"tie_word_embeddings": HEAD not in header}', '{"tie_word_embeddings": False}')
-@mutation("lora/pretrained/wrapped.py", "shared | text | outer | named", "shared | outer | text | named")
+@mutation("lora/pretrained/wrapped.py", "text | outer | named", "outer | text | named")
 def test_the_larger_model_says_whether_its_head_is_the_embedding(tmp_path):
     silent = tiny_config(**MINISTRAL, tie_word_embeddings=None)
     for outer, text, headless, tied in (
@@ -214,9 +234,7 @@ def in_fp8(tensors: dict, block=None) -> tuple[dict, dict]:
     return stored, {name: tensor for name, tensor in numbers.items() if name.startswith(("model.", "lm_head"))}
 
 
-@mutation(
-    "lora/pretrained/prequantised.py", "self.block = block if prod(shape) > 1 else self.shape", "self.block = block"
-)
+@mutation("lora/pretrained/wrapped.py", '"quantization_config", "quantization")', '"quantization")')
 @pytest.mark.parametrize("block", [None, (16, 16)], ids=["a factor each", "blocks"])
 def test_fp8_weights_inside_a_larger_model_are_the_numbers_they_stand_for(tmp_path, block):
     numbers = {}

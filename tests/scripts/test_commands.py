@@ -10,10 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora.files import write_tensors
+from lora.network.config import ModelConfig
+from lora.network.decoder import Model
 from lora.run.settings import TrainSettings
 from lora.run.use_settings import GenerateSettings, MergeSettings
 from tests import cli
+from tests.helpers import randomise
 from tests.mutation import mutation
+from tests.network.test_families import family_config, on_disk
 
 WEIGHTS = "adapter_model.safetensors"
 METRICS = ["step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "unchanged", "tokens_per_second", "seconds"]
@@ -287,6 +292,27 @@ def test_the_rows_of_self_cognition_train(tmp_path):
     done = cli.train("out", "--max-steps", 1, cwd=tmp_path, data="me.jsonl")
     ok(done)
     assert "examples 6, " in done.err
+
+
+def test_what_a_reader_of_the_article_on_chatglm_does_today_runs_on_a_glm4_folder(tmp_path):
+    """The commands of docs/models.md, on a small model, shorter."""
+    blocks = re.findall(r"```sh\n(.*?)```", (cli.ROOT / "docs/models.md").read_text(), re.S)
+    block = next(block for block in blocks if "GLM-4" in block)
+    (tmp_path / "weights").mkdir()
+    folder, raw = cli.write_model(tmp_path / "base"), family_config("glm4") | cli.SIZES | {"head_dim": 8}
+    model = randomise(Model(ModelConfig.from_json(raw)).bfloat16(), 0)
+    (folder / "config.json").write_text(json.dumps(raw))
+    write_tensors(folder / "model.safetensors", on_disk(model), {"format": "pt"})
+    short = {"train": ("--max-steps", 2, *cli.ON_CPU), "generate": ("--max-new-tokens", 4, *cli.ON_CPU)}
+    lines = [shlex.split(line.replace("zai-org/GLM-4-9B-0414", str(folder))) for line in block.splitlines()]
+    assert [argv[1] for argv in lines] == [
+        "data_gen/self_cognition.py", "train.py", "generate.py", "merge.py", "generate.py"]  # fmt: skip
+    for argv in lines:
+        script = Path(argv[1]).stem
+        done = cli.call(script, *argv[2:], *short.get(script, ()), cwd=tmp_path, stdin="你是谁？\n")
+        ok(done)
+    merged = json.loads((tmp_path / "weights/guaji-merged/config.json").read_text())
+    assert done.out.strip() and merged["model_type"] == "glm4"
 
 
 def test_without_data_it_learns_an_identity(tmp_path):

@@ -127,6 +127,18 @@ def test_a_system_turn_that_moves_to_the_last_question_stands_before_each_answer
     assert len(whole.answers) == 2 and chat.joined == 2
 
 
+@mutation("lora/text/answers.py", "not written.startswith(prompted) and", "")
+def test_a_thought_beside_an_answer_is_kept_where_only_the_turns_before_are_written_otherwise():
+    source = LATE.replace(
+        "m.content | trim", "('(' + m.reasoning_content + ')' if m.reasoning_content else '') + m.content"
+    )
+    chat = Chat(byte_level(), ChatTemplate(source, NAMES, "here"), [0])
+    messages = turns("Hi", "Hello.", "And?", "No.", system="Be brief.")
+    messages[4]["reasoning_content"] = "Hm."
+    assert [said for _, said in examples(chat, messages)] == [plain_ids(" Hello." + END), plain_ids(" (Hm.)No." + END)]
+    assert chat.joined == 2
+
+
 @mutation("lora/text/answers.py", "answers = [*prompt.answers, self._answer(", "answers = [self._answer(")
 def test_an_earlier_answer_is_cut_from_its_prompt_as_in_generation_where_a_later_one_is_put_together():
     messages = turns("Hi", "Hello.", "And?", THOUGHT + "No.")

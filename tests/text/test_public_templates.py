@@ -116,7 +116,6 @@ def test_the_prompt_and_what_is_trained_of_an_answer_are_those_of_the_family(nam
 @mutation("lora/text/thoughts.py", "return rest | {named[1]: message[KEY]} if named", "return message if named",
           case="lfm2_5")  # fmt: skip
 @mutation("lora/text/answers.py", "if thoughts.KEY in answer and", "if False and", case="qwen3_5 off")
-@mutation("lora/text/answers.py", "not written.startswith(prompted) and", "", case="gemma4 on")
 @EACH
 def test_a_thought_beside_an_answer_stands_where_the_family_has_it_or_is_told_or_refused(name):
     prompt, trained, thought, _ = CASES[name]
@@ -241,8 +240,7 @@ def with_bos(name: str, **model) -> Tokenizer:
     return Tokenizer(json.dumps(raw | {"post_processor": post, "model": raw["model"] | model}).encode())
 
 
-@mutation("lora/text/tokenizer.py", "return self._fast.encode(text, add_special_tokens=False).ids",
-          "return self._fast.encode(text, add_special_tokens=True).ids")  # fmt: skip
+@mutation("lora/text/tokenizer.py", "begin = [] if ids[: len(begin)] == begin else begin", "pass")
 @pytest.mark.parametrize("name", ["gemma4", "lfm2_5", "minicpm5", "ministral3", "hunyuan", "r1_0528"])
 def test_a_bos_that_template_and_tokenizer_both_put_stands_once(name):
     source, bos, eos, arguments = PUBLIC[name]
@@ -251,8 +249,10 @@ def test_a_bos_that_template_and_tokenizer_both_put_stands_once(name):
     for messages in (turns("Hi", "Hello."), turns("Hi", "<|end|> it"), turns("Hi", "Hello.", "And?", "No.")):
         for part in ours.tokenize(messages):
             assert part.tokens.count(tokenizer().id(bos)) == 1 and part.tokens[0] == tokenizer().id(bos)
-    [document] = ours.tokenize([{"role": "text", "content": "Once."}])
-    assert document.tokens.count(tokenizer().id(bos)) == 1
+    spelling = Chat(with_bos(name), template, [tokenizer().id(eos)], control_tokens=True)
+    for chat_, text in ((ours, "Once."), (spelling, "Once."), (spelling, f"{bos}Once.")):
+        [document] = chat_.tokenize([{"role": "text", "content": text}])
+        assert document.tokens.count(tokenizer().id(bos)) == 1
 
 
 @mutation(

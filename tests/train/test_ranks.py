@@ -38,7 +38,7 @@ from lora.pretrained import shard
 from lora.train import distributed
 from lora.train.step import clip
 from tests.cli import ROOT, Result, gguf_file, scratch, set_environment
-from tests.helpers import close, far, objective_of, patched, random_example, tiny_config, tiny_model
+from tests.helpers import DELTAS, close, far, objective_of, patched, random_example, tiny_config, tiny_model
 from tests.mutation import mutation
 
 CPU = torch.device("cpu")
@@ -471,11 +471,11 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step_and_rank_0_sav
 
 
 @cache
-def base(tied: bool) -> pretrained.ModelFolder:
+def base(tied: bool, deltas: bool = False) -> pretrained.ModelFolder:
     """A model on disk whose tensors do not divide by 2 or 3: some ranks have fewer rows, of biases perhaps none."""
-    folder = scratch() / f"uneven-{tied}"
+    folder = scratch() / f"uneven-{tied}-{deltas}"
     folder.mkdir()
-    how = {"tie_word_embeddings": tied, "attention_bias": True}
+    how = {"tie_word_embeddings": tied, "attention_bias": True, **(DELTAS if deltas else {})}
     save_file(tiny_model(torch.float32, **how).state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(tiny_config(**how)))
     return pretrained.ModelFolder(folder)
@@ -522,9 +522,13 @@ def answers_and_gradients(model, processes: distributed.DistContext, sharded: bo
 """,
 )
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
-@pytest.mark.parametrize("size, tied", [(2, False), (3, True)], ids=["two-ranks", "three-ranks-tied"])
-def test_a_sharded_base_gives_the_gradients_and_answers_of_a_whole_one(tmp_path, size, tied, dtype, tol):
-    checkpoint = base(tied)
+@pytest.mark.parametrize(
+    "size, tied, deltas",
+    [(2, False, False), (3, True, False), (2, True, True)],
+    ids=["two-ranks", "three-ranks-tied", "deltas"],
+)
+def test_a_sharded_base_gives_the_gradients_and_answers_of_a_whole_one(tmp_path, size, tied, deltas, dtype, tol):
+    checkpoint = base(tied, deltas)
     whole = adapted(pretrained.load_model(checkpoint, dtype), dtype)
     expected = answers_and_gradients(whole, distributed.DistContext(0, 1, CPU), False)
 
