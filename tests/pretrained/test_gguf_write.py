@@ -64,6 +64,7 @@ CASES = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "baichuan": {"model_type": "baichuan"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3, yarn": {"model_type": "qwen3", "head_dim": 8, "rope_scaling": YARN},
     "llama, yarn, attention_factor": {"rope_scaling": YARN | {"attention_factor": 1.3}},
@@ -243,7 +244,7 @@ def same_model(ours, theirs) -> bool:
     """The same numbers, bit for bit, in another family's names where a file is read so."""
     kind, a, b = theirs.config.model_type, vars(ours.config), vars(theirs.config)
     assert a["model_type"] in (kind, OTHERWISE.get(kind))
-    named = {"model_type", "names", "fused", "rope_theta", "rope_local_theta"}
+    named = {"model_type", "names", "fused", "written_as", "rope_theta", "rope_local_theta"}
     assert {key: value for key, value in a.items() if key not in named} == {
         key: value for key, value in b.items() if key not in named
     }
