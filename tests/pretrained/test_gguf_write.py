@@ -234,6 +234,7 @@ def test_every_tensor_is_there_once_under_its_name_in_llama_cpps_row_order_round
 
 OTHERWISE = {
     "mistral": "llama",
+    "baichuan": "llama",
     "ministral3": "llama",
     "granitemoehybrid": "granite",
     "olmo3": "olmo2",
