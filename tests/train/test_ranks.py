@@ -40,6 +40,7 @@ from lora.train.step import clip
 from tests.cli import ROOT, Result, gguf_file, scratch, set_environment
 from tests.helpers import DELTAS, close, far, objective_of, patched, random_example, tiny_config, tiny_model
 from tests.mutation import mutation
+from tests.network.test_families import family_config, folder_of, model_of
 
 CPU = torch.device("cpu")
 SECONDS = 40  # after which a process that hangs is killed, code 137
@@ -552,6 +553,27 @@ def test_a_sharded_base_gives_the_gradients_and_answers_of_a_whole_one(tmp_path,
         if not p.requires_grad:
             rows = [piece[name] for piece in pieces]
             assert torch.equal(torch.cat(rows), p) and max(map(len, rows)) == math.ceil(len(p) / size)
+
+
+@mutation("lora/pretrained/shard.py", "buffer.copy_(base.read(name))", "buffer.fill_(1)", case="gemma4_text")
+@pytest.mark.parametrize("kind", ["lfm2", "granitemoehybrid", "gemma4_text"])
+def test_a_sharded_base_of_other_kinds_of_layers_gives_the_gradients_and_answers_of_a_whole_one(tmp_path, kind):
+    """Convolutions, rows of fused tensors, keys of an earlier layer and inputs to each."""
+    raw = family_config(kind) | dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 131)
+    checkpoint = pretrained.ModelFolder(folder_of(model_of(raw, dtype=torch.float32), raw, tmp_path / "model"))
+    whole = adapted(pretrained.load_model(checkpoint, torch.float64), torch.float64)
+    expected = answers_and_gradients(whole, distributed.DistContext(0, 1, CPU), False)
+
+    def work(rank):
+        with distributed.dist_context(CPU) as processes:
+            model = adapted(shard.load_sharded(checkpoint, torch.float64), torch.float64)
+            save_file(answers_and_gradients(model, processes, True), tmp_path / str(rank))
+
+    assert all_well(run(2, work))
+    for rank in range(2):
+        found = load_file(tmp_path / str(rank))
+        for name, tensor in expected.items():
+            assert close(found[name], tensor, 1e-10), name
 
 
 def test_a_gguf_file_can_be_sharded_too():
