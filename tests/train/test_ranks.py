@@ -472,7 +472,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step_and_rank_0_sav
 
 
 @cache
-def base(tied: bool, deltas: bool = False) -> pretrained.ModelFolder:
+def base(tied: bool, deltas: bool) -> pretrained.ModelFolder:
     """A model on disk whose tensors do not divide by 2 or 3: some ranks have fewer rows, of biases perhaps none."""
     folder = scratch() / f"uneven-{tied}-{deltas}"
     folder.mkdir()
@@ -617,7 +617,7 @@ def holds_and_reads_its_share(folder: str) -> bool:
     block = sum(p.nbytes for p in empty.model.layers[0].parameters())
     limit = whole / 2 + empty.head_weight.nbytes + 4 * block + 35e6  # a block and its copies on the way; all the rest
     assert limit < 0.8 * whole
-    small = base(False)
+    small = base(False, False)
 
     def work(rank):
         batches.ROUND = 1  # a few tokens, so that it is weights that are measured
@@ -668,16 +668,16 @@ def test_weights_that_are_not_finite_are_named_once_whoever_has_their_rows(tmp_p
 def test_a_rank_lost_while_a_block_is_gathered_is_no_bug(tmp_path):
     def work(rank):
         with distributed.dist_context(CPU) as processes:
-            model = adapted(shard.load_sharded(base(False)), torch.float32)
+            model = adapted(shard.load_sharded(base(False, False)), torch.float32)
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             step(model, processes, [0, 1], True)
 
-    base(False)
+    base(False, False)
     first, _ = run(2, work)
     assert first.code == 3 and len(first.errors) == 1 and "lost another rank in rank 0 of 2" in first.errors[0]
 
 
 def test_one_process_has_nobody_to_share_a_base_with():
     with pytest.raises(BadInput, match=r"^wrong --fsdp in the command line"):
-        shard.load_sharded(base(False))
+        shard.load_sharded(base(False, False))
