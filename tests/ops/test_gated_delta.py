@@ -90,7 +90,7 @@ def test_what_fades_at_once_is_forgotten_without_a_nan():
 
 @mutation("lora/ops/fast_gated_delta.py", "F.threshold(x, -60.0,", "F.threshold(x, -600.0,")
 def test_no_weight_is_so_small_that_a_cpu_is_slow_with_it():
-    """With decays of real models a step took twice as long."""
+    """With decays of real models a step took 1.7 times as long."""
     q, k, v, g, beta = (x.detach().float() for x in inputs([20], states=False))
     chunks = fast_gated_delta._Chunks(q, k, v, 20 * g, beta, (20,))
     for x in (chunks.rows, chunks.omega, chunks.fade, chunks.products(slice(0, 3))[2]):
