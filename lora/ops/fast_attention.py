@@ -2,12 +2,12 @@
 
     ∂v = Pᵀ g      ∂S = P (g vᵀ - rowsum(g out))      ∂q = ∂S k / √d      ∂k = ∂Sᵀ q / √d
 
-after FlashAttention, https://arxiv.org/abs/2205.14135, appendix B.2. Documents of like lengths lie as a rectangle,
-heads that share a key head lie below each other, and some queries at a time leave out the keys of their common future.
-Weights are saved for the backward pass while they are few, else they are formed again.
+after FlashAttention, https://arxiv.org/abs/2205.14135, appendix B.2. Documents of like lengths are a rectangle, heads
+that share a key head lie below each other, and some queries at a time leave out the keys of their common future. One
+copy by an index brings the rows of q, k, v (a head's numbers at a position) into the order of these products, and one
+brings what was found back. Weights are saved for the backward pass while they are few, else they are formed again.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,115 +16,155 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ROWS = 128  # queries at a time
+KEPT_BYTES = 8 * 2**20  # of weights to save in each call, which is in each layer
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """`plain.attention` without a window or a cap."""
     return _Causal.apply(q, k, v, lengths)
 
 
-class _Group(NamedTuple):
-    """Documents of like lengths as a rectangle: `index` (B·L,) says which position lies where; T stands for none."""
+class _Block(NamedTuple):
+    """n queries of every document of a rectangle, and the `seen` keys that the last of them sees: where the rows are,
+    how many key heads all documents have, and whether this is the rectangle's first block."""
 
-    index: Tensor
-    B: int
-    L: int
+    queries: slice
+    keys: slice
+    heads: int
+    n: int
+    seen: int
+    first: bool
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Its rows of the queries' (N, d) -> (heads, G·n, d)"""
+        return x[self.queries].view(self.heads, -1, x.shape[-1])
+
+    def sees(self, x: Tensor) -> Tensor:
+        """What it sees of the keys' (M, d) -> (heads, seen, d)"""
+        return x[self.keys].view(self.heads, -1, x.shape[-1])[:, : self.seen]
 
 
-@lru_cache(maxsize=64)
-def _groups(lengths: tuple[int, ...]) -> list[_Group]:
-    """Each document is in a group whose longest one it fills to four fifths. Sizes are multiples of 16: a CPU's
-    products are compiled anew for every size."""
+class _Order(NamedTuple):
+    """Rows of q (T·H, d) and of k and v (T·KV, d) in the order of the products: which row lies where, and where each
+    lies. Documents are filled up to their rectangle by any row, as nobody sees those behind its end."""
+
+    queries: Tensor  # (N,): by rectangle, block, document, key head, its query heads, position
+    keys: Tensor  # (M,): by rectangle, document, key head, position
+    query_at: Tensor  # (T·H,)
+    key_at: Tensor  # (T·KV,)
+    filled: Tensor  # places among the N that are filled up
+    blocks: list[_Block]  # of every rectangle the last first: it sees all keys
+
+
+def _rectangles(lengths: tuple[int, ...]) -> list[Tensor]:
+    """The positions of documents of like lengths, (B, L), -1 where there is none. Each document fills at least four
+    fifths of its row; L is a multiple of 16, as a CPU's products are compiled anew for every size."""
     starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
-    rows: list[list[tuple[int, int]]] = []
+    groups: list[list[tuple[int, int]]] = []
     for length, start in sorted(zip(lengths, starts, strict=True), reverse=True):
-        if not rows or length < 0.8 * rows[-1][0][0]:
-            rows.append([])
-        rows[-1].append((length, start))
+        if not groups or length < 0.8 * groups[-1][0][0]:
+            groups.append([])
+        groups[-1].append((length, start))
     found = []
-    for row in rows:
-        L = -(-row[0][0] // 16) * 16
-        index = torch.full((len(row), L), sum(lengths))
-        for i, (length, start) in enumerate(row):
-            index[i, :length] = torch.arange(start, start + length)
-        found.append(_Group(index.view(-1), len(row), L))
+    for group in groups:
+        rectangle = torch.full((len(group), -(-group[0][0] // 16) * 16), -1)
+        for row, (length, start) in zip(rectangle, group, strict=True):
+            row[:length] = torch.arange(start, start + length)
+        found.append(rectangle)
     return found
 
 
-def _stack(x: Tensor, KV: int) -> Tensor:
-    """(B, n, heads, d) -> (B·KV, G·n, d): heads that share a key head lie below each other."""
-    return x.unflatten(2, (KV, -1)).permute(0, 2, 3, 1, 4).reshape(len(x) * KV, -1, x.shape[-1])
+@lru_cache(maxsize=64)
+def _order(lengths: tuple[int, ...], H: int, KV: int, at_once: int) -> _Order:
+    queries, keys, blocks, N, M = [], [], [], 0, 0
+    for rectangle in _rectangles(lengths):
+        B, L = rectangle.shape
+        rows = _rows(rectangle[:, None], KV)  # (B, KV, L)
+        keys.append(rows.flatten())
+        of_keys, M = slice(M, M + rows.numel()), M + rows.numel()
+        rows = _rows(rectangle[:, None], H).unflatten(1, (KV, -1))  # (B, KV, G, L)
+        for start in reversed(range(0, L, at_once)):
+            part = rows[..., start : start + at_once]
+            queries.append(part.flatten())
+            seen = min(start + at_once, L)
+            blocks.append(_Block(slice(N, N + part.numel()), of_keys, B * KV, part.shape[-1], seen, seen == L))
+            N += part.numel()
+    queries, keys, T = torch.cat(queries), torch.cat(keys), sum(lengths)
+    at = [_inverse(rows, T * heads) for rows, heads in ((queries, H), (keys, KV))]
+    filled = (queries < 0).nonzero()[:, 0]
+    return _Order(queries.clamp(0), keys.clamp(0), *at, filled, blocks)
 
 
-def _unstack(x: Tensor, B: int, n: int) -> Tensor:
-    """(B·KV, G·n, d) -> (B, n, heads, d)"""
-    return x.view(B, len(x) // B, -1, n, x.shape[-1]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+def _rows(positions: Tensor, heads: int) -> Tensor:
+    """(B, 1, L) -> (B, heads, L): where the rows of every head are in a tensor (T·heads, d)."""
+    return torch.where(positions < 0, -1, positions * heads + torch.arange(heads)[:, None])
+
+
+def _inverse(rows: Tensor, count: int) -> Tensor:
+    """Where each of `count` rows lies."""
+    places = torch.empty(count, dtype=torch.long)
+    there = rows >= 0
+    places[rows[there]] = there.nonzero()[:, 0]
+    return places
+
+
+@lru_cache(maxsize=64)
+def _future(n: int) -> Tensor:
+    """(n, n), true where a key lies in a query's future."""
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """scale a b in every batch, written to `out` or added to it"""
+    out = a.new_empty(len(a), a.shape[1], b.shape[2]) if out is None else out
+    return torch.baddbmm(out, a, b, beta=int(add), alpha=scale, out=out)
 
 
 def _weights(queries: Tensor, keys: Tensor, n: int) -> Tensor:
-    """(B·KV, G·n, d) scaled, (B·KV, S, d) -> softmax over what each may see, (B·KV, G·n, S): the last of n queries sees
-    all keys, the one before all but one."""
-    scores = queries @ keys.mT
-    last = scores.unflatten(1, (-1, n))[..., -n:]  # (B·KV, G, n, n), the only ones that may lie in the future
-    last.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+    """(heads, G·n, d), (heads, S, d) -> softmax over what each may see, (heads, G·n, S): the last of n queries sees all
+    keys, the one before all but one."""
+    scores = _product(queries, keys.mT, queries.shape[-1] ** -0.5)
+    last = scores.unflatten(1, (-1, n))[..., -n:]  # (heads, G, n, n), the only ones that may lie in the future
+    last.masked_fill_(_future(n).to(scores.device), float("-inf"))
     return scores.softmax(-1)  # of bf16 too it is summed in float32
 
 
 class _Causal(torch.autograd.Function):
-    ROWS = 128  # queries at a time
-    KEPT_BYTES = 8 * 2**20  # of weights to save in each call, which is in each layer
-
-    @staticmethod
-    def blocks(L: int) -> Iterator[tuple[int, int]]:
-        return ((start, min(start + _Causal.ROWS, L)) for start in range(0, L, _Causal.ROWS))
-
-    @staticmethod
-    def rectangles(group: _Group, *tensors: Tensor) -> list[Tensor]:
-        """Each (T + 1, heads, d) -> (B, L, heads, d)."""
-        return [x.index_select(0, group.index).unflatten(0, (group.B, group.L)) for x in tensors]
-
     @staticmethod
     def forward(ctx, q, k, v, lengths):
         (T, H, d), KV, kept = q.shape, k.shape[1], []
-        keep = sum(n * n for n in lengths) * H * q.element_size() <= _Causal.KEPT_BYTES
-        out = q.new_empty(T + 1, H, d)
-        zero = q.new_zeros(1, H, d)
-        q_, k_, v_ = (torch.cat((x, zero[:, : x.shape[1]])) for x in (q * d**-0.5, k, v))
-        for group in _groups(tuple(lengths)):
-            queries, keys, values = _Causal.rectangles(group, q_, k_, v_)
-            keys, values, result = _stack(keys, KV), _stack(values, KV), torch.empty_like(queries)
-            for start, stop in _Causal.blocks(group.L):
-                P = _weights(_stack(queries[:, start:stop], KV), keys[:, :stop], stop - start)
-                result[:, start:stop] = _unstack(P @ values[:, :stop], group.B, stop - start)
-                if keep:
-                    kept.append(P)
-            out.index_copy_(0, group.index.to(out.device), result.flatten(0, 1))
-        ctx.lengths = lengths
-        ctx.save_for_backward(q, k, v, out[:T], *kept)
-        return out[:T]
+        order = _order(tuple(lengths), H, KV, ROWS)
+        keep = sum(n * n for n in lengths) * H * q.element_size() <= KEPT_BYTES
+        Q = q.reshape(-1, d).index_select(0, order.queries)
+        K, V = (x.reshape(-1, d).index_select(0, order.keys) for x in (k, v))
+        found = torch.empty_like(Q)
+        for block in order.blocks:
+            P = _weights(block.rows(Q), block.sees(K), block.n)
+            torch.bmm(P, block.sees(V), out=block.rows(found))
+            if keep:
+                kept.append(P)
+        out = found.index_select(0, order.query_at).view(T, H, d)
+        ctx.order = order
+        ctx.save_for_backward(Q, K, V, out, *kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        q, k, v, out, *kept = ctx.saved_tensors
-        (T, H, d), KV, kept = q.shape, k.shape[1], iter(kept)
-        d_q, d_k, d_v = (x.new_empty(T + 1, *x.shape[1:]) for x in (q, k, v))
-        zero = q.new_zeros(1, H, d)
-        tensors = (q * d**-0.5, k, v, gradient, (gradient * out).sum(-1, keepdim=True))
-        tensors = [torch.cat((x, zero[:, : x.shape[1], : x.shape[2]])) for x in tensors]
-        for group in _groups(tuple(ctx.lengths)):
-            queries, keys, values, g, sums = _Causal.rectangles(group, *tensors)
-            keys, values = _stack(keys, KV), _stack(values, KV)
-            d_queries, d_keys, d_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-            for start, stop in _Causal.blocks(group.L):
-                n = stop - start
-                Q, G, D = (_stack(x[:, start:stop], KV) for x in (queries, g, sums))
-                P = next(kept, None)
-                P = _weights(Q, keys[:, :stop], n) if P is None else P
-                d_values[:, :stop] += P.mT @ G
-                S = (G @ values[:, :stop].mT).sub_(D).mul_(P)  # ∂S
-                d_queries[:, start:stop] = _unstack((S @ keys[:, :stop]).mul_(d**-0.5), group.B, n)
-                d_keys[:, :stop] += S.mT @ Q
-            d_q.index_copy_(0, group.index, d_queries.flatten(0, 1))
-            for x, part in ((d_k, d_keys), (d_v, d_values)):
-                x.index_copy_(0, group.index, _unstack(part, group.B, group.L).flatten(0, 1))
-        return d_q[:T], d_k[:T], d_v[:T], None
+        Q, K, V, out, *kept = ctx.saved_tensors
+        (T, H, d), order, kept = out.shape, ctx.order, iter(kept)
+        G = gradient.reshape(-1, d).index_select(0, order.queries).index_fill_(0, order.filled, 0)
+        D = (gradient * out).sum(-1).view(-1, 1).index_select(0, order.queries).index_fill_(0, order.filled, 0)
+        d_Q, d_K, d_V, scale = torch.empty_like(Q), torch.empty_like(K), torch.empty_like(V), d**-0.5
+        for block in order.blocks:
+            queries, g, keys, values = block.rows(Q), block.rows(G), block.sees(K), block.sees(V)
+            P = next(kept, None)
+            P = _weights(queries, keys, block.n) if P is None else P
+            _product(P.mT, g, 1.0, block.sees(d_V), not block.first)
+            S = torch.bmm(g, values.mT).sub_(block.rows(D)).mul_(P)  # ∂S
+            _product(S, keys, scale, block.rows(d_Q))
+            _product(S.mT, queries, scale, block.sees(d_K), not block.first)
+        d_q = d_Q.index_select(0, order.query_at).view(T, H, d)
+        d_k, d_v = (x.index_select(0, order.key_at).view(T, -1, d) for x in (d_K, d_V))
+        return d_q, d_k, d_v, None

@@ -86,7 +86,7 @@ def relative(positions: torch.Tensor, config: ModelConfig) -> torch.Tensor:
 )
 @mutation("lora/ops/plain.py", "return ACTIVATIONS[activation](gate) * up", "return ACTIVATIONS[activation](up) * gate")
 @mutation("lora/ops/plain.py", "return ACTIVATIONS[activation](gate) * up", "return F.gelu(gate) * up")
-@mutation("lora/ops/fast_attention.py", "for x in (q * d**-0.5, k, v))", "for x in (q / d, k, v))")
+@mutation("lora/ops/fast_attention.py", "queries.shape[-1] ** -0.5)", "queries.shape[-1] ** -1)")
 @mutation("lora/network/rope.py", "        return frequencies / scaling.factor\n", "        return frequencies\n")
 @mutation("lora/network/rope.py", 'if scaling.kind == "llama3":', 'if scaling.kind == "never":')
 @mutation("lora/network/rope.py", "blend = blend.clamp(0, 1)", "blend = blend.clamp(min=0)")
