@@ -75,7 +75,7 @@ class GatedDeltaNet(nn.Module):
     def output(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """What `mix` gives -> (T, D)"""
         y = ops.rms_norm(y, self.norm.weight, self.eps)
-        return self.out_proj(ops.swiglu(z, y.flatten(1)))
+        return ops.gated_linear(z, y.flatten(1), "silu", self.out_proj)
 
     def forward(self, x: torch.Tensor, rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
         """x (T, D) -> (T, D)"""

@@ -104,7 +104,7 @@ class MLP(HubNamed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = ops.linears(x, [self.gate_proj, self.up_proj])
-        return self.down_proj(ops.swiglu(gate, up, self.activation))
+        return ops.gated_linear(gate, up, self.activation, self.down_proj)
 
 
 class Block(HubNamed):

@@ -26,9 +26,9 @@ from lora.ops import (
 from lora.ops.plain import Weight, is_autocast, is_finite, logits, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
-    "Weight", "attend", "attention", "cross_entropy", "gated_delta", "is_finite", "is_plain", "last_inputs", "linear",
-    "linears", "log_probs", "logits", "lora_linear", "no_autocast", "recomputed", "rms_norm", "rotate",
-    "short_convolution", "soft_cap", "swiglu", "use_plain", "wide",
+    "Weight", "attend", "attention", "cross_entropy", "gated_delta", "gated_linear", "is_finite", "is_plain",
+    "last_inputs", "linear", "linears", "log_probs", "logits", "lora_linear", "no_autocast", "recomputed", "rms_norm",
+    "rotate", "short_convolution", "soft_cap", "swiglu", "use_plain", "wide",
 ]  # fmt: skip
 
 SHORT = 512  # up to so many keys the plain form is faster on a CPU than PyTorch's kernel; beyond, its T² memory hurts
@@ -86,6 +86,12 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     if _as_written(gate) or not torch.is_grad_enabled():
         return _unless_saved(plain.swiglu, gate, up, activation)
     return fast_swiglu.swiglu(gate, up, activation)
+
+
+def gated_linear(gate: Tensor, up: Tensor, activation: str, module: nn.Module) -> Tensor:
+    if _as_written(gate) or not torch.is_grad_enabled():
+        return module(swiglu(gate, up, activation))
+    return fast_lora.gated_linear(gate, up, activation, module)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None, cap=None) -> Tensor:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lora.ops.plain import logits, wide
 
-ROWS = 256  # 256 × 49,152 logits are 50 MB in float32
+ROWS = 256  # 256 × 49,152 logits are 25 MB in bfloat16
+AT_ONCE = 16  # of them in float32: 3 MB
 
 
 def log_probs(
@@ -29,16 +30,26 @@ def log_probs(
     return _LogProbs.apply(hidden, head, targets, cap, temperature, rows)
 
 
-def _scores(z: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """log softmax(z / T), (n, V)"""
-    return F.log_softmax(z if temperature == 1 else z / temperature, -1, dtype=dtype)
+def _read(z: Tensor, targets: Tensor, cap, temperature: float, errors: bool, by: Tensor | None = None) -> Tensor:
+    """log softmax(z / T)[y], (n,), in float32 or wider. With `errors` logits z (n, V) become e, times `by` (n, 1) if
+    that is given.
 
-
-def _error(z: Tensor, scores: Tensor, y: Tensor, cap: float | None, temperature: float) -> Tensor:
-    """e (n, V) in the place of its scores: logits z, scores (n, V), targets y (n, 1)."""
-    e = scores.exp_().neg_().scatter_add_(1, y, scores.new_ones(y.shape))
-    e = e if temperature == 1 else e.div_(temperature)
-    return e if cap is None else e.mul_(1 - (z / cap).square())
+    On a CPU a few rows at a time, whose numbers in float32 stay in its caches.
+    """
+    found = torch.empty(len(z), dtype=wide(z.dtype), device=z.device)
+    few = AT_ONCE if z.device.type == "cpu" else max(1, len(z))
+    for start in range(0, len(z), few):
+        part = slice(start, start + few)
+        some, y = z[part], targets[part, None]
+        scores = F.log_softmax(some if temperature == 1 else some / temperature, -1, dtype=found.dtype)  # (few, V)
+        found[part] = scores.gather(1, y)[:, 0]
+        if not errors:
+            continue
+        e = scores.exp_().neg_().scatter_add_(1, y, scores.new_ones(y.shape))
+        e = e if temperature == 1 else e.div_(temperature)
+        e = e if cap is None else e.mul_(1 - (some / cap).square())
+        some.copy_(e if by is None else e.mul_(by[part]))
+    return found
 
 
 class _LogProbs(torch.autograd.Function):
@@ -48,13 +59,11 @@ class _LogProbs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            y = targets[part, None]
             z = logits(hidden[part], head, cap)  # (rows, V)
-            scores = _scores(z, temperature, found.dtype)
-            found[part] = scores.gather(1, y)[:, 0]
+            found[part] = _read(z, targets[part], cap, temperature, d_hidden is not None)
             if d_hidden is not None:
-                torch.mm(_error(z, scores, y, cap, temperature).to(head.dtype), head, out=d_hidden[part])
-            z = scores = None  # freed before the next rows need as much
+                torch.mm(z, head, out=d_hidden[part])
+            z = None  # freed before the next rows need as much
         ctx.save_for_backward(d_hidden, *((hidden, head, targets) if ctx.needs_input_grad[1] else ()))
         ctx.how = cap, temperature, rows
         return found
@@ -73,7 +82,7 @@ def _head_gradient(hidden, head, targets, upstream, cap, temperature, rows) -> T
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         z = logits(hidden[part], head, cap)
-        e = _error(z, _scores(z, temperature, upstream.dtype), targets[part, None], cap, temperature)
-        d_head += (e * upstream[part, None]).to(head.dtype).T @ hidden[part]
-        z = e = None
+        _read(z, targets[part], cap, temperature, True, upstream[part, None])
+        d_head += z.T @ hidden[part]
+        z = None
     return d_head.to(head.dtype)

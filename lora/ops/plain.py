@@ -185,6 +185,11 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
+def gated_linear(gate: Tensor, up: Tensor, activation: str, module: nn.Module) -> Tensor:
+    """A linear map of SwiGLU, (T, I) both -> (T, out)."""
+    return module(swiglu(gate, up, activation))
+
+
 def logits(hidden: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     """hidden (N, D), head (V, D) -> (N, V)"""
     return soft_cap(hidden @ head.T, cap)

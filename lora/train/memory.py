@@ -125,8 +125,8 @@ def parts(model: nn.Module, args, lengths: Sequence[int], batch_size: int, packi
     def activations(documents: list[int]) -> dict[str, float]:
         blocks, tokens, row = saved_by_blocks(model, tuple(documents)), sum(documents), sum(documents) * hidden * size
         chunk = (tokens if ops.is_plain() else min(ROWS, tokens)) * vocabulary  # of logits
-        # logits, in bfloat16 again in float32, and their logarithms
-        each = (10 if size == 2 else 8) + 8 * (model.config.final_logit_softcapping is not None)
+        # logits, and beside them in float32 those of a few rows; of a formula as written of all, and logarithms
+        each = (10 if ops.is_plain() else size) + 8 * (model.config.final_logit_softcapping is not None)
         # hidden states and their gradient; and the head once more, which oneDNN and MKL lay out anew for a product
         work = chunk * each + 2 * row + vocabulary * hidden * size
         work += args.full * vocabulary * hidden * (4 + size)  # the gradient of the head, scaled and rounded

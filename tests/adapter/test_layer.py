@@ -194,7 +194,7 @@ def closed_form(x, G, W, A, B, s):
 
 @mutation("lora/ops/fast_lora.py", "d_Bs.append((part.T @ G).mul_(s).T)", "d_Bs.append((part.T @ G).mul_(s * s).T)")
 @mutation("lora/ops/fast_lora.py", "d_As = (up.T @ rows)", "d_As = (up.T @ rows).mul(ctx.scalings[0])")
-@mutation("lora/ops/fast_lora.py", "d_rows = d_rows.addmm_(up, A).view(ctx.shape)", "d_rows = d_rows.view(ctx.shape)")
+@mutation("lora/ops/fast_lora.py", "        d_rows = d_rows.addmm_(up, A)\n", "        pass\n")
 @SHAPES
 @BIAS
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"])
@@ -212,8 +212,8 @@ def test_gradients_equal_closed_form(shape, bias, dtype, tol):
 
 @mutation(
     "lora/ops/fast_lora.py",
-    "d_rows = d_rows.addmm_(up, A).view(ctx.shape)",
-    "d_rows = d_rows.addmm_(up, A, alpha=2).view(ctx.shape)",
+    "d_rows = d_rows.addmm_(up, A)\n",
+    "d_rows = d_rows.addmm_(up, A, alpha=2)\n",
 )
 def test_gradients_pass_gradcheck():
     layers = [random_layer(True, 3, 5.0, sizes=(7, 4)), random_layer(False, 2, 3.0, sizes=(7, 5), seed=9)]
@@ -240,7 +240,7 @@ def test_gradients_accumulate_over_calls():
     assert close(A.grad, each[0][0] + each[1][0], 1e-12) and close(B.grad, each[0][1] + each[1][1], 1e-12)
 
 
-@mutation("lora/ops/fast_lora.py", "    @once_differentiable", "    #")
+@mutation("lora/ops/fast_lora.py", "    @once_differentiable  # `down`", "    # `down`")
 def test_second_derivatives_are_refused_or_right():
     """As a gradient penalty would take them: of |dA| + |dB| of a loss that is not linear in y."""
     layer, x = random_layer(sizes=(5, 4), rank=2, alpha=3.0), random_input((3, 5)).requires_grad_()
@@ -316,7 +316,7 @@ def test_together_with_one_output_unused_gives_gradients_of_the_others():
 
 @mutation(
     "lora/ops/fast_lora.py",
-    "    if not all(maps):\n        return plain.linears(x, modules)\n",
+    "    if not all(maps):\n        return None\n",
     "    maps = [m or maps[0] for m in maps]\n",
 )
 @pytest.mark.parametrize("state", ["disabled", "merged", "dropout"])

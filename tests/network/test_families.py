@@ -306,7 +306,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_and_rows_of_unequal_lengt
     assert close(torch.cat(steps), alone[2], TOL)
 
 
-@mutation("lora/ops/fast_log_probs.py", "else e.mul_(1 - (z / cap).square())", "else e")
+@mutation("lora/ops/fast_log_probs.py", "else e.mul_(1 - (some / cap).square())", "else e")
 @pytest.mark.parametrize("rows", [3, 256])
 def test_losses_and_forgetting_know_the_soft_cap_of_logits(rows):
     model = patched(family_model("gemma2"))

@@ -162,7 +162,11 @@ def test_the_kernel_is_used_where_it_is_one(monkeypatch, device, dtype, head_dim
 @mutation("lora/ops/fast_attention.py", "dtype=torch.bool).triu(1)", "dtype=torch.bool).triu(2)")
 @mutation("lora/ops/fast_attention.py", ".sub_(block.rows(D)).mul_(P)", ".mul_(P)")
 @mutation("lora/ops/fast_attention.py", "scale, block.sees(d_K), not block.first)", "scale, block.sees(d_K), False)")
-@mutation("lora/ops/fast_attention.py", "index_select(0, order.queries).index_fill_(0, order.filled, 0)\n        D", "index_select(0, order.queries)\n        D")
+@mutation(
+    "lora/ops/fast_attention.py",
+    "index_select(0, order.queries).index_fill_(0, order.filled, 0)\n        D",
+    "index_select(0, order.queries)\n        D",
+)
 @hypothesis_settings(max_examples=60, **CALM)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=7), st.sampled_from((16, 48, 1000)), st.sampled_from((0, 2**30))

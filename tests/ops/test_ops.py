@@ -44,7 +44,7 @@ ADAPTED = layers()
 OUT = [layer.lora_A for layer in ADAPTED] + [layer.lora_B for layer in ADAPTED]
 x, W, b, A, B = numbers(11, 9), numbers(8, 9), numbers(8), numbers(3, 9), numbers(8, 3)
 q, k, v = numbers(21, 6, 8), numbers(21, 3, 8, seed=1), numbers(21, 3, 8, seed=2)
-gate, up, head, targets = numbers(11, 7), numbers(11, 7, seed=1), numbers(13, 9), torch.arange(11)
+gate, up, head, targets = numbers(11, 9, seed=3), numbers(11, 9, seed=1), numbers(13, 9), torch.arange(11)
 packed = FORMATS["nf4"](W.detach())
 qkv_of_delta = numbers(150, 2, 6), numbers(150, 2, 6, seed=1), numbers(150, 4, 10)
 beta = numbers(150, 4, seed=2)
@@ -69,6 +69,8 @@ CASES = {  # name -> arguments, those with gradients, the fast modules that can 
     "rms_norm": ((x, numbers(9), 1e-5), (x,), [fast_rms_norm]),
     "swiglu": ((gate, up), (gate, up), [fast_swiglu]),
     "swiglu gelu": ((gate, up, "gelu_tanh"), (gate, up), [fast_swiglu]),
+    "gated_linear": ((gate, up, "silu", ADAPTED[0]), (gate, up, OUT[0], OUT[3]), [fast_lora]),
+    "gated_linear gelu": ((gate, up, "gelu_tanh", ADAPTED[1]), (gate, up, OUT[1], OUT[4]), [fast_lora]),
     "attention": ((q, k, v, [5, 1, 12, 3]), (q, k, v), [fast_attention]),
     "attention window": ((q, k, v, [5, 1, 12, 3], 4), (q, k, v), [windowed_attention]),
     "attention cap": ((q, k, v, [5, 1, 12, 3], None, 1.5), (q, k, v), [windowed_attention]),
@@ -127,13 +129,13 @@ def test_with_use_plain_no_fast_version_runs(monkeypatch):
 
     def loss():
         losses = (ops.cross_entropy(one.trunk(tokens, [13, 7]), one.head_weight, tokens) for one in (model, of_deltas))
-        return sum(losses)
+        return sum(losses) + ops.swiglu(gate, up).sum()
 
     expected = loss()
     used = set()
     for module in FAST:
-        for name in ("linear", "linears", "lora_linear", "rms_norm", "swiglu", "attention", "attend", "log_probs",
-                     "short_convolution", "last_inputs", "gated_delta"):  # fmt: skip
+        for name in ("linear", "linears", "lora_linear", "rms_norm", "swiglu", "gated_linear", "attention", "attend",
+                     "log_probs", "short_convolution", "last_inputs", "gated_delta"):  # fmt: skip
             if hasattr(module, name):
                 monkeypatch.setattr(
                     module, name, lambda *a, m=module, n=name, **k: used.add(m) or getattr(plain, n)(*a)
@@ -172,7 +174,25 @@ def test_norms_and_their_closed_gradients_equal_the_formula(trained, offset):
 @mutation(
     "lora/ops/fast_swiglu.py",
     "ctx.save_for_backward(gate, up)",
-    "ctx.save_for_backward(gate, up, ctx.activation(gate))",
+    "ctx.save_for_backward(gate, up, activated(gate, activation)[1])",
 )
-def test_swiglu_saves_gate_and_up_alone():
+@mutation(
+    "lora/ops/fast_lora.py", "ctx.save_for_backward(gate, up, *saved)", "ctx.save_for_backward(gate, up, y, *saved)"
+)
+def test_swiglu_saves_gate_and_up_alone_also_in_front_of_an_adapter():
     assert len(fast_swiglu.swiglu(gate, up).grad_fn.saved_tensors) == 2
+    saved = ops.gated_linear(gate, up, "silu", ADAPTED[0]).grad_fn.saved_tensors
+    assert [x.shape for x in saved] == [(11, 9), (11, 9), (11, 3), (3, 9), (8, 9), (8, 3)]  # x Aᵀ, A, W, s B
+
+
+@mutation("lora/ops/fast_rms_norm.py", "else n.to(x.dtype), scale", "else y, scale")
+@mutation("lora/ops/fast_rms_norm.py", "bool(weight.all())", "True")
+def test_a_norm_saves_what_the_linear_behind_it_saves_unless_a_weight_is_zero():
+    gain = numbers(9, seed=7).detach()
+    y = ops.rms_norm(x, gain, 1e-5)
+    assert y.grad_fn.saved_tensors[0].data_ptr() == y.data_ptr()
+    gain[2] = 0
+    fast = with_gradients(ops.rms_norm, (x, gain, 1e-5), (x,))
+    assert all(
+        close(*pair, TOL) for pair in zip(fast, with_gradients(plain.rms_norm, (x, gain, 1e-5), (x,)), strict=True)
+    )
