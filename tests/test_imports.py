@@ -26,6 +26,7 @@ LAYERS = {  # a part of the library -> the parts it may import, besides itself a
     "methods": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train"),
     "inference": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train"),
     "rewards": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
+    "serve": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train", "inference"),
     "export": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
     "run": (
         "ops",

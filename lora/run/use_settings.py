@@ -66,6 +66,8 @@ class GenerateSettings(Hardware, Chat, Sampling, group="model"):
         None, "folder of an adapter; of several, for a chat that switches or for --compare")
     no_verify: bool = flag(False, "use an adapter on another base than it was trained on")
     compare: bool = flag(False, "answers of the base and of every adapter side by side")
+    serve: str | None = flag(None, "[HOST:]PORT of an OpenAI-compatible server; 127.0.0.1 without a host")
+    api_key: list[str] | None = flag(None, "keys that --serve asks for; or the variable LORA_API_KEY")
     prompt: str | None = flag(None, "one prompt, or - for stdin; without --prompt and --prompts, a chat")
     prompts: str | None = flag(None, "file with a prompt a line, or conversation rows; answered in batches")
     prompt_key: str | None = flag(None, "key of the prompt in rows of another shape")
