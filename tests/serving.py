@@ -1,7 +1,12 @@
-"""An engine whose turns a test takes itself, in one thread; and tiny adapters of a model. Import as `from tests.serving
-import ...`."""
+"""An engine whose turns a test takes itself, in one thread; tiny adapters of a model; and a server on a free port.
+
+Import as `from tests.serving import ...`.
+"""
 
 import random
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +16,10 @@ from lora.adapter.layer import LoRALinear
 from lora.adapter.sets import AdapterSet, take_out
 from lora.adapter.targets import find_targets
 from lora.inference.generate import GREEDY, Sampling
+from lora.serve import command
 from lora.serve.engine import Engine, Request
+from tests import cli
+from tests.adapters import write_adapter
 from tests.helpers import randomise_adapter
 
 STOP = 3
@@ -42,7 +50,7 @@ class Job:
 
 
 def adapter(model, targets=("q_proj",), seed: int = 1, rank: int = 3, kind=LoRALinear, dtype=torch.float32, **alphas):
-    """An adapter with random weights, not in place. `alphas`: other alphas, and ranks twice theirs, by name of layer."""
+    """An adapter with random weights, not in place. `alphas`: other alphas, and ranks twice theirs, of some layers."""
     layers = {}
     for path in find_targets(model, targets):
         alpha = alphas.get(path.rpartition(".")[2])
@@ -103,3 +111,33 @@ def some_jobs(names, vocab: int, count: int = 16, seed: int = 0, lengths=(1, 5, 
         )
         for i in range(count)
     ]
+
+
+def served_model(*adapters, keys=(), model=None, **how):
+    """The model of `cli.model_folder` in float32 with these adapters, opened as `generate.py --serve` opens it."""
+    told = {"device": "cpu", "dtype": "float32", "slots": 8, "sampling": GREEDY, "max_new_tokens": 12} | how
+    return command.open_served(str(model or cli.model_folder()), [str(one) for one in adapters], keys, **told)
+
+
+def adapter_in(folder, name: str, seed: int, **how):
+    """An adapter with random weights in a folder of this name."""
+    return write_adapter(folder / name, seed, **how)
+
+
+@contextmanager
+def serving(served):
+    """Inside the block it is served on a free port of this machine, http://127.0.0.1:PORT."""
+    served.hosts = () if served.keys else command.HERE
+    server, listener = command.server_of(served), command.listen(command.LOOPBACK, 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+        assert thread.is_alive()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        served.engine.close()
+        server.should_exit = True
+        thread.join(20)
+        listener.close()

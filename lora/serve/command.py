@@ -89,6 +89,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(served, listener: socket.socket) -> int:
     """Serve until Ctrl-C, which `errors.run` turns into the exit code."""
+    host, port = listener.getsockname()[:2]
+    say(f"serving  http://{f'[{host}]' if ':' in host else host}:{port}/  ({', '.join(served.chats)}); Ctrl-C ends it")
+    if host not in HERE and not served.keys:
+        say("note     anybody who reaches this address can use it: --api-key asks for a key")
+    if host in HERE and not served.keys:
+        served.hosts = HERE
+    server_of(served).run(sockets=[listener])
+    return 0
+
+
+def server_of(served):
+    """The uvicorn server of a `Served`, with limits."""
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -115,19 +127,12 @@ def run(served, listener: socket.socket) -> int:
             served.engine.close()  # answers under way end now, and their streams say so
             super().handle_exit(number, frame)
 
-    host, port = listener.getsockname()[:2]
-    say(f"serving  http://{f'[{host}]' if ':' in host else host}:{port}/  ({', '.join(served.chats)}); Ctrl-C ends it")
-    if host not in HERE and not served.keys:
-        say("note     anybody who reaches this address can use it: --api-key asks for a key")
-    if host in HERE and not served.keys:
-        served.hosts = HERE
     config = uvicorn.Config(
         application(served), http=Protocol, ws="none", log_level="warning", access_log=False, server_header=False,
         timeout_keep_alive=SECONDS, limit_concurrency=MOST_CONNECTIONS, h11_max_incomplete_event_size=64 * 1024,
         timeout_graceful_shutdown=2,
     )  # fmt: skip
-    Server(config).run(sockets=[listener])
-    return 0
+    return Server(config)
 
 
 def keys_of(flag: Sequence[str] | None) -> list[str]:
