@@ -256,6 +256,11 @@ TAKEN = [
     "not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)",
     "not isinstance(value, kinds)",
 )
+@mutation(
+    "lora/serve/requests.py",
+    'role = "system" if message.get("role") == "developer" else message.get("role")',
+    'role = {"developer": "system"}.get(message.get("role"), message.get("role"))',
+)
 def test_what_is_wrong_is_refused_by_name_and_what_is_neutral_is_taken(http):
     for change, status, param, code, words in REFUSED:
         body = {"model": "base", "messages": HELLO, **change}
@@ -293,11 +298,6 @@ def test_errors_are_the_exceptions_of_openais_client(client):
         assert error.value.type == "invalid_request_error" and error.value.body["message"].endswith(".")
 
 
-@mutation(
-    "lora/serve/requests.py",
-    'role = "system" if message.get("role") == "developer" else message.get("role")',
-    'role = {"developer": "system"}.get(message.get("role"), message.get("role"))',
-)
 def test_any_json_is_answered_or_refused_in_openais_form(url):
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     scalars |= st.sampled_from([0, 1, -1, 2**63, 10**400, "\ud800", "base", "user", "text", "heron"])
@@ -349,6 +349,8 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_its_length_or_not(h
         assert response.status_code == 413 and "4 MB" in response.json()["error"]["message"]
         http.close()
         http.__init__(base_url=http.base_url, timeout=30)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(large)
+    assert raw(str(http.base_url), head, 5).startswith(b"HTTP/1.1 413")  # before it has come
     assert http.get("/health").status_code == 200
 
 

@@ -184,6 +184,7 @@ def test_rows_of_a_variant_are_its_own_layers():
 
 
 @mutation("lora/serve/engine.py", "        request.cache = None\n", "        pass\n")
+@mutation("lora/serve/engine.py", "            if request.cancelled:\n", "            if False:\n")
 def test_a_cancelled_request_frees_its_row_and_its_cache():
     engine, job = served(torch.float32), Job("lora", [1, 2, 3], 100)
     other = Job("base", [4, 5], 3)
