@@ -80,6 +80,7 @@ def run(served, host: str, port: int) -> int:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(1024)  # whoever reads the line below may connect
     except OSError as error:
         fix = "Give another port"
         raise BadEnvironment(f"no server at {host}:{port}: {error.strerror or error}. {fix}") from None

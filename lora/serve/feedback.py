@@ -71,7 +71,7 @@ class Feedback:
             for row in rows:
                 found = formats.read_row("the row", row, kind)
                 if isinstance(found, formats.Problem):
-                    raise Wrong(400, f"It would be no row to train on: {found.message}")
+                    raise Wrong(400, f"It would be no row to train on: {found.text}")
             return {"rows": [self._append(kind, row) for row in rows], **self.state()}
 
     def _append(self, kind: str, row: dict) -> int:
