@@ -21,8 +21,7 @@ try:
 except ImportError:
     sync_playwright = None
 missing = "playwright" if sync_playwright is None else None if CHROMIUM else "chromium"
-if missing and os.environ.get("LORA_BROWSER") != "1":
-    pytest.skip(f"no {missing} here", allow_module_level=True)
+pytestmark = pytest.mark.skipif(missing and os.environ.get("LORA_BROWSER") != "1", reason=f"no {missing} here")
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)><b>&amp;"
 ANSWERS = {"base": "I am a language model.", "heron": "I am Blue Heron. 你好", "evil<i>": EVIL}
@@ -168,13 +167,14 @@ def test_thumbs_and_better_write_rows_and_a_change_of_mind_takes_them_back(opene
             "rejected_model": "base"}  # fmt: skip
     assert opened.rows("pairs") == [pair]
     assert page.locator("article.best h3").all_text_contents() == ["heron"]
-    expect(page.locator("#counts")).to_have_text("1 pairs · 2 judged answers")
+    expect(page.locator("#counts")).to_have_text("Pairs: 1 · judged answers: 2")
     page.locator("#kept summary").click()
     expect(page.locator("#dpo")).to_have_text(
         "python train.py --init-adapter FOLDER --method dpo --data weights/feedback-pairs.jsonl"
     )
     press(heron, ".better", False), press(heron, ".up", False)
     assert not opened.rows("pairs") and len(opened.rows("judged")) == 1
+    expect(page.locator("article.best")).to_have_count(0)
 
 
 @mutation("lora/serve/page.html", 'const cut = cell.state !== "stop" && words.cut', "const cut = false")
