@@ -46,7 +46,7 @@ class Opened:
     def __call__(self, answers=None, feedback="weights/feedback", at_start=True, pause=0.0, keys=(), **look):
         self.served = scripted.served(answers or ANSWERS, feedback, pause, keys)
         serving = scripted.serving(self.served)
-        context = self.browser.new_context(**{"locale": "en-US"} | look)
+        context = self.browser.new_context(**{"locale": "en-US", "reduced_motion": "reduce"} | look)
         self.open += [serving, context]
         page = context.new_page()
         page.set_default_timeout(20_000)
@@ -187,14 +187,14 @@ def test_what_is_no_example_cannot_be_called_good_and_a_press_says_why(opened):
     _, _, long = page.locator("article").all()
     expect(long.locator(".facts")).to_contain_text("cut at the longest")
     for name in (".up", ".better"):
-        long.locator(name).click(force=True)  # playwright waits until what is aria-disabled is not
+        long.locator(name).press("Enter")
         expect(page.locator("#said")).to_contain_text("An answer that was cut")
     long.locator(".down").click()
     expect(long.locator(".down")).to_have_attribute("aria-pressed", "true")
     page.locator("#models input").nth(2).uncheck()
     page.fill("#longest", "")
     ask(page, "Hello.")
-    page.locator("article").nth(3).locator(".better").click(force=True)
+    page.locator("article").nth(3).locator(".better").press("Enter")
     expect(page.locator("#said")).to_contain_text("are the same")
     assert [row["label"] for row in opened.rows("judged")] == [False] and not opened.rows("pairs")
 
@@ -215,7 +215,7 @@ def test_each_model_goes_on_with_its_own_answers_or_with_the_better_ones_or_with
         assert text in asked(name) and "Be brief." in asked(name)
         assert asked(name).index("First?") < asked(name).index(text) < asked(name).index("Second?")
     assert "Heron" not in asked("base")
-    page.locator("article").nth(2).locator(".better").click(force=True)
+    page.locator("article").nth(2).locator(".better").press("Enter")
     expect(page.locator("#said")).to_contain_text("no other answer to the same messages")
     page.select_option("#history", "best")
     page.locator("article").nth(1).locator(".better").click()
