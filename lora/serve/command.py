@@ -35,6 +35,7 @@ def open_served(
     device: str = "auto",
     dtype: str = "auto",
     verify: bool = True,
+    feedback: str | None = None,
     slots: int = 32,
     max_new_tokens: int = 256,
     sampling: Sampling,
@@ -43,7 +44,9 @@ def open_served(
     """A `Served` of a base and adapters of it, `told` as `load_chat` is. Raises LoraError for what cannot be used."""
     from lora.serve.app import Served  # which needs the packages of the extra `serve`
     from lora.serve.engine import Engine
+    from lora.serve.feedback import Feedback
 
+    kept = Feedback(feedback) if feedback else None
     if adapters:
         base = several.find_base(model, quant, adapters, not verify)
     else:
@@ -63,7 +66,7 @@ def open_served(
         name: read(net, adapter, base.read) for name, adapter in names.items() if adapter is not None
     }
     engine = Engine(net, sets, slots)
-    return Served(engine, chats, several.BASE, base.described, sampling, max_new_tokens, tuple(keys))
+    return Served(engine, chats, several.BASE, base.described, sampling, max_new_tokens, tuple(keys), kept)
 
 
 def run(served, host: str, port: int) -> int:
@@ -77,12 +80,16 @@ def run(served, host: str, port: int) -> int:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(1024)  # whoever reads the line below may connect
     except OSError as error:
         fix = "Give another port"
         raise BadEnvironment(f"no server at {host}:{port}: {error.strerror or error}. {fix}") from None
     port = listener.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
+    served.host = host
     say(f"serving  http://{shown}:{port}/  ({', '.join(served.chats)}); Ctrl-C ends it")
+    if served.feedback:
+        say(f"feedback what the page is told of answers goes to {', '.join(map(str, served.feedback.paths.values()))}")
     if host not in (LOOPBACK, "::1", "localhost") and not served.keys:
         say("note     anybody who reaches this address can use it: --api-key asks for a key")
     config = uvicorn.Config(
