@@ -56,15 +56,15 @@ def main(argv=None) -> int:
 
 def serve(args: GenerateSettings) -> int:
     """Answer requests over HTTP until Ctrl-C."""
-    host, port = command.parse_address(args.serve)
+    keys = command.keys_of(args.api_key)
+    listener = command.listen(*command.parse_address(args.serve))
     given = told(args)
     sampling = Sampling(**{one.name: given.pop(one.name) for one in fields(Sampling)})
-    keys = command.keys_of(args.api_key)
-    feedback = None if args.no_feedback else args.feedback
+    slots, feedback = args.batch_size or 32, None if args.no_feedback else args.feedback
     served = command.open_served(
-        args.model, args.adapter or (), keys, feedback=feedback, slots=args.batch_size, sampling=sampling, **given
+        args.model, args.adapter or (), keys, feedback=feedback, slots=slots, sampling=sampling, **given
     )
-    return command.run(served, host, port)
+    return command.run(served, listener)
 
 
 def told(args: GenerateSettings) -> dict:
@@ -139,7 +139,7 @@ def show(session: Session, messages: list[dict], where: str) -> str:
 
 def answer_all(session: Session, asked, args: GenerateSettings) -> int:
     """Write `{prompt, prediction}` for every prompt: to --out when all are there, else to stdout as they come."""
-    answers = session.answers([session.encode(*prompt) for prompt in asked], args.batch_size)
+    answers = session.answers([session.encode(*prompt) for prompt in asked], args.batch_size or 16)
     texts = (messages[-1]["content"] for messages, _ in asked)
     rows = ({"prompt": text, "prediction": answer} for text, answer in zip(texts, answers, strict=True))
     if args.out is not None:
@@ -155,7 +155,7 @@ def compare(sessions: dict[str, Session], asked, args: GenerateSettings) -> int:
     found = {}
     for name, session in sessions.items():
         encoded = [session.encode(*prompt) for prompt in asked]
-        found[name] = list(session.answers(encoded, args.batch_size, f"answering {name}"))
+        found[name] = list(session.answers(encoded, args.batch_size or 16, f"answering {name}"))
     texts = [messages[-1]["content"] for messages, _ in asked]
     if args.out is not None:
         rows = ({"prompt": p, "predictions": {name: found[name][i] for name in found}} for i, p in enumerate(texts))

@@ -53,7 +53,8 @@ class Sampling(Settings, group="answers"):
     min_p: float = flag(0.0, "drop tokens below this share of the best", FROM_0_BELOW_1)
     repetition_penalty: float = flag(1.0, "above 1 makes repetition unlikely", between(0.01, 100))
     seed: int = flag(0, "seed of the drawing", between(0, 2**62))
-    batch_size: int = flag(16, "prompts answered at once", between(1, 4096))
+    batch_size: int | None = flag(
+        None, "prompts answered at once; 16 without it, and 32 requests with --serve", between(1, 4096))
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""The server: routes, keys, limits. OpenAI's API as vLLM and llama-server have it, over an `Engine`."""
+"""The server: routes, keys, limits. OpenAI's API as vLLM and llama-server have it, over an `Engine`.
+
+Whoever may send requests: a page of another host that a browser shows may not, whether it names that host as its
+Origin, or has made its own name mean this machine (`Host`, where `hosts` are given).
+"""
 
 import asyncio
 import hmac
@@ -8,15 +12,16 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lora.errors import BadInput
+from lora.errors import LoraError
 from lora.inference.generate import Sampling
-from lora.inference.prompts import encode
+from lora.inference.prompts import encode, is_utf8
 from lora.serve import engine as decoding
 from lora.serve.engine import Engine, Full
 from lora.serve.feedback import Feedback
@@ -29,6 +34,7 @@ from lora.text.chat import Chat
 LARGEST_BODY = 4 * 2**20  # bytes
 LARGEST_JUDGEMENT = 2**20
 READ_SECONDS = 30  # in which a body must have come
+FEW = 8  # characters a token: a text with more is looked at from its beginning before all of it is made tokens
 
 
 @dataclass
@@ -44,7 +50,20 @@ class Served:
     keys: tuple[str, ...] = ()
     feedback: Feedback | None = None  # where the page's judgements go
     host: str = "127.0.0.1"  # to which the server is bound
+    hosts: tuple[str, ...] = ()  # the names by which this machine may be called; any where there are none
     since: int = field(default_factory=lambda: int(time.time()))
+
+
+class Json(JSONResponse):
+    """In ASCII: a text may hold half of a surrogate pair, which has no UTF-8."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+def refused(wrong: Wrong) -> Response:
+    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(wrong.status)
+    return Json(wrong.body, wrong.status, headers)
 
 
 def application(served: Served) -> Starlette:
@@ -60,21 +79,20 @@ def application(served: Served) -> Starlette:
         async def handle(request: Request) -> Response:
             begun = time.monotonic()
             try:
+                check_origin(request, served.hosts)
                 if not open_to_all:
                     check_key(request, served.keys)
                 response = await handler(request)
             except Wrong as wrong:
-                headers = {"Retry-After": "1"} if wrong.status == 503 else {}
-                headers |= {"WWW-Authenticate": "Bearer"} if wrong.status == 401 else {}
-                response = JSONResponse(wrong.body, wrong.status, headers)
-            metrics.saw(request.url.path, response.status_code, time.monotonic() - begun)
+                response = refused(wrong)
+            metrics.saw(request.scope["path"], response.status_code, time.monotonic() - begun)
             return response
 
         return handle
 
     async def health(request: Request) -> Response:
         alive = served.engine.thread.is_alive()
-        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+        return Json({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
     async def show_metrics(request: Request) -> Response:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -84,10 +102,10 @@ def application(served: Served) -> Starlette:
         return {"id": name, "object": "model", "created": served.since, "owned_by": "lora", "root": name, **parent}
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [card(name) for name in served.chats]})
+        return Json({"object": "list", "data": [card(name) for name in served.chats]})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(card(known(request.path_params["name"], served)))
+        return Json(card(known(request.path_params["name"], served)))
 
     async def chat(request: Request) -> Response:
         asked = read_chat(await read_body(request), served.sampling)
@@ -126,23 +144,40 @@ def application(served: Served) -> Starlette:
     ]
 
     async def not_there(request: Request, error) -> Response:
-        status = getattr(error, "status_code", 404)
-        what = f"There is no {request.method} {request.url.path} here."
-        return JSONResponse(Wrong(status, what).body, status)
+        wrong = Wrong(error.status_code, f"There is no {request.method} {request.scope['path'][:100]} here.")
+        metrics.saw(request.scope["path"], wrong.status, 0)
+        return Json(wrong.body, wrong.status, error.headers)
 
     async def broken(request: Request, error: Exception) -> Response:
-        return JSONResponse(Wrong(500, "The server failed; its log says why.").body, 500)
+        return refused(Wrong(500, "The server failed; its log says why."))
 
     handlers = {404: not_there, 405: not_there, 500: broken}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
 
 
 # ---- what comes in ---------------------------------------------------------------------------------------------------
 
 
+def check_origin(request: Request, hosts: tuple[str, ...]) -> None:
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if hosts and name_of(f"//{host}") not in hosts:
+        raise Wrong(403, f"This machine is not called {host[:100]!r}: ask for {' or '.join(hosts)}.")
+    if origin is not None and origin.partition("://")[2] != host:
+        raise Wrong(403, "A page of another host may not ask.")
+
+
+def name_of(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
 def check_key(request: Request, keys: tuple[str, ...]) -> None:
     given = request.headers.get("authorization", "")
-    given = given[7:] if given[:7].lower() == "bearer " else ""
+    given = given[7:].strip() if given[:7].lower() == "bearer " else ""
     if keys and not any(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
         raise Wrong(401, "The API key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key")
 
@@ -150,6 +185,9 @@ def check_key(request: Request, keys: tuple[str, ...]) -> None:
 async def read_body(request: Request, largest: int = LARGEST_BODY) -> object:
     """The JSON of a body that is not too large and comes in time."""
     parts, size = [], 0
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > largest:
+        raise Wrong(413, f"The body is larger than {largest >> 20} MB.")
     try:
         async with asyncio.timeout(READ_SECONDS):
             async for part in request.stream():
@@ -176,28 +214,45 @@ def known(name: str, served: Served) -> str:
 
 def prompt_ids(served: Served, asked: Asked) -> list[list[int]]:
     """The ids of each prompt. Raises Wrong where one is too long, or asks for what the model has no room for."""
-    chat, limit = served.chats[known(asked.model, served)], served.engine.limit
-    field, found = ("messages" if isinstance(asked.prompts[0], list) else "prompt"), []
+    chat, limit, found = served.chats[known(asked.model, served)], served.engine.limit, []
     for prompt in asked.prompts:
+        field = "messages" if isinstance(prompt, list) and isinstance(prompt[0], dict) else "prompt"
         try:
-            if isinstance(prompt, str):
-                ids = chat.tokenizer.encode_document(prompt) or [min(chat.stops)]
-            elif isinstance(prompt[0], int):
-                ids, field = prompt, "prompt"
-                if not all(0 <= i < served.engine.model.config.vocab_size for i in ids):
-                    raise Wrong(400, "prompt has ids that the model has not.", "prompt")
-            else:
-                ids = encode(chat, limit, prompt, "messages")
-        except BadInput as error:
-            raise Wrong(
-                400, str(error.problems[0]), field, "context_length_exceeded" if "too long" in str(error) else None
-            ) from None
+            check_length(chat, limit, prompt, field)
+            ids = ids_of(served, chat, prompt)
+        except LoraError as error:
+            code = "context_length_exceeded" if "too long" in str(error) else None
+            raise Wrong(400, str(error.problems[0]), field, code) from None
         if len(ids) + (asked.most or 1) > limit:
             more = f" and {asked.most} of the answer" if asked.most else ""
             why = f"The prompt has {len(ids)} tokens{more}; the model has room for {limit}."
             raise Wrong(400, why, field, "context_length_exceeded")
         found.append(ids)
     return found
+
+
+def ids_of(served: Served, chat: Chat, prompt) -> list[int]:
+    if isinstance(prompt, str):
+        if not is_utf8(prompt):
+            raise Wrong(400, "prompt is not UTF-8.", "prompt")
+        return chat.tokenizer.encode_document(prompt) or [min(chat.stops)]
+    if isinstance(prompt[0], dict):
+        return encode(chat, served.engine.limit, prompt, "messages")
+    if not all(0 <= i < served.engine.model.config.vocab_size for i in prompt):
+        raise Wrong(400, "prompt has ids that the model has not.", "prompt")
+    return prompt
+
+
+def check_length(chat: Chat, limit: int, prompt, field: str) -> None:
+    """Raises Wrong for a prompt that is too long without making all of it tokens, a second for 1 MB: others wait."""
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if isinstance(m, dict)]
+    for text in filter(is_utf8, texts):
+        if len(text) > FEW * limit and len(chat.tokenizer.encode(text[: FEW * limit])) > limit:
+            why = f"The prompt has {len(text)} characters; the model has room for {limit} tokens."
+            raise Wrong(400, why, field, "context_length_exceeded")
+    if not texts and len(prompt) > limit:
+        why = f"The prompt has {len(prompt)} tokens; the model has room for {limit}."
+        raise Wrong(400, why, field, "context_length_exceeded")
 
 
 # ---- what goes out ---------------------------------------------------------------------------------------------------
@@ -242,7 +297,7 @@ class Answers:
                 how = replace(asked.sampling, seed=(asked.sampling.seed + n) % 2**62)
                 self.texts.append(Text(chat.tokenizer, asked.stop))
                 self.requests.append(decoding.Request(asked.model, ids, most, chat.stops, how, self.pusher(i)))
-        self.left, self.prompt_tokens = len(self.requests), sum(len(ids) for ids in prompts)
+        self.left, self.prompt_tokens, self.tokens = len(self.requests), sum(len(ids) for ids in prompts), 0
         served.engine.submit(*self.requests)
 
     def pusher(self, i: int):
@@ -258,6 +313,7 @@ class Answers:
             i, event = await self.events.get()
             text = self.texts[i]
             if isinstance(event, int):
+                self.tokens += not text.stopped
                 stopped, piece = text.stopped, text.push(event)
                 if text.stopped and not stopped:  # by a string: what the engine still says of it does not count
                     self.requests[i].cancelled = True
@@ -269,12 +325,14 @@ class Answers:
                 self.left -= 1
                 if event == "error":
                     raise Wrong(500, "The server failed; its log says why.")
+                if event == "cancelled":
+                    raise Wrong(503, "The server is being stopped.", code="stopped")
                 yield i, text.end(), event
 
     def usage(self) -> dict:
-        answered = sum(len(request.answer) for request in self.requests)
-        total = self.prompt_tokens + answered
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": answered, "total_tokens": total}
+        """What the answers took; tokens behind a stop string do not count."""
+        total = self.prompt_tokens + self.tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
 
 
 async def answer(request: Request, served: Served, metrics: Metrics, asked: Asked, form) -> Response:
@@ -285,9 +343,7 @@ async def answer(request: Request, served: Served, metrics: Metrics, asked: Aske
         raise Wrong(503, "Too many requests are waiting. Try again in a moment.", code="overloaded") from None
     head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
     if asked.stream:
-        return StreamingResponse(
-            stream(answers, asked, form, head), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+        return Events(answers, stream(answers, asked, form, head))
     gone = asyncio.create_task(until_gone(request))
     whole = asyncio.create_task(collect(answers))
     try:
@@ -303,7 +359,21 @@ async def answer(request: Request, served: Served, metrics: Metrics, asked: Aske
         {"index": i, **form.choice(text), "logprobs": None, "finish_reason": end}
         for i, (text, end) in enumerate(zip(texts, ends, strict=True))
     ]
-    return JSONResponse(head | {"object": form.whole, "choices": choices, "usage": answers.usage()})
+    return Json(head | {"object": form.whole, "choices": choices, "usage": answers.usage()})
+
+
+class Events(StreamingResponse):
+    """Server-sent events. Where the client goes away, be it before the first, its answers are cancelled."""
+
+    def __init__(self, answers: Answers, events: AsyncIterator[bytes]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.answers = answers
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answers.cancel()
 
 
 async def until_gone(request: Request) -> None:
@@ -320,29 +390,30 @@ async def collect(answers: Answers) -> tuple[list[str], list[str]]:
 
 
 async def stream(answers: Answers, asked: Asked, form, head: dict) -> AsyncIterator[bytes]:
-    """Server-sent events, as the answers come; where the client goes away they are cancelled."""
+    """The events, as the answers come."""
     head = head | {"object": form.piece}
     usage = {"usage": None} if asked.include_usage else {}
 
     def event(i: int, delta: dict, end: str | None = None) -> bytes:
         choice = {"index": i, **delta, "logprobs": None, "finish_reason": end}
-        return b"data: " + json.dumps(head | {"choices": [choice]} | usage).encode() + b"\n\n"
+        return data(head | {"choices": [choice]} | usage)
 
+    if form is ChatForm:
+        for i in range(len(answers.requests)):
+            yield event(i, form.delta("", first=True))
     try:
-        if form is ChatForm:
-            for i in range(len(answers.requests)):
-                yield event(i, form.delta("", first=True))
-        try:
-            async for i, piece, end in answers.pieces():
-                if piece:
-                    yield event(i, form.delta(piece))
-                if end:
-                    yield event(i, form.delta(None), end)
-        except Wrong as wrong:
-            yield b"data: " + json.dumps(wrong.body).encode() + b"\n\n"
-            return
-        if asked.include_usage:
-            yield b"data: " + json.dumps(head | {"choices": [], "usage": answers.usage()}).encode() + b"\n\n"
-        yield b"data: [DONE]\n\n"
-    finally:
-        answers.cancel()
+        async for i, piece, end in answers.pieces():
+            if piece:
+                yield event(i, form.delta(piece))
+            if end:
+                yield event(i, form.delta(None), end)
+    except Wrong as wrong:
+        yield data(wrong.body)
+        return
+    if asked.include_usage:
+        yield data(head | {"choices": [], "usage": answers.usage()})
+    yield b"data: [DONE]\n\n"
+
+
+def data(content: dict) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"

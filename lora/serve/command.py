@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from lora import device as machine
 from lora import pretrained
@@ -15,6 +16,10 @@ from lora.inference.session import try_adapter
 from lora.pretrained import default_model
 
 LOOPBACK = "127.0.0.1"
+HERE = (LOOPBACK, "::1", "localhost")  # of which one cannot be asked from outside
+SECONDS = 30  # in which a request must begin, and its headers must have come
+UNREAD_SECONDS = 60  # after which a client that reads nothing is dropped
+MOST_CONNECTIONS = 1000
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -69,35 +74,71 @@ def open_served(
     return Served(engine, chats, several.BASE, base.described, sampling, max_new_tokens, tuple(keys), kept)
 
 
-def run(served, host: str, port: int) -> int:
-    """Serve until Ctrl-C. Raises BadEnvironment for an address that is taken."""
+def listen(host: str, port: int) -> socket.socket:
+    """Raises BadEnvironment for an address that is taken, or not of this machine."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with suppress(AttributeError, OSError):  # tcp(7): those that are accepted have it, too
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
+    try:
+        listener.bind((host, port))
+        listener.listen(256)
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise BadEnvironment(f"no server at {host}:{port}: {why}. Give another address") from None
+    return listener
+
+
+def run(served, listener: socket.socket) -> int:
+    """Serve until Ctrl-C, which `errors.run` turns into the exit code."""
+    host, port = listener.getsockname()[:2]
+    served.host = host
+    say(f"serving  http://{f'[{host}]' if ':' in host else host}:{port}/  ({', '.join(served.chats)}); Ctrl-C ends it")
+    if served.feedback:
+        say(f"feedback what the page is told of answers goes to {', '.join(map(str, served.feedback.paths.values()))}")
+    if host not in HERE and not served.keys:
+        say("note     anybody who reaches this address can use it: --api-key asks for a key")
+    if host in HERE and not served.keys:
+        served.hosts = HERE
+    server_of(served).run(sockets=[listener])
+    return 0
+
+
+def server_of(served):
+    """The uvicorn server of a `Served`, with limits."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from lora.serve.app import application
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1024)  # whoever reads the line below may connect
-    except OSError as error:
-        fix = "Give another port"
-        raise BadEnvironment(f"no server at {host}:{port}: {error.strerror or error}. {fix}") from None
-    port = listener.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    served.host = host
-    say(f"serving  http://{shown}:{port}/  ({', '.join(served.chats)}); Ctrl-C ends it")
-    if served.feedback:
-        say(f"feedback what the page is told of answers goes to {', '.join(map(str, served.feedback.paths.values()))}")
-    if host not in (LOOPBACK, "::1", "localhost") and not served.keys:
-        say("note     anybody who reaches this address can use it: --api-key asks for a key")
+    class Protocol(H11Protocol):
+        """uvicorn waits for ever for a request on a new connection, and for the rest of its headers."""
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.deadline = self.loop.call_later(SECONDS, self.timeout_keep_alive_handler)
+
+        def handle_events(self):
+            super().handle_events()
+            if self.cycle is not None:
+                self.deadline.cancel()
+
+        def connection_lost(self, exc):
+            self.deadline.cancel()
+            super().connection_lost(exc)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, number, frame):
+            served.engine.close()  # answers under way end now, and their streams say so
+            super().handle_exit(number, frame)
+
     config = uvicorn.Config(
-        application(served), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
-        limit_concurrency=1000, h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=2,
+        application(served), http=Protocol, ws="none", log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=SECONDS, limit_concurrency=MOST_CONNECTIONS, h11_max_incomplete_event_size=64 * 1024,
+        timeout_graceful_shutdown=2,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
-    return 0
+    return Server(config)
 
 
 def keys_of(flag: Sequence[str] | None) -> list[str]:
@@ -105,6 +146,8 @@ def keys_of(flag: Sequence[str] | None) -> list[str]:
     found = list(flag or ()) or list(filter(None, [os.environ.get("LORA_API_KEY")]))
     if any(not key.strip() for key in found):
         raise BadInput("empty key in --api-key: anybody would have it. Give a key, or leave the flag out")
+    if any(not (key.isascii() and key.isprintable()) or key.strip() != key for key in found):
+        raise BadInput("wrong key in --api-key: a header holds printable ASCII. Give another one")
     return found
 
 

@@ -6,6 +6,8 @@ from lora.serve.engine import Engine
 
 SECONDS = (0.1, 0.5, 1, 5, 15, 60)  # upper bounds of the buckets of durations
 
+PATHS = ("/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+
 
 class Metrics:
     def __init__(self, engine: Engine):
@@ -14,11 +16,7 @@ class Metrics:
 
     def saw(self, path: str, status: int, seconds: float) -> None:
         """A request was answered; of a stream, its beginning."""
-        path = (
-            path
-            if path in ("/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
-            else "other"
-        )
+        path = path if path in PATHS else "other"
         self.requests[path, status] += 1
         if path.endswith("completions"):
             self.count, self.seconds = self.count + 1, self.seconds + seconds
@@ -33,6 +31,7 @@ class Metrics:
         ]
         for name, kind, what, value in (
             ("lora_tokens_total", "counter", "Tokens of answers.", engine.tokens),
+            ("lora_prompt_tokens_total", "counter", "Tokens of prompts.", engine.prompt_tokens),
             ("lora_steps_total", "counter", "Passes that gave a token to each answer under way.", engine.steps),
             ("lora_answers_active", "gauge", "Answers under way.", len(engine.active)),
             ("lora_requests_open", "gauge", "Answers under way and waiting.", engine.known),

@@ -5,7 +5,7 @@ https://platform.openai.com/docs/api-reference/chat
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lora.inference.generate import Sampling
@@ -24,7 +24,8 @@ NEUTRAL = {
     "verbosity": (None,), "suffix": (None, ""), "echo": (None, False), "best_of": (None, 1),
 }  # fmt: skip
 SAMPLED = ("temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty")  # the last three as vLLM has them
-MOST_STOPS, MOST_ANSWERS, LONGEST_STOP = 16, 16, 1000
+MOST_STOPS, LONGEST_STOP = 16, 1000
+MOST_ANSWERS = 32  # to one request: n times the prompts
 
 
 class Wrong(Exception):
@@ -81,10 +82,15 @@ class Body:
     def refuse_others(self, known: set[str]) -> None:
         for name, value in self.raw.items():
             if name in NEUTRAL:
-                if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
+                if not any(is_same(value, neutral) for neutral in NEUTRAL[name]):
                     raise Wrong(400, f"{name} is not supported here. Leave it out.", name, "unsupported_parameter")
             elif name not in known and name not in WITHOUT_EFFECT:
                 raise Wrong(400, f"{name} is no parameter that is known here. Leave it out.", name, "unknown_parameter")
+
+
+def is_same(value: object, neutral: object) -> bool:
+    """Equal, where 0 and 0.0 are one and false is another."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 COMMON = {"model", "stream", "stream_options", "stop", "max_tokens", "n", *SAMPLED}
@@ -135,22 +141,26 @@ def asked(body: Body, usual: Sampling, prompts: list, most: int | None) -> Asked
         raise Wrong(400, f"stop is not up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters.", "stop")
     stream = body.get("stream", bool, "true or false", False)
     options = body.get("stream_options", dict, "an object", {})
-    if options and (not stream or not options.keys() <= {"include_usage", "include_obfuscation"}):
-        raise Wrong(400, "stream_options takes include_usage, with stream.", "stream_options")
+    known = {"include_usage", "include_obfuscation"}
+    if options and not (stream and options.keys() <= known and all(isinstance(on, bool) for on in options.values())):
+        raise Wrong(400, "stream_options takes include_usage, true or false, with stream.", "stream_options")
     model = body.get("model", str, "the name of a model")
     if model is None:
         raise Wrong(400, "model is missing: /v1/models lists those that are here.", "model")
+    count = body.number("n", 1, MOST_ANSWERS, int) or 1
+    if count * len(prompts) > MOST_ANSWERS:
+        why = f"{count * len(prompts)} answers to one request, and {MOST_ANSWERS} are the most. Ask several times."
+        raise Wrong(400, why, "n" if len(prompts) == 1 else "prompt")
     return Asked(
-        model, prompts, replace(usual, **given), most, stop, body.number("n", 1, MOST_ANSWERS, int) or 1, stream,
-        bool(options.get("include_usage")),
-    )  # fmt: skip
+        model, prompts, replace(usual, **given), most, stop, count, stream, options.get("include_usage", False)
+    )
 
 
 def turn(message: object, where: str) -> dict:
     """A message as `lora` has it: {"role": system, user or assistant, "content": a text}."""
     if not isinstance(message, Mapping):
         raise Wrong(400, f"{where} is not an object with role and content.", where)
-    role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+    role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in ("system", "user", "assistant"):
         raise Wrong(400, f"{where}.role is not system, user or assistant.", f"{where}.role")
     for name, value in message.items():
@@ -169,6 +179,3 @@ def part_text(part: object, where: str) -> str:
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else None
     raise Wrong(400, f"{where} is no text; {kind or 'what it is'} is not supported here.", where)
-
-
-Encode = Callable[[object], list[int]]

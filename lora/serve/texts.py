@@ -1,4 +1,7 @@
-"""Tokens of an answer as text, as it becomes certain: whole characters, up to the first of the stop strings."""
+"""Tokens of an answer as text, as it becomes certain: whole characters, up to the first of the stop strings.
+
+The first is the one that is complete first, wherever the borders of tokens are; of several, the longest.
+"""
 
 from collections.abc import Sequence
 
@@ -24,10 +27,10 @@ class Text:
 
     def _show(self, piece: str) -> str:
         text = self.held + piece
-        found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
+        found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
         if found:
             self.stopped, self.held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((begun(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
