@@ -1,29 +1,17 @@
 """`generate.py --serve`: open a base and its adapters, and serve them until it is stopped."""
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 
+from lora import address, pretrained
 from lora import device as machine
-from lora import pretrained
 from lora.adapter.sets import AdapterSet, read
-from lora.errors import BadEnvironment, BadInput, collecting, say
+from lora.errors import BadInput, collecting, say
 from lora.inference import several, unpacked
 from lora.inference.generate import Sampling
 from lora.inference.session import try_adapter
 from lora.pretrained import default_model
-
-LOOPBACK = "127.0.0.1"
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """[HOST:]PORT, with loopback as the host where there is none. Raises BadInput."""
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if colon else LOOPBACK
-    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
-        raise BadInput(f"wrong --serve in the command line: {text!r} is no PORT or HOST:PORT. Give one, as 8000")
-    return host, int(port)
 
 
 def open_served(
@@ -72,18 +60,9 @@ def run(served, host: str, port: int) -> int:
 
     from lora.serve.app import application
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        fix = "Give another port"
-        raise BadEnvironment(f"no server at {host}:{port}: {error.strerror or error}. {fix}") from None
-    port = listener.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    say(f"serving  http://{shown}:{port}/  ({', '.join(served.chats)}); Ctrl-C ends it")
-    if host not in (LOOPBACK, "::1", "localhost") and not served.keys:
+    listener = address.listen(host, port)
+    say(f"serving  {address.url(listener)}  ({', '.join(served.chats)}); Ctrl-C ends it")
+    if not address.is_loopback(host) and not served.keys:
         say("note     anybody who reaches this address can use it: --api-key asks for a key")
     config = uvicorn.Config(
         application(served), log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
