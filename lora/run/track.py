@@ -15,6 +15,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
+from tqdm import tqdm
+
 from lora.errors import say
 
 PROJECT, FOLDER = "lora", "tensorboard"  # the project of trackers that have projects; a folder in that of the run
@@ -107,8 +109,9 @@ class Tracker:
                 write(numbers(row), row["step"])
             close()
         except Exception as error:
-            why = (str(error).splitlines() or [""])[0]
-            say(f"warning: --track {self.name} failed; the run goes on without it: {type(error).__name__}: {why}")
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            with tqdm.external_write_mode():  # above the progress bar
+                say(f"warning: --track {self.name} failed; the run goes on without it: {why}")
 
     def close(self) -> None:
         self.rows.put(None)

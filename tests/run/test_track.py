@@ -31,10 +31,9 @@ class StandIn(types.ModuleType):
         def call(*args, **how):
             if name == self.broken:
                 raise ConnectionError("no network\nat all")
+            told = [name, args, {key: str(value) for key, value in how.items()}]
             with open(self.to, "a") as file:
-                file.write(
-                    json.dumps([name, args, {key: str(value) for key, value in how.items()}], default=str) + "\n"
-                )
+                file.write(json.dumps(told, default=str) + "\n")
             return self
 
         return call
@@ -74,7 +73,7 @@ def test_wandb_gets_every_row_offline(tmp_path):
     done = cli.train("run", *HOW, "--track", "wandb", cwd=tmp_path, env={"WANDB_MODE": None}, before=with_mode)
     assert done.code == 0, done.err
     [(_, _, how)] = calls(to, "init")
-    assert (how["project"], how["name"]) == ("lora", "run") and "'rank': 16" in how["config"]
+    assert (how["project"], how["name"]) == ("lora", "run") and "'rank': 4" in how["config"]
     assert calls(to, "mode")[0][1] == ["offline"] and len(calls(to, "finish")) == 1
     assert [(int(how["step"]), args[0]) for _, args, how in calls(to, "log")] == numbers_of(tmp_path / "run")
 

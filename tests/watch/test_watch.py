@@ -183,7 +183,8 @@ def test_no_path_leads_to_any_other_file(tmp_path):
     (folder / "optimizer.safetensors").write_text("the secret")
     paths = ["/secret", "/../secret", "/runs/../secret", "/runs/0/../../secret", "/runs/0/settings.json",
              "/runs/1/rows", "/runs/-1/rows", "/runs/0/rows/../../../secret", f"/runs/0/{secret}", f"//{secret}",
-             "/runs/0/data%2f..", "/%2e%2e/secret", "/runs/0/optimizer.safetensors", "/page.html", "/app.py", "/runs/99999999999/rows",
+             "/runs/0/data%2f..", "/%2e%2e/secret", "/runs/0/optimizer.safetensors", "/page.html", "/app.py",
+             "/runs/99999999999/rows",
              "*", "/runs/0/rows%00"]  # fmt: skip
     with served(folder) as ask:
         for path in paths:
@@ -240,9 +241,6 @@ def test_with_a_page_the_run_is_the_same_to_the_bit_and_the_page_shows_it(tmp_pa
     data = json.loads(ask(page_of(done.err), "/runs/0/data")[1])
     trained = [texts for trained, texts in data["examples"][0]["sides"][0]["rows"] if trained]
     assert data["total"] == 6 and "".join(trained[0]) == "It is 2, as 1 and 1 are 2.<|im_end|>"
-        True,
-        ["I", "t"],
-    ]
     assert adapter(tmp_path / "without") == adapter(tmp_path / "with")
     settings = [json.loads((tmp_path / name / "settings.json").read_text()) for name in ("without", "with")]
     assert settings[0] == settings[1]
