@@ -1,6 +1,5 @@
 """--watch: the page shows what the run's files say, shows no other file, and neither changes nor stops the run."""
 
-import http.client
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,46 +18,9 @@ from lora.watch import app, asked, command
 from lora.watch.reading import PIECE, Run
 from tests import cli
 from tests.mutation import mutation
+from tests.watch.serving import EVALUATION, STEP, ask, served, write_run
 
-STEP = {"step": 1, "loss": 2.5, "lr": 0.001, "tokens_per_second": 10.0, "seconds": 1.0}
-EVALUATION = {"step": 1, "retention_kl": 0.1, "samples": {"Who?": "<script>alert(1)</script>"}, "seconds": 2.0}
 HOW = ("--max-steps", 6, "--batch-size", 3, "--eval-fraction", 0.2, "--eval-every", 2, "--dropout", 0.2)
-
-
-def write_run(folder: Path, *rows: dict, ended: str | None = "all steps are done") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"method": "sft", "rank": 4} | ({"ended": ended} if ended else {})
-    (folder / "settings.json").write_text(json.dumps(settings))
-    return folder
-
-
-@contextmanager
-def served(*folders: Path, host: str = address.LOOPBACK):
-    """A server of these runs, in a process of its own as beside a run; yields `ask(path) -> (status, text)`."""
-    with address.listen(host, 0) as listener:
-        runs = "; ".join(["import sys", "sys.path[:0] = [sys.argv[2]]", "import socket", "from pathlib import Path",
-                          "from lora.watch import app", "from lora.watch.reading import Run",
-                          "app.Server(socket.socket(fileno=int(sys.argv[1])), "
-                          "[Run(Path(p)) for p in sys.argv[3:]]).serve_forever()"])  # fmt: skip
-        words = [sys.executable, "-c", runs, str(listener.fileno()), str(cli.ROOT), *map(str, folders)]
-        process = subprocess.Popen(words, pass_fds=(listener.fileno(),))
-        port = listener.getsockname()[1]
-    try:
-        yield lambda path, **headers: ask(port, path, **headers)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def ask(port: int, path: str, **headers) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.putrequest("GET", path, skip_host="Host" in headers)
-    for name, value in headers.items():
-        connection.putheader(name, value)
-    connection.endheaders()
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
 
 
 def read(run: Run, start: int = 0, mark: int = 0) -> dict:
@@ -169,9 +130,9 @@ def test_what_changed_is_read_from_the_report(tmp_path):
 
 def test_two_runs_lie_over_each_other(tmp_path):
     a, b = write_run(tmp_path / "a", STEP, EVALUATION), write_run(tmp_path / "b", STEP | {"loss": 9.0})
-    with served(a, b) as ask:
-        assert [about["name"] for about in json.loads(ask("/runs")[1])] == ["a", "b"]
-        first, second = (json.loads(ask(f"/runs/{i}/rows?from=0&mark=0")[1]) for i in (0, 1))
+    with served(a, b) as port:
+        assert [about["name"] for about in json.loads(ask(port, "/runs")[1])] == ["a", "b"]
+        first, second = (json.loads(ask(port, f"/runs/{i}/rows?from=0&mark=0")[1]) for i in (0, 1))
     assert first["rows"] == [STEP, EVALUATION] and second["rows"] == [STEP | {"loss": 9.0}]
 
 
@@ -186,20 +147,22 @@ def test_no_path_leads_to_any_other_file(tmp_path):
              "/runs/0/data%2f..", "/%2e%2e/secret", "/runs/0/optimizer.safetensors", "/page.html", "/app.py",
              "/runs/99999999999/rows",
              "*", "/runs/0/rows%00"]  # fmt: skip
-    with served(folder) as ask:
+    with served(folder) as port:
         for path in paths:
-            status, text = ask(path)
+            status, text = ask(port, path)
             assert status == 404 and "secret" not in text, path
         for query in ("from=-1", "from=x&mark=y", "from=99999999999999999999", "mark=1&from=", "a" * 4000):
-            status, text = ask(f"/runs/0/rows?{query}")
+            status, text = ask(port, f"/runs/0/rows?{query}")
             assert status == 200 and json.loads(text)["rows"] == [STEP], query
 
 
 @mutation("lora/watch/app.py", "if self.server.local and not LOCAL", "if False and not LOCAL")
 def test_another_sites_name_that_leads_here_is_refused(tmp_path):
-    with served(write_run(tmp_path / "a", STEP)) as ask:
-        assert ask("/runs", Host="evil.example:80")[0] == ask("/runs", Host="localhost.evil.example")[0] == 403
-        assert ask("/runs", Host="localhost:8001")[0] == ask("/runs", Host="[::1]:8001")[0] == 200
+    with served(write_run(tmp_path / "a", STEP)) as port:
+        assert (
+            ask(port, "/runs", Host="evil.example:80")[0] == ask(port, "/runs", Host="localhost.evil.example")[0] == 403
+        )
+        assert ask(port, "/runs", Host="localhost:8001")[0] == ask(port, "/runs", Host="[::1]:8001")[0] == 200
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else_and_sets_text_only():
