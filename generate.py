@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lora import files
+from lora.address import parse_address
 from lora.errors import BadInput, say
 from lora.inference import prompts, several
 from lora.inference.columns import table
@@ -57,7 +58,7 @@ def main(argv=None) -> int:
 def serve(args: GenerateSettings) -> int:
     """Answer requests over HTTP until Ctrl-C."""
     keys = command.keys_of(args.api_key)
-    listener = command.listen(*command.parse_address(args.serve))
+    listener = command.listen(*parse_address(args.serve, "--serve"))
     given = told(args)
     sampling = Sampling(**{one.name: given.pop(one.name) for one in fields(Sampling)})
     slots, feedback = args.batch_size or 32, None if args.no_feedback else args.feedback

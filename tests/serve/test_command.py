@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from lora.address import parse_address
 from lora.errors import BadInput
 from lora.serve import command
 from tests import cli
@@ -116,14 +117,14 @@ def test_flags_that_contradict_it_are_refused(tmp_path, argv, words):
 
 @mutation("lora/serve/command.py", "if colon else LOOPBACK", 'if colon else "0.0.0.0"')
 def test_it_is_bound_to_loopback_unless_asked():
-    assert command.parse_address("8000") == ("127.0.0.1", 8000)
-    assert command.parse_address("0.0.0.0:8000") == ("0.0.0.0", 8000)
-    assert command.parse_address("[::1]:8000") == ("::1", 8000)
-    listener = command.listen(*command.parse_address("0"))
+    assert parse_address("8000", "--serve") == ("127.0.0.1", 8000)
+    assert parse_address("0.0.0.0:8000", "--serve") == ("0.0.0.0", 8000)
+    assert parse_address("[::1]:8000", "--serve") == ("::1", 8000)
+    listener = command.listen(*parse_address("0", "--serve"))
     assert listener.getsockname()[0] == "127.0.0.1"
     listener.close()
     with pytest.raises(BadInput):
-        command.parse_address("127.0.0.1:")
+        parse_address("127.0.0.1:", "--serve")
 
 
 def test_the_key_may_come_from_the_environment(tmp_path, monkeypatch):
