@@ -85,7 +85,7 @@ def test_prompts_are_rendered_where_a_template_can_be_stopped(tmp_path):
         assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
-@mutation("lora/serve/command.py", 'raise BadEnvironment(f"no server at', 'raise BadInput(f"no server at')
+@mutation("lora/address.py", 'raise BadEnvironment(f"no server at', 'raise BadInput(f"no server at')
 def test_a_port_that_is_taken_is_one_line_before_a_model_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -115,7 +115,7 @@ def test_flags_that_contradict_it_are_refused(tmp_path, argv, words):
     assert result.code == 2 and any(words in line for line in result.errors), result.err
 
 
-@mutation("lora/serve/command.py", "if colon else LOOPBACK", 'if colon else "0.0.0.0"')
+@mutation("lora/address.py", "if colon else LOOPBACK", 'if colon else "0.0.0.0"')
 def test_it_is_bound_to_loopback_unless_asked():
     assert parse_address("8000", "--serve") == ("127.0.0.1", 8000)
     assert parse_address("0.0.0.0:8000", "--serve") == ("0.0.0.0", 8000)
