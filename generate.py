@@ -5,7 +5,7 @@ python generate.py --adapter weights/self-introduction --prompt "Who are you?"  
 python generate.py --prompts questions.txt --out answers.jsonl                 many, in batches
 python generate.py --adapter weights/a weights/b                               a chat; /adapter NAME switches
 python generate.py --adapter weights/a weights/b --compare --prompt "Hello."   the base's answer, a's and b's
-python generate.py --adapter weights/a weights/b --serve 8000                  an OpenAI-compatible endpoint
+python generate.py --adapter weights/a weights/b --serve 8000                  a page, and an OpenAI-compatible endpoint
 """
 
 from lora.errors import before_imports, run
@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lora import files
+from lora.address import parse_address
 from lora.errors import BadInput, say
 from lora.inference import prompts, several
 from lora.inference.columns import table
@@ -57,11 +58,13 @@ def main(argv=None) -> int:
 def serve(args: GenerateSettings) -> int:
     """Answer requests over HTTP until Ctrl-C."""
     keys = command.keys_of(args.api_key)
-    listener = command.listen(*command.parse_address(args.serve))
+    listener = command.listen(*parse_address(args.serve, "--serve"))
     given = told(args)
     sampling = Sampling(**{one.name: given.pop(one.name) for one in fields(Sampling)})
-    slots = args.batch_size or 32
-    served = command.open_served(args.model, args.adapter or (), keys, slots=slots, sampling=sampling, **given)
+    slots, feedback = args.batch_size or 32, None if args.no_feedback else args.feedback
+    served = command.open_served(
+        args.model, args.adapter or (), keys, feedback=feedback, slots=slots, sampling=sampling, **given
+    )
     return command.run(served, listener)
 
 
@@ -99,8 +102,10 @@ def check(args: GenerateSettings) -> None:
             if getattr(args, name)
         ]
         problems += filter(None, [command.packages_missing()])
-    if args.api_key is not None and args.serve is None:
-        problems.append("wrong --api-key in the command line: it is for --serve. Add --serve PORT")
+    for name in ("api_key", "feedback", "no_feedback"):
+        if args.serve is None and name in args.given:
+            flag = f"--{name.replace('_', '-')}"
+            problems.append(f"wrong {flag} in the command line: it is for --serve. Add --serve PORT")
     if args.out is not None and args.prompts is None and not args.compare:
         problems.append("wrong --out in the command line: it is for the answers to --prompts. Add --prompts FILE")
     if args.out is not None:

@@ -58,7 +58,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         parameter.copy_(values.to(parameter.dtype))
 
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        buffers = (pair for pair in module.named_buffers(recurse=False) if pair[0] == "layer_scalar")  # Gemma 4's
+        for name, parameter in (*module.named_parameters(recurse=False), *buffers):
             normal = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
             if name == "bias":
                 fill(parameter, 0.5 * normal)

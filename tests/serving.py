@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lora import address
 from lora.adapter import inject
 from lora.adapter.layer import LoRALinear
 from lora.adapter.sets import AdapterSet, take_out
@@ -128,7 +129,7 @@ def adapter_in(folder, name: str, seed: int, **how):
 def serving(served):
     """Inside the block it is served on a free port of this machine, http://127.0.0.1:PORT."""
     served.hosts = () if served.keys else command.HERE
-    server, listener = command.server_of(served), command.listen(command.LOOPBACK, 0)
+    server, listener = command.server_of(served), command.listen(address.LOOPBACK, 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -124,7 +124,8 @@ FAMILIES = {
         reads=("layer_types", "full_attn_idxs", "tie_embedding"), called={"rms_norm_eps": "norm_eps"},
         max_position_embeddings=128000,
         rms_norm_eps=1e-5, num_key_value_heads=8, tie_word_embeddings=True, rope_theta=1000000.0, qk_norm="head",
-        mixer="conv", norms=("operator_norm", None, "ffn_norm", None), required={"conv_bias": (False, False)},
+        mixer="conv", norms=("operator_norm", None, "ffn_norm", None),
+        required={"conv_bias": (False, False), "hidden_act": ("silu", "silu")},  # which no file says
         names={"o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm", "mlp": "feed_forward",
                "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "norm": "embedding_norm"},
     ),

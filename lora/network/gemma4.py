@@ -4,6 +4,7 @@ that each token brings to each layer.
 The model classes of transformers are the source; there is no paper.
 """
 
+from collections import UserDict
 from dataclasses import replace
 from typing import ClassVar
 
@@ -16,7 +17,8 @@ from lora.network.config import ModelConfig
 from lora.network.layers import MLP, Block, RMSNorm, Trunk
 from lora.network.rope import Rope
 
-Shared = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> keys and values of the micro-batch, (T, KV, d)
+# layer -> keys and values of the micro-batch, (T, KV, d); FSDP would give each block a copy of a dict
+Shared = UserDict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Gemma4Attention(nn.Module):
@@ -98,7 +100,7 @@ class Gemma4Trunk(Trunk):
 
     def forward(self, tokens, ropes: dict, lengths: list[int], cache: Cache | None = None, recompute: bool = False):
         """`Trunk.forward`"""
-        x, shared = self.embed(tokens), {}
+        x, shared = self.embed(tokens), Shared()
         inputs = self.layer_inputs(tokens, x).unbind(1)
         for block in self.layers:
             given = x, ropes[block.rope_kind], lengths, cache, shared, inputs[block.self_attn.index]

@@ -1,6 +1,6 @@
-"""A causal convolution over few positions as a sum of shifted inputs, over all documents at once.
+"""A causal convolution over few positions, as one of PyTorch's over all documents at once.
 
-The first K - 1 positions of a document would see the one before it: they are formed anew, from what is their own.
+The first K - 1 positions of a document see the one before it: they are formed anew, from what is their own.
 
     y_t = Σ_b w_b x_{t-b}      ∂x_t = Σ_b w_b ∂y_{t+b}      ∂w_b = Σ_t ∂y_t x_{t-b}
 
@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lora.ops import plain
 
@@ -53,13 +54,13 @@ class _Convolution(torch.autograd.Function):
 
 def _sum(x: Tensor, w: Tensor, edges: tuple[Tensor, Tensor, Tensor], backwards: bool = False) -> Tensor:
     """Σ_b w_b x_{t-b} in each document, or x_{t+b} backwards, (T, C)"""
-    w = w.T.flip(0).contiguous()  # (K, C), by the positions back
-    y = x * w[0]
-    for b in range(1, min(len(w), len(x))):
-        here, there = (slice(0, -b), slice(b, None))[:: -1 if not backwards else 1]
-        y[here].addcmul_(x[there], w[b])
+    (T, C), K = x.shape, w.shape[1]
+    image = x.reshape(1, 1, T, C).permute(0, 3, 1, 2)  # one row of T points with C channels, "channels last"
+    kernel = (w.flip(1) if backwards else w)[:, None, None].contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(image, kernel, groups=C, padding=(0, K - 1))[0, :, 0].T  # (T + K - 1, C)
     rows, seen, own = edges
-    return y.index_copy_(0, rows, (x[seen] * own * w).sum(1))
+    y = y[K - 1 :] if backwards else y[:T]
+    return y.index_copy_(0, rows, (x[seen] * own * w.T.flip(0)).sum(1))
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,8 @@ bitsandbytes, 4 bits  X.weight            codes, two a byte, whatever dtype the 
 bitsandbytes, 8 bits  X.weight            int8, (out, in)
                       X.SCB               127 times the scale of each row, (out,)
 FP8                   X.weight            float8_e4m3fn, (out, in)
-                      X.weight_scale_inv  a factor for each block of 128 x 128, or one for all
+                      X.weight_scale_inv  a factor for each block of 128 x 128, or one for all; what the config says is
+                                          not converted has none, and lies there in 16 bits
 
 Sources: QuantState in bitsandbytes/functional.py; FineGrainedFP8Config of transformers, and DeepSeek-V3's own code.
 What other methods write is refused: by `network.families.quantised` after the config, or by tensors left over.

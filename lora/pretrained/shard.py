@@ -53,6 +53,8 @@ def shard(model: Model, device) -> Model:
 @torch.no_grad()
 def _fill(model: Model, base: ModelFiles) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
+    for name, buffer in model.named_buffers():  # which every process has whole
+        buffer.copy_(base.read(name))
     parameters = dict(model.named_parameters())
     broken = torch.zeros(len(parameters), device=model.device)  # by name, so that all processes raise the same error
     for i, (name, parameter) in enumerate(parameters.items()):

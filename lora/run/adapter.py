@@ -79,12 +79,13 @@ def table(args: TrainSettings, empty: Model, targets: dict[str, int]) -> Iterato
     alphas, names = pattern(args.alpha_pattern, float), defaultdict(list)
     for path in targets:
         names[path.rsplit(".", 1)[-1]].append(path)
+    width = max(10, *map(len, names))
     for name, paths in names.items():
         shapes = {f"{o} x {i}" for o, i in (empty.get_submodule(path).weight.shape for path in paths)}
         rank, alpha = _span({targets[p] for p in paths}), _span({first_match(p, alphas, args.alpha) for p in paths})
         size = memory.in_adapter(empty, {path: targets[path] for path in paths}, args.dora)
         yield (
-            f"  {name:<10} {len(paths):>4} of {' and '.join(sorted(shapes)):<13} rank {rank:<5} alpha {alpha:<5} "
+            f"  {name:<{width}} {len(paths):>4} of {' and '.join(sorted(shapes)):<13} rank {rank:<5} alpha {alpha:<5} "
             f"{size:>11,} parameters"
         )
 

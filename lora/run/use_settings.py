@@ -68,6 +68,9 @@ class GenerateSettings(Hardware, Chat, Sampling, group="model"):
     no_verify: bool = flag(False, "use an adapter on another base than it was trained on")
     compare: bool = flag(False, "answers of the base and of every adapter side by side")
     serve: str | None = flag(None, "[HOST:]PORT of an OpenAI-compatible server; 127.0.0.1 without a host")
+    feedback: str = flag("weights/feedback", "what the page of --serve is told of answers goes to "
+        "NAME-pairs.jsonl, for --method dpo, and NAME-judged.jsonl, for kto")
+    no_feedback: bool = flag(False, "the page of --serve asks for no judgement and writes nothing")
     api_key: list[str] | None = flag(None, "keys that --serve asks for; or the variable LORA_API_KEY")
     prompt: str | None = flag(None, "one prompt, or - for stdin; without --prompt and --prompts, a chat")
     prompts: str | None = flag(None, "file with a prompt a line, or conversation rows; answered in batches")

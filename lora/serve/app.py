@@ -24,12 +24,15 @@ from lora.inference.generate import Sampling
 from lora.inference.prompts import encode, is_utf8
 from lora.serve import engine as decoding
 from lora.serve.engine import Engine, Full
+from lora.serve.feedback import Feedback
 from lora.serve.metrics import Metrics
+from lora.serve.page import HEADERS, PAGE, check_sender
 from lora.serve.requests import Asked, Wrong, read_chat, read_text
 from lora.serve.texts import Text
 from lora.text.chat import Chat
 
 LARGEST_BODY = 4 * 2**20  # bytes
+LARGEST_JUDGEMENT = 2**20
 READ_SECONDS = 30  # in which a body must have come
 FEW = 8  # characters a token: a text with more is looked at from its beginning before all of it is made tokens
 
@@ -45,6 +48,8 @@ class Served:
     sampling: Sampling = field(default_factory=Sampling)
     longest: int = 256  # tokens of an answer where a request does not say
     keys: tuple[str, ...] = ()
+    feedback: Feedback | None = None  # where the page's judgements go
+    host: str = "127.0.0.1"  # to which the server is bound
     hosts: tuple[str, ...] = ()  # the names by which this machine may be called; any where there are none
     since: int = field(default_factory=lambda: int(time.time()))
 
@@ -110,7 +115,26 @@ def application(served: Served) -> Starlette:
         asked = read_text(await read_body(request), served.sampling)
         return await answer(request, served, metrics, asked, TextForm)
 
+    async def page(request: Request) -> Response:
+        return Response(PAGE, media_type="text/html; charset=utf-8", headers=HEADERS)
+
+    async def settings(request: Request) -> Response:
+        kept = served.feedback and served.feedback.state()
+        return JSONResponse(
+            {"temperature": served.sampling.temperature, "max_tokens": served.longest, "feedback": kept}
+        )
+
+    async def judge(request: Request) -> Response:
+        check_sender(request, served.host, served.keys)
+        if served.feedback is None:
+            raise Wrong(404, "The server was started with --no-feedback.")
+        body = await read_body(request, LARGEST_JUDGEMENT)
+        return JSONResponse(await asyncio.to_thread(served.feedback.add, body, served.chats))
+
     routes = [
+        Route("/", guarded(page, open_to_all=True)),
+        Route("/settings", guarded(settings)),
+        Route("/feedback", guarded(judge), methods=["POST"]),
         Route("/health", guarded(health, open_to_all=True)),
         Route("/metrics", guarded(show_metrics)),
         Route("/v1/models", guarded(models)),
@@ -158,18 +182,18 @@ def check_key(request: Request, keys: tuple[str, ...]) -> None:
         raise Wrong(401, "The API key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key")
 
 
-async def read_body(request: Request) -> object:
+async def read_body(request: Request, largest: int = LARGEST_BODY) -> object:
     """The JSON of a body that is not too large and comes in time."""
     parts, size = [], 0
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > LARGEST_BODY:
-        raise Wrong(413, f"The body is larger than {LARGEST_BODY >> 20} MB.")
+    if length.isdecimal() and int(length) > largest:
+        raise Wrong(413, f"The body is larger than {largest >> 20} MB.")
     try:
         async with asyncio.timeout(READ_SECONDS):
             async for part in request.stream():
                 size += len(part)
-                if size > LARGEST_BODY:
-                    raise Wrong(413, f"The body is larger than {LARGEST_BODY >> 20} MB.")
+                if size > largest:
+                    raise Wrong(413, f"The body is larger than {largest >> 20} MB.")
                 parts.append(part)
     except TimeoutError:
         raise Wrong(408, f"The body did not come in {READ_SECONDS} seconds.") from None

@@ -6,29 +6,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from lora import address, pretrained
 from lora import device as machine
-from lora import pretrained
 from lora.adapter.sets import AdapterSet, read
-from lora.errors import BadEnvironment, BadInput, collecting, say
+from lora.errors import BadInput, collecting, say
 from lora.inference import several, unpacked
 from lora.inference.generate import Sampling
 from lora.inference.session import try_adapter
 from lora.pretrained import default_model
 
-LOOPBACK = "127.0.0.1"
-HERE = (LOOPBACK, "::1", "localhost")  # of which one cannot be asked from outside
+HERE = (address.LOOPBACK, "::1", "localhost")  # of which one cannot be asked from outside
 SECONDS = 30  # in which a request must begin, and its headers must have come
 UNREAD_SECONDS = 60  # after which a client that reads nothing is dropped
 MOST_CONNECTIONS = 1000
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """[HOST:]PORT, with loopback as the host where there is none. Raises BadInput."""
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if colon else LOOPBACK
-    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
-        raise BadInput(f"wrong --serve in the command line: {text!r} is no PORT or HOST:PORT. Give one, as 8000")
-    return host, int(port)
 
 
 def open_served(
@@ -40,6 +30,7 @@ def open_served(
     device: str = "auto",
     dtype: str = "auto",
     verify: bool = True,
+    feedback: str | None = None,
     slots: int = 32,
     max_new_tokens: int = 256,
     sampling: Sampling,
@@ -48,7 +39,9 @@ def open_served(
     """A `Served` of a base and adapters of it, `told` as `load_chat` is. Raises LoraError for what cannot be used."""
     from lora.serve.app import Served  # which needs the packages of the extra `serve`
     from lora.serve.engine import Engine
+    from lora.serve.feedback import Feedback
 
+    kept = Feedback(feedback) if feedback else None
     if adapters:
         base = several.find_base(model, quant, adapters, not verify)
     else:
@@ -68,29 +61,23 @@ def open_served(
         name: read(net, adapter, base.read) for name, adapter in names.items() if adapter is not None
     }
     engine = Engine(net, sets, slots)
-    return Served(engine, chats, several.BASE, base.described, sampling, max_new_tokens, tuple(keys))
+    return Served(engine, chats, several.BASE, base.described, sampling, max_new_tokens, tuple(keys), kept)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises BadEnvironment for an address that is taken, or not of this machine."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """`address.listen`, whose clients must read."""
+    listener = address.listen(host, port)
     with suppress(AttributeError, OSError):  # tcp(7): those that are accepted have it, too
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
-    try:
-        listener.bind((host, port))
-        listener.listen(256)
-    except (OSError, UnicodeError) as error:
-        listener.close()
-        why = getattr(error, "strerror", None) or error
-        raise BadEnvironment(f"no server at {host}:{port}: {why}. Give another address") from None
     return listener
 
 
 def run(served, listener: socket.socket) -> int:
     """Serve until Ctrl-C, which `errors.run` turns into the exit code."""
-    host, port = listener.getsockname()[:2]
-    say(f"serving  http://{f'[{host}]' if ':' in host else host}:{port}/  ({', '.join(served.chats)}); Ctrl-C ends it")
+    served.host = host = listener.getsockname()[0]
+    say(f"serving  {address.url(listener)}  ({', '.join(served.chats)}); Ctrl-C ends it")
+    if served.feedback:
+        say(f"feedback what the page is told of answers goes to {', '.join(map(str, served.feedback.paths.values()))}")
     if host not in HERE and not served.keys:
         say("note     anybody who reaches this address can use it: --api-key asks for a key")
     if host in HERE and not served.keys:

@@ -120,7 +120,12 @@ def test_rank_alpha_dropout_and_dtype_reach_every_layer():
 
 
 def test_groups_name_the_seven_projections_and_never_the_head():
-    assert {name for group in GROUPS.values() for name in group} == {path.rsplit(".", 1)[1] for path in ATTENTION | MLP}
+    """Of a Llama; of other families, tests/run/test_layer_kinds.py."""
+    model = tiny_model(torch.float32)
+    inject(model, 2, 4, targets=["all"])
+    assert {path.rsplit(".", 1)[1] for path in lora_layers(model)} == {
+        path.rsplit(".", 1)[1] for path in ATTENTION | MLP
+    }
     for group in GROUPS:
         model = tiny_model(torch.float32)
         inject(model, 2, 4, targets=[group])

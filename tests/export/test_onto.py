@@ -91,7 +91,11 @@ def test_a_gguf_file_holds_the_same_sum(work, tmp_path, kind, onto):
     assert close(in_gguf(tmp_path / "a.gguf"), W + delta(work, "keep", dq), {"f16": 1e-3, "q8_0": 1e-2}[kind])
 
 
-@mutation("lora/pretrained/gguf_write.py", "B = _reorder(row, name, B, config.head_dim)", "pass")
+@mutation(
+    "lora/pretrained/gguf_write.py",
+    "A, B = layout.maps(target, A, B.float() * (s * len(A) / alpha))",
+    "B = B.float() * (s * len(A) / alpha)",
+)
 def test_an_adapter_alone_adds_to_the_blocks_it_was_trained_on_what_it_learned_there(work, tmp_path):
     ok(merge(tmp_path, "--adapter", work / "keep", "--out", "a.gguf", "--format", "gguf", "--adapter-only"))
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "a.gguf").tensors}

@@ -105,10 +105,16 @@ def test_one_compilation_serves_all_blocks_and_steps_and_changes_nothing(model, 
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("kind", ["smollm3", "gemma3_text", "qwen3_5_text", "lfm2"])
+@mutation("lora/network/compiled.py", "output(*found)), alpha=block.multiplier)", "output(*found)))", case="granite")
+@pytest.mark.parametrize(
+    "kind",
+    ["smollm3", "gemma3_text", "granite", "granitemoehybrid", "olmo3", "exaone4", "hunyuan_v1_dense", "ministral3",
+     "qwen3_5_text", "lfm2"],
+)  # fmt: skip
 def test_blocks_of_other_families_are_compiled_to_the_same(kind, graphs):
-    """Some layers without RoPE; four norms, two RoPEs, windows; Gated DeltaNet and gates; short convolutions."""
-    model = patched(model_of(family_config(kind) | {"vocab_size": 131})).train()
+    """Some layers without RoPE; two RoPEs, windows; norms before, after, of projections, heads and what is turned;
+    multipliers, biases, other names; Gated DeltaNet and gates; short convolutions."""
+    model = patched(model_of(family_config(kind, 1) | {"vocab_size": 131})).train()
     batches = [batch.collate(STEP[:3])]
     wanted = loss_and_gradients(model, batches)
     assert agree(loss_and_gradients(compiled(model, graphs), batches), wanted)

@@ -450,6 +450,7 @@ NEWER_REFUSED = [
     (LFM2, "full_attn_idxs", {"full_attn_idxs": [2, 16]}),
     (LFM2, "full_attn_idxs", {"full_attn_idxs": [2, "5"]}),
     (LFM2, "conv_bias", {"conv_bias": True}),
+    (LFM2, "hidden_act", {"hidden_act": "gelu_pytorch_tanh"}),  # transformers computes silu, whatever is there
     (LFM2, "use_pos_enc", {"use_pos_enc": False}),
     (LFM2, "block_use_swiglu", {"block_use_swiglu": False}),
     (LFM2, "block_auto_adjust_ff_dim", {"block_auto_adjust_ff_dim": "yes"}),

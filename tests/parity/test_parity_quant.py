@@ -17,8 +17,9 @@ if os.environ.get("LORA_PARITY") == "1":
 else:
     pytest.skip("a referee's test: LORA_PARITY=1 runs it", allow_module_level=True)
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lora.files import read_json, write_json
 from lora.pretrained import ModelFolder, find, load_model, write_packed
 from lora.quant import nf4
 from tests.helpers import close, far, same, some_tokens, tiny_model
@@ -168,3 +169,39 @@ def test_fp8_is_dequantised_to_the_numbers_that_transformers_finds(tmp_path):
     whole = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128))
     their = load_theirs(path, torch.float32, quantization_config=whole)
     assert same(tensors_of(load_model(str(path))), {name: tensor for name, tensor in their.state_dict().items()})
+
+
+def test_a_mistral_3_folder_in_fp8_is_read_as_transformers_reads_its_language_model(tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}  # fmt: skip
+    text = {"model_type": "ministral3", "vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "head_dim": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope,
+            "max_position_embeddings": 256}  # fmt: skip
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    path = tmp_path / "m"
+    transformers.Mistral3ForConditionalGeneration(config).bfloat16().save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if "language_model" in name and name.endswith("_proj.weight")]:
+        factor = tensors[name].float().abs().max() / 448
+        tensors[name] = (tensors[name].float() / factor).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = factor.bfloat16()
+        tensors[f"{name.removesuffix('weight')}activation_scale"] = torch.tensor(0.01, dtype=torch.bfloat16)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    said = {"quant_method": "fp8", "activation_scheme": "static", "dequantize": False, "weight_block_size": None}
+    raw = read_json(path / "config.json") | {"quantization_config": said | {"modules_to_not_convert": skipped}}
+    write_json(path / "config.json", raw)
+    their = transformers.Mistral3ForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16)
+    ours = load_model(str(path), torch.bfloat16)
+    state = {
+        name.replace("language_model.", ""): tensor
+        for name, tensor in their.state_dict().items()
+        if "language_model" in name or "lm_head" in name
+    }
+    assert same(tensors_of(ours), state) and len(state) == 21
+    with torch.no_grad():
+        expected = their.float()(some_tokens()[None]).logits[0]
+    assert close(ours.float()(some_tokens()), expected, 1e-5)

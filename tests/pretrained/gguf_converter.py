@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 F32 = gguf.GGMLQuantizationType.F32
 CALLED = {  # where the model_type is another
-    "mistral": "llama", "ministral3": "mistral3", "qwen3_5_text": "qwen35", "gemma3_text": "gemma3",
+    "mistral": "llama", "baichuan": "llama", "ministral3": "mistral3", "qwen3_5_text": "qwen35",
+    "gemma3_text": "gemma3",
     "granitemoehybrid": "granite", "olmo3": "olmo2", "hunyuan_v1_dense": "hunyuan-dense",
 }  # fmt: skip
 GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}

@@ -11,7 +11,9 @@ import torch
 from gguf import GGMLQuantizationType
 
 from lora import pretrained
+from lora.errors import BadInput
 from lora.network.config import ModelConfig
+from lora.pretrained import gguf_keys
 from lora.pretrained.gguf import GGUFFile
 from lora.pretrained.gguf_layout import Order
 from lora.quant.linear import QuantLinear
@@ -224,3 +226,11 @@ LONG = {"rope_factors_long.weight": np.ones(4, np.float32)}
 )  # fmt: skip
 def test_what_a_file_says_wrongly_is_refused_by_its_key(path, made, words):
     assert words in refused(made(path))
+
+
+def test_gemma_4_is_refused_by_name_both_ways(path, tmp_path):
+    """Its layers have heads of two sizes, and use each other's keys."""
+    assert "general.architecture: 'gemma4'; implemented are llama" in refused(write(path, "gemma4", tensors=TENSORS))
+    config = ModelConfig.from_json(cli.SIZES | {"model_type": "gemma4_text"})
+    with pytest.raises(BadInput, match=r"gemma4_text as GGUF is not implemented, only llama, .*convert it with"):
+        gguf_keys.architecture(config, "base")

@@ -64,6 +64,7 @@ CASES = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "baichuan": {"model_type": "baichuan"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3, yarn": {"model_type": "qwen3", "head_dim": 8, "rope_scaling": YARN},
     "llama, yarn, attention_factor": {"rope_scaling": YARN | {"attention_factor": 1.3}},
@@ -233,6 +234,7 @@ def test_every_tensor_is_there_once_under_its_name_in_llama_cpps_row_order_round
 
 OTHERWISE = {
     "mistral": "llama",
+    "baichuan": "llama",
     "ministral3": "llama",
     "granitemoehybrid": "granite",
     "olmo3": "olmo2",
@@ -243,7 +245,7 @@ def same_model(ours, theirs) -> bool:
     """The same numbers, bit for bit, in another family's names where a file is read so."""
     kind, a, b = theirs.config.model_type, vars(ours.config), vars(theirs.config)
     assert a["model_type"] in (kind, OTHERWISE.get(kind))
-    named = {"model_type", "names", "fused", "rope_theta", "rope_local_theta"}
+    named = {"model_type", "names", "fused", "written_as", "rope_theta", "rope_local_theta"}
     assert {key: value for key, value in a.items() if key not in named} == {
         key: value for key, value in b.items() if key not in named
     }

@@ -6,9 +6,11 @@ What is still importing is a real process, one in training and a chat, too; othe
 import fcntl
 import os
 import signal
+import sys
 import tempfile
 import time
 from contextlib import suppress
+from itertools import count
 
 import pytest
 
@@ -66,9 +68,26 @@ def steps(count):
     return happened
 
 
-def train(folder, *argv, how=Watched):
+def endless(module, name, call):
+    """For `before`: the call of this number of a module's function says so and does not end: a signal is in time."""
+
+    def before():
+        whole, calls = getattr(sys.modules[module], name), count(1)
+
+        def counted(*args, **how):
+            if next(calls) == call:
+                os.write(2, b"endless\n")
+                time.sleep(2 * cli.SECONDS)
+            return whole(*args, **how)
+
+        setattr(sys.modules[module], name, counted)
+
+    return before
+
+
+def train(folder, *argv, how=Watched, **more):
     inputs = ("--model", cli.model_folder(), "--data", cli.data_file(), "--out", "out")
-    watched = how("train", *inputs, *ENDLESS, *argv, cwd=folder)
+    watched = how("train", *inputs, *ENDLESS, *argv, cwd=folder, **more)
     watched.cwd = folder
     return watched
 
@@ -91,8 +110,8 @@ def test_before_training_it_stops_at_once_and_an_earlier_run_is_untouched(tmp_pa
     for name in cli.RUN_FILES:
         (tmp_path / "out" / name).write_text("of the earlier run")
     before = cli.tree(tmp_path)
-    how = Real if moment is importing else Watched
-    code, out, err = train(tmp_path, "--overwrite", how=how).until(moment).send(number).result()
+    how = {"how": Real} if moment is importing else {"before": endless("lora.pretrained", "load_model", 1)}
+    code, out, err = train(tmp_path, "--overwrite", **how).until(moment).send(number).result()
     assert (code, out) == (CODES[number], "")
     assert "Traceback" not in err and "error:" not in err and err.endswith("stopped\n")
     assert cli.tree(tmp_path) == before
@@ -112,7 +131,7 @@ def test_in_training_it_ends_the_step_and_saves_a_whole_adapter(tmp_path, number
 
 
 def test_a_second_signal_ends_it_at_once_and_nothing_half_written_is_left(tmp_path):
-    watched = train(tmp_path).until(steps(3))
+    watched = train(tmp_path, before=endless("train", "train_step", 4)).until(said("endless"))
     watched.send(signal.SIGTERM).until(said("again to stop at once")).send(signal.SIGINT)
     code, _, err = watched.result()
     assert code == 130 and "Traceback" not in err and "saved" not in err

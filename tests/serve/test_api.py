@@ -340,8 +340,8 @@ def test_bodies_that_are_no_json_are_refused(http):
             assert response.status_code == 400 and "JSON" in response.json()["error"]["message"], body[:20]
 
 
-@mutation("lora/serve/app.py", "                if size > LARGEST_BODY:\n", "                if False:\n")
-@mutation("lora/serve/app.py", "if length.isdecimal() and int(length) > LARGEST_BODY:", "if False:")
+@mutation("lora/serve/app.py", "                if size > largest:\n", "                if False:\n")
+@mutation("lora/serve/app.py", "if length.isdecimal() and int(length) > largest:", "if False:")
 def test_a_body_that_is_too_large_is_refused_whether_it_says_its_length_or_not(http):
     large = b" " * (product.LARGEST_BODY + 1)
     for body in (large, (large[i : i + 2**20] for i in range(0, len(large), 2**20))):

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from lora.address import parse_address
 from lora.errors import BadInput
 from lora.serve import command
 from tests import cli
@@ -84,7 +85,7 @@ def test_prompts_are_rendered_where_a_template_can_be_stopped(tmp_path):
         assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
-@mutation("lora/serve/command.py", 'raise BadEnvironment(f"no server at', 'raise BadInput(f"no server at')
+@mutation("lora/address.py", 'raise BadEnvironment(f"no server at', 'raise BadInput(f"no server at')
 def test_a_port_that_is_taken_is_one_line_before_a_model_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -114,16 +115,16 @@ def test_flags_that_contradict_it_are_refused(tmp_path, argv, words):
     assert result.code == 2 and any(words in line for line in result.errors), result.err
 
 
-@mutation("lora/serve/command.py", "if colon else LOOPBACK", 'if colon else "0.0.0.0"')
+@mutation("lora/address.py", "if colon else LOOPBACK", 'if colon else "0.0.0.0"')
 def test_it_is_bound_to_loopback_unless_asked():
-    assert command.parse_address("8000") == ("127.0.0.1", 8000)
-    assert command.parse_address("0.0.0.0:8000") == ("0.0.0.0", 8000)
-    assert command.parse_address("[::1]:8000") == ("::1", 8000)
-    listener = command.listen(*command.parse_address("0"))
+    assert parse_address("8000", "--serve") == ("127.0.0.1", 8000)
+    assert parse_address("0.0.0.0:8000", "--serve") == ("0.0.0.0", 8000)
+    assert parse_address("[::1]:8000", "--serve") == ("::1", 8000)
+    listener = command.listen(*parse_address("0", "--serve"))
     assert listener.getsockname()[0] == "127.0.0.1"
     listener.close()
     with pytest.raises(BadInput):
-        command.parse_address("127.0.0.1:")
+        parse_address("127.0.0.1:", "--serve")
 
 
 def test_the_key_may_come_from_the_environment(tmp_path, monkeypatch):

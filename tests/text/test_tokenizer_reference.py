@@ -96,32 +96,32 @@ def test_the_rows_where_llama_cpp_is_not_followed_are_few_and_lose_characters():
 
 @mutation(
     "lora/pretrained/gguf_tokenizer.py",
-    '"smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]',
-    '"smollm": ([{"type": "Digits", "individual_digits": False}, BYTE_LEVEL]',
+    'DIGITS = [{"type": "Digits", "individual_digits": True}',
+    'DIGITS = [{"type": "Digits", "individual_digits": False}',
     case="smollm",
 )
 @mutation(
     "lora/pretrained/gguf_tokenizer.py",
-    '"smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]',
-    '"smollm": ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": False}]',
+    '"individual_digits": True}, BYTE_LEVEL]',
+    '"individual_digits": True}, BYTE_LEVEL | {"use_regex": False}]',
     case="smollm",
 )
 @mutation(
     "lora/pretrained/gguf_tokenizer.py",
-    '(_split(r"\\p{N}"), {"type": "NFC"}, False, False)',
-    '(_split(r"\\p{N}"), None, False, False)',
+    '"qwen2": (_words(r"\\p{N}"), NFC,',
+    '"qwen2": (_words(r"\\p{N}"), None,',
     case="qwen2",
 )
 @mutation(
     "lora/pretrained/gguf_tokenizer.py",
-    'r"|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"',
-    'r"|\\s*[\\r\\n]+|\\s+"',
+    '        r"|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"',
+    '        r"|\\s*[\\r\\n]+|\\s+"',
     case="llama-bpe",
 )
 @mutation(
     "lora/pretrained/gguf_tokenizer.py",
-    '(_split(r"\\p{N}{1,3}"), None, True',
-    '(_split(r"\\p{N}{1,4}"), None, True',
+    '"llama-bpe": (_words(r"\\p{N}{1,3}")',
+    '"llama-bpe": (_words(r"\\p{N}{1,4}")',
     case="llama-bpe",
 )
 @mutation(

@@ -40,6 +40,7 @@ from lora.train.step import clip
 from tests.cli import ROOT, Result, gguf_file, scratch, set_environment
 from tests.helpers import DELTAS, close, far, objective_of, patched, random_example, tiny_config, tiny_model
 from tests.mutation import mutation
+from tests.network.test_families import family_config, folder_of, model_of
 
 CPU = torch.device("cpu")
 SECONDS = 40  # after which a process that hangs is killed, code 137
@@ -471,7 +472,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step_and_rank_0_sav
 
 
 @cache
-def base(tied: bool, deltas: bool = False) -> pretrained.ModelFolder:
+def base(tied: bool, deltas: bool) -> pretrained.ModelFolder:
     """A model on disk whose tensors do not divide by 2 or 3: some ranks have fewer rows, of biases perhaps none."""
     folder = scratch() / f"uneven-{tied}-{deltas}"
     folder.mkdir()
@@ -554,6 +555,27 @@ def test_a_sharded_base_gives_the_gradients_and_answers_of_a_whole_one(tmp_path,
             assert torch.equal(torch.cat(rows), p) and max(map(len, rows)) == math.ceil(len(p) / size)
 
 
+@mutation("lora/pretrained/shard.py", "buffer.copy_(base.read(name))", "buffer.fill_(1)", case="gemma4_text")
+@pytest.mark.parametrize("kind", ["lfm2", "granitemoehybrid", "gemma4_text"])
+def test_a_sharded_base_of_other_kinds_of_layers_gives_the_gradients_and_answers_of_a_whole_one(tmp_path, kind):
+    """Convolutions, rows of fused tensors, keys of an earlier layer and inputs to each."""
+    raw = family_config(kind) | dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 131)
+    checkpoint = pretrained.ModelFolder(folder_of(model_of(raw, dtype=torch.float32), raw, tmp_path / "model"))
+    whole = adapted(pretrained.load_model(checkpoint, torch.float64), torch.float64)
+    expected = answers_and_gradients(whole, distributed.DistContext(0, 1, CPU), False)
+
+    def work(rank):
+        with distributed.dist_context(CPU) as processes:
+            model = adapted(shard.load_sharded(checkpoint, torch.float64), torch.float64)
+            save_file(answers_and_gradients(model, processes, True), tmp_path / str(rank))
+
+    assert all_well(run(2, work))
+    for rank in range(2):
+        found = load_file(tmp_path / str(rank))
+        for name, tensor in expected.items():
+            assert close(found[name], tensor, 1e-10), name
+
+
 def test_a_gguf_file_can_be_sharded_too():
     checkpoint = pretrained.find(str(gguf_file()))
     whole = pretrained.load_model(checkpoint)
@@ -595,7 +617,7 @@ def holds_and_reads_its_share(folder: str) -> bool:
     block = sum(p.nbytes for p in empty.model.layers[0].parameters())
     limit = whole / 2 + empty.head_weight.nbytes + 4 * block + 35e6  # a block and its copies on the way; all the rest
     assert limit < 0.8 * whole
-    small = base(False)
+    small = base(False, False)
 
     def work(rank):
         batches.ROUND = 1  # a few tokens, so that it is weights that are measured
@@ -646,16 +668,16 @@ def test_weights_that_are_not_finite_are_named_once_whoever_has_their_rows(tmp_p
 def test_a_rank_lost_while_a_block_is_gathered_is_no_bug(tmp_path):
     def work(rank):
         with distributed.dist_context(CPU) as processes:
-            model = adapted(shard.load_sharded(base(False)), torch.float32)
+            model = adapted(shard.load_sharded(base(False, False)), torch.float32)
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             step(model, processes, [0, 1], True)
 
-    base(False)
+    base(False, False)
     first, _ = run(2, work)
     assert first.code == 3 and len(first.errors) == 1 and "lost another rank in rank 0 of 2" in first.errors[0]
 
 
 def test_one_process_has_nobody_to_share_a_base_with():
     with pytest.raises(BadInput, match=r"^wrong --fsdp in the command line"):
-        shard.load_sharded(base(False))
+        shard.load_sharded(base(False, False))
