@@ -128,6 +128,7 @@ def test_what_changed_is_read_from_the_report(tmp_path):
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
+@mutation("lora/watch/app.py", "run = runs[int(found[1])]", "run = runs[0]")
 def test_two_runs_lie_over_each_other(tmp_path):
     a, b = write_run(tmp_path / "a", STEP, EVALUATION), write_run(tmp_path / "b", STEP | {"loss": 9.0})
     with served(a, b) as port:
@@ -165,6 +166,14 @@ def test_another_sites_name_that_leads_here_is_refused(tmp_path):
         assert ask(port, "/runs", Host="localhost:8001")[0] == ask(port, "/runs", Host="[::1]:8001")[0] == 200
 
 
+@mutation("lora/watch/app.py", "            self.room.release()", "            pass")
+def test_a_connection_gives_its_room_back(tmp_path):
+    with served(write_run(tmp_path / "a", STEP)) as port:
+        assert [ask(port, "/runs")[0] for _ in range(2 * app.AT_ONCE)] == [200] * 2 * app.AT_ONCE
+
+
+@mutation("lora/watch/app.py", "\"default-src 'none'\"", "\"default-src 'self'\"")
+@mutation("lora/watch/page.html", 'asked: "问题", answer', "answer")
 def test_the_page_may_run_its_own_script_and_nothing_else_and_sets_text_only():
     page = app.PAGE.read_text()
     rules = app.policy(page)
@@ -177,6 +186,7 @@ def test_the_page_may_run_its_own_script_and_nothing_else_and_sets_text_only():
     )
 
 
+@mutation("lora/watch/reading.py", "import zlib\n", "import zlib\nimport torch\n")
 def test_watching_loads_no_torch():
     code = f"import sys; sys.path[:0] = [{str(cli.ROOT)!r}]; import lora.watch.command; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
