@@ -23,8 +23,7 @@ try:
 except ImportError:
     sync_playwright = None
 missing = "playwright" if sync_playwright is None else None if CHROMIUM else "chromium"
-if missing and os.environ.get("LORA_BROWSER") != "1":
-    pytest.skip(f"no {missing} here", allow_module_level=True)
+pytestmark = pytest.mark.skipif(missing and os.environ.get("LORA_BROWSER") != "1", reason=f"no {missing} here")
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 PHONE = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark", "locale": "zh-CN"}
