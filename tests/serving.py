@@ -128,7 +128,6 @@ def adapter_in(folder, name: str, seed: int, **how):
 @contextmanager
 def serving(served):
     """Inside the block it is served on a free port of this machine, http://127.0.0.1:PORT."""
-    served.hosts = () if served.keys else command.HERE
     server, listener = command.server_of(served), command.listen(address.LOOPBACK, 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -1,8 +1,4 @@
-"""The server: routes, keys, limits. OpenAI's API as vLLM and llama-server have it, over an `Engine`.
-
-Whoever may send requests: a page of another host that a browser shows may not, whether it names that host as its
-Origin, or has made its own name mean this machine (`Host`, where `hosts` are given).
-"""
+"""The server: routes, keys, limits. OpenAI's API as vLLM and llama-server have it, over an `Engine`."""
 
 import asyncio
 import hmac
@@ -12,7 +8,6 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -26,7 +21,7 @@ from lora.serve import engine as decoding
 from lora.serve.engine import Engine, Full
 from lora.serve.feedback import Feedback
 from lora.serve.metrics import Metrics
-from lora.serve.page import HEADERS, PAGE, check_sender
+from lora.serve.page import HEADERS, PAGE, check_kind, check_sender
 from lora.serve.requests import Asked, Wrong, read_chat, read_text
 from lora.serve.texts import Text
 from lora.text.chat import Chat
@@ -50,7 +45,6 @@ class Served:
     keys: tuple[str, ...] = ()
     feedback: Feedback | None = None  # where the page's judgements go
     host: str = "127.0.0.1"  # to which the server is bound
-    hosts: tuple[str, ...] = ()  # the names by which this machine may be called; any where there are none
     since: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -79,7 +73,7 @@ def application(served: Served) -> Starlette:
         async def handle(request: Request) -> Response:
             begun = time.monotonic()
             try:
-                check_origin(request, served.hosts)
+                check_sender(request, served.host, served.keys)
                 if not open_to_all:
                     check_key(request, served.keys)
                 response = await handler(request)
@@ -125,7 +119,7 @@ def application(served: Served) -> Starlette:
         )
 
     async def judge(request: Request) -> Response:
-        check_sender(request, served.host, served.keys)
+        check_kind(request)
         if served.feedback is None:
             raise Wrong(404, "The server was started with --no-feedback.")
         body = await read_body(request, LARGEST_JUDGEMENT)
@@ -158,21 +152,6 @@ def application(served: Served) -> Starlette:
 
 
 # ---- what comes in ---------------------------------------------------------------------------------------------------
-
-
-def check_origin(request: Request, hosts: tuple[str, ...]) -> None:
-    host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if hosts and name_of(f"//{host}") not in hosts:
-        raise Wrong(403, f"This machine is not called {host[:100]!r}: ask for {' or '.join(hosts)}.")
-    if origin is not None and origin.partition("://")[2] != host:
-        raise Wrong(403, "A page of another host may not ask.")
-
-
-def name_of(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
 
 
 def check_key(request: Request, keys: tuple[str, ...]) -> None:

@@ -80,8 +80,6 @@ def run(served, listener: socket.socket) -> int:
         say(f"feedback what the page is told of answers goes to {', '.join(map(str, served.feedback.paths.values()))}")
     if host not in HERE and not served.keys:
         say("note     anybody who reaches this address can use it: --api-key asks for a key")
-    if host in HERE and not served.keys:
-        served.hosts = HERE
     server_of(served).run(sockets=[listener])
     return 0
 

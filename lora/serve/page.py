@@ -1,6 +1,6 @@
 """The page at `/`: one file, which loads nothing and whose script and style are allowed by their hashes alone.
 
-Judgements are written to disk, so who sends them is checked: only the page itself. A page of another site has another
+Who sends a request is checked: no page but this one may, whatever it asks for. A page of another site has another
 Origin; one whose name was made to lead here (DNS rebinding) has a Host that is not this machine's.
 """
 
@@ -11,7 +11,6 @@ import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
@@ -48,19 +47,23 @@ HEADERS = {
 
 
 def check_sender(request: Request, bound: str, keys: Iterable[str]) -> None:
-    """Raises Wrong unless JSON comes from our own page, or from a program, which sends no Origin.
+    """Raises Wrong unless a request comes from our own page, or from a program, which sends no Origin.
 
     An address as Host is never a rebound name. With a key, which other sites do not have, any Host may be ours.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Wrong(415, "The body is not sent as application/json.")
     host = request.headers.get("host", "").lower()
     if not keys and not is_ours(host, bound):
         raise Wrong(403, f"The host {host[:100]!r} is not this machine's. Use its address, or serve with --api-key.")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin.lower()).netloc != host:
+    if origin is not None and origin.lower().partition("://")[2] != host:
         raise Wrong(403, "The request comes from a page of another site.")
+
+
+def check_kind(request: Request) -> None:
+    """Raises Wrong unless the body is sent as JSON, which no form of another site can."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Wrong(415, "The body is not sent as application/json.")
 
 
 def is_ours(host: str, bound: str) -> bool:
