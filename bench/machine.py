@@ -30,6 +30,8 @@ def described() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory GB": round(int(memory[1]) * 1024 / 1e9, 1) if memory else None,
         "system": platform.platform(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "amx": "amx_bf16" in _read("/proc/cpuinfo"),
         "python": platform.python_version(),
         **versions,
     }

@@ -13,25 +13,19 @@ their median is given with the quartiles. Prints tables; bench/results/quant.jso
 has of parts that were not run. `peers` needs the extra `parity`. All of it takes about 25 minutes on 2 cores.
 """
 
-import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
-import tempfile
-from datetime import datetime
 from pathlib import Path
 from statistics import median
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import machine, train_speed  # noqa: E402
+from bench import parts, train_speed  # noqa: E402
 from bench.train_speed import WORKLOADS, make_steps, spread  # noqa: E402
-from lora import files, pretrained  # noqa: E402
+from lora import pretrained  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "quant.json"
 MODES = ("bf16", "nf4", "keep", "int8")
@@ -55,7 +49,7 @@ class Bench(train_speed.Bench):
         super().__init__(folder, threads, smoke)
         text = conversations(pretrained.load_chat(pretrained.find(str(self.base))).tokenizer)
         self.text, self.held_out = text[: len(text) * 3 // 4], text[len(text) * 3 // 4 :]
-        self.smoke, self.gguf = smoke, next(self.base.glob("*.gguf"), None)
+        self.gguf = next(self.base.glob("*.gguf"), None)
         self.modes = [mode for mode in MODES if mode != "keep" or self.gguf]
 
     def packed(self, mode: str) -> dict:
@@ -69,14 +63,6 @@ class Bench(train_speed.Bench):
         done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=threads, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{words[0]} ended with {done.returncode}\n{done.stderr[-3000:]}")
-
-    def rounds(self, sides: list[str], count: int, run) -> dict[str, list[dict]]:
-        """`run(side)` in a process of its own, `count` times a side."""
-        runs = {side: [] for side in sides}
-        for number in range(count):
-            for side in sides if number % 2 == 0 else reversed(sides):
-                runs[side].append(run(side))
-        return runs
 
 
 def judged(found: dict, name: str, goal: tuple[str, float] | None) -> dict:
@@ -273,27 +259,7 @@ def show(part: str, found: dict) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all without it")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a side")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULT, help="file of results")
-    parser.add_argument("--smoke", action="store_true", help="tiny random models: does it run at all?")
-    args = parser.parse_args(argv)
-    if wrong := set(args.parts) - PARTS.keys():
-        parser.error(f"no such part: {', '.join(sorted(wrong))}")
-    torch.set_num_threads(args.threads)
-    command = shlex.join(["python", "bench/quant.py", *(sys.argv[1:] if argv is None else argv)])
-    head = {"machine": machine.described(), "threads": args.threads, "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-            "command": command}  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), args.threads, args.smoke)
-        for part in args.parts or PARTS:
-            found = head | PARTS[part](bench, args.rounds)
-            show(part, found)
-            if not args.smoke or args.out != RESULT:
-                known = files.read_json(args.out) if args.out.exists() else {}
-                files.write_json(args.out, known | {part: found})
+    parts.run(__doc__, "quant.py", PARTS, RESULT, Bench, show, argv)
 
 
 if __name__ == "__main__":

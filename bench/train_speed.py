@@ -10,13 +10,10 @@ With all defaults it takes about 40 minutes on 2 cores.
 """
 
 import argparse
-import os
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
 from datetime import datetime
 from pathlib import Path
 from statistics import median, quantiles
@@ -29,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine, memory  # noqa: E402
+from bench.parts import Processes  # noqa: E402
 from lora import (  # noqa: E402
     files,
     pretrained,
@@ -93,14 +91,13 @@ def start_adapter(base: Path, folder: Path) -> None:
     store.save(model, folder)
 
 
-class Bench:
-    """A folder for what the processes exchange, and what is the same for all of them."""
+class Bench(Processes):
+    """With the default model, an adapter that all sides begin with, and the gradients that they answer with."""
 
     program = "train_sides.py"
 
     def __init__(self, folder: Path, threads: int, smoke: bool):
-        self.folder, self.threads, self.count = folder, threads, 0
-        self.probe_seconds = 0.02 if smoke else 0.5
+        super().__init__(folder, threads, smoke)
         self.base = folder / "base" if smoke else default_model.folder()
         if smoke:
             self.base.mkdir()
@@ -108,9 +105,6 @@ class Bench:
         tokenizer = pretrained.load_chat(pretrained.find(str(self.base))).tokenizer
         self.text = tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
         start_adapter(self.base, folder / "adapter")
-
-    def probe(self) -> float:
-        return machine.matmul_rate(seconds=self.probe_seconds)
 
     def job(self, side: str, **more) -> dict:
         """What a process is told."""
@@ -121,23 +115,9 @@ class Bench:
         return same | {"side": side} | more
 
     def child(self, side: str, **more) -> dict:
-        """One process, a matmul probe before and after it."""
-        self.count += 1
-        told, answer, gradients = (self.folder / f"{self.count}.{name}" for name in ("job", "result", "safetensors"))
-        job, before = self.job(side, gradients=str(gradients), **more), self.probe()
-        files.write_json(told, job | {"started": time.time()})
-        quiet = {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(ROOT / "bench" / self.program), str(told), str(answer)]
-        done = subprocess.run(
-            command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{side} ended with {done.returncode}\n{done.stderr}")
-        result = files.read_json(answer) | {"probe": [before, self.probe()]}
-        result["drift"] = result["probe"][1] / before - 1
-        if gradients.exists():
-            result["gradients"] = load_file(gradients)
-        return result
+        gradients = self.folder / f"{self.count + 1}.safetensors"
+        result = super().child(side, gradients=str(gradients), **more)
+        return result | ({"gradients": load_file(gradients)} if gradients.exists() else {})
 
 
 # ---- parity ----------------------------------------------------------------------------------------------------------

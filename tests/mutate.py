@@ -44,6 +44,8 @@ def rows() -> list[dict]:
     """Every decorator in tests/, read from the source: nothing is imported."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if path.parent.name == "parity" and os.environ.get("LORA_PARITY") != "1":
+            continue  # where the referees are not installed, these are skipped, and nothing would be noticed
         for node in ast.parse(path.read_text()).body:
             for call in getattr(node, "decorator_list", []):
                 if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "mutation":

@@ -113,7 +113,9 @@ def flags(script: str) -> set[str]:
         with redirect_stdout(StringIO()) as out, suppress(SystemExit):
             importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(["--help"])
         return set(re.findall(r"(?<![\w-])--\w[\w-]*", out.getvalue()))
-    source = read(ROOT / script) + (read(ROOT / "experiments/parts.py") if script.startswith("experiments/") else "")
+    source, folder = read(ROOT / script), script.partition("/")[0]
+    if folder == "experiments" or "parts.run(" in source:
+        source += read(ROOT / folder / "parts.py")
     return set(re.findall(r'"(--\w[\w-]*)"', source))
 
 

@@ -220,13 +220,6 @@ class _Reader(LayerFields, RopeFields):
             return multiplier**-2
         return self.optional("query_pre_attn_scalar", kind=float, low=1e-6)
 
-    def delta(self) -> DeltaSizes:
-        keys, values = (self.number(f"linear_num_{of}_heads", n, high=2**12) for of, n in (("key", 16), ("value", 32)))
-        if values % keys:
-            self.wrong("linear_num_key_heads", f"{keys} does not divide linear_num_value_heads {values}")
-        sizes = (self.number(f"linear_{of}_head_dim", 128, high=2**12) for of in ("key", "value"))
-        return DeltaSizes(keys, values, *sizes, self.number("linear_conv_kernel_dim", 4, low=2, high=64))
-
     def token_ids(self, field: str) -> tuple[int, ...]:
         value = self.raw.get(field)
         ids = value if isinstance(value, list) else [] if value is None else [value]

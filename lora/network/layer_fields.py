@@ -57,6 +57,13 @@ class LayerFields:
             return ("attention",) * count
         return tuple(words[kind] for kind in kinds)
 
+    def delta(self) -> DeltaSizes:
+        keys, values = (self.number(f"linear_num_{of}_heads", n, high=2**12) for of, n in (("key", 16), ("value", 32)))
+        if values % keys:
+            self.wrong("linear_num_key_heads", f"{keys} does not divide linear_num_value_heads {values}")
+        sizes = (self.number(f"linear_{of}_head_dim", 128, high=2**12) for of in ("key", "value"))
+        return DeltaSizes(keys, values, *sizes, self.number("linear_conv_kernel_dim", 4, low=2, high=64))
+
     def gemma4(self, windows: tuple[int | None, ...], global_head_dim: int) -> Gemma4Sizes:
         """The last `num_kv_shared_layers` use the keys and values of the last layer before them with their window."""
         if self.raw.get("use_bidirectional_attention") not in (None, False, "vision"):

@@ -127,12 +127,9 @@ class Block(HubNamed):
         name = self.norms[place]
         return getattr(self, name)(x) if name else x
 
-    def mixed(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None) -> torch.Tensor:
-        return getattr(self, self.mixer)(x, rope, lengths, cache)
-
     def forward(self, x: torch.Tensor, rope: Rope, lengths: list[int], cache: Cache | None = None) -> torch.Tensor:
         """x (T, D) -> (T, D)"""
-        x = x.add(self.norm(1, self.mixed(self.norm(0, x), rope, lengths, cache)), alpha=self.multiplier)
+        x = x.add(self.norm(1, getattr(self, self.mixer)(self.norm(0, x), rope, lengths, cache)), alpha=self.multiplier)
         return x.add(self.norm(3, self.mlp(self.norm(2, x))), alpha=self.multiplier)
 
 

@@ -133,9 +133,7 @@ class RopeFields:
         original = self.original(part)
         factor = self.stretch(part, original)
         mscale, of_all = (named(field, 0, low=0) for field in ("mscale", "mscale_all_dim"))
-        grown = (
-            [0.1 * by * math.log(factor) + 1 for by in (mscale, of_all)] if mscale and of_all else [grows(factor), 1]
-        )
+        grown = [grows(factor, by) for by in ((mscale, of_all) if mscale and of_all else (1, 0))]
         fast, slow = named("beta_fast", 0, low=0) or 32.0, named("beta_slow", 0, low=0) or 1.0
         truncate = self.flag("truncate", True, raw=part)
         beta = named("llama_4_scaling_beta", 0.0, low=0) if "llama_4_scaling_beta" in self.family.reads else 0.0
@@ -172,7 +170,7 @@ class RopeFields:
         factor = self.stretch(part, original)
         attention = part.get("attention_factor")
         if attention is None:
-            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+            attention = longrope_grows(factor, original)
         attention = self.number("attention_factor", raw={"attention_factor": attention}, kind=float, low=0, high=1e3)
         return RopeScaling(
             "longrope", original_max_position_embeddings=original, attention_factor=attention,
@@ -180,6 +178,12 @@ class RopeFields:
         )  # fmt: skip
 
 
-def grows(factor: float) -> float:
-    """YaRN's factor for cos and sin, Peng et al. 2023, https://arxiv.org/abs/2309.00071, eq. 22."""
-    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+def grows(factor: float, by: float = 1.0) -> float:
+    """YaRN's factor for cos and sin, Peng et al. 2023, https://arxiv.org/abs/2309.00071, eq. 22; DeepSeek's files have
+    it grow `by` another share."""
+    return 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def longrope_grows(factor: float, original: int) -> float:
+    """LongRoPE's, Ding et al. 2024, https://arxiv.org/abs/2402.13753, as transformers has it."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0

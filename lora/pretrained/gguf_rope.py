@@ -19,7 +19,7 @@ import torch
 
 from lora.network.config import ModelConfig, RopeScaling
 from lora.network.rope import inverse_frequencies
-from lora.network.rope_fields import grows
+from lora.network.rope_fields import grows, longrope_grows
 from lora.pretrained.gguf_header import Keys
 from lora.pretrained.gguf_names import TEMPERATURE, Architecture
 
@@ -81,7 +81,7 @@ def _yarn(keys: Keys, factor: float) -> dict:
         found |= {"mscale": 1.0, "mscale_all_dim": keys.get(LOG, float)}
     attention = keys.get(ATTENTION, float, 1.0)
     if attention != 1:
-        theirs = grows(factor) / (0.1 * found.get("mscale_all_dim", 0.0) * math.log(max(factor, 1)) + 1)
+        theirs = grows(factor) / grows(factor, found.get("mscale_all_dim", 0.0))
         found["attention_factor"] = float(f"{theirs * attention:.7g}")  # as exact as a float32
     return found | ({"llama_4_scaling_beta": keys.get(TEMPERATURE, float)} if keys.has(TEMPERATURE) else {})
 
@@ -93,13 +93,9 @@ def _longrope(keys: Keys, tensors: Mapping[str, torch.Tensor], size: int) -> dic
         keys.metadata.check(right, name, f"it is not {size // 2} numbers, or missing")
         found[field] = [short(value) for value in tensors[name].tolist()]
     attention = keys.get(ATTENTION, float, 1.0)
-    usual = longrope_attention(keys.get("context_length"), found["original_max_position_embeddings"])
+    original = found["original_max_position_embeddings"]
+    usual = longrope_grows(keys.get("context_length") / original, original)
     return found if math.isclose(attention, usual, rel_tol=1e-6) else found | {"attention_factor": attention}
-
-
-def longrope_attention(length: int, original: int) -> float:
-    """Ding et al. 2024, https://arxiv.org/abs/2402.13753, as transformers has it."""
-    return math.sqrt(1 + math.log(length / original) / math.log(original)) if length > original > 1 else 1.0
 
 
 # ---- the other way

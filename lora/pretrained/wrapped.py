@@ -75,10 +75,10 @@ def tied(raw: Mapping, config: dict, header: Mapping) -> dict:
 def is_idle(raw: Mapping, name: str) -> bool:
     """Does it stand in a file of Gemma 4, in a layer that uses the keys and values of another?"""
     shared, layers = raw.get("num_kv_shared_layers"), raw.get("num_hidden_layers")
-    found = re.fullmatch(r"model\.layers\.(\d{1,5})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+", name)
-    if raw.get("model_type") != "gemma4_text" or not found or type(shared) is not int or type(layers) is not int:
+    if raw.get("model_type") != "gemma4_text" or type(shared) is not int or type(layers) is not int:
         return False
-    return int(found[1]) >= layers - shared
+    found = re.fullmatch(r"model\.layers\.(\d{1,5})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+", name)
+    return bool(found) and int(found[1]) >= layers - shared
 
 
 def left_out(stored: Iterable[str]) -> str:

@@ -194,8 +194,8 @@ PARTICULAR = {
 )
 @mutation(
     "lora/network/rope_fields.py",
-    "else [grows(factor), 1]",
-    "else [1.0, 1]",
+    "mscale and of_all else (1, 0))",
+    "mscale and of_all else (0, 0))",
     case="mistralai/Devstral-2-123B-Instruct-2512",
 )
 @mutation(

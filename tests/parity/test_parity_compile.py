@@ -32,7 +32,8 @@ D, INNER, RANK, TOKENS = 32, 80, 4, 96
 
 def kept_by(model, tokens) -> int:
     """Numbers that a forward pass keeps for the backward pass and that are there for every token."""
-    kept, rope = {}, sum(table.numel() for table in rope_table(model.config, tokens, model.dtype))
+    cos, sin, _ = rope_table(model.config, tokens, model.dtype)
+    kept, rope = {}, cos.numel() + sin.numel()
 
     def pack(tensor):
         if tensor.shape[0] == len(tokens):

@@ -7,6 +7,7 @@ import errno
 import json
 import resource
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,17 +106,12 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models_in(tmp_path_factory):
     """Folders of the models of CASES, made when they are asked for."""
-    made = {}
+    return cache(lambda case: cli.write_model(tmp_path_factory.mktemp("model"), **CASES[case]))
 
-    def model(case: str):
-        if case not in made:
-            made[case] = cli.write_model(tmp_path_factory.mktemp("model"), **CASES[case])
-        return made[case]
 
-    return model
+models = pytest.fixture(models_in, scope="module")
 
 
 def as_is(name, tensor):

@@ -66,7 +66,8 @@ HAS = {  # what nearly every string of a class has, said in other words than the
 def test_the_strings_are_those_that_the_program_makes():
     assert [(row["class"], row["text"]) for row in ROWS] == strings()
     assert len(set(TEXTS)) == len(TEXTS) == 2000 == COUNT * len(CLASSES)
-    assert set(REFERENCE["toys"]) == set(PRE) == set(PRE_TOKENIZERS) - {"glm4"}
+    # those that came later are judged by llama.cpp itself, in tests/parity/test_parity_llama.py
+    assert set(REFERENCE["toys"]) == set(PRE) <= set(PRE_TOKENIZERS)
     assert PRE_TOKENIZERS["glm4"][0] == PRE_TOKENIZERS["llama-bpe"][0]  # which cuts text alike, and is in the reference
 
 
