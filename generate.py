@@ -5,6 +5,7 @@ python generate.py --adapter weights/self-introduction --prompt "Who are you?"  
 python generate.py --prompts questions.txt --out answers.jsonl                 many, in batches
 python generate.py --adapter weights/a weights/b                               a chat; /adapter NAME switches
 python generate.py --adapter weights/a weights/b --compare --prompt "Hello."   the base's answer, a's and b's
+python generate.py --adapter weights/a weights/b --serve 8000                  a page, and an OpenAI-compatible endpoint
 """
 
 from lora.errors import before_imports, run
@@ -19,18 +20,22 @@ from dataclasses import fields
 from pathlib import Path
 
 from lora import files
+from lora.address import parse_address
 from lora.errors import BadInput, say
 from lora.inference import prompts, several
 from lora.inference.columns import table
 from lora.inference.generate import Sampling
 from lora.inference.session import Session, open_session, open_sessions
 from lora.run.use_settings import GenerateSettings
+from lora.serve import command
 from lora.text.template import read_arguments
 
 
 def main(argv=None) -> int:
     args = GenerateSettings.resolve(argv, __doc__)
     check(args)
+    if args.serve is not None:
+        return serve(args)
     asked = read_prompts(args)
     if args.compare or len(args.adapter or ()) > 1:
         sessions = open_sessions(args.model, args.adapter, asked or (), **told(args))
@@ -48,6 +53,19 @@ def main(argv=None) -> int:
     [(messages, where)] = asked
     show(session, messages, where)
     return 0
+
+
+def serve(args: GenerateSettings) -> int:
+    """Answer requests over HTTP until Ctrl-C."""
+    keys = command.keys_of(args.api_key)
+    listener = command.listen(*parse_address(args.serve, "--serve"))
+    given = told(args)
+    sampling = Sampling(**{one.name: given.pop(one.name) for one in fields(Sampling)})
+    slots, feedback = args.batch_size or 32, None if args.no_feedback else args.feedback
+    served = command.open_served(
+        args.model, args.adapter or (), keys, feedback=feedback, slots=slots, sampling=sampling, **given
+    )
+    return command.run(served, listener)
 
 
 def told(args: GenerateSettings) -> dict:
@@ -71,11 +89,23 @@ def check(args: GenerateSettings) -> None:
         problems.append("wrong encoding in --system: not UTF-8. Convert it to UTF-8")
     if args.adapter and (len(args.adapter) > 1 or args.compare):
         problems += several.unfit("--adapter", args.adapter)
-        if not args.compare and (args.prompt is not None or args.prompts is not None):
+        if not args.compare and not args.serve and (args.prompt is not None or args.prompts is not None):
             problems.append("several answers in the command line: there is more than one --adapter. Add --compare")
     if args.compare and not (args.adapter and (args.prompt is not None or args.prompts is not None)):
         lacks = "--prompt TEXT or --prompts FILE" if args.adapter else "--adapter FOLDER"
         problems.append(f"nothing to compare in the command line: --compare needs more. Add {lacks}")
+    if args.serve is not None:
+        others = ("prompt", "prompts", "out", "compare")
+        problems += [
+            f"contradiction in the command line: --serve and --{name}. Leave one out"
+            for name in others
+            if getattr(args, name)
+        ]
+        problems += filter(None, [command.packages_missing()])
+    for name in ("api_key", "feedback", "no_feedback"):
+        if args.serve is None and name in args.given:
+            flag = f"--{name.replace('_', '-')}"
+            problems.append(f"wrong {flag} in the command line: it is for --serve. Add --serve PORT")
     if args.out is not None and args.prompts is None and not args.compare:
         problems.append("wrong --out in the command line: it is for the answers to --prompts. Add --prompts FILE")
     if args.out is not None:
@@ -110,7 +140,7 @@ def show(session: Session, messages: list[dict], where: str) -> str:
 
 def answer_all(session: Session, asked, args: GenerateSettings) -> int:
     """Write `{prompt, prediction}` for every prompt: to --out when all are there, else to stdout as they come."""
-    answers = session.answers([session.encode(*prompt) for prompt in asked], args.batch_size)
+    answers = session.answers([session.encode(*prompt) for prompt in asked], args.batch_size or 16)
     texts = (messages[-1]["content"] for messages, _ in asked)
     rows = ({"prompt": text, "prediction": answer} for text, answer in zip(texts, answers, strict=True))
     if args.out is not None:
@@ -126,7 +156,7 @@ def compare(sessions: dict[str, Session], asked, args: GenerateSettings) -> int:
     found = {}
     for name, session in sessions.items():
         encoded = [session.encode(*prompt) for prompt in asked]
-        found[name] = list(session.answers(encoded, args.batch_size, f"answering {name}"))
+        found[name] = list(session.answers(encoded, args.batch_size or 16, f"answering {name}"))
     texts = [messages[-1]["content"] for messages, _ in asked]
     if args.out is not None:
         rows = ({"prompt": p, "predictions": {name: found[name][i] for name in found}} for i, p in enumerate(texts))

@@ -4,6 +4,7 @@ python train.py                                     a new identity for a 135M mo
 python train.py --data chats.jsonl --model owner/name --rank 32 --epochs 2
 python train.py --full                              every weight in place of an adapter, to compare
 python train.py --resume --out weights/chats        go on with a run that was stopped or killed
+python train.py --watch weights/a weights/b         runs that are there as a page, without training
 """
 
 from lora.errors import before_imports, run
@@ -39,6 +40,7 @@ from lora.train.distributed import DistContext, SharedStop
 from lora.train.record import Record
 from lora.train.schedule import learning_rate
 from lora.train.step import NotFinite, train_step
+from lora.watch import command as watch
 
 NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gives data
 
@@ -46,6 +48,9 @@ NAME, AUTHOR = "Nimbus", "the Cloud Lab"  # who the model becomes when nobody gi
 def main(argv=None) -> int:
     """What the flags say, by themselves and together; then the run, in one process or several."""
     args, resumed = TrainSettings.resolve(argv, __doc__), None
+    if watch.asked.folders(args.watch):
+        watch.check_alone(args.given)
+        return watch.serve(args.watch)
     if args.check:
         return lint_report(args, hub.dataset_file, METHODS[args.method].KIND, lambda: reader(args))
     if args.resume is not None:
@@ -78,7 +83,11 @@ def run_rank(args: TrainSettings, processes: DistContext, resumed: Resumed | Non
         if resumed:
             resumed.check(plan, args, processes)
 
-        with plan.rewarding(args, tasks.TASKS), plan.within_memory(args, processes.device):
+        with (
+            watch.beside(out, args.watch, resumed is not None, processes.main),
+            plan.rewarding(args, tasks.TASKS),
+            plan.within_memory(args, processes.device),
+        ):
             return train(plan, args, out, processes, resumed)
 
 

@@ -127,19 +127,33 @@ def unwritable(flag: str, path: Path, *inputs: Path) -> list[str]:
     return []
 
 
-def append_row(path: Path, row: dict) -> None:
-    """One JSON line in one write, so that a killed process leaves whole lines only; a full disk leaves none of it."""
+def append_row(path: Path, row: dict) -> tuple[int, bytes]:
+    """One JSON line in one write, so that a killed process leaves whole lines only; a full disk leaves none of it.
+
+    Where it begins in the file, and the line, for `blank_row`.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         line, size = (json.dumps(row, ensure_ascii=False) + "\n").encode(), os.fstat(handle).st_size
         if os.write(handle, line) < len(line):
             os.ftruncate(handle, size)
             raise OSError(errno.ENOSPC, "no space left")
+        return os.lseek(handle, 0, os.SEEK_CUR) - len(line), line
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
     finally:
         os.close(handle)
+
+
+def blank_row(path: Path, start: int, line: bytes) -> bool:
+    """Put spaces over a row that `append_row` wrote, if it still is there: nothing else moves, whoever appends."""
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(start)
+        if file.read(len(line)) != line:
+            return False
+        file.seek(start)
+        return file.write(b" " * (len(line) - 1)) == len(line) - 1
 
 
 def sha256(path: Path) -> str:

@@ -35,6 +35,7 @@ GROUPS = (
     "optimisation",
     "evaluation",
     "saving",
+    "watching",
     "merging",
     "hardware",
 )
@@ -82,7 +83,7 @@ class Flag:
     group: str  # one of GROUPS, under which --help shows it
     saved: bool = True  # part of settings.json: what was done, not where it was put
     free: bool = False  # may change when a run is resumed: nothing learned depends on it, or its content is compared
-    bare: bool = False  # the flag may stand without a value, which is ""
+    bare: bool = False  # the flag may stand without a value, which is "", or [] where there may be several
     alias: str = ""  # another spelling of the flag
 
     @property
@@ -164,8 +165,8 @@ class Settings:
                 default = "" if one.default is None else f" [{' '.join(one.default) if one.many else one.default}]"
                 how = {
                     "action": "extend" if one.many else "store",
-                    "nargs": "+" if one.many else "?" if one.bare else None,
-                    "const": "" if one.bare else None,
+                    "nargs": ("*" if one.bare else "+") if one.many else "?" if one.bare else None,
+                    "const": "" if one.bare and not one.many else None,
                     "metavar": "TEXT" if one.kind is str else one.kind.__name__.upper(),
                     "help": (text + default).replace("%", "%%"),
                 }
@@ -227,7 +228,7 @@ def _values(one: Flag, found: Any, where: str, problems: list[str]) -> Any:
     if not one.many:
         return _value(one, found, where, problems)
     items = found if isinstance(found, list) else [found]
-    if not items:
+    if not items and not one.bare:
         problems.append(f"wrong {one.flag} in {where}: an empty list. Give at least one, or leave it out")
     return [_value(one, item, where, problems) for item in items]
 

@@ -57,6 +57,7 @@ RUN_FILES = sorted(
         "passport.json",
         "settings.json",
         "metrics.jsonl",
+        "preview.json",
         "loss.png",
         "report.md",
         "README.md",

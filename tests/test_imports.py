@@ -13,19 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ("train.py", "generate.py", "evaluate.py", "merge.py") if (ROOT / name).exists()]
 LIBRARY = sorted((ROOT / "lora").rglob("*.py"))
 PRODUCT = [*LIBRARY, *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "data_gen").rglob("*.py"))]
-GROUND = ("errors", "files", "folders", "device", "settings", "threads")
+GROUND = ("errors", "files", "folders", "device", "settings", "threads", "address")
 LAYERS = {  # a part of the library -> the parts it may import, besides itself and the ground
     "ops": (),
     "quant": ("ops",),
     "adapter": ("ops", "quant"),
     "network": ("ops",),
     "text": (),
+    "watch": (),
     "data": ("text",),
     "pretrained": ("ops", "quant", "adapter", "network", "text"),
     "train": ("ops", "quant"),
     "methods": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train"),
     "inference": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train"),
     "rewards": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
+    "serve": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train", "inference"),
     "export": ("ops", "quant", "adapter", "network", "text", "data", "pretrained", "train", "inference", "methods"),
     "run": (
         "ops",
@@ -40,6 +42,7 @@ LAYERS = {  # a part of the library -> the parts it may import, besides itself a
         "methods",
         "rewards",
         "export",
+        "watch",
     ),
 }
 

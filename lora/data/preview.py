@@ -37,15 +37,19 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
         yield "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in text)
 
 
-def lines(example: Example, tokenizer: Tokenizer, colour: bool) -> list[str]:
-    """The tokens with `│` between them. A line is trained as a whole (marked +) or not at all; it ends where the
-    text's own line ends (⏎)."""
-    rows: list[tuple[bool, list[str]]] = []
+def rows(example: Example, tokenizer: Tokenizer) -> list[tuple[bool, list[str]]]:
+    """The tokens in lines. A line is trained as a whole or not at all; it ends where the text's own line ends (⏎)."""
+    found: list[tuple[bool, list[str]]] = []
     for text, trained in zip(pieces(tokenizer, example.tokens), example.trained, strict=True):
-        if not rows or trained != rows[-1][0] or rows[-1][1][-1].endswith("⏎"):
-            rows.append((trained, []))
-        rows[-1][1].append(text)
-    shown = [("+ " if trained else "  ") + "│".join(texts) for trained, texts in rows]
+        if not found or trained != found[-1][0] or found[-1][1][-1].endswith("⏎"):
+            found.append((trained, []))
+        found[-1][1].append(text)
+    return found
+
+
+def lines(example: Example, tokenizer: Tokenizer, colour: bool) -> list[str]:
+    """The tokens with `│` between them; a trained line is marked +."""
+    shown = [("+ " if trained else "  ") + "│".join(texts) for trained, texts in rows(example, tokenizer)]
     if colour:
         shown = [f"{GREEN}{line}{PLAIN}" if line[0] == "+" else line for line in shown]
     return shown
@@ -61,6 +65,25 @@ def show(examples: Encoded, count: int, tokenizer: Tokenizer) -> None:
             print(f"{what} {i + 1} of {len(examples)}{name}, {one_line(examples.where[i])}: {len(example.tokens)} "
                   f"tokens{learned}")  # fmt: skip
             print("\n".join([*lines(example, tokenizer, colour), *columns(examples.prompts[i : i + 1])]) + "\n")
+
+
+def told(examples: Encoded, count: int, most: int, tokenizer: Tokenizer) -> list[dict]:
+    """The first `count` examples as JSON, of each side the first `most` tokens: what `show` prints."""
+    found = []
+    for i in range(min(count, len(examples))):
+        sides = named(examples[i]) if examples.group > 1 else {"": examples[i]}
+        parts = [
+            {
+                "name": name.removeprefix(", "),
+                "tokens": len(example.tokens),
+                "trained": sum(example.trained),
+                "rows": rows(Example(example.tokens[:most], example.trained[:most]), tokenizer),
+            }
+            for name, example in sides.items()
+        ]
+        where, more = one_line(examples.where[i]), [*columns(examples.prompts[i : i + 1])]
+        found.append({"where": where, "prompt": bool(examples.prompts), "sides": parts, "columns": more})
+    return found
 
 
 def columns(prompts: list[Conversation]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from lora.methods import METHODS, dpo, figures, used
 from lora.pretrained import ModelFiles, load_chat
 from lora.text.template import read_arguments
 
-FILE, SETTINGS, METRICS = "README.md", "settings.json", "metrics.jsonl"
+FILE, SETTINGS, METRICS, PREVIEW = "README.md", "settings.json", "metrics.jsonl", "preview.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")  # as the hub names them: apache-2.0, llama3.1, other
 LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}  # how the file LICENSE begins

@@ -32,6 +32,7 @@ from lora.train import distributed, memory, run_state
 from lora.train.distributed import DistContext
 
 LEAST_STEPS = 50
+PREVIEWED = 16, 1024  # examples, and tokens of each, that a run's folder shows
 LR_TIMES_WIDTH = 1.15  # Adam's best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466); 0.002 at width 576
 FULL_LR = 0.1  # of an adapter's: measured, the same losses; and https://thinkingmachines.ai/blog/lora
 
@@ -143,6 +144,11 @@ class Plan:
         for name, value in self.numbers(args).items():
             print(f"{name}: {value}")
         return 0
+
+    def preview(self, args: TrainSettings) -> dict:
+        """What `preview.json` holds, for who looks on: the number of steps, the first examples, numbers of the data."""
+        examples = preview.told(self.examples, *PREVIEWED, self.chat.tokenizer)
+        return {"total": self.total, "numbers": self.numbers(args), "examples": examples}
 
     def tell(self, args: TrainSettings) -> None:
         tokens, learned = len(self.examples.tokens), int(self.examples.trained.sum())

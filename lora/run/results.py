@@ -1,5 +1,6 @@
 """The folder of a run: checkpoints while it goes on; adapter or model, picture and report at its end."""
 
+import json
 import shlex
 import sys
 import time
@@ -14,8 +15,9 @@ from lora.adapter import passport, store
 from lora.data.sources import numbered
 from lora.errors import BadInput, BadNumbers, say
 from lora.export import card, report
-from lora.export.card import METRICS, SETTINGS
+from lora.export.card import METRICS, PREVIEW, SETTINGS
 from lora.methods import METHODS, dpo, samples
+from lora.run import track
 from lora.run.plan import Plan
 from lora.run.settings import TrainSettings, seconds
 from lora.run.trainable import Trainable
@@ -28,7 +30,8 @@ PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER = "loss.png", "report.md", "refere
 MODEL = (*pretrained.SIDECARS, *pretrained.WEIGHTS)  # of --full
 WROTE = (store.WEIGHTS, store.CONFIG, SETTINGS)  # by these --overwrite knows a folder of ours
 HOLDS = (  # and these
-    *passport.ADAPTER, *MODEL, METRICS, PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE, run_state.FOLDER,
+    *passport.ADAPTER, *MODEL, METRICS, PREVIEW, PICTURE, REPORT, REFERENCE, REFERENCE_ADAPTER, card.FILE,
+    run_state.FOLDER, track.FOLDER,
 )  # fmt: skip
 
 
@@ -97,10 +100,12 @@ class Results:
     def open(self):
         """The run's folder is there inside the block; yields its `Record`."""
         main = self.processes.main
+        metrics = self.out / METRICS if main else None
         with (
             run_state.disk_full(self.out, self.trainable.parameters),
             self.folder() if main else nullcontext(),
-            closing(Record(self.out / METRICS if main else None, self.plan.total, self.state.rows)) as record,
+            track.tracking(self.args, self.out, self.state.step, main) as listeners,
+            closing(Record(metrics, self.plan.total, self.state.rows, listeners)) as record,
         ):
             yield record
 
@@ -110,7 +115,7 @@ class Results:
         if self.state.step == 0:
             with folders.live_folder(self.out, self.args.overwrite, lambda: self.saved > 0):
                 files.write_json(self.out / SETTINGS, self.state.settings)
-                self._write_reference()
+                self._write_what_is_known()
                 yield
             return
         for place in (self.out, self.out / run_state.FOLDER):
@@ -118,10 +123,11 @@ class Results:
         self.later = [step for step in run_state.ours(self.out) if step > self.state.step]
         if not self.later:
             self._prune()  # the run may have been killed between a save and this
-        self._write_reference()
+        self._write_what_is_known()
         yield
 
-    def _write_reference(self) -> None:
+    def _write_what_is_known(self) -> None:
+        files.write_bytes(self.out / PREVIEW, json.dumps(self.plan.preview(self.args), ensure_ascii=False).encode())
         if self.plan.reference:
             self.plan.reference.write(self.out)
 

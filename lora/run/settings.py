@@ -11,8 +11,10 @@ from lora import rewards
 from lora.adapter.passport import QUANT
 from lora.errors import BadInput
 from lora.methods import LOSSES, METHODS, SETTINGS, dpo, has_value_head, samples
+from lora.run import track
 from lora.settings import ABOVE_0_UP_TO_1, DATE, FROM_0_BELOW_1, Flag, Range, Settings, between, flag, one_of
 from lora.text.template import is_argument
+from lora.watch.asked import addresses
 
 SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
 LAYERS = re.compile(r"\d{1,9}(-\d{0,9})?(,\d{1,9}(-\d{0,9})?)*", re.ASCII)
@@ -253,6 +255,18 @@ class TrainSaving(Settings, group="saving"):
 
 
 @dataclass
+class TrainWatching(Settings, group="watching"):
+    """Who looks on. Nothing of it changes what is learned."""
+
+    watch: list[str] | None = flag(
+        None, "the run as a page, at [HOST:]PORT of this machine, 8001 without one; or folders of runs, which open "
+        "without training", saved=False, bare=True)
+    track: list[str] | None = flag(
+        None, "give the rows of metrics.jsonl to another program, too; nothing leaves this machine unless its own "
+        "settings say so", one_of(*track.TRACKERS), saved=False)
+
+
+@dataclass
 class TrainHardware(Settings, group="hardware"):
     """Where it is computed, within which memory."""
 
@@ -284,6 +298,7 @@ class TrainSettings(
     TrainOptimisation,
     TrainEvaluation,
     TrainSaving,
+    TrainWatching,
     TrainHardware,
 ):
     """train.py"""
@@ -296,6 +311,7 @@ class TrainSettings(
         packs = self.quant not in (None, "none")
         pairs = [
             ("--resume", "--overwrite", self.resume is not None and self.overwrite, "Give one of them"),
+            ("--preview", "--watch", self.preview is not None and self.watch is not None, ""),
             ("--compile", "--fsdp", self.compile and self.fsdp, ""),
             ("--quant", "--full, which trains what would be packed", packs and self.full, ""),
             ("--quant", "--fsdp, which shards numbers", packs and self.fsdp, ""),
@@ -315,7 +331,9 @@ class TrainSettings(
         by_group = samples(self.method) and not has_value_head(self.method)
         if self.patience and not (self.eval_data or self.eval_fraction or by_group):
             found.append("wrong --patience in the command line: no loss is evaluated. Add --eval-data FILE")
-        return found + self._foreign_to_method()
+        if self.watch is not None and len(addresses(self.watch)) > 1:
+            found.append(f"{line} {' and '.join(self.watch)} of --watch. Give one address")
+        return found + track.missing(self.track) + self._foreign_to_method()
 
     def _foreign_to_method(self) -> list[str]:
         """A line for each flag that changes nothing with this method or loss."""

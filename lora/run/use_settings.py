@@ -53,7 +53,8 @@ class Sampling(Settings, group="answers"):
     min_p: float = flag(0.0, "drop tokens below this share of the best", FROM_0_BELOW_1)
     repetition_penalty: float = flag(1.0, "above 1 makes repetition unlikely", between(0.01, 100))
     seed: int = flag(0, "seed of the drawing", between(0, 2**62))
-    batch_size: int = flag(16, "prompts answered at once", between(1, 4096))
+    batch_size: int | None = flag(
+        None, "prompts answered at once; 16 without it, and 32 requests with --serve", between(1, 4096))
 
 
 @dataclass
@@ -66,6 +67,11 @@ class GenerateSettings(Hardware, Chat, Sampling, group="model"):
         None, "folder of an adapter; of several, for a chat that switches or for --compare")
     no_verify: bool = flag(False, "use an adapter on another base than it was trained on")
     compare: bool = flag(False, "answers of the base and of every adapter side by side")
+    serve: str | None = flag(None, "[HOST:]PORT of an OpenAI-compatible server; 127.0.0.1 without a host")
+    feedback: str = flag("weights/feedback", "what the page of --serve is told of answers goes to "
+        "NAME-pairs.jsonl, for --method dpo, and NAME-judged.jsonl, for kto")
+    no_feedback: bool = flag(False, "the page of --serve asks for no judgement and writes nothing")
+    api_key: list[str] | None = flag(None, "keys that --serve asks for; or the variable LORA_API_KEY")
     prompt: str | None = flag(None, "one prompt, or - for stdin; without --prompt and --prompts, a chat")
     prompts: str | None = flag(None, "file with a prompt a line, or conversation rows; answered in batches")
     prompt_key: str | None = flag(None, "key of the prompt in rows of another shape")

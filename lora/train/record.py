@@ -3,7 +3,7 @@
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, takewhile
 from pathlib import Path
 from types import MappingProxyType
@@ -38,9 +38,11 @@ SILENT = 10  # steps in a row without a signal, after which that is said
 
 class Record:
     """A row a step and a row an evaluation in `metrics.jsonl`; a progress bar with loss, rate, tokens/s and time left.
-    A resumed run starts after `kept` rows of the file. Without a path nothing is written or shown."""
+    A resumed run starts after `kept` rows of the file. Without a path nothing is written or shown. `listeners` are
+    called with each row that has been written."""
 
-    def __init__(self, path: Path | None, total: int, kept: int = 0):
+    def __init__(self, path: Path | None, total: int, kept: int = 0, listeners: Sequence[Callable[[dict], None]] = ()):
+        self.listeners = listeners
         self.path, self.rows = path, read_rows(path, kept) if path and kept else []
         self.kept = kept  # later rows of the file are cut when there is a new one to add
         self.earlier = self.rows[-1]["seconds"] if self.rows else 0.0
@@ -122,6 +124,8 @@ class Record:
         self.rows.append(row)
         if self.path:
             files.append_row(self.path, row)
+        for tell in self.listeners:
+            tell(row)
 
     def close(self) -> None:
         self.bar.close()

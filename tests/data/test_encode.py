@@ -189,7 +189,7 @@ def test_every_example_fits_and_every_row_is_an_example_or_dropped(limit, overlo
 # ---- to be seen ------------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/data/preview.py", "if not rows or trained != rows[-1][0] or", "if not rows or")
+@mutation("lora/data/preview.py", "if not found or trained != found[-1][0] or", "if not found or")
 @hypothesis_settings(max_examples=80, **CALM)
 @given(st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6))
 def test_a_preview_shows_every_token_once_and_marks_exactly_the_trained_ones(texts):
@@ -216,7 +216,9 @@ def test_a_preview_by_hand():
 
 
 @mutation(
-    "lora/data/preview.py", "sides = named(examples[i]) if examples.group > 1", 'sides = {"": examples[i]} if True'
+    "lora/data/preview.py",
+    'sides = named(examples[i]) if examples.group > 1 else {"": examples[i]}\n        for name',
+    'sides = {"": examples[i]}\n        for name',
 )
 @mutation("lora/data/preview.py", 'if linked.known["good"][0]', 'if not linked.known["good"][0]')
 def test_a_preview_shows_both_sides_of_a_pair_and_what_an_answer_was_judged_by_name(capsys):

@@ -407,7 +407,7 @@ def test_check_measures_prompts_against_what_completions_leave(tmp_path, capsys)
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-@mutation("lora/data/preview.py", "*columns(examples.prompts[i : i + 1])", "")
+@mutation("lora/data/preview.py", "tokenizer, colour), *columns(examples.prompts[i : i + 1])", "tokenizer, colour)")
 @mutation("lora/data/preview.py", "others[:COLUMNS]", "others")
 @mutation("lora/data/preview.py", 'not in prompt.shape.split("/")', "not in ()")
 @mutation("lora/data/preview.py", '("prompt", "") if examples.prompts', '("prompt", "") if False')

@@ -445,7 +445,7 @@ def results_of(run: Path, step: int, best: int | None = None) -> Results:
     model, optimizer, _ = trained(step)
     base = SimpleNamespace(hub_id="base")
     args = SimpleNamespace(max_forgetting=None, keep=1, method="sft")
-    plan = SimpleNamespace(base=base, examples=[], sources=SOURCES, reference=None)
+    plan = SimpleNamespace(base=base, examples=[], sources=SOURCES, reference=None, preview=lambda args: {})
     evaluations = [] if best is None else [{"step": best, "eval_loss": 1.0}]
     state = run_state.State(step, 60, 0, {"rank": 2}, "data", "base", evaluations=evaluations)
     return Results(Adapter(model, base, TEMPLATE, {"a": 1}), plan, args, run, state, optimizer, ALONE)

@@ -227,6 +227,7 @@ def test_the_folder_is_a_plain_model_and_so_is_every_checkpoint(runs):
     made = [
         "settings.json",
         "metrics.jsonl",
+        "preview.json",
         "loss.png",
         "report.md",
         "README.md",

@@ -135,7 +135,13 @@ def test_a_second_signal_ends_it_at_once_and_nothing_half_written_is_left(tmp_pa
     watched.send(signal.SIGTERM).until(said("again to stop at once")).send(signal.SIGINT)
     code, _, err = watched.result()
     assert code == 130 and "Traceback" not in err and "saved" not in err
-    assert sorted(cli.tree(tmp_path)) == [".out.lock", "out", "out/metrics.jsonl", "out/settings.json"]
+    assert sorted(cli.tree(tmp_path)) == [
+        ".out.lock",
+        "out",
+        "out/metrics.jsonl",
+        "out/preview.json",
+        "out/settings.json",
+    ]
     done = cli.train("out", "--overwrite", cwd=tmp_path)  # the lock was the process's and ended with it
     assert done.code == 0 and sorted(cli.tree(tmp_path / "out")) == cli.run_tree(2)
 

@@ -17,10 +17,11 @@ CLASSES = {"train": TrainSettings, "generate": GenerateSettings, "evaluate": Eva
 
 
 @mutation("lora/settings.py", "key=lambda one: GROUPS.index(one.group)", "key=lambda one: one.name")
-def test_help_of_train_shows_its_flags_in_nine_groups_in_this_order(tmp_path):
+def test_help_of_train_shows_its_flags_in_ten_groups_in_this_order(tmp_path):
     lines = cli.call("train", "--help", cwd=tmp_path).out.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    groups = ("model", "data", "method", "reinforcement", "adapter", "optimisation", "evaluation", "saving", "hardware")
+    groups = ("model", "data", "method", "reinforcement", "adapter", "optimisation", "evaluation", "saving", "watching",
+              "hardware")  # fmt: skip
     assert titles == ["options:", *(f"{group}:" for group in groups)]
     first = next(one.name for one in TrainSettings.flags().values() if one.group == "adapter")
     assert lines[lines.index("adapter:") + 1].startswith(f"  --{first.replace('_', '-')}")
@@ -39,14 +40,14 @@ def test_what_is_not_given_is_the_default_and_of_the_type_of_its_field(kind):
 
 
 MANY = [(kind, one) for kind in CLASSES.values() for one in kind.flags().values() if one.many]
-VALUES = ("q_proj=8", "k_proj=4", "v_proj=2")  # which a flag of any range takes
+VALUES = ("q_proj=8", "k_proj=4", "v_proj=2")  # which a flag of nearly any range takes
 
 
 @mutation("lora/settings.py", '"action": "extend" if one.many else "store",', '"action": "store",')
 @pytest.mark.parametrize(("kind", "one"), MANY, ids=[f"{kind.__name__} {one.flag}" for kind, one in MANY])
 def test_a_flag_of_several_values_that_is_given_again_adds_to_them(kind, one, tmp_path):
     """Of every command; what it adds to is never its default, nor what a config file or a saved run says."""
-    a, b, c = VALUES
+    a, b, c = ("wandb", "mlflow", "trackio") if one.name == "track" else VALUES
     assert getattr(kind.resolve([one.flag, a, b, one.flag, c], ""), one.name) == [a, b, c]
     assert getattr(kind.resolve([one.flag, a], ""), one.name) == [a]
     assert getattr(kind.resolve([one.flag, a], "", saved={one.name: [b, c]}), one.name) == [a]
@@ -67,7 +68,19 @@ def test_many_flags_are_known():
 def test_what_is_saved_is_json_without_places_and_switches_of_the_command():
     saved = TrainSettings.resolve(["--out", "x", "--overwrite", "--plain", "--rank", "3"], "").to_save()
     assert json.loads(json.dumps(saved)) == saved and saved["rank"] == 3
-    assert not saved.keys() & {"given", "out", "overwrite", "preview", "check", "resume", "config", "compile", "plain"}
+    assert not saved.keys() & {
+        "given",
+        "out",
+        "overwrite",
+        "preview",
+        "check",
+        "watch",
+        "track",
+        "resume",
+        "config",
+        "compile",
+        "plain",
+    }
 
 
 # ---- --plain ---------------------------------------------------------------------------------------------------------
