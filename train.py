@@ -24,10 +24,10 @@ from lora.data.sources import lint_report
 from lora.errors import StopFlag, Stopped, say
 from lora.methods import METHODS, compares, samples
 from lora.methods.objective import Objective
-from lora.network.compiled import compile_blocks
 from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.run import reference
+from lora.run.compiling import compile_model
 from lora.run.evaluator import Answers, Evaluator
 from lora.run.plan import Plan, make_plan, reader
 from lora.run.results import REPORT, Results, new_folder, reserved, show
@@ -100,9 +100,7 @@ def load(plan: Plan, args: TrainSettings, processes: DistContext, given: bool) -
     model = load_model(plan.base, base_dtype(args), processes.device)
     torch.manual_seed(args.seed)
     trainable = make_trainable(model, plan, args, given, processes.main)
-    if args.compile:
-        compile_blocks(model)
-        say("compile  the first step takes a minute or two longer")
+    args.compile = args.compile and compile_model(model, asked="compile" in args.given)
     return model, trainable
 
 

@@ -1,6 +1,6 @@
 """One side of bench/train_speed.py in a process of its own:   python bench/train_sides.py JOB.json RESULT.json
 
-`ours` trains with the functions that train.py calls. `B0` is PEFT as people run it: one micro-batch a step, padded on
+`ours` trains with the functions that train.py calls, `compiled` as it does in long runs. `B0` is PEFT as people run it: one micro-batch a step, padded on
 the right, adapters that PEFT casts to float32. `B1` is PEFT tuned: no cast, a step sorted by length and cut into
 micro-batches of the best size. Both leave the choice of attention to transformers (SDPA) and use what its Trainer uses
 by default, the fused AdamW and no cache of keys and values; no Trainer, no checkpointing.
@@ -51,6 +51,10 @@ class Ours:
         self.parameters = {f"{store.PREFIX}{name}.weight": p for name, p in trainable.items()}
         self.objective = Objective(sft, self.model, job)
         self.optimizer = make_optimizer(trainable, job, here)
+        if job.side == "compiled":
+            from lora.run.compiling import compile_model
+
+            compile_model(self.model, asked=True)
 
     def cut(self, examples: list[Example]) -> list:
         return self.batch.micro_batches(examples, self.job.micro_tokens)
@@ -187,4 +191,4 @@ def work(job, side) -> dict:
 if __name__ == "__main__":
     job = SimpleNamespace(**files.read_json(sys.argv[1]))
     torch.set_num_threads(job.threads)
-    files.write_json(sys.argv[2], work(job, (Ours if job.side == "ours" else Peer)(job)))
+    files.write_json(sys.argv[2], work(job, (Ours if job.side in ("ours", "compiled") else Peer)(job)))

@@ -1,12 +1,13 @@
 """How fast is training against PEFT + transformers, and against its own matrix products?   python bench/train_speed.py
 
-Ours against PEFT as people run it (B0) and tuned (B1), see bench/train_sides.py: the same base in bfloat16, the same
-adapter of rank 16 on all linears to begin with, the same examples in every step, the same optimizer and loss. A fresh
-process a side and a round, in the order ours B0 B1 B1 B0 ours; ratios are taken step by step and their median is given
-with the quartiles. First loss and gradients must agree, or there is no speed to speak of: exit 1 and `void`.
+Ours, with compiled blocks and without, against PEFT as people run it (B0) and tuned (B1), see bench/train_sides.py: the
+same base in bfloat16, the same adapter of rank 16 on all linears to begin with, the same examples in every step, the
+same optimizer and loss. A fresh process a side and a round, in an order that is turned round from round to round; ratios
+are taken step by step and their median is given with the quartiles, for compiled blocks where there are such. First
+loss and gradients must agree, or there is no speed to speak of: exit 1 and `void`.
 
-Prints tables; bench/results/train_speed.json gets every raw row, and keeps what it has of workloads that were not run.
-With all defaults it takes about 40 minutes on 2 cores.
+Prints tables; bench/results/train_speed.json gets every raw row, those of CPUs with AMX and without side by side, and
+keeps what it has of workloads that were not run. With all defaults it takes about an hour on 2 cores.
 """
 
 import argparse
@@ -41,29 +42,41 @@ RESULT = ROOT / "bench" / "results" / "train_speed.json"
 DEFAULTS = {name: flag.default for name, flag in TrainSettings.flags().items()}
 GRID_STEPS, MOST_DRIFT = 3, 0.05
 # in bfloat16 the gradients of B0 and B1 have a cosine of 0.999 as a whole, and 0.991 for the tensor that differs most:
-# nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike
+# nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike. Adam makes much of what
+# rounding leaves: single losses of B0 and B1 are 0.4 % apart after ten steps, so that their mean counts
+MEMORY = {"memory": "B0", "memory B1": "B1"}
 BOUNDS = {"float32": {"loss": 1e-5, "norm": 1e-5, "worst tensor": 1e-5},
-          "bfloat16": {"loss": 1e-2, "norm": 1e-2, "1 - cosine": 2e-3, "its worst tensor": 2e-2}}  # fmt: skip
+          "bfloat16": {"mean loss": 5e-3, "norm": 1e-2, "1 - cosine": 2e-3, "its worst tensor": 4e-2}}  # fmt: skip
+
+
+SIDES = ("ours", "compiled", "B0", "B1")
 
 
 def workload(
-    what, low, high, trained, examples, steps, warm=3, sides=("ours", "B0", "B1"), micro=(1, 2, 4, 8), goals=None
+    what, low, high, trained, examples, steps, warm=3, sides=SIDES, micro=(1, 2, 4, 8), goals=None, goals_with_amx=None
 ):
     """Lengths, the share that is trained, examples a step, a process's timed steps and those before, examples in a
-    micro-batch that B1 chooses from, goals by name."""
+    micro-batch that B1 chooses from, goals by name on each kind of CPU."""
     return SimpleNamespace(**locals())
 
 
 WORKLOADS = {
     "short": workload(
         "chats", 50, 300, (0.3, 0.5), 8, 8,
-        goals={"B0": (">=", 2.5), "B1": (">=", 1.8), "matmuls": ("<=", 1.35), "memory": ("<=", 0.4)},
+        goals={"B0": (">=", 3.0), "B1": (">=", 2.2), "matmuls": ("<=", 1.5), "memory": ("<=", 0.33)},
+        goals_with_amx={"B0": (">=", 4.5), "B1": (">=", 3.0), "matmuls": ("<=", 2.5), "memory": ("<=", 0.33),
+                        "memory B1": ("<=", 0.7)},
     ),
     "long": workload(
         "worked answers", 600, 1500, (0.8, 0.9), 4, 3, warm=2,
-        goals={"B0": (">=", 2.2), "B1": (">=", 1.6), "matmuls": ("<=", 1.35)},
+        goals={"B0": (">=", 2.6), "B1": (">=", 1.6)},
+        goals_with_amx={"B0": (">=", 3.0), "B1": (">=", 2.0)},
     ),
-    "full": workload("documents", 2048, 2048, (1, 1), 1, 2, warm=2, goals={"matmuls": ("<=", 1.35)}),
+    "full": workload(
+        "documents", 2048, 2048, (1, 1), 1, 2, warm=2,
+        goals={"B0": (">=", 2.0), "B1": (">=", 1.6)},
+        goals_with_amx={"B0": (">=", 2.5), "B1": (">=", 2.0)},
+    ),
     "document": workload("document", 8192, 8192, (1, 1), 1, 1, warm=1, sides=("ours",), goals={"peak GB": ("<=", 6)}),
 }  # fmt: skip
 
@@ -124,7 +137,7 @@ class Bench(Processes):
 
 
 def parity(ours: dict, peer: dict) -> dict[str, float]:
-    """What two runs differ by: losses of all steps; the gradient of the first, its norm, the relative error of the
+    """What two runs differ by: losses of all steps, and their mean; the gradient of the first, its norm, the relative error of the
     tensor that differs most, 1 - cosine of all of it and of the worst tensor."""
     rows = list(zip(ours["rows"], peer["rows"], strict=True))
     pairs = [(ours["gradients"][name].double(), theirs.double()) for name, theirs in peer["gradients"].items()]
@@ -138,6 +151,7 @@ def parity(ours: dict, peer: dict) -> dict[str, float]:
 
     return {
         "loss": worst(abs(a["loss"] / b["loss"] - 1) for a, b in rows),
+        "mean loss": abs(sum(a["loss"] for a, _ in rows) / sum(b["loss"] for _, b in rows) - 1),
         "norm": abs(rows[0][0]["norm"] / rows[0][1]["norm"] - 1),
         "worst tensor": worst(((a - b).norm() / b.norm()).item() for a, b in pairs),
         "1 - cosine": apart(*whole),
@@ -147,12 +161,13 @@ def parity(ours: dict, peer: dict) -> dict[str, float]:
 
 def agree(what: str, dtype: str, runs: dict[str, dict]) -> list[dict]:
     """Print the parity of ours with both peers, and of the peers; SystemExit where ours and one are out of bounds."""
-    pairs = [("ours", "B0"), ("ours", "B1"), ("B0", "B1")]
+    mine = [side for side in runs if side not in ("B0", "B1")]
+    pairs = [(side, peer) for side in mine for peer in ("B0", "B1")] + [("B0", "B1")]
     found = [{"what": what, "dtype": dtype, "sides": pair, **parity(*(runs[side] for side in pair))} for pair in pairs]
     for row in found:
         numbers = ", ".join(f"{name} {value:.1e}" for name, value in list(row.items())[3:])
         print(f"parity    {what} in {dtype}, {' and '.join(row['sides'])}: {numbers}", flush=True)
-    for row in found[:2]:
+    for row in found[:-1]:
         for name, bound in BOUNDS[dtype].items():
             if not row[name] < bound:
                 sides = " and ".join(row["sides"])
@@ -165,7 +180,7 @@ def agree(what: str, dtype: str, runs: dict[str, dict]) -> list[dict]:
 
 def measure(name: str, shape, bench: Bench, rounds: int) -> dict:
     warm, steps = shape.warm, make_steps(shape, bench.text, shape.warm + shape.steps, name)
-    best, grid = {"ours": 0, "B0": shape.examples, "B1": 1}, {}
+    best, grid = {"ours": 0, "compiled": 0, "B0": shape.examples, "B1": 1}, {}
     for micro in [micro for micro in shape.micro if 1 < shape.examples >= micro and "B1" in shape.sides]:
         rows = bench.child("B1", steps=steps[:GRID_STEPS], micro=micro)["rows"][1:]
         grid[micro] = sum(row["seconds"] for row in rows)
@@ -174,7 +189,7 @@ def measure(name: str, shape, bench: Bench, rounds: int) -> dict:
     runs, found = {side: [] for side in shape.sides}, []
     for number in range(rounds if len(runs) > 1 else 1):
         for side in shape.sides if number % 2 == 0 else reversed(shape.sides):
-            run = bench.child(side, steps=steps, micro=best[side], matmuls=side == "ours")
+            run = bench.child(side, steps=steps, micro=best[side], matmuls=side in ("ours", "compiled"))
             seconds = median(row["seconds"] for row in run["rows"][warm:])
             print(f"run       {name}: {side}, {seconds:.2f} s a step, drift {run['drift']:+.1%}", flush=True)
             runs[side].append(run)
@@ -205,18 +220,24 @@ def summary(runs: list[dict], timed: list[list[dict]]) -> dict:
 
 def reached(shape, runs, timed) -> dict[str, dict]:
     """By the goals' names: what was reached, the quartiles of what varies, and whether the goal is met."""
-    ours, found = [row for run in timed["ours"] for row in run], {}
-    found["matmuls"] = spread([row["seconds"] / row["matmul seconds"] for row in ours])
-    found["peak GB"] = {"value": max(run["peak"] for run in runs["ours"]) / 1e9}
-    for side in shape.sides[1:]:
-        theirs = [row for run in timed[side] for row in run]
-        found[side] = spread([b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)])
-    if "B0" in shape.sides:
-        found["memory"] = {"value": found["peak GB"]["value"] * 1e9 / max(run["peak"] for run in runs["B0"])}
-    for name, (sign, goal) in shape.goals.items():
+    mine = "compiled" if "compiled" in runs else "ours"
+    rows = {side: [row for run in timed[side] for row in run] for side in runs}
+    peaks = {side: max(run["peak"] for run in runs[side]) / 1e9 for side in runs}
+    found = {"matmuls": spread([row["seconds"] / row["matmul seconds"] for row in rows[mine]])}
+    found["peak GB"] = {"value": peaks["ours"]}
+    for side in list(runs)[1:]:
+        pairs = zip(rows[mine], rows["ours" if side == mine else side], strict=True)
+        found[side] = spread([b["seconds"] / a["seconds"] for a, b in pairs])
+    found |= {name: {"value": peaks[mine] / peaks[side]} for name, side in MEMORY.items() if side in peaks}
+    goals = (with_amx() and shape.goals_with_amx) or shape.goals or {}
+    for name, (sign, goal) in goals.items():
         value = found[name]["value"]
         found[name] |= {"goal": f"{sign} {goal}", "met": value >= goal if sign == ">=" else value <= goal}
     return found
+
+
+def with_amx() -> bool:
+    return bool(machine.described().get("amx"))
 
 
 def spread(values: list[float]) -> dict:
@@ -225,8 +246,9 @@ def spread(values: list[float]) -> dict:
 
 
 MEANINGS = {
-    "B0": "tokens/s over B0", "B1": "tokens/s over B1", "matmuls": "step time over matmul-only time",
-    "memory": "peak memory over B0's", "peak GB": "peak memory, GB",
+    "compiled": "tokens/s compiled over not", "B0": "tokens/s over B0", "B1": "tokens/s over B1",
+    "matmuls": "step time over matmul-only time", "memory": "peak memory over B0's", "memory B1": "… over B1's",
+    "peak GB": "peak memory not compiled, GB",
 }  # fmt: skip
 
 
@@ -236,9 +258,9 @@ def show(name: str, shape, result: dict) -> None:
     print(f"\n{name}: {len(rows)} steps of {shape.examples} {shape.what}, {real} tokens, {trained} trained; "
           f"B1 with {result['micro']['B1']} a micro-batch")  # fmt: skip
     heads = list(result["sides"]["ours"])
-    print("      " + "".join(f"{head:>14}" for head in heads))
+    print("        " + "".join(f"{head:>14}" for head in heads))
     for side, row in result["sides"].items():
-        print(f"{side:6}" + "".join(f"{row[head]:14.2f}" if head != "drifted" else f"{row[head]:14}" for head in heads))
+        print(f"{side:8}" + "".join(f"{row[head]:14.2f}" if head != "drifted" else f"{row[head]:14}" for head in heads))
     print(f"{'':36}{'goal':>10}  reached")
     for key, row in result["reached"].items():
         between = f"  ({row['from']:.2f} to {row['to']:.2f})" if "from" in row else ""
@@ -263,7 +285,7 @@ def main(argv=None) -> None:
         bench = Bench(Path(folder), chosen.threads, chosen.smoke)
         small = workload("chats", 20, 80, (0.3, 0.5), 4, 2)
         steps = make_steps(small, bench.text, small.steps, "parity")
-        micro = {"ours": 0, "B0": 4, "B1": 2}
+        micro = {"ours": 0, "compiled": 0, "B0": 4, "B1": 2}
         exact = {side: bench.child(side, steps=steps, micro=micro[side], dtype="float32") for side in small.sides}
         in_float32 = agree("small", "float32", exact)
         for name in chosen.workload or (("short", "document") if chosen.smoke else WORKLOADS):
@@ -276,7 +298,7 @@ def main(argv=None) -> None:
             show(name, shape, result)
             if not chosen.smoke or chosen.out != RESULT:
                 known = files.read_json(chosen.out) if chosen.out.exists() else {}
-                files.write_json(chosen.out, known | {name: result})
+                files.write_json(chosen.out, known | {f"{name} with AMX" if with_amx() else name: result})
 
 
 if __name__ == "__main__":

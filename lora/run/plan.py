@@ -24,7 +24,7 @@ from lora.methods import METHODS
 from lora.network.decoder import Model
 from lora.pretrained import hub
 from lora.rewards import Rewards
-from lora.run import adapter
+from lora.run import adapter, compiling
 from lora.run.settings import TrainSettings
 from lora.text.chat import Chat
 from lora.text.template import BUILT_IN, read_arguments
@@ -83,7 +83,9 @@ class Plan:
 
         def cut(part: list[int]) -> list[batch.Batch]:
             examples = [self.examples[i] for i in part]
-            return batch.micro_batches(examples, args.micro_tokens, processes.device, fill=args.compile)
+            return batch.micro_batches(
+                examples, args.micro_tokens, processes.device, fill=args.compile and args.device != "cpu"
+            )
 
         if not args.fsdp:
             return cut(processes.share(indices, lengths))
@@ -237,6 +239,7 @@ def make_plan(
     )
     per_step = args.batch_size + math.ceil(sum(share for _, share in replays) * args.batch_size)
     per_step = math.ceil(per_step / processes.size)
+    args.compile = args.compile or compiling.is_worth_it(args, empty, step_tokens * total, processes)
     remembered = _retention_batches(args, chat, sources, generated_rows, limit, processes.device, method.KIND)
     return Plan(
         base, chat, empty, adapter.on_meta(args, empty), targets, sources, why_dtype, per_epoch, total, warmup,

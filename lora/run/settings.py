@@ -279,7 +279,9 @@ class TrainHardware(Settings, group="hardware"):
     checkpoint_activations: bool = flag(
         False, "compute each layer again in the backward pass: slower, less memory", free=True)
     compile: bool = flag(
-        False, "compile decoder blocks in the first step: faster on a GPU after a minute or two", saved=False)
+        False, "compile decoder blocks first: faster after half a minute on a CPU, a minute or two on a GPU; long runs "
+        "on a CPU are compiled without it", saved=False)
+    no_compile: bool = flag(False, "compile nothing, however long the run", saved=False)
     plain: bool = flag(
         False, "train with every formula as its paper writes it: slower, for reading and checking", saved=False)
     fsdp: bool = flag(False, "shard the base over the processes of torchrun", saved=False)
@@ -312,6 +314,7 @@ class TrainSettings(
         pairs = [
             ("--resume", "--overwrite", self.resume is not None and self.overwrite, "Give one of them"),
             ("--preview", "--watch", self.preview is not None and self.watch is not None, ""),
+            ("--compile", "--no-compile", self.compile and self.no_compile, ""),
             ("--compile", "--fsdp", self.compile and self.fsdp, ""),
             ("--quant", "--full, which trains what would be packed", packs and self.full, ""),
             ("--quant", "--fsdp, which shards numbers", packs and self.fsdp, ""),

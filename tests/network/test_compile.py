@@ -12,7 +12,8 @@ from lora import device
 from lora.adapter.inject import lora_layers
 from lora.data import batch
 from lora.errors import BadEnvironment
-from lora.network.compiled import compile_blocks
+from lora.network.compiled import as_written, compile_blocks
+from lora.run import compiling
 from lora.train.step import accumulate, train_step
 from tests.cli import ON_CPU, call, data_file, model_folder
 from tests.helpers import close, far, objective_of, patched, random_example, tiny_model
@@ -121,15 +122,22 @@ def test_blocks_of_other_families_are_compiled_to_the_same(kind, graphs):
     assert graphs
 
 
-def test_a_third_length_needs_no_third_compilation(model, graphs):
+@mutation("lora/network/compiled.py", 'model.device.type == "cpu" or None', "None")
+def test_on_a_cpu_one_compilation_serves_every_length(model, graphs):
     lengths = [batch.micro_batches([random_example(1, n, n)], 1) for n in (40, 90, 140)]
     plain = [loss_and_gradients(model, batches) for batches in lengths]
     compiled(model, graphs)
-    seen = []
     for batches, wanted in zip(lengths, plain, strict=True):
         assert agree(loss_and_gradients(model, batches), wanted)
-        seen.append(len(graphs))
-    assert seen == [2, 4, 4]
+        assert len(graphs) == 2
+
+
+def test_taken_back_blocks_run_as_written(model, graphs):
+    batches = batch.micro_batches(STEP, 1000)
+    wanted = loss_and_gradients(model, batches)
+    as_written(compiled(model, graphs))
+    found = loss_and_gradients(model, batches)
+    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1]) and not graphs
 
 
 @mutation("lora/network/compiled.py", "if cache is not None or not torch.is_grad_enabled():", "if cache is not None:")
@@ -187,10 +195,57 @@ def test_a_compiled_run_says_that_it_takes_time_and_learns_the_same(tmp_path):
     plain = call("train", *same, "--out", "plain", cwd=tmp_path)
     done = call("train", *same, "--out", "compiled", "--compile", cwd=tmp_path, before=traced_only)
     assert (plain.code, done.code) == (0, 0), done.err
-    assert "compile  the first step takes" in done.err and "compile  " not in plain.err
+    assert "compile  making code for the blocks" in done.err and "compile  done in" in done.err
+    assert "compile  " not in plain.err
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     again = call("train", "--resume", "--out", "plain", "--max-steps", 4, "--schedule", "constant", cwd=tmp_path)
     assert "--schedule" in again.err  # which is compared; whether blocks are compiled is not
+
+
+def long_runs() -> None:
+    """A few steps are a long run, and nothing is made for one length alone."""
+    compiling.WORTH = 1.0
+    batch.filled = None
+    traced_only()
+
+
+def broken_compiler() -> None:
+    long_runs()
+
+    def compile_(function, **options):
+        def fail(*args):
+            raise RuntimeError("CppCompileError: no such thing\nand more of it")
+
+        return fail
+
+    torch.compile = compile_
+
+
+SHORT_RUN = ("--data", data_file(), "--max-steps", 2, "--micro-tokens", 128, *ON_CPU)
+
+
+@mutation("lora/run/plan.py", 'fill=args.compile and args.device != "cpu")', "fill=args.compile)")
+@mutation("lora/run/compiling.py", "plainly = args.no_compile or", "plainly =")
+def test_a_long_run_on_a_cpu_is_compiled_unasked_unless_it_is_told_not_to(tmp_path):
+    same = ("--model", model_folder(), *SHORT_RUN)
+    for more, makes in ((), True), (("--no-compile",), False), (("--plain",), False), (("--dropout", "0.1"), False):
+        done = call("train", *same, *more, "--out", "run", "--overwrite", cwd=tmp_path, before=long_runs)
+        assert done.code == 0 and ("compile  done in" in done.err) is makes, done.err
+    assert "compile  " not in call("train", *same, "--out", "short", cwd=tmp_path, before=traced_only).err
+
+
+@mutation("lora/run/compiling.py", "        as_written(model)\n", "")
+@mutation("lora/run/compiling.py", "        if asked:\n", "        if True:\n")
+def test_where_the_compiler_fails_a_run_that_did_not_ask_goes_on_as_written(tmp_path):
+    same = ("--model", model_folder(), *SHORT_RUN)
+    done = call("train", *same, "--out", "run", cwd=tmp_path, before=broken_compiler)
+    assert done.code == 0, done.err
+    assert "note: the blocks are not compiled: RuntimeError: CppCompileError: no such thing." in done.err
+    assert "and more of it" not in done.err
+    plain = call("train", *same, "--out", "plain", "--no-compile", cwd=tmp_path)
+    assert plain.code == 0 and losses(tmp_path / "run") == losses(tmp_path / "plain")
+    asked = call("train", *same, "--out", "asked", "--compile", cwd=tmp_path, before=broken_compiler)
+    assert asked.code == 3 and "error: no compiled blocks in this environment: RuntimeError" in asked.err
 
 
 def test_compile_and_fsdp_are_refused_together(tmp_path):

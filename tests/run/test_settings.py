@@ -79,6 +79,7 @@ def test_what_is_saved_is_json_without_places_and_switches_of_the_command():
         "resume",
         "config",
         "compile",
+        "no_compile",
         "plain",
     }
 
