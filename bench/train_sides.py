@@ -1,9 +1,9 @@
 """One side of bench/train_speed.py in a process of its own:   python bench/train_sides.py JOB.json RESULT.json
 
-`ours` trains with the functions that train.py calls, `compiled` as it does in long runs. `B0` is PEFT as people run it: one micro-batch a step, padded on
-the right, adapters that PEFT casts to float32. `B1` is PEFT tuned: no cast, a step sorted by length and cut into
-micro-batches of the best size. Both leave the choice of attention to transformers (SDPA) and use what its Trainer uses
-by default, the fused AdamW and no cache of keys and values; no Trainer, no checkpointing.
+`ours` trains with the functions that train.py calls, `compiled` as it does in long runs. `B0` is PEFT as people run it:
+one micro-batch a step, padded on the right, adapters that PEFT casts to float32. `B1` is PEFT tuned: no cast, a step
+sorted by length and cut into micro-batches of the best size. Both leave the choice of attention to transformers (SDPA)
+and use what its Trainer uses by default, the fused AdamW and no cache of keys and values; no Trainer, no checkpointing.
 """
 
 import sys

@@ -2,9 +2,9 @@
 
 Ours, with compiled blocks and without, against PEFT as people run it (B0) and tuned (B1), see bench/train_sides.py: the
 same base in bfloat16, the same adapter of rank 16 on all linears to begin with, the same examples in every step, the
-same optimizer and loss. A fresh process a side and a round, in an order that is turned round from round to round; ratios
-are taken step by step and their median is given with the quartiles, for compiled blocks where there are such. First
-loss and gradients must agree, or there is no speed to speak of: exit 1 and `void`.
+same optimizer and loss. A fresh process a side and a round, in an order that is turned round from round to round;
+ratios are taken step by step and their median is given with the quartiles, for compiled blocks where there are such.
+Losses and first gradients must agree, or there is no speed to speak of: exit 1 and `void`.
 
 Prints tables; bench/results/train_speed.json gets every raw row, those of CPUs with AMX and without side by side, and
 keeps what it has of workloads that were not run. With all defaults it takes about an hour on 2 cores.
@@ -137,8 +137,8 @@ class Bench(Processes):
 
 
 def parity(ours: dict, peer: dict) -> dict[str, float]:
-    """What two runs differ by: losses of all steps, and their mean; the gradient of the first, its norm, the relative error of the
-    tensor that differs most, 1 - cosine of all of it and of the worst tensor."""
+    """What two runs differ by: losses of all steps, and their mean; the gradient of the first, its norm, the relative
+    error of the tensor that differs most, 1 - cosine of all of it and of the worst tensor."""
     rows = list(zip(ours["rows"], peer["rows"], strict=True))
     pairs = [(ours["gradients"][name].double(), theirs.double()) for name, theirs in peer["gradients"].items()]
     whole = [torch.cat([tensor.flatten() for tensor in side]) for side in zip(*pairs, strict=True)]

@@ -88,17 +88,25 @@ print(json.dumps([before[os.getpid()] == tasks()[os.getpid()], [c for t, c in ta
     assert main_stays and started and all(cores == sorted(threads.ALL) for cores in started)
 
 
-STARTS = {
-    "gpu": "from lora import device; torch.cuda.is_available = lambda: True; device.choose_device('cuda')",
-    "compiler": "from lora.network.compiled import compile_blocks; from tests.helpers import tiny_model; "
-    "compile_blocks(tiny_model())",
-}
+@linux
+@mutation("lora/device.py", "        threads.unbind()", "        pass")
+def test_what_a_gpu_starts_may_run_on_every_core():
+    start = "from lora import device; torch.cuda.is_available = lambda: True; device.choose_device('cuda')"
+    assert run(f"{BOUND}\n{start}\nprint(json.dumps(sorted(os.sched_getaffinity(0))))") == sorted(threads.ALL)
+
+
+COMPILES = """
+from lora.run.compiling import compile_model
+from tests.helpers import patched, tiny_model
+seen = []
+torch.compile = lambda half, **how: lambda *inputs: seen.append(sorted(os.sched_getaffinity(0))) or half(*inputs)
+compile_model(patched(tiny_model()).train(), asked=True)
+print(json.dumps([seen[0], sorted(os.sched_getaffinity(0))]))
+"""
 
 
 @linux
-@pytest.mark.parametrize("what", STARTS)
-@mutation("lora/device.py", "        threads.unbind()", "        pass", case="gpu")
-@mutation("lora/network/compiled.py", "    threads.unbind()", "    pass", case="compiler")
-def test_what_a_gpu_and_a_compiler_start_may_run_on_every_core(what):
-    code = f"{BOUND}\n{STARTS[what]}\nprint(json.dumps(sorted(os.sched_getaffinity(0))))"
-    assert run(code) == sorted(threads.ALL)
+@mutation("lora/run/compiling.py", "with threads.unbound():", "if True:")
+def test_what_a_compiler_starts_may_run_on_every_core_and_the_run_is_bound_again():
+    inside, behind = run(f"{BOUND}\n{COMPILES}")
+    assert inside == sorted(threads.ALL) and len(behind) == 1

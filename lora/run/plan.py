@@ -80,12 +80,11 @@ class Plan:
     def micro_batches(self, indices: list[int], args: TrainSettings, processes: DistContext) -> list[batch.Batch]:
         """This process's share of a step, cut so that it fits into memory."""
         lengths = self.examples.lengths
+        fill = args.compile and args.device != "cpu"  # there code is for one length
 
         def cut(part: list[int]) -> list[batch.Batch]:
             examples = [self.examples[i] for i in part]
-            return batch.micro_batches(
-                examples, args.micro_tokens, processes.device, fill=args.compile and args.device != "cpu"
-            )
+            return batch.micro_batches(examples, args.micro_tokens, processes.device, fill)
 
         if not args.fsdp:
             return cut(processes.share(indices, lengths))

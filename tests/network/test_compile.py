@@ -224,7 +224,7 @@ def broken_compiler() -> None:
 SHORT_RUN = ("--data", data_file(), "--max-steps", 2, "--micro-tokens", 128, *ON_CPU)
 
 
-@mutation("lora/run/plan.py", 'fill=args.compile and args.device != "cpu")', "fill=args.compile)")
+@mutation("lora/run/plan.py", 'fill = args.compile and args.device != "cpu"', "fill = args.compile")
 @mutation("lora/run/compiling.py", "plainly = args.no_compile or", "plainly =")
 def test_a_long_run_on_a_cpu_is_compiled_unasked_unless_it_is_told_not_to(tmp_path):
     same = ("--model", model_folder(), *SHORT_RUN)
