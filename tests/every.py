@@ -19,10 +19,12 @@ from tests import cli
 SLOW = tuple(
     f"tests/{name}.py"
     for name in (
-        "run/test_resume", "run/test_faults", "scripts/test_bad_input", "run/test_quant_runs", "run/test_rollouts",
-        "train/test_torchrun", "scripts/test_methods", "run/test_interrupt", "scripts/test_commands",
-        "data_gen/test_judge", "train/test_ranks", "run/test_full", "parity/test_parity_adapter",
-        "parity/test_parity_model", "parity/test_parity_default", "parity/test_parity_llama",
+        "run/test_resume", "run/test_faults", "scripts/test_bad_input", "bench/test_experiments", "train/test_memory",
+        "run/test_quant_runs", "train/test_torchrun", "train/test_ranks", "run/test_rollouts", "text/test_template",
+        "run/test_layer_kinds", "scripts/test_methods", "data/test_encode", "scripts/test_commands",
+        "data_gen/test_distill", "rewards/test_functions", "serve/test_engine", "parity/test_parity_llama",
+        "parity/test_parity_adapter", "parity/test_parity_model", "parity/test_parity_default",
+        "parity/test_parity_speed", "parity/test_parity_compile",
     )
 )  # fmt: skip
 REFEREES = ("transformers.models.llama.modeling_llama", "transformers.generation.utils", "peft")

@@ -614,13 +614,15 @@ def test_calibrated_a_local_judge_is_without_what_it_prefers_where_both_sides_ar
             logits = session.model(torch.tensor(session.encode(asked)))[-1]
         return float(logits[a] - logits[b])
 
-    expected = {}
+    done = judged(local=model_folder(), calibrate=None)
+    found, clear = {row["prompt"]: row["chosen"] for row in done.rows}, 0
     for p in pairs:
         bias = (odds(p.prompt, p.a, p.a) + odds(p.prompt, p.b, p.b)) / 2
-        named = [p.a if odds(p.prompt, p.a, p.b) > bias else p.b, p.b if odds(p.prompt, p.b, p.a) > bias else p.a]
-        expected |= {p.prompt: named[0]} if named[0] == named[1] else {}
-    done = judged(local=model_folder(), calibrate=None)
-    assert {row["prompt"]: row["chosen"] for row in done.rows} == expected and expected
+        for_a, for_b = odds(p.prompt, p.a, p.b) - bias, odds(p.prompt, p.b, p.a) - bias
+        if min(abs(for_a), abs(for_b)) > 0.02:  # else bfloat16, where that is fast, may say the other
+            clear += 1
+            assert found.get(p.prompt) == ((p.a if for_a > 0 else p.b) if (for_a > 0) != (for_b > 0) else None)
+    assert clear > 5
     assert done.report["asked"] == 24 and done.report["judge"]["calibrated"] is True
     plain = judged(local=model_folder(), out="plain.jsonl")
     assert plain.rows != done.rows and "calibrated" not in plain.report["judge"]
