@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 
+from lora.device import widest
 from lora.train import memory
 from lora.train.evaluate import Total, means
 
@@ -39,7 +40,8 @@ class Objective:
 
     def add(self, batch) -> torch.Tensor:
         loss, count, figures = self.method.loss(self.model, batch, self.args)
-        self.loss, self.count = self.loss + loss.item(), self.count + count
+        self.loss = self.loss + loss.detach().to(widest(loss.device))  # not read here: a GPU would be waited for
+        self.count += count
         for name, (value, number) in figures.items():
             self.sums[name] = self.sums[name][0] + float(value), self.sums[name][1] + float(number)
         return loss
@@ -55,5 +57,5 @@ def measure(method: ModuleType, model, batches: Iterable, args, total: Total = l
     objective = Objective(method, model, args)
     for batch in objective.prepare(batches, total):
         objective.add(batch)
-    loss, count = total([objective.loss, objective.count])
+    loss, count = total([float(objective.loss), objective.count])
     return {"loss": loss / count, **objective.figures(total)}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from lora.device import widest
 from lora.errors import BadNumbers
 
 
@@ -42,8 +43,8 @@ def accumulate(objective: Callable, batches: Sequence, count: int | None = None)
     for batch in batches:
         part = objective(batch) / count
         part.backward()
-        loss += part.item()
-    return loss, count
+        loss = loss + part.detach().to(widest(part.device))  # read once a step: a GPU is waited for
+    return float(loss), count
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:

@@ -3,17 +3,21 @@
 import copy
 import hashlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora import ops
 from lora.adapter.inject import inject, lora_layers
 from lora.data.batch import Batch, collate, dummy_batch, micro_batches
 from lora.data.order import steps
 from lora.errors import BadNumbers
 from lora.methods import sft
-from lora.methods.objective import measure
-from lora.ops import cross_entropy, plain
+from lora.methods.objective import Objective, measure
+from lora.ops import cross_entropy, fast_rms_norm, plain
 from lora.text.chat import Example
 from lora.train.schedule import SCHEDULES, learning_rate
 from lora.train.step import accumulate, clip, train_step
@@ -57,6 +61,42 @@ def random_parameters(seed: int = 0) -> list[torch.nn.Parameter]:
     for p in parameters:
         p.grad *= 5 / norm
     return parameters
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers that Python reads, and shapes that depend on numbers."""
+
+    WAIT = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in self.WAIT
+        return function(*args, **kwargs or {})
+
+
+@mutation("lora/train/step.py", "loss = loss + part.detach().to(widest(part.device))", "loss += part.item()")
+@mutation(
+    "lora/methods/objective.py",
+    "self.loss = self.loss + loss.detach().to(widest(loss.device))",
+    "self.loss = self.loss + loss.item()",
+)
+def test_a_gpu_is_waited_for_three_times_a_step_however_it_is_cut(monkeypatch):
+    """For the loss, the norm, and the share that stayed as it was."""
+    monkeypatch.setattr(fast_rms_norm, "_divides", lambda weight: False)  # which a GPU is not asked
+    monkeypatch.setattr(ops, "attention", plain.attention)  # it has a kernel of its own
+    monkeypatch.setattr(Tensor, "tolist", None)
+    model, args = patched(tiny_model()).train(), SimpleNamespace(checkpoint_activations=False, micro_tokens=300)
+    optimizer = torch.optim.SGD(adapter(model), lr=0.01)
+    for micro in (1, 300):
+        with Reads() as reads:
+            train_step(Objective(sft, model, args), micro_batches(UNEQUAL, micro), optimizer, 0.01, 1.0)
+        assert reads.count == 3
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
