@@ -42,11 +42,11 @@ RESULT = ROOT / "bench" / "results" / "train_speed.json"
 DEFAULTS = {name: flag.default for name, flag in TrainSettings.flags().items()}
 GRID_STEPS, MOST_DRIFT = 3, 0.05
 # in bfloat16 the gradients of B0 and B1 have a cosine of 0.999 as a whole, and 0.991 for the tensor that differs most:
-# nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike. Adam makes much of what
-# rounding leaves: single losses of B0 and B1 are 0.4 % apart after ten steps, so that their mean counts
+# nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike. On a Xeon with AMX norms of
+# B0 and B1 were up to 1.9 % apart, and as Adam makes much of rounding, losses 0.5 % after ten steps: their mean counts
 MEMORY = {"memory": "B0", "memory B1": "B1"}
 BOUNDS = {"float32": {"loss": 1e-5, "norm": 1e-5, "worst tensor": 1e-5},
-          "bfloat16": {"mean loss": 5e-3, "norm": 1e-2, "1 - cosine": 2e-3, "its worst tensor": 4e-2}}  # fmt: skip
+          "bfloat16": {"mean loss": 5e-3, "norm": 2.5e-2, "1 - cosine": 2e-3, "its worst tensor": 4e-2}}  # fmt: skip
 
 
 SIDES = ("ours", "compiled", "B0", "B1")
