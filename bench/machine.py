@@ -37,6 +37,11 @@ def described() -> dict:
     }
 
 
+def with_amx() -> bool:
+    """Has the CPU AMX? Results of both kinds lie side by side."""
+    return bool(described()["amx"])
+
+
 def _installed(name: str) -> bool:
     try:
         return bool(metadata.version(name))

@@ -2,8 +2,9 @@
 
 On the default model, with the short chats of bench/train_speed.py. All variants take the same steps in one process by
 turns: who is first rotates from round to round, and each has met a step's shapes before it is timed. Two techniques
-that belong to a whole process have processes of their own. Above 1 a technique makes steps faster. Beside it: the bytes
-that autograd keeps for the backward pass. Writes JSON, which keeps what it has of techniques that were not asked for.
+that belong to a whole process have processes of their own. Compiled blocks are on in long runs only: there the step as
+it is counts as the one without. Above 1 a technique makes steps faster. Beside it: the bytes that autograd keeps for
+the backward pass. Writes JSON, those of CPUs with AMX and without side by side, and keeps what was not asked for.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from bench import machine, train_speed  # noqa: E402
 from lora import device, files, ops, pretrained  # noqa: E402
 from lora.adapter.inject import inject  # noqa: E402
 from lora.data import batch  # noqa: E402
+from lora.network.compiled import as_written, compile_blocks  # noqa: E402
 from lora.pretrained import default_model  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
@@ -64,9 +66,10 @@ OFF = {
     "norm's own gradient": [(ops, "rms_norm", ops.plain.rms_norm)],
     "LoRA's own gradient": [(ops, "lora_linear", ops.plain.lora_linear), (ops, "linears", ops.plain.linears)],
     "LoRA grouped": [(ops, "linears", separately)],
-    "silu(gate) formed again": [(ops, "swiglu", ops.plain.swiglu)],
+    "silu(gate) up formed again": [(ops, "gated_linear", lambda gate, up, a, module: module(ops.swiglu(gate, up, a)))],
     "sizes rounded up": [(batch, "ROUND", 1)],
 }
+COMPILED = "compiled blocks"
 ALONE = {"freed memory kept": "malloc", "fused AdamW": "optimizer"}  # belong to a process
 STEPS = 2  # different ones, each met by all variants before the first is timed
 
@@ -110,12 +113,19 @@ def by_turns(rounds: int, techniques: list[str]) -> tuple[dict, dict]:
     model, steps, seconds, kept = adapted(), some_steps(STEPS), defaultdict(list), {}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
-    variants = deque(["as it is", *techniques])
+    variants, forwards = deque(["as it is", *techniques]), {}
+    if COMPILED in techniques:
+        compile_blocks(model)
+        forwards = {block: vars(block)["forward"] for block in model.model.layers}
+        as_written(model)
     for number in range(-STEPS, rounds):
         for name in variants:
             with ExitStack() as stack:
                 for replaced in OFF.get(name, ()):
                     stack.enter_context(patch.object(*replaced))
+                for block, forward in forwards.items() if name == COMPILED else ():
+                    block.forward = forward
+                    stack.callback(as_written, model)
                 start = time.perf_counter()
                 batches = batch.micro_batches(steps[number % STEPS], MICRO.tokens)
                 train_step(objective_of(model), batches, optimizer, LR, 1.0)
@@ -151,16 +161,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=18)
     parser.add_argument("--out", type=Path, default=RESULT)
-    techniques = [*OFF, *ALONE]
+    techniques = [*OFF, COMPILED, *ALONE]
     parser.add_argument("--only", nargs="+", choices=techniques, default=techniques)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.alone is not None:
         print(json.dumps(alone(chosen.rounds, chosen.alone)))
         return
-    in_turns = [name for name in OFF if name in chosen.only]
+    in_turns = [name for name in (*OFF, COMPILED) if name in chosen.only]
     seconds, kept = by_turns(chosen.rounds, in_turns)
     rows = {name: [b / a for a, b in zip(seconds["as it is"], seconds[name], strict=True)] for name in in_turns}
+    if COMPILED in rows:  # which it is not, as it is
+        rows[COMPILED] = [1 / ratio for ratio in rows[COMPILED]]
     for name in (name for name in ALONE if name in chosen.only):
         runs = [child(chosen.rounds, one) for one in ("", ALONE[name], ALONE[name], "")]
         rows[name] = [b / a for a, b in zip(runs[0] + runs[3], runs[1] + runs[2], strict=True)]
@@ -169,8 +181,12 @@ def main() -> None:
     print(f"{'switched off':30}  step time, median (lowest to highest)   kept for backward")
     for name, ratios in rows.items():
         memory = kept[name] / kept["as it is"] if name in kept else None
+        memory = 1 / memory if name == COMPILED else memory
         print(f"{name:30}  {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})   {memory or 0:.2f}")
-        known[name] = head | {"step time over as it is": ratios, "kept for backward over as it is": memory}
+        known[f"{name} with AMX" if machine.with_amx() else name] = head | {
+            "step time over as it is": ratios,
+            "kept for backward over as it is": memory,
+        }
     files.write_json(chosen.out, known)
 
 

@@ -42,8 +42,8 @@ RESULT = ROOT / "bench" / "results" / "train_speed.json"
 DEFAULTS = {name: flag.default for name, flag in TrainSettings.flags().items()}
 GRID_STEPS, MOST_DRIFT = 3, 0.05
 # in bfloat16 the gradients of B0 and B1 have a cosine of 0.999 as a whole, and 0.991 for the tensor that differs most:
-# nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike. On a Xeon with AMX norms of
-# B0 and B1 were up to 1.9 % apart, and as Adam makes much of rounding, losses 0.5 % after ten steps: their mean counts
+# nobody can be nearer to both, so that float32 is the judge, and bfloat16 has to look alike. With AMX norms of B0 and
+# B1 were up to 1.9 % apart, and as Adam makes much of rounding, losses 0.5 % after ten steps: their mean counts
 MEMORY = {"memory": "B0", "memory B1": "B1"}
 BOUNDS = {"float32": {"loss": 1e-5, "norm": 1e-5, "worst tensor": 1e-5},
           "bfloat16": {"mean loss": 5e-3, "norm": 2.5e-2, "1 - cosine": 2e-3, "its worst tensor": 4e-2}}  # fmt: skip
@@ -229,15 +229,11 @@ def reached(shape, runs, timed) -> dict[str, dict]:
         pairs = zip(rows[mine], rows["ours" if side == mine else side], strict=True)
         found[side] = spread([b["seconds"] / a["seconds"] for a, b in pairs])
     found |= {name: {"value": peaks[mine] / peaks[side]} for name, side in MEMORY.items() if side in peaks}
-    goals = (with_amx() and shape.goals_with_amx) or shape.goals or {}
+    goals = (machine.with_amx() and shape.goals_with_amx) or shape.goals or {}
     for name, (sign, goal) in goals.items():
         value = found[name]["value"]
         found[name] |= {"goal": f"{sign} {goal}", "met": value >= goal if sign == ">=" else value <= goal}
     return found
-
-
-def with_amx() -> bool:
-    return bool(machine.described().get("amx"))
 
 
 def spread(values: list[float]) -> dict:
@@ -298,7 +294,7 @@ def main(argv=None) -> None:
             show(name, shape, result)
             if not chosen.smoke or chosen.out != RESULT:
                 known = files.read_json(chosen.out) if chosen.out.exists() else {}
-                files.write_json(chosen.out, known | {f"{name} with AMX" if with_amx() else name: result})
+                files.write_json(chosen.out, known | {f"{name} with AMX" if machine.with_amx() else name: result})
 
 
 if __name__ == "__main__":

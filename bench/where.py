@@ -131,7 +131,7 @@ def main() -> None:
         print(f"  {part:28}{value / 1e6:8.0f} MB {value / peak:5.0%}")
     head = {"machine": machine.described(), "command": shlex.join(["python", "bench/where.py", *sys.argv[1:]]),
             "date": f"{datetime.now():%Y-%m-%d %H:%M}", "steps": chosen.steps, "seconds": seconds}  # fmt: skip
-    kind = "with AMX" if head["machine"]["amx"] else "without AMX"
+    kind = "with AMX" if machine.with_amx() else "without AMX"
     known = files.read_json(chosen.out) if chosen.out.exists() else {}
     found = head | {"time": dict(spent.most_common()), "tokens": len(largest.tokens), "memory": held}
     files.write_json(chosen.out, known | {kind: found})

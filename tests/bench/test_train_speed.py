@@ -93,7 +93,7 @@ def test_examples_have_the_lengths_and_shares_of_their_workload_and_the_same_see
 def test_ratios_are_taken_step_by_step(monkeypatch):
     """A peer that is always three times as slow: however uneven the steps and rounds, that is the ratio, without a
     spread."""
-    monkeypatch.setattr(train_speed, "with_amx", lambda: False)
+    monkeypatch.setattr(train_speed.machine, "with_amx", lambda: False)
     times = [[1.0, 4.0, 2.0], [3.0, 12.0, 6.0]]
 
     def run(factor, peak):
