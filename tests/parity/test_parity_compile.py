@@ -36,7 +36,7 @@ def kept_by(model, tokens) -> int:
     kept, rope = {}, cos.numel() + sin.numel()
 
     def pack(tensor):
-        if tensor.shape[0] == len(tokens):
+        if tensor.shape[:1] == (len(tokens),):
             kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
         return tensor
 
