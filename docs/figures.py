@@ -296,6 +296,28 @@ def speed() -> pyplot.Figure:
     return figure
 
 
+def where() -> pyplot.Figure:
+    """Where a step's time and memory go, a bar a part, for each kind of CPU that was measured."""
+    measured = result("bench/results/where.json")
+    figure, panels = pyplot.subplots(
+        len(measured), 2, figsize=(12, 4.6 * len(measured)), layout="constrained", squeeze=False
+    )
+    for row, (kind, found) in zip(panels, measured.items(), strict=True):
+        for axes, key, colour, title in zip(
+            row, ("time", "memory"), (BLUE, ORANGE), ("time", "memory at the peak"), strict=True
+        ):
+            parts = {name: value for name, value in found[key].items() if value >= 0.005 * sum(found[key].values())}
+            shares = [100 * value / sum(found[key].values()) for value in parts.values()]
+            bars = axes.barh(range(len(parts)), shares, color=colour)
+            axes.bar_label(bars, [f"{share:.0f} %" for share in shares], color=TEXT, fontsize=12, padding=3)
+            axes.set_yticks(range(len(parts)), parts, fontsize=12)
+            axes.invert_yaxis()
+            axes.set_title(f"{title}, {kind}", color=TEXT, fontsize=15)
+            axes.set_xticks([])
+            axes.margins(x=0.12)
+    return figure
+
+
 def _module(path: str):
     """A script of the repository as a module."""
     sys.path.insert(0, str((ROOT / path).parent.parent))
@@ -306,7 +328,7 @@ def _module(path: str):
 
 
 PICTURES: dict[str, Callable[[], pyplot.Figure]] = {
-    f"{draw.__name__}.svg": draw for draw in (lora, way, packing, preview, loss, frontier, speed)
+    f"{draw.__name__}.svg": draw for draw in (lora, way, packing, preview, loss, frontier, speed, where)
 }
 
 

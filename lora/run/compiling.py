@@ -17,8 +17,8 @@ from lora.network.decoder import Model
 from lora.run.settings import TrainSettings
 from lora.train.distributed import DistContext
 
-# Additions and multiplications of a run, for each thread: some five to ten minutes of them. The code takes half a
-# minute to make, and a step then a sixth less time or better (bench/train_speed.py).
+# Additions and multiplications of a run, for each thread: some ten to twenty minutes of them. The code takes half a
+# minute to one to make, and a step then a tenth to a fifth less time (bench/techniques.py).
 WORTH = 1.2e14
 
 
@@ -47,7 +47,7 @@ def compile_model(model: Model, asked: bool) -> bool:
     if model.device.type != "cpu":
         say("compile  the first step takes a minute or two longer")
         return True
-    say("compile  making code for the blocks; half a minute the first time")
+    say("compile  making code for the blocks; a minute the first time")
     begun = time.monotonic()
     try:
         with threads.unbound():  # the compiler starts processes, as many as there are cores

@@ -279,7 +279,7 @@ class TrainHardware(Settings, group="hardware"):
     checkpoint_activations: bool = flag(
         False, "compute each layer again in the backward pass: slower, less memory", free=True)
     compile: bool = flag(
-        False, "compile decoder blocks first: faster after half a minute on a CPU, a minute or two on a GPU; long runs "
+        False, "compile decoder blocks first: faster after a minute on a CPU, a minute or two on a GPU; long runs "
         "on a CPU are compiled without it", saved=False)
     no_compile: bool = flag(False, "compile nothing, however long the run", saved=False)
     plain: bool = flag(
