@@ -198,7 +198,7 @@ def test_figures_draws_the_pictures_that_are_there_from_the_results_that_are_the
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     drawn, there = marks(tmp_path), marks(ROOT / "docs")
     assert drawn == there, "python docs/figures.py draws them anew"
-    assert len(there) == 7
+    assert len(there) == 8
     used = "".join(map(read, TEXTS))
     assert all(name in used for name in there)
 
