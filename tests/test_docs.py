@@ -189,7 +189,9 @@ def marks(folder: Path) -> dict[str, str]:
 
 
 @mutation(
-    "docs/figures.py", "for draw in (lora, way, packing, preview, loss, frontier, speed)", "for draw in (lora, way)"
+    "docs/figures.py",
+    "for draw in (lora, way, packing, preview, loss, frontier, speed, where)",
+    "for draw in (lora, way)",
 )
 @mutation("bench/results/train_speed.json", '"tokens/s": 357.03665435529194', '"tokens/s": 457.03665435529194')
 @mutation("docs/data.md", "+ Ass│am│,│ with│ a│ little│ milk│.│<|im_end|>", "+ Ass│am│,│ with│ a│ little│ milk│.")

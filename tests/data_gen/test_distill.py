@@ -585,10 +585,11 @@ def test_an_error_that_several_questions_have_at_once_is_said_once(distilled, ca
         at_once.wait(10)
         return wrong(401)
 
-    with TeacherServer(script) as server:
-        done = distilled(server, concurrency=8)
-    gc.collect()  # asyncio tells then of errors that nobody has looked at
-    assert done.code == 2 and len(done.err.splitlines()) == 1 and not caplog.records
+    for _ in range(4):  # on a busy machine they may come one after another
+        with TeacherServer(script) as server:
+            done = distilled(server, concurrency=8)
+        gc.collect()  # asyncio tells then of errors that nobody has looked at
+        assert done.code == 2 and len(done.err.splitlines()) == 1 and not caplog.records
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
