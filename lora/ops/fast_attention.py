@@ -75,7 +75,7 @@ def _rectangles(lengths: tuple[int, ...]) -> list[Tensor]:
     return found
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # the layers of a micro-batch share one; it has as many numbers as q has rows
 def _order(lengths: tuple[int, ...], H: int, KV: int, at_once: int) -> _Order:
     queries, keys, blocks, N, M = [], [], [], 0, 0
     for rectangle in _rectangles(lengths):
