@@ -38,8 +38,13 @@ def described() -> dict:
 
 
 def with_amx() -> bool:
-    """Has the CPU AMX? Results of both kinds lie side by side."""
+    """Has the CPU AMX?"""
     return bool(described()["amx"])
+
+
+def keyed(name: str) -> str:
+    """A result's name in a file that holds those of both kinds of CPU."""
+    return f"{name} with AMX" if with_amx() else name
 
 
 def _installed(name: str) -> bool:

@@ -183,7 +183,7 @@ def main() -> None:
         memory = kept[name] / kept["as it is"] if name in kept else None
         memory = 1 / memory if name == COMPILED else memory
         print(f"{name:30}  {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})   {memory or 0:.2f}")
-        known[f"{name} with AMX" if machine.with_amx() else name] = head | {
+        known[machine.keyed(name)] = head | {
             "step time over as it is": ratios,
             "kept for backward over as it is": memory,
         }

@@ -298,7 +298,7 @@ def main(argv=None) -> None:
             show(name, shape, result)
             if not chosen.smoke or chosen.out != RESULT:
                 known = files.read_json(chosen.out) if chosen.out.exists() else {}
-                files.write_json(chosen.out, known | {f"{name} with AMX" if machine.with_amx() else name: result})
+                files.write_json(chosen.out, known | {machine.keyed(name): result})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from lora import device as machine
 from lora import threads
-from lora.errors import BadEnvironment, LoraError, say
+from lora.errors import BadEnvironment, say
 from lora.methods import samples
 from lora.network.compiled import as_written, compile_blocks, is_compilable
 from lora.network.decoder import Model
@@ -52,8 +52,6 @@ def compile_model(model: Model, asked: bool) -> bool:
     try:
         with threads.unbound():  # the compiler starts processes, as many as there are cores
             model.trunk(torch.zeros(48, dtype=torch.long), [32, 16]).sum().backward()
-    except LoraError:
-        raise
     except Exception as error:  # whatever compilers say
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if asked:
