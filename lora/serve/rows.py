@@ -27,10 +27,7 @@ from lora.network.config import ModelConfig
 from lora.ops import Weight, linear
 
 VECTORS = 64  # numbers: two vectors of bfloat16 in the widest registers, which is how kernels step
-
-
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 15, 16, 17, 24, 31)  # of rows, which are tried
-
 ALIGNED = 64  # bytes, as PyTorch's own tensors begin
 MOST_OUTPUTS = 16384  # of a vocabulary's products not all are tried
 
