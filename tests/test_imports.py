@@ -1,8 +1,11 @@
 """The parts of the library meet only in the scripts, the runtime needs no other LoRA library, nothing is unpickled."""
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -156,6 +159,27 @@ def test_importing_all_scripts_loads_neither_transformers_nor_peft():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+OTHERWISE = {"playwright", "yaml"}  # its tests are skipped where it is not; huggingface-hub's own
+
+
+@mutation("setup.cfg", "    httpx>=0.28\n", "")
+def test_what_a_test_imports_is_installed_with_the_tests():
+    """Whoever has the referees, too, has more, and would not see that something is missing."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options"]["install_requires"] + setup["options.extras_require"]["test"]
+    installed = {"lora", *re.findall(r"^[\w-]+", lines, re.MULTILINE)}
+    providers = metadata.packages_distributions()  # module -> the packages that bring it
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "parity"]
+    missing = {
+        f"{name_of(path)}: {module}"
+        for path in tests
+        for module in {name.split(".")[0] for name in imports_of(path)} - OTHERWISE
+        if module in providers and not installed & {name.lower().replace("_", "-") for name in providers[module]}
+    }
+    assert not missing
 
 
 def test_importing_errors_loads_no_torch():
