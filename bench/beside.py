@@ -2,7 +2,8 @@
 
 The main job's own data, 8 steps by `train.py` in a fresh process, alone and beside an endless loop, once as it is and
 once for every setting of the OpenMP runtime that is named (`default` takes ours away; NAME=VALUE,NAME=VALUE sets
-variables). The order rotates. Prints tokens/s, the share of the speed alone, and what each setting costs alone.
+variables). The order rotates. Prints tokens/s, the share of the speed alone, and what each setting costs alone;
+bench/results/beside.json keeps every figure, those of both kinds of CPU.
 """
 
 import argparse
@@ -74,7 +75,9 @@ def main() -> None:
         print(
             f"{setting:36} {alone:5.0f}  {alone / free:{5 + len(settings[1])}.2f}  {beside:6.0f}  {beside / alone:5.2f}"
         )
-    files.write_json(RESULT, {"machine": machine.described(), "tokens_per_second": rows})
+    known = files.read_json(RESULT) if RESULT.exists() else {}
+    found = {"machine": machine.described(), "tokens_per_second": rows}
+    files.write_json(RESULT, known | {machine.keyed("beside"): found})
 
 
 if __name__ == "__main__":

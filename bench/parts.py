@@ -40,14 +40,17 @@ class Processes:
         """What a process is told."""
         return {"side": side, "threads": self.threads, "smoke": self.smoke} | more
 
+    def command(self, side: str) -> list[str]:
+        return [sys.executable, str(ROOT / "bench" / self.program)]
+
     def child(self, side: str, **more) -> dict:
         """One process; what it answers, and how much faster the machine was after it than before."""
         self.count += 1
         told, answer = (self.folder / f"{self.count}.{name}" for name in ("job", "result"))
         job, before = self.job(side, **more), self.probe()
         files.write_json(told, job | {"started": time.time()})
-        quiet = {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(ROOT / "bench" / self.program), str(told), str(answer)]
+        quiet = {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        command = [*self.command(side), str(told), str(answer)]
         done = subprocess.run(
             command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

@@ -386,7 +386,8 @@ def test_what_a_function_started_is_ended_with_it(rule, tmp_path):
 
 
 RUN = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is behind & with it ignored
 from types import SimpleNamespace
 from lora.rewards import Asked, parse
 from lora.rewards.functions import Function

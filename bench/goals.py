@@ -1,0 +1,116 @@
+"""Every goal of speed and memory on a CPU, and how far we got.   python bench/goals.py [--run] [PART ...]
+
+The table is made of bench/results/, of the runs on this kind of CPU, with AMX or without. `--run` runs the benchmarks
+first, all or those named, one after the other: an hour and a half on 2 cores that nobody else uses.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import machine  # noqa: E402
+from lora import files  # noqa: E402
+
+RUNS = {
+    "train_speed": "train_speed.py --workload short long full --rounds 1",
+    "whole": "whole.py --rounds 1",
+    "beside": "beside.py --rounds 2",
+    "decode_speed": "decode_speed.py",
+    "ranks": "ranks.py",
+}
+
+
+class Goal(NamedTuple):
+    """`read` takes the value from the part's result; the goals are for CPUs without AMX and with it."""
+
+    what: str
+    run: str
+    part: str
+    read: Callable[[dict], float]
+    sign: str
+    without: float | None
+    with_amx: float | None
+
+
+def reached(name: str) -> Callable[[dict], float]:
+    return lambda found: found["reached"][name]["value"]
+
+
+def listed(what: str) -> Callable[[dict], float]:
+    """As bench/decode_speed.py writes it."""
+    return lambda found: next(row["value"] for row in found["reached"] if row["what"] == what)
+
+
+def share_beside(found: dict) -> float:
+    row = found["tokens_per_second"][0]
+    return median(row["beside"]) / median(row["alone"])
+
+
+GOALS = [
+    Goal("tokens/s, short chats, over B0", "train_speed", "short", reached("B0"), ">=", 3.0, 4.5),
+    Goal("… over B1", "train_speed", "short", reached("B1"), ">=", 2.2, 3.0),
+    Goal("tokens/s, long answers, over B0", "train_speed", "long", reached("B0"), ">=", 2.6, 3.0),
+    Goal("… over B1", "train_speed", "long", reached("B1"), ">=", 1.6, 2.0),
+    Goal("tokens/s, documents of 2,048 tokens, over B0", "train_speed", "full", reached("B0"), ">=", 2.0, 2.5),
+    Goal("… over B1", "train_speed", "full", reached("B1"), ">=", 1.6, 2.0),
+    Goal("peak memory, short chats, over B0's", "train_speed", "short", reached("memory"), "<=", 0.33, 0.33),
+    Goal("… over B1's", "train_speed", "short", reached("memory B1"), "<=", None, 0.7),
+    Goal("step over its matrix products, short chats", "train_speed", "short", reached("matmuls"), "<=", 1.5, 2.5),
+    Goal("the whole command, 64 steps, over PEFT's", "whole", "whole", reached("over PEFT's"), "<=", 0.33, 0.33),
+    Goal("beside a busy process, share of the speed alone", "beside", "beside", share_beside, ">=", 0.4, 0.4),
+    Goal("answers, merged, one, over transformers", "decode_speed", "speed", listed("ours, merged over transformers"),
+         ">=", 2.4, 2.4),
+    Goal("… eight at once over one", "decode_speed", "speed", listed("ours, merged, 8 rows over 1"), ">=", 4, 4),
+    Goal("first token of generate.py --adapter, s", "decode_speed", "start", listed("generate.py to its first byte, s"),
+         "<=", 2.2, 2.2),
+    Goal("… over transformers + PEFT's", "decode_speed", "start", listed("generate.py over transformers + peft"),
+         "<=", 0.4, 0.4),
+    Goal("two ranks over one process of two threads", "ranks", "speed", reached("speed"), ">=", 0.9, 0.9),
+    Goal("… share of a step in which gradients are summed", "ranks", "speed", reached("summing"), "<=", 0.05, 0.05),
+    Goal("rank of a sharded base over base/N + block + head + 35 MB", "ranks", "memory", reached("over the bound"),
+         "<=", 1, 1),
+]  # fmt: skip
+
+
+def table() -> list[str]:
+    """A line of Markdown for each goal, behind two of head."""
+    lines, amx = ["| | goal | reached | |", "|---|---|---|---|"], machine.with_amx()
+    for goal in GOALS:
+        number = goal.with_amx if amx else goal.without
+        path = ROOT / "bench" / "results" / f"{goal.run}.json"
+        found = (files.read_json(path) if path.exists() else {}).get(machine.keyed(goal.part))
+        sign = goal.sign.replace(">=", "≥").replace("<=", "≤")
+        wanted = "" if number is None else f"{sign} {number:g}"
+        value = verdict = "not measured here"
+        if found:
+            value = goal.read(found)
+            met = number is None or (value >= number if goal.sign == ">=" else value <= number)
+            value, verdict = f"{value:.3f}" if value < 0.1 else f"{value:.2f}", "met" if met else "missed"
+        lines.append(f"| {goal.what} | {wanted} | {value} | {verdict if wanted else ''} |")
+    return lines
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(RUNS)}; all without it")
+    parser.add_argument("--run", action="store_true", help="run the benchmarks first")
+    asked = parser.parse_args(argv)
+    if wrong := set(asked.parts) - RUNS.keys():
+        parser.error(f"no such part: {', '.join(sorted(wrong))}")
+    for name in (asked.parts or RUNS) if asked.run else ():
+        program, *flags = RUNS[name].split()
+        print(f"== python bench/{RUNS[name]}", flush=True)
+        if code := subprocess.run([sys.executable, ROOT / "bench" / program, *flags], cwd=ROOT).returncode:
+            print(f"== it ended with {code}: no new figures of {name}", flush=True)
+    print(*table(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
