@@ -7,8 +7,10 @@ python train.py --resume --out weights/chats        go on with a run that was st
 python train.py --watch weights/a weights/b         runs that are there as a page, without training
 """
 
+from lora import heap
 from lora.errors import before_imports, run
 
+heap.restart(__name__)
 before_imports(__name__)
 
 from itertools import islice
@@ -108,7 +110,7 @@ def train(plan: Plan, args: TrainSettings, out: Path, processes: DistContext, re
     """Load and patch; then evaluate, save and step by turns until there is a reason to stop; show what changed."""
     sparing, keep_tidy = plan.base.quant is not None, lambda: None
     if not args.fsdp:
-        keep_tidy = machine.keep_memory(processes.device, plan.memory(args), sparing)
+        keep_tidy = heap.keep_memory(processes.device, plan.memory(args), sparing)
     start = resumed.path if resumed else args.init_adapter
     model, trainable = load(plan, args, processes, given=start is not None)
     if compares(plan.method, args):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import decode_sides, machine, random_model, train_sides  # noqa: E402
-from lora import device, files, pretrained  # noqa: E402
+from lora import device, files, heap, pretrained  # noqa: E402
 from lora.adapter.inject import inject, lora_layers  # noqa: E402
 from lora.inference import generate, unpacked  # noqa: E402
 from lora.methods import sft  # noqa: E402
@@ -71,7 +71,7 @@ class Ours(train_sides.Ours):
         from lora.train.step import train_step
 
         self.job, self.train_step, self.batch = job, train_step, batch
-        device.keep_memory(HERE)
+        heap.keep_memory(HERE)
         self.model = loaded(job)
         self.weights = sum(p.numel() for p in self.model.parameters())
         inject(self.model, job.rank, job.alpha)

@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
-from lora import files  # noqa: E402
+from lora import files, heap  # noqa: E402
 
 
 class Processes:
     """A folder for what the processes exchange, and what all of them are told."""
 
     program = ""
+    peers = ("B0", "B1", "peft")  # sides that do not start as train.py does
 
     def __init__(self, folder: Path, threads: int, smoke: bool):
         self.folder, self.threads, self.smoke, self.count = folder, threads, smoke, 0
@@ -50,6 +51,7 @@ class Processes:
         job, before = self.job(side, **more), self.probe()
         files.write_json(told, job | {"started": time.time()})
         quiet = {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        quiet |= {} if side in self.peers else heap.TUNABLES
         command = [*self.command(side), str(told), str(answer)]
         done = subprocess.run(
             command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
-from lora import files  # noqa: E402
+from lora import files, heap  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "policy_speed.json"
 SIDES = ("grpo", "sft", "trl")
@@ -58,7 +58,7 @@ class Ours:
     def __init__(self, job):
         import torch
 
-        from lora import device, methods, pretrained
+        from lora import methods, pretrained
         from lora.adapter import store
         from lora.data import encode, formats
         from lora.errors import StopFlag
@@ -68,7 +68,7 @@ class Ours:
         from lora.train.distributed import DistContext
 
         here = torch.device("cpu")
-        device.keep_memory(here)
+        heap.keep_memory(here)
         self.job, self.args = job, SimpleNamespace(**job.settings)
         base = pretrained.find(job.base)
         chat, path = pretrained.load_chat(base), Path(tempfile.mkdtemp()) / "prompts.jsonl"
@@ -242,6 +242,7 @@ def main() -> None:
                        "prompts": prompts, "steps": args.steps + warm}  # fmt: skip
                 files.write_json(told, job)
                 quiet = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+                quiet |= {} if side == "trl" else heap.TUNABLES
                 command = [sys.executable, __file__, "--child", str(told), str(answer)]
                 done = subprocess.run(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                 if done.returncode:

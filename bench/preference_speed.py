@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
-from lora import files  # noqa: E402
+from lora import files, heap  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "preference_speed.json"
 SIDES = ("dpo", "sft", "trl", "trl tuned")
@@ -58,7 +58,7 @@ class Ours:
     def __init__(self, side: str, rows: list[dict]):
         import torch
 
-        from lora import device, methods, pretrained
+        from lora import methods, pretrained
         from lora.adapter.inject import inject
         from lora.data import batch, encode, formats
         from lora.methods import answers, objective
@@ -68,7 +68,7 @@ class Ours:
         from lora.train.step import train_step
 
         here = torch.device("cpu")
-        device.keep_memory(here)
+        heap.keep_memory(here)
         self.args, self.batch, self.train_step = SimpleNamespace(**SETTINGS), batch, train_step
         base = pretrained.find(str(default_model.folder()))
         path = Path(tempfile.mkdtemp()) / "pairs.jsonl"
@@ -173,6 +173,7 @@ def main() -> None:
                 answer = Path(folder) / "answer.json"
                 command = [sys.executable, __file__, "--steps", str(args.steps + WARM), "--child", side, str(answer)]
                 quiet = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+                quiet |= {} if side.startswith("trl") else heap.TUNABLES
                 done = subprocess.run(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                 if done.returncode:
                     raise SystemExit(f"{side} ended with {done.returncode}\n{done.stderr[-3000:]}")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import decode_sides, machine, random_model, train_sides  # noqa: E402
-from lora import device, files, pretrained  # noqa: E402
+from lora import device, files, heap, pretrained  # noqa: E402
 from lora.adapter import store  # noqa: E402
 from lora.adapter.inject import inject  # noqa: E402
 from lora.data import batch  # noqa: E402
@@ -106,7 +106,7 @@ def dequantising(spent: list[float]):
 def laptop(job) -> dict:
     """Load in NF4, adapt all linears, two steps of one document with its activations computed again."""
     base = Quantised(random_model.RandomFiles(random_model.SHAPES[job.shape]), "nf4")
-    started, tidy = machine.resident(), device.keep_memory(HERE, sparing=True)
+    started, tidy = machine.resident(), heap.keep_memory(HERE, sparing=True)
     start = time.perf_counter()
     model = pretrained.load_model(base, torch.bfloat16)
     loading, loaded, highest = time.perf_counter() - start, machine.resident(), machine.peak()
@@ -152,7 +152,7 @@ def formats(shape: tuple[int, int]) -> dict[str, Packed]:
 
 def kernels(job) -> dict:
     """Seconds of every call, the formats taking turns."""
-    packed, device_memory = formats(tuple(job.shape)), device.keep_memory(HERE)
+    packed, device_memory = formats(tuple(job.shape)), heap.keep_memory(HERE)
     seconds = {name: [] for name in packed}
     for _ in range(job.rounds):
         for name, weight in packed.items():

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 
 from bench import machine, train_speed  # noqa: E402
-from lora import device, files, ops, pretrained  # noqa: E402
+from lora import files, heap, ops, pretrained  # noqa: E402
 from lora.adapter.inject import inject  # noqa: E402
 from lora.data import batch  # noqa: E402
 from lora.network.compiled import as_written, compile_blocks  # noqa: E402
@@ -109,7 +109,7 @@ def by_turns(rounds: int, techniques: list[str]) -> tuple[dict, dict]:
     Who is first changes from round to round, and every variant has met the shapes of a step before it is timed: a CPU
     compiles products for each shape that it meets.
     """
-    device.keep_memory(torch.device("cpu"))
+    heap.keep_memory(torch.device("cpu"))
     model, steps, seconds, kept = adapted(), some_steps(STEPS), defaultdict(list), {}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
@@ -140,7 +140,7 @@ def by_turns(rounds: int, techniques: list[str]) -> tuple[dict, dict]:
 def alone(rounds: int, way: str) -> list[float]:
     """Seconds of steps in a process of its own."""
     if way != "malloc":
-        device.keep_memory(torch.device("cpu"))
+        heap.keep_memory(torch.device("cpu"))
     model, seconds = adapted(), []
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=way != "optimizer")

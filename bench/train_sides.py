@@ -30,7 +30,7 @@ def trained_in(examples: list[Example]) -> int:
 
 class Ours:
     def __init__(self, job):
-        from lora import device, pretrained
+        from lora import heap, pretrained
         from lora.adapter import store
         from lora.adapter.inject import inject
         from lora.data import batch
@@ -42,7 +42,7 @@ class Ours:
         self.job, self.train_step, self.batch = job, train_step, batch
         job.checkpoint_activations, job.lr_ratio_b = False, 1
         here = torch.device("cpu")
-        device.keep_memory(here, sparing=job.quant is not None)
+        heap.keep_memory(here, sparing=job.quant is not None)
         self.model = pretrained.load_model(pretrained.find(job.base, job.quant), getattr(torch, job.dtype))
         inject(self.model, job.rank, job.alpha)
         store.restore(self.model, job.adapter)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine, techniques  # noqa: E402
-from lora import device, files  # noqa: E402
+from lora import files, heap  # noqa: E402
 from lora.data import batch  # noqa: E402
 from lora.train.step import train_step  # noqa: E402
 
@@ -101,7 +101,7 @@ def main() -> None:
     chosen = parser.parse_args()
     begun = machine.resident()
     here = torch.device("cpu")
-    device.keep_memory(here)
+    heap.keep_memory(here)
     model = techniques.adapted()
     loaded = machine.resident()
     parameters = [p for p in model.parameters() if p.requires_grad]

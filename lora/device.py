@@ -1,16 +1,10 @@
 """Which device and dtype to compute with, and why."""
 
-import ctypes
-import mmap
 import os
-import platform
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from math import inf
 from pathlib import Path
 
 import torch
@@ -19,8 +13,6 @@ from lora import threads
 from lora.errors import BadEnvironment, BadInput
 
 ROUND = 32  # on a CPU a product is compiled for every number of rows anew, and kept: better few numbers
-LARGE = 2**26  # bytes, and above it the numbers of a weight of a 7B; not the logits of a small model
-TIDY_SECONDS = 10  # between two times that memory is given back: the pages have to be filled with zeros again
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,31 +47,6 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and _cpu_has_bf16():
         return torch.bfloat16, "the CPU multiplies it in hardware"
     return torch.float32, f"bfloat16 is slow on this {'CPU' if device.type == 'cpu' else device.type}"
-
-
-def keep_memory(device: torch.device, enough: float = inf, sparing: bool = False) -> Callable[[], None]:
-    """Let glibc keep what is freed, up to `enough` bytes of the process, for training on a CPU; elsewhere nothing. Call
-    what it returns after each step.
-
-    By itself glibc returns large blocks to the system, which hands the next ones out page by page, each filled with
-    zeros (mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD). But steps differ in size, and what is kept of
-    one has holes that the next does not fill: 500 steps of 2,000 tokens grew from 2.3 to 6.2 GB. So where a step leaves
-    more than enough, all that is free is given back (malloc_trim(3)). To be `sparing` is not to keep blocks of LARGE
-    bytes or more at all: the numbers of packed weights come and go, and left 1.3 GB of holes in a step of a 7B.
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return lambda: None
-    libc, due = ctypes.CDLL(None), 0.0
-    for option, size in ((-1, 2**31 - 1), (-2, 64 * 2**20), (-3, LARGE if sparing else 2**30)):
-        libc.mallopt(option, size)
-
-    def tidy() -> None:
-        nonlocal due
-        if time.monotonic() >= due and resident_memory() > enough:
-            libc.malloc_trim(0)
-            due = time.monotonic() + TIDY_SECONDS
-
-    return tidy
 
 
 def check_compiler(device: torch.device) -> None:
@@ -120,27 +87,6 @@ def widest(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def give_back(size: int) -> None:
-    """Let glibc return every block of `size` bytes or more to the system when it is freed; elsewhere nothing.
-
-    By itself it raises its threshold to the largest block freed so far (mallopt(3), M_MMAP_THRESHOLD), and blocks that
-    come and go leave holes in the heap. Training as a whole is 20 % slower with it: only for a base in shards.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-3, size)
-
-
-def huge_pages(tensor: torch.Tensor) -> None:
-    """Ask Linux to bring a large new tensor of the CPU into memory by 2 MB, not by 4 kB, in half the time (madvise(2)).
-
-    The numbers of packed weights are such tensors: 26 GB of them in a step of a 7B.
-    """
-    if tensor.nbytes >= LARGE and tensor.device.type == "cpu" and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-
-
 def peak_memory(device: torch.device) -> int:
     """Most bytes so far: of the GPU where one is used, else of the process."""
     if device.type == "cuda":
@@ -149,11 +95,6 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_memory() -> int:
-    """Bytes of this process in memory, as Linux counts them (proc_pid_statm(5))."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ("train.py", "generate.py", "evaluate.py", "merge.py") if (ROOT / name).exists()]
 LIBRARY = sorted((ROOT / "lora").rglob("*.py"))
 PRODUCT = [*LIBRARY, *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "data_gen").rglob("*.py"))]
-GROUND = ("errors", "files", "folders", "device", "settings", "threads", "address")
+GROUND = ("errors", "files", "folders", "device", "heap", "settings", "threads", "address")
 LAYERS = {  # a part of the library -> the parts it may import, besides itself and the ground
     "ops": (),
     "quant": ("ops",),

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lora import ops
-from lora.device import give_back
 from lora.errors import BadInput
+from lora.heap import give_back
 from lora.network.decoder import Model
 from lora.pretrained.folder import ModelFiles
 from lora.pretrained.load import empty_model

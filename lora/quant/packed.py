@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora import ops
-from lora.device import huge_pages
+from lora.heap import huge_pages
 
 AT_ONCE = {"cpu": 2**20}  # values; a GPU takes a whole weight
 

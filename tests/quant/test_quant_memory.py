@@ -46,7 +46,7 @@ LOADING = """
 import re, sys
 from pathlib import Path
 import torch
-from lora.device import resident_memory
+from lora.heap import resident_memory
 from lora.pretrained import find, load_model
 small, folder, quant = sys.argv[1:]
 load_model(find(small, quant), torch.bfloat16)  # what is imported and set up once
@@ -201,7 +201,7 @@ def flags_of(tensor: torch.Tensor) -> list[str]:
 
 
 @mutation("lora/quant/packed.py", "        huge_pages(values)\n", "")
-@mutation("lora/device.py", "mmap.MADV_HUGEPAGE", "mmap.MADV_NOHUGEPAGE")
+@mutation("lora/heap.py", "mmap.MADV_HUGEPAGE", "mmap.MADV_NOHUGEPAGE")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no such pages")
 def test_the_numbers_of_a_large_weight_come_into_memory_by_large_pages():
     large, small = (

@@ -1,10 +1,7 @@
 """Recomputed activations change no bit, and the memory that is expected is what autograd and the optimizer keep."""
 
 import copy
-import platform
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -25,7 +22,6 @@ from lora.ops import cross_entropy, fast_attention
 from lora.run.adapter import on_meta
 from lora.text.chat import Example
 from lora.train import memory
-from tests import cli
 from tests.helpers import patched, some_tokens, tiny_config, tiny_model
 from tests.mutation import mutation
 from tests.network.test_families import NEW, family_config, model_of
@@ -386,75 +382,3 @@ def test_free_memory_is_the_machines_within_the_limits_of_control_groups(tmp_pat
 def test_free_memory_of_this_machine_is_a_number_of_bytes_or_unknown():
     free = machine.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
-
-
-def holes() -> int:
-    """Bytes that stay after blocks of 25 MB were freed between small ones that are kept."""
-    bytearray(25 * 2**20)  # by itself glibc keeps blocks of this size from now on
-    before, kept = machine.resident_memory(), []
-    large = []
-    for _ in range(4):
-        large.append(bytearray(25 * 2**20))
-        kept.append(bytearray(100_000))
-    large.clear()
-    return machine.resident_memory() - before
-
-
-@mutation("lora/device.py", "mallopt(-3, size)", "mallopt(-3, 2 * size)")
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_large_blocks_are_returned_though_small_ones_lie_between_them():
-    """In a fresh process: other tests have left holes, in which small blocks would lie elsewhere."""
-    call = "from lora import device; import tests.train.test_memory as t; device.give_back(2**24); print(t.holes())"
-    done = subprocess.run([sys.executable, "-c", call], cwd=cli.ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and int(done.stdout) < 10 * 2**20, done.stdout + done.stderr
-
-
-HOLES = """
-import torch
-from lora.device import keep_memory, resident_memory
-tidy = keep_memory(torch.device("cpu"), {enough})
-given = []
-for _ in range(2):
-    blocks = [torch.ones(2**20) for _ in range(100)]  # 4 MB each
-    del blocks[::2]
-    before = resident_memory()
-    tidy()
-    given.append(before - resident_memory())
-print(*(size // 10**6 for size in given))
-"""
-
-
-@mutation("lora/device.py", "due = time.monotonic() + TIDY_SECONDS", "pass")
-@mutation("lora/device.py", "if time.monotonic() >= due and resident_memory() > enough:", "if time.monotonic() >= due:")
-@mutation("lora/device.py", "libc.malloc_trim(0)", "pass")
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
-@pytest.mark.parametrize("enough, least, most", [(2e8, 150, 250), (8e9, -20, 20)])
-def test_above_what_is_enough_holes_between_blocks_are_given_back_but_not_at_every_call(enough, least, most):
-    """Every other block of 400 MB is free: 200 MB between blocks in use."""
-    words = [sys.executable, "-c", HOLES.format(enough=enough)]
-    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=cli.ROOT)
-    first, again = map(int, found.stdout.split())
-    assert least < first < most
-    assert -20 < again < 20
-
-
-SPARING = """
-import torch
-from lora.device import keep_memory, resident_memory
-keep_memory(torch.device("cpu"), sparing={sparing})
-before, kept = resident_memory(), []
-for _ in range(3):
-    large = [torch.ones(2**25, dtype=torch.int32) for _ in range(2)]  # 134 MB each
-    kept += [torch.ones(2**18)]
-    del large
-print((resident_memory() - before) // 10**6)
-"""
-
-
-@mutation("lora/device.py", "LARGE if sparing else 2**30", "2**30", case="True-0-30")
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-@pytest.mark.parametrize("sparing, least, most", [(True, 0, 30), (False, 200, 900)])
-def test_where_memory_is_spared_large_blocks_are_not_kept(sparing, least, most):
-    words = [sys.executable, "-c", SPARING.format(sparing=sparing)]
-    found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=cli.ROOT)
-    assert least <= int(found.stdout) < most
