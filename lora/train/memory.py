@@ -24,15 +24,15 @@ from lora.quant.packed import AT_ONCE
 
 # Python, torch with its compiler, a tokenizer, matplotlib, and holes that are there whatever the model's size; a GPU
 # counts its tensors only
-RUNTIME = {"cpu": 610e6}
-GROWTH = {"cpu": 1.3}  # of the activations: what is freed between them leaves holes in the heap; measured with glibc
+RUNTIME = {"cpu": 560e6}
+GROWTH = {"cpu": 1.06}  # of the activations: what is freed between them leaves holes in the heap; measured with glibc
 LONG = 2  # times --micro-tokens: an example that is longer has its activations computed again
 NORMS = 3  # times a weight in float32: ΔW, W + ΔW, its squares
 ADAPTERS = 4  # the adapter or all masters, their gradients, Adam's two moments
 # oneDNN multiplies bf16 on a CPU. It compiles every shape and keeps 1,024 of them; those that it drops for new ones
 # leave about as much in holes. Shapes were counted in its log, bytes in the heap:
 # https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
-COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.4e6, 24, 7
+COMPILED, COMPILED_BYTES, OF_A_BATCH, OF_A_DOCUMENT = 2 * 1024, 0.5e6, 30, 7
 DECODING = 6  # bytes a number, codes as indices and what they become in float32, where a weight is decoded at once
 
 
