@@ -1,5 +1,6 @@
 """Merge an adapter into the weights (one rounding), unmerge (bit for bit), unload (plain Linears again)."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -77,17 +78,22 @@ def merged(model: nn.Module) -> Iterator[None]:
             unmerge(model)
 
 
-def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | None) -> None:
+def shared(model: nn.Module) -> set[int]:
+    """Which of a model's parameters, by their id, have more than one name."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in names.items() if count > 1}
+
+
+def put(model: nn.Module, path: str, layer: LoRALinear, weight: torch.Tensor | None, tied: set[int]) -> None:
     """The plain Linear at `path`, with W' in place of `weight` if it has changed. A head whose tensor was also the
-    embedding's is no longer tied to it then, and transformers' config has to say so, or its files contradict it."""
+    embedding's, so one of those `tied`, no longer is then, and transformers' config has to say so, or its files
+    contradict it."""
     if weight is not None and type(layer.base) is not nn.Linear:
         model.set_submodule(path, plain_linear(layer.base, weight))
         return
     if weight is not None:
-        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-            every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
-            if sum(parameter is layer.base.weight for parameter in every) > 1:
-                model.config.tie_word_embeddings = False
+        if id(layer.base.weight) in tied and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            model.config.tie_word_embeddings = False
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     model.set_submodule(path, layer.base)
 
@@ -102,8 +108,9 @@ def plain_linear(base: nn.Module, weight: torch.Tensor) -> nn.Linear:
 @torch.no_grad()
 def unload(model: nn.Module) -> nn.Module:
     """Put plain Linears back, holding W' where a layer was merged and W where it was not; returns the model."""
+    tied = shared(model)
     for path, layer in lora_layers(model).items():
-        put(model, path, layer, layer.merged_weight)
+        put(model, path, layer, layer.merged_weight, tied)
     return model
 
 
@@ -113,11 +120,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Raises NotFinite, with nothing changed, where an adapter (or a sum with it) is not finite.
     """
-    layers = lora_layers(model)
+    layers, tied = lora_layers(model), shared(model)
     check_finite(layers)
     for path, layer in layers.items():  # formed twice, so that all are seen before the first is kept
         if not ops.is_finite(merged_weight(layer.base.weight, layer.delta())):
             raise NotFinite(path, "the merged weight; ", FIX)
     for path, layer in layers.items():
-        put(model, path, layer, merged_weight(layer.base.weight, layer.delta()))
+        put(model, path, layer, merged_weight(layer.base.weight, layer.delta()), tied)
     return model
