@@ -63,12 +63,12 @@ def speed(job, processes: distributed.DistContext) -> dict:
 def memory(job, processes: distributed.DistContext) -> dict:
     """Bytes by which the process is larger than before the base was loaded, at the end and at most, after each phase;
     and what the base's parts take. A tiny base goes before, so that code is not counted."""
+    job.checkpoint_activations = False
     from lora.pretrained import shard
 
     def step(model) -> None:
         example = Example(list(range(4)), [True] * 4)
-        args = SimpleNamespace(plain=False, updates=None)
-        loss = Objective(sft, model, args)(micro_batches([example], 1024)[0])
+        loss = Objective(sft, model, job)(micro_batches([example], job.micro_tokens)[0])
         loss.backward()
 
     def load(folder: str):

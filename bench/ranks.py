@@ -70,9 +70,11 @@ def show(part: str, found: dict) -> None:
     print(f"\n{part}")
     for name, value in found.get("tokens/s", {}).items():
         print(f"  {name}: {value:.0f} tokens/s, peak of a process {found['peak GB'][name]:.2f} GB")
-    for name, value in found.get("measured", {}).items():
-        shown = value if name == "phases" else f"{value / 1e6:.1f} MB"
-        print(f"  {name}: {shown}")
+    if measured := found.get("measured"):
+        for name in ("base", "head", "block", "adapter"):
+            print(f"  {name}: {measured[name] / 1e6:.1f} MB")
+        for name, phase in measured["phases"].items():
+            print(f"  {name}: {phase['now'] / 1e6:.1f} MB, at most {phase['most'] / 1e6:.1f} MB")
     for name, row in found["reached"].items():
         between = f" ({row['from']:.2f} to {row['to']:.2f})" if "from" in row else ""
         print(f"  {name}: {row['value']:.3g}{between}")
