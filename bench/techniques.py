@@ -91,16 +91,22 @@ def adapted():
     return model.train()
 
 
-def kept_bytes(objective, batches) -> int:
-    kept = {}
+def storages(model) -> set[int]:
+    """Those of the weights, which are there whether autograd refers to them or not."""
+    return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+
+def kept_bytes(model, batches) -> int:
+    """Bytes that autograd keeps of a micro-batch for the backward pass."""
+    kept, own = {}, storages(model)
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        objective(batches[0])
-    return sum(kept.values())
+        objective_of(model)(batches[0])
+    return sum(size for place, size in kept.items() if place not in own)
 
 
 def by_turns(rounds: int, techniques: list[str]) -> tuple[dict, dict]:
@@ -132,7 +138,7 @@ def by_turns(rounds: int, techniques: list[str]) -> tuple[dict, dict]:
                 if number >= 0:
                     seconds[name].append(time.perf_counter() - start)
                 elif name not in kept:
-                    kept[name] = kept_bytes(objective_of(model), batches)
+                    kept[name] = kept_bytes(model, batches)
         variants.rotate()
     return seconds, kept
 

@@ -117,9 +117,8 @@ def main() -> None:
             train_step(objective, step, optimizer, techniques.LR, 1.0)
     seconds = time.perf_counter() - start
     spent = parts_of_time(seen.events())
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     largest = max((b for step in steps for b in step), key=lambda b: len(b.tokens))
-    kept = parts_of_memory(objective, largest, own)
+    kept = parts_of_memory(objective, largest, techniques.storages(model))
     held = {"Python, torch, libraries": begun, "weights, adapter": loaded - begun}
     held |= {f"kept: {part}": size for part, size in kept.most_common()}
     held["on the way, and holes"] = peak - sum(held.values())
@@ -138,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.restart(__name__)  # as train.py
     main()

@@ -28,7 +28,7 @@ def restart(name: str) -> None:
 
     PyTorch's tensors are aligned to 64 bytes. glibc cuts such a block out of a larger one and frees the slivers at its
     ends. With a cache of small blocks these are soon something else, so that the hole that a tensor leaves is too small
-    for the next of its size, and holes were a quarter of a step's memory (glibc 2.36).
+    for the next of its size: holes were a fifth of the memory at the peak (glibc 2.36).
     """
     script = sys.argv[0] in sys.orig_argv  # else this is a notebook, say, which would begin again
     if name != "__main__" or not script or sys.gettrace() or TUNABLES.keys() & os.environ.keys() or not _is_glibc():

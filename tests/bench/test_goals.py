@@ -1,0 +1,37 @@
+"""The table of goals: what it reads, what it counts as met, and that the chapter on speed quotes it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import goals
+from tests.mutation import mutation
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@mutation("bench/goals.py", 'reached("B1"), ">=", 2.2, 3.0)', 'reached("B1"), ">=", 2.0, 3.0)')
+def test_the_chapter_on_speed_quotes_the_table_as_it_is():
+    assert "\n".join(goals.table()) in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+@mutation("bench/goals.py", 'goal.part + " with AMX" * amx', "goal.part")
+@mutation("bench/goals.py", "number = goal.with_amx if amx else goal.without", "number = goal.without")
+@mutation("bench/goals.py", 'value >= number if goal.sign == ">=" else', "value <= number if")
+@pytest.mark.parametrize("sign, met", [(">=", (True, False)), ("<=", (False, True))])
+def test_each_kind_of_cpu_has_its_result_and_its_goal(tmp_path, monkeypatch, sign, met):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    results = {"part": {"reached": {"x": {"value": 2.5}}}, "part with AMX": {"reached": {"x": {"value": 3.5}}}}
+    (tmp_path / "bench" / "results" / "run.json").write_text(json.dumps(results))
+    monkeypatch.setattr(goals, "ROOT", tmp_path)
+    goal = goals.Goal("what", "run", "part", goals.reached("x"), sign, 2.0, 4.0)
+    shown = [goals.cell(goal, amx) for amx in (False, True)]
+    assert [cell.strip("*") for cell in shown] == ["2.50", "3.50"]
+    assert tuple(cell.startswith("**") for cell in shown) == met
+
+
+def test_what_was_not_measured_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(goals, "ROOT", tmp_path)
+    goal = goals.Goal("what", "run", "part", goals.reached("x"), ">=", 2.0, None)
+    assert [goals.cell(goal, amx) for amx in (False, True)] == ["", ""]
