@@ -7,11 +7,13 @@ python train.py --resume --out weights/chats        go on with a run that was st
 python train.py --watch weights/a weights/b         runs that are there as a page, without training
 """
 
-from lora import heap
 from lora.errors import before_imports, run
 
-heap.restart(__name__)
 before_imports(__name__)
+
+from lora import heap
+
+heap.restart(__name__)
 
 from itertools import islice
 from pathlib import Path

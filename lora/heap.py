@@ -7,12 +7,15 @@ import ctypes
 import mmap
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lora.errors import STOP_CODES
 
 if TYPE_CHECKING:  # the scripts are here before torch is imported
     import torch
@@ -23,18 +26,22 @@ TIDY_SECONDS = 10  # between two times that memory is given back: the pages have
 
 
 def restart(name: str) -> None:
-    """Called first by a script that trains, with its `__name__`: its process begins again, in place and once, with
+    """Called early by a script that trains, with its `__name__`: its process begins again, in place and once, with
     TUNABLES, which glibc reads when a process starts. An environment that has tunables stays as it is.
 
     PyTorch's tensors are aligned to 64 bytes. glibc cuts such a block out of a larger one and frees the slivers at its
     ends. With a cache of small blocks these are soon something else, so that the hole that a tensor leaves is too small
     for the next of its size: holes were a fifth of the memory at the peak (glibc 2.36).
     """
-    script = sys.argv[0] in sys.orig_argv  # else this is a notebook, say, which would begin again
-    if name != "__main__" or not script or sys.gettrace() or TUNABLES.keys() & os.environ.keys() or not _is_glibc():
+    if name != "__main__" or not _is_glibc():
         return
-    os.environ |= TUNABLES
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if os.environ.get("GLIBC_TUNABLES") == TUNABLES["GLIBC_TUNABLES"]:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_CODES)
+    elif sys.argv[0] in sys.orig_argv and not (sys.gettrace() or TUNABLES.keys() & os.environ.keys()):
+        # a notebook that runs the script is not to begin again, nor is a debugger
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_CODES)  # Ctrl-C meanwhile waits, or it would be lost
+        os.environ |= TUNABLES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _is_glibc() -> bool:

@@ -43,7 +43,7 @@ def started(words, tmp_path, **more) -> tuple[list, str, int]:
 
 @glibc
 @mutation("lora/heap.py", "[sys.executable, *sys.orig_argv[1:]]", "[sys.executable, *sys.argv]")
-@mutation("lora/heap.py", "    os.environ |= TUNABLES\n", "")
+@mutation("lora/heap.py", "        os.environ |= TUNABLES\n", "")
 def test_a_script_begins_again_once_in_its_place_with_its_words_and_its_input(tmp_path):
     found, rest, pid = started(["-X", "utf8", "script.py", "--a", "b c"], tmp_path)
     assert found == ["xx", heap.TUNABLES["GLIBC_TUNABLES"], ["--a", "b c"], 1, pid]
@@ -54,8 +54,8 @@ NOTEBOOK = "import runpy, sys; sys.argv = ['script.py']; runpy.run_path('script.
 TRACED = NOTEBOOK.replace("import runpy, sys", "import runpy, sys; sys.settrace(lambda *_: None)")
 
 
-@mutation("lora/heap.py", " or not script", "", case="notebook")
-@mutation("lora/heap.py", " or sys.gettrace()", "", case="debugger")
+@mutation("lora/heap.py", "sys.argv[0] in sys.orig_argv and ", "", case="notebook")
+@mutation("lora/heap.py", "sys.gettrace() or ", "", case="debugger")
 @mutation("lora/heap.py", " or TUNABLES.keys() & os.environ.keys()", "", case="tunables of its user")
 @pytest.mark.parametrize(
     "words, variables",
@@ -68,6 +68,33 @@ TRACED = NOTEBOOK.replace("import runpy, sys", "import runpy, sys; sys.settrace(
 def test_what_is_not_a_plain_start_of_the_script_goes_on_as_it_is(tmp_path, words, variables):
     [seen, tunables, *_], _, _ = started(words, tmp_path, **variables)
     assert seen == "x" and tunables == variables.get("GLIBC_TUNABLES")
+
+
+INTERRUPTED = """
+import os, signal
+from lora.errors import before_imports
+before_imports(__name__)
+from lora import heap
+begin = os.execv
+def interrupted(*words):
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    begin(*words)
+os.execv = interrupted
+heap.restart(__name__)
+print("it went on")
+"""
+
+
+@glibc
+@mutation("lora/heap.py", "        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_CODES)", "        pass")
+@mutation("lora/heap.py", "        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_CODES)", "        pass")
+def test_a_signal_that_comes_while_it_begins_again_ends_it(tmp_path):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    mine = {name: value for name, value in environ.items() if name not in heap.TUNABLES} | {"PYTHONPATH": str(cli.ROOT)}
+    words = [sys.executable, "script.py"]
+    done = subprocess.run(words, env=mine, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "True\n", "stopped")
 
 
 STEP = """
