@@ -18,7 +18,7 @@ def test_the_chapter_on_speed_quotes_the_table_as_it_is():
 
 @mutation("bench/goals.py", 'goal.part + " with AMX" * amx', "goal.part")
 @mutation("bench/goals.py", "number = goal.with_amx if amx else goal.without", "number = goal.without")
-@mutation("bench/goals.py", 'value >= number if goal.sign == ">=" else', "value <= number if")
+@mutation("bench/goals.py", 'value >= number if goal.sign == ">=" else', "value <= number if goal.sign else")
 @pytest.mark.parametrize("sign, met", [(">=", (True, False)), ("<=", (False, True))])
 def test_each_kind_of_cpu_has_its_result_and_its_goal(tmp_path, monkeypatch, sign, met):
     (tmp_path / "bench" / "results").mkdir(parents=True)
