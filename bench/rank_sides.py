@@ -63,8 +63,9 @@ def speed(job, processes: distributed.DistContext) -> dict:
 def memory(job, processes: distributed.DistContext) -> dict:
     """Bytes by which the process is larger than before the base was loaded, at the end and at most, after each phase;
     and what the base's parts take. A tiny base goes before, so that code is not counted."""
+    from lora.pretrained import shard  # it is slow to import
+
     job.checkpoint_activations = False
-    from lora.pretrained import shard
 
     def step(model) -> None:
         example = Example(list(range(4)), [True] * 4)

@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 from bench import machine, memory, parts, train_speed  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "ranks.json"
-GOALS = {"speed": 0.9, "summing": 0.05}
 SPARE = 35e6  # bytes that a rank may take besides its share, the head and a block
 
 
