@@ -227,8 +227,8 @@ def test_positions_begin_anew_in_every_document():
 
 @mutation(
     "lora/ops/fast_attention.py",
-    "torch.ones(n, n, dtype=torch.bool).triu(1)",
-    "torch.ones(n, n, dtype=torch.bool).triu(2)",
+    "dtype=dtype).triu(1)",
+    "dtype=dtype).triu(2)",
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_future_tokens_cannot_change_past_logits(dtype):
