@@ -11,13 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
 from lora import device, files  # noqa: E402
+from lora.ops.fast_decoding import product  # noqa: E402
 
 
 class Ours:
@@ -85,14 +85,15 @@ SIDES = {"ours": Ours, "transformers": Transformers, "llama.cpp": LlamaCpp}
 
 def products(model, rows: int) -> float:
     """Seconds that the matrix products of a step take by themselves, q/k/v as one and gate/up as one."""
-    weights = [torch.cat([linear.weight for linear in group]) for group in model.groups()] + [model.head_weight]
+    weights = [torch.cat([linear.weight for linear in group]) for group in model.groups()]
+    weights += [model.head_weight] * model.config.tie_word_embeddings  # else it is a group of its own
     inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], dtype=model.dtype) for weight in weights}
     times = []
     with torch.inference_mode(), device.few_rows(rows, model.device):
         for _ in range(8):
             start = time.perf_counter()
             for weight in weights:
-                F.linear(inputs[weight.shape[1]], weight)
+                product(inputs[weight.shape[1]], weight)
             times.append(time.perf_counter() - start)
     return min(times)
 

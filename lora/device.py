@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,13 +29,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@cache
+def _cpu_words() -> set[str]:
+    """What Linux says of the CPU, its instruction sets among it; nothing elsewhere."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
 def _cpu_has_bf16() -> bool:
     """Does the CPU multiply bf16 in hardware? Without that it is about three times slower than float32."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16"})
+    return bool(_cpu_words() & {"avx512_bf16", "amx_bf16"})
+
+
+def cpu_has_amx() -> bool:
+    """Does the CPU multiply tiles of bf16 matrices?"""
+    return "amx_bf16" in _cpu_words()
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -69,14 +80,14 @@ def upload(values, device: torch.device | str, dtype: torch.dtype = torch.long) 
 
 @contextmanager
 def few_rows(count: int, device: torch.device):
-    """For products of `count` rows with large weights: one or two are faster without oneDNN on a CPU.
+    """For products of `count` rows with large weights: one or two are faster without oneDNN on a CPU without AMX.
 
     It lays every bfloat16 weight out anew for each product, which costs as much again as reading it; PyTorch's own
-    kernel reads it once, but computes row by row.
+    kernel reads it once, but computes row by row. With AMX `ops.fast_decoding` has a better way.
     """
     before = torch.backends.mkldnn.enabled
     try:
-        torch.backends.mkldnn.enabled = before and not (count <= 2 and device.type == "cpu")
+        torch.backends.mkldnn.enabled = before and not (count <= 2 and device.type == "cpu" and not cpu_has_amx())
         yield
     finally:
         torch.backends.mkldnn.enabled = before

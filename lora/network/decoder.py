@@ -69,10 +69,14 @@ class Model(nn.Module):
         return self.head(self.trunk(tokens, lengths, positions, cache))
 
     def groups(self):
-        """Lists of Linears of one input, for `ops.fast_decoding`."""
+        """Lists of Linears of one input, for `ops.fast_decoding`, and every other Linear in a list of its own."""
         for block in self.model.layers:
-            yield getattr(block, block.mixer).group()
-            yield [block.mlp.gate_proj, block.mlp.up_proj]
+            groups = [getattr(block, block.mixer).group(), [block.mlp.gate_proj, block.mlp.up_proj]]
+            grouped = {module for group in groups for module in group}
+            yield from groups
+            yield from ([module] for module in block.modules() if type(module) is nn.Linear and module not in grouped)
+        if not self.config.tie_word_embeddings:
+            yield [self.lm_head]
 
     def new_cache(self, rows: int, room: int) -> Cache:
         return Cache(self.config.head_dims, rows, self.config.num_key_value_heads, room, self.dtype, self.device)

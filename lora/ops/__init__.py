@@ -23,7 +23,7 @@ from lora.ops import (
     plain,
     windowed_attention,
 )
-from lora.ops.plain import Weight, is_autocast, is_finite, logits, no_autocast, rotate, soft_cap, wide
+from lora.ops.plain import Weight, is_autocast, is_finite, no_autocast, rotate, soft_cap, wide
 
 __all__ = [
     "Weight", "attend", "attention", "cross_entropy", "gated_delta", "gated_linear", "is_finite", "is_plain",
@@ -125,6 +125,12 @@ def last_inputs(x: Tensor, lengths: list[int], count: int, before: Tensor | None
 
 def gated_delta(q, k, v, g, beta, lengths: list[int], states: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return (plain if _as_written(q) else fast_gated_delta).gated_delta(q, k, v, g, beta, lengths, states)
+
+
+def logits(hidden: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
+    if _as_written(hidden) or torch.is_grad_enabled():
+        return plain.logits(hidden, head, cap)
+    return soft_cap(fast_decoding.product(hidden, head), cap)
 
 
 def log_probs(

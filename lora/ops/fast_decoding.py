@@ -5,32 +5,53 @@ tensor, of which each is a view from then on: there is no second copy. The low-r
 become one as well, every A above the next and every s B on a diagonal of blocks, converted once:
 
     [y_1 … y_n] = x [W_1 … W_n]ᵀ + (x [A_1 … A_n]ᵀ) diag(s_1 B_1 … s_n B_n)ᵀ
+
+oneDNN lays the right factor of a product out anew each time. So on a CPU with AMX, few rows times a weight are
+(W xᵀ)ᵀ there, where that is the small one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora.device import cpu_has_amx
+
 Outputs = tuple[Tensor, ...]
+FEW = 16  # rows; of 32 both ways take as long
 
 
 @contextmanager
 def for_decoding(groups: Iterable[list[nn.Module]]):
-    """Inside the block `ops.linears` runs each of these groups of Linears as one product, where it can."""
+    """Inside the block `ops.linears` runs each of these groups of Linears as one product, where it can, and a Linear
+    alone in its group multiplies few rows in the faster way."""
     changed = []
     try:
         for modules in groups:
-            if product := join(modules):
-                changed.append(modules[0])
-                modules[0].joined = product
+            first = modules[0]
+            changed.append(first)
+            if together := join(modules):
+                first.joined = together
+            elif len(modules) == 1 and type(first) is nn.Linear and not _sharded(modules):
+                first.forward = partial(product, W=first.weight, b=first.bias)
         yield
     finally:
         for module in changed:
             vars(module).pop("joined", None)
+            vars(module).pop("forward", None)
+
+
+def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x (..., in), W (out, in)"""
+    if x.dim() != 2 or len(x) > FEW or W.device.type != "cpu" or W.dtype != torch.bfloat16 or not cpu_has_amx():
+        return F.linear(x, W, b)
+    if len(x) == 1:
+        return (torch.mv(W, x[0]) if b is None else torch.addmv(b, W, x[0]))[None]
+    return (W @ x.T if b is None else torch.addmm(b[:, None], W, x.T)).T.contiguous()
 
 
 def joined(modules: Sequence[nn.Module]) -> Callable[[Tensor], Outputs] | None:
@@ -44,8 +65,7 @@ def join(modules: Sequence[nn.Module]) -> Callable[[Tensor], Outputs] | None:
     """x (..., in) -> the outputs of several Linears, or of several LoRA layers; None where there is no better way, as
     with packed weights, which would not stay so."""
     kind = type(modules[0])
-    sharded = any(type(parameter) is not nn.Parameter for module in modules for parameter in module.parameters())
-    if sharded or len(modules) < 2 or any(type(module) is not kind for module in modules):
+    if _sharded(modules) or len(modules) < 2 or any(type(module) is not kind for module in modules):
         return None
     if kind is nn.Linear:
         return _join_frozen(modules)
@@ -61,11 +81,15 @@ def join(modules: Sequence[nn.Module]) -> Callable[[Tensor], Outputs] | None:
     B = torch.block_diag(*(s * B for _, B, s in maps)).to(dtype)  # (Σ out, Σ r)
     sizes, finish = [len(module.weight) for module in modules], [module.finish() for module in modules]
 
-    def product(x: Tensor) -> Outputs:
+    def together(x: Tensor) -> Outputs:
         outputs = frozen(x).add_(F.linear(F.linear(x, A), B)).split(sizes, -1)
         return tuple(last(y) for last, y in zip(finish, outputs, strict=True))
 
-    return product
+    return together
+
+
+def _sharded(modules: Sequence[nn.Module]) -> bool:
+    return any(type(parameter) is not nn.Parameter for module in modules for parameter in module.parameters())
 
 
 def _join_frozen(modules: Sequence[nn.Module], split: bool = True) -> Callable:
@@ -74,8 +98,8 @@ def _join_frozen(modules: Sequence[nn.Module], split: bool = True) -> Callable:
     if any(b is not None for b in biases):
         bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
     if not split:
-        return lambda x: F.linear(x, weight, bias)
-    return lambda x: F.linear(x, weight, bias).split(sizes, -1)
+        return lambda x: product(x, weight, bias)
+    return lambda x: product(x, weight, bias).split(sizes, -1)
 
 
 def one_tensor(parts: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from lora.adapter.inject import disabled, inject, lora_layers
 from lora.adapter.layer import LoRALinear
 from lora.device import few_rows
 from lora.inference.generate import generate
+from lora.ops import fast_decoding
 from lora.ops.fast_decoding import for_decoding, join
 from tests.helpers import (
     as_true_as,
@@ -58,8 +59,8 @@ def with_branches(linears, ranks=(3, 4, 2), alphas=(8, 2, 5)) -> list[LoRALinear
 
 @mutation(
     "lora/ops/fast_decoding.py",
-    "F.linear(x, weight, bias).split(sizes, -1)",
-    "F.linear(x, weight, bias).split(sizes[::-1], -1)",
+    "product(x, weight, bias).split(sizes, -1)",
+    "product(x, weight, bias).split(sizes[::-1], -1)",
 )
 @mutation("lora/ops/fast_decoding.py", "(s * B for _, B, s in maps)", "(maps[0][2] * B for _, B, s in maps)")
 @pytest.mark.parametrize("biases", [(True, False, True), (False, False, False), (True, True, True)], ids=str)
@@ -198,8 +199,9 @@ def test_weights_in_shards_are_left_alone():
     """        pass
 """,
 )
-def test_one_or_two_rows_on_a_cpu_go_without_onednn_and_no_others():
+def test_one_or_two_rows_on_a_cpu_without_amx_go_without_onednn_and_no_others(monkeypatch):
     before, cpu = torch.backends.mkldnn.enabled, torch.device("cpu")
+    monkeypatch.setattr("lora.device.cpu_has_amx", lambda: False)
     seen = []
     for count, device in ((1, cpu), (2, cpu), (3, cpu), (1, torch.device("cuda"))):
         with pytest.raises(KeyError), few_rows(count, device):
@@ -207,6 +209,26 @@ def test_one_or_two_rows_on_a_cpu_go_without_onednn_and_no_others():
             raise KeyError
         assert torch.backends.mkldnn.enabled == before
     assert seen == [False, False, before, before]
+    monkeypatch.setattr("lora.device.cpu_has_amx", lambda: True)
+    with few_rows(1, cpu):
+        assert torch.backends.mkldnn.enabled == before
+
+
+@mutation("lora/ops/fast_decoding.py", "torch.addmv(b, W, x[0])", "torch.mv(W, x[0])")
+@mutation("lora/ops/fast_decoding.py", ").T.contiguous()", ").reshape(len(x), -1)")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_few_rows_with_the_weight_as_left_factor_are_the_same_product(monkeypatch, rows, bias):
+    """As CPUs with AMX compute it, on any."""
+    monkeypatch.setattr(fast_decoding, "cpu_has_amx", lambda: True)
+    torch.manual_seed(3)
+    linear, x = nn.Linear(96, 160, bias).bfloat16(), torch.randn(rows, 96).bfloat16()
+    with for_decoding([[linear]]), torch.no_grad():
+        found = linear(x)
+        assert ("forward" in vars(linear)) and found.is_contiguous()
+    assert "forward" not in vars(linear)
+    with torch.no_grad():
+        assert as_true_as(found, linear(x), copy.deepcopy(linear).double()(x.double()), factor=1.5)
 
 
 def test_decoding_in_bfloat16_is_as_true_as_the_full_forward_in_bfloat16():

@@ -76,6 +76,7 @@ CASES = {  # name -> arguments, those with gradients, the fast modules that can 
     "attention cap": ((q, k, v, [5, 1, 12, 3], None, 1.5), (q, k, v), [windowed_attention]),
     "attend": ((q[-5:], k, v), (q, k, v), []),
     "attend window": ((q[-5:], k, v, 4), (q, k, v), [windowed_attention]),
+    "logits": ((x, head, 2.0), (x, head), []),
     "log_probs": ((x, head, targets), (x, head), [fast_log_probs]),
     "log_probs cap": ((x, head, targets, 2.0), (x, head), [fast_log_probs]),
     "cross_entropy": ((x, head, targets), (x, head), [fast_log_probs]),
