@@ -76,7 +76,8 @@ def main() -> None:
             f"{setting:36} {alone:5.0f}  {alone / free:{5 + len(settings[1])}.2f}  {beside:6.0f}  {beside / alone:5.2f}"
         )
     known = files.read_json(RESULT) if RESULT.exists() else {}
-    found = {"machine": machine.described(), "tokens_per_second": rows}
+    share = median(rows[0]["beside"]) / median(rows[0]["alone"])
+    found = {"machine": machine.described(), "tokens_per_second": rows, "reached": {"share": {"value": share}}}
     files.write_json(RESULT, known | {machine.keyed("beside"): found})
 
 

@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import machine, memory  # noqa: E402
+from bench import goals, machine, memory  # noqa: E402
 from lora import files, pretrained  # noqa: E402
 from lora.adapter import passport, store  # noqa: E402
 from lora.adapter.inject import inject, lora_layers  # noqa: E402
@@ -197,18 +197,18 @@ def rates(results: list[dict], rows: int, new: int) -> list[float]:
     return [rate(run, new) for result in results for run in result["runs"] if run["rows"] == rows]
 
 
-def reached(runs: dict[str, list], new: int) -> list[dict]:
-    def over(side, other, goal=None, rows=1, other_rows=1):
+def reached(runs: dict[str, list], new: int) -> dict[str, dict]:
+    found = {}
+    for side, other, rows, other_rows in (
+        (OURS, THEIRS, 1, 1), (OURS_ADAPTER, THEIRS, 1, 1), (OURS, OURS, ROWS, 1), (OURS, STATIC, 1, 1),
+        (OURS_ADAPTER, PEFT, 1, 1), (OURS, THEIRS, ROWS, ROWS), (OURS_ADAPTER, PEFT, ROWS, ROWS),
+    ):  # fmt: skip
         pairs = zip(rates(runs[side], rows, new), rates(runs[other], other_rows, new), strict=False)
+        name = f"{side}, {rows} rows over {other_rows}" if side == other else f"{side} over {other}"
+        name += f", {rows} rows" * (side != other and rows > 1)
         value = median(a / b for a, b in pairs)
-        name = f"{side} over {other}" if side != other else f"{side}, {rows} rows over {other_rows}"
-        return {"what": name if rows == other_rows == 1 or side == other else f"{name}, {rows} rows", "value": value,
-                "goal": goal, "met": None if goal is None else value >= goal}  # fmt: skip
-
-    return [
-        over(OURS, THEIRS, 2.4), over(OURS_ADAPTER, THEIRS, 1.7), over(OURS, OURS, 4, ROWS, 1), over(OURS, STATIC),
-        over(OURS_ADAPTER, PEFT), over(OURS, THEIRS, None, ROWS, ROWS), over(OURS_ADAPTER, PEFT, None, ROWS, ROWS),
-    ]  # fmt: skip
+        found[name] = goals.judged("decode_speed", "speed", name, value, machine.with_amx())
+    return found
 
 
 def show(result: dict) -> None:
@@ -234,10 +234,10 @@ def show(result: dict) -> None:
     print_goals(result["reached"])
 
 
-def print_goals(rows: list[dict]) -> None:
-    for row in rows:
-        goal = "" if row["goal"] is None else f"goal {row['goal']:g}, {'met' if row['met'] else 'missed'}"
-        print(f"{row['what']:52}{row['value']:8.2f}  {goal}")
+def print_goals(rows: dict[str, dict]) -> None:
+    for name, row in rows.items():
+        goal = f"goal {row['goal']}, {'met' if row['met'] else 'missed'}" if "goal" in row else ""
+        print(f"{name:52}{row['value']:8.2f}  {goal}")
     print(flush=True)
 
 
@@ -254,13 +254,13 @@ def start_up(bench: Bench) -> dict:
         for side in commands if number % 2 == 0 else reversed(commands):
             seconds[side].append(bench.first_byte(commands[side]))
     ours, theirs = seconds.values()
-    goals = [
-        {"what": "generate.py to its first byte, s", "value": median(ours), "goal": 2.2, "met": median(ours) <= 2.2},
-        {"what": "transformers + peft, s", "value": median(theirs), "goal": None},
-    ]
-    ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
-    goals.append({"what": "generate.py over transformers + peft", "value": ratio, "goal": 0.4, "met": ratio <= 0.4})
-    return {"seconds": seconds, "reached": goals}
+    values = {
+        "generate.py to its first byte, s": median(ours), "transformers + peft, s": median(theirs),
+        "generate.py over transformers + peft": median(a / b for a, b in zip(ours, theirs, strict=True)),
+    }  # fmt: skip
+    amx = machine.with_amx()
+    found = {name: goals.judged("decode_speed", "start", name, value, amx) for name, value in values.items()}
+    return {"seconds": seconds, "reached": found}
 
 
 def main(argv=None) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -44,22 +45,56 @@ class Processes:
     def command(self, side: str) -> list[str]:
         return [sys.executable, str(ROOT / "bench" / self.program)]
 
-    def child(self, side: str, **more) -> dict:
-        """One process; what it answers, and how much faster the machine was after it than before."""
+    def start(self, side: str, **more) -> tuple[subprocess.Popen, Path]:
+        """A process that begins, and the file that its answer will be in."""
         self.count += 1
         told, answer = (self.folder / f"{self.count}.{name}" for name in ("job", "result"))
-        job, before = self.job(side, **more), self.probe()
+        job = self.job(side, **more)
         files.write_json(told, job | {"started": time.time()})
         quiet = {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         quiet |= {} if side in self.peers else heap.TUNABLES
-        command = [*self.command(side), str(told), str(answer)]
-        done = subprocess.run(
-            command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{side} ended with {done.returncode}\n{done.stderr}")
-        result = files.read_json(answer) | {"probe": [before, self.probe()], "load": os.getloadavg()[0]}
+        command, pipe = [*self.command(side), str(told), str(answer)], subprocess.PIPE
+        with answer.with_suffix(".err").open("w") as errors:
+            process = subprocess.Popen(
+                command, env=os.environ | quiet, stdin=pipe, stdout=pipe, stderr=errors, text=True
+            )
+        return process, answer
+
+    def end(self, side: str, process: subprocess.Popen, answer: Path) -> dict:
+        """What it answers."""
+        process.communicate()
+        if process.returncode:
+            errors = answer.with_suffix(".err").read_text()
+            raise SystemExit(f"{side} ended with {process.returncode}\n{errors}")
+        return files.read_json(answer)
+
+    def child(self, side: str, **more) -> dict:
+        """One process; what it answers, and how much faster the machine was after it than before."""
+        before = self.probe()
+        result = self.end(side, *self.start(side, **more))
+        result |= {"probe": [before, self.probe()], "load": os.getloadavg()[0]}
         return result | {"drift": result["probe"][1] / before - 1}
+
+    def by_turns(self, jobs: Mapping[str, dict], count: int, first: int = 0) -> dict[str, dict]:
+        """A process for each side, which take `count` steps by turns, one at a time, so that a machine whose speed
+        changes is as fast for all; who begins rotates. A process says TURN when it waits for its next step, and takes
+        its first as soon as it has started, alone."""
+        running = {}
+        for side, job in jobs.items():
+            running[side] = self.start(side, turns=True, **job)
+            wait_for_turn(running[side][0])
+        sides = list(jobs)
+        for number in range(1, count):
+            begins = (first + number) % len(sides)
+            for side in sides[begins:] + sides[:begins]:
+                process = running[side][0]
+                with suppress(BrokenPipeError):  # it has ended, and `end` says why
+                    process.stdin.write("\n"), process.stdin.flush()
+                if number < count - 1:
+                    wait_for_turn(process)
+                else:
+                    process.wait()
+        return {side: self.end(side, *found) for side, found in running.items()}
 
     def rounds(self, sides: Sequence[str], count: int, run: Callable[[str], dict]) -> dict[str, list[dict]]:
         """`run(side)` in a process of its own, `count` times a side, the order turned round from round to round."""
@@ -68,6 +103,16 @@ class Processes:
             for side in sides if number % 2 == 0 else reversed(sides):
                 runs[side].append(run(side))
         return runs
+
+
+TURN = "your turn"
+
+
+def wait_for_turn(process: subprocess.Popen) -> None:
+    """Until the process waits, or has ended."""
+    for line in process.stdout:
+        if line.strip() == TURN:
+            return
 
 
 def run(

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
+from bench.parts import TURN  # noqa: E402
 from lora import files  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
 
@@ -173,6 +174,10 @@ def work(job, side) -> dict:
     side.optimizer.register_step_pre_hook(keep)
     steps = [[Example(*example) for example in step] for step in job.steps]
     for step in steps:
+        if rows and job.turns:
+            print(TURN, flush=True)
+            if not sys.stdin.readline():
+                sys.exit("the benchmark has ended")
         start = time.perf_counter()
         loss, norm = side.step(step)
         rows.append({"seconds": time.perf_counter() - start, "loss": loss, "norm": norm,
@@ -180,10 +185,9 @@ def work(job, side) -> dict:
                      "trained": trained_in(step)})  # fmt: skip
         if len(rows) == 1:
             first = time.time() - job.started
+        if job.matmuls:
+            rows[-1]["matmul seconds"] = matmul_seconds(side, step)
     result = {"side": job.side, "first step s": first, "loaded": loaded, "peak": machine.peak(), "rows": rows}
-    if job.matmuls:
-        for row, step in zip(rows, steps, strict=True):
-            row["matmul seconds"] = matmul_seconds(side, step)
     files.write_tensors(job.gradients, gradients)
     return result
 

@@ -72,9 +72,12 @@ class Model(nn.Module):
         """Lists of Linears of one input, for `ops.fast_decoding`, and every other Linear in a list of its own."""
         for block in self.model.layers:
             groups = [getattr(block, block.mixer).group(), [block.mlp.gate_proj, block.mlp.up_proj]]
-            grouped = {module for group in groups for module in group}
             yield from groups
-            yield from ([module] for module in block.modules() if type(module) is nn.Linear and module not in grouped)
+            seen = {part for group in groups for module in group for part in module.modules()}
+            for module in block.modules():  # an adapter's layer comes before its base
+                if module not in seen and (type(module) is nn.Linear or hasattr(module, "low_rank")):
+                    yield [module]
+                    seen.update(module.modules())
         if not self.config.tie_word_embeddings:
             yield [self.lm_head]
 

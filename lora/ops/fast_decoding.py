@@ -12,7 +12,6 @@ oneDNN lays the right factor of a product out anew each time. So on a CPU with A
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -27,17 +26,16 @@ FEW = 16  # rows; of 32 both ways take as long
 
 @contextmanager
 def for_decoding(groups: Iterable[list[nn.Module]]):
-    """Inside the block `ops.linears` runs each of these groups of Linears as one product, where it can, and a Linear
-    alone in its group multiplies few rows in the faster way."""
+    """Inside the block `ops.linears` runs each of these groups of Linears as one product, where it can, and what is
+    alone in its group runs as one, too."""
     changed = []
     try:
         for modules in groups:
-            first = modules[0]
-            changed.append(first)
             if together := join(modules):
-                first.joined = together
-            elif len(modules) == 1 and type(first) is nn.Linear and not _sharded(modules):
-                first.forward = partial(product, W=first.weight, b=first.bias)
+                changed.append(modules[0])
+                modules[0].joined = together
+                if len(modules) == 1:
+                    modules[0].forward = lambda x, alone=together: alone(x)[0]
         yield
     finally:
         for module in changed:
@@ -65,7 +63,8 @@ def join(modules: Sequence[nn.Module]) -> Callable[[Tensor], Outputs] | None:
     """x (..., in) -> the outputs of several Linears, or of several LoRA layers; None where there is no better way, as
     with packed weights, which would not stay so."""
     kind = type(modules[0])
-    if _sharded(modules) or len(modules) < 2 or any(type(module) is not kind for module in modules):
+    sharded = any(type(parameter) is not nn.Parameter for module in modules for parameter in module.parameters())
+    if sharded or any(type(module) is not kind for module in modules):
         return None
     if kind is nn.Linear:
         return _join_frozen(modules)
@@ -82,14 +81,10 @@ def join(modules: Sequence[nn.Module]) -> Callable[[Tensor], Outputs] | None:
     sizes, finish = [len(module.weight) for module in modules], [module.finish() for module in modules]
 
     def together(x: Tensor) -> Outputs:
-        outputs = frozen(x).add_(F.linear(F.linear(x, A), B)).split(sizes, -1)
+        outputs = frozen(x).add_(product(product(x, A), B)).split(sizes, -1)
         return tuple(last(y) for last, y in zip(finish, outputs, strict=True))
 
     return together
-
-
-def _sharded(modules: Sequence[nn.Module]) -> bool:
-    return any(type(parameter) is not nn.Parameter for module in modules for parameter in module.parameters())
 
 
 def _join_frozen(modules: Sequence[nn.Module], split: bool = True) -> Callable:

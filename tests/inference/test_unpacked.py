@@ -120,7 +120,7 @@ def test_greedy_answers_are_those_of_the_trained_model_with_room_and_without(wor
     else:
         assert len(packed(session.model)) == 14 and len(lora_layers(session.model)) == (0 if adapter == "base" else 14)
         with for_decoding(session.model.groups()):
-            assert not any("joined" in vars(module) for module in session.model.modules())  # it would hold dq(W)
+            assert not any("joined" in vars(module) for module in session.model.model.modules())  # would hold dq(W)
         assert said
 
 
