@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
+from bench.parts import take_turn  # noqa: E402
 from lora import device, files  # noqa: E402
 from lora.ops.fast_decoding import product  # noqa: E402
 
@@ -114,7 +115,11 @@ def main(told: str, answer: str) -> None:
     torch.manual_seed(0)
     side = SIDES[job.program](job)
     timed(side, job.prompts[:1], 4)
-    found = {"runs": [timed(side, job.prompts[:rows], job.new) for rows in job.batches]}
+    runs = []
+    for rows in job.batches:
+        take_turn()
+        runs.append(timed(side, job.prompts[:rows], job.new))
+    found = {"runs": runs}
     if job.products:
         found["products s"] = {str(rows): products(side.model, rows) for rows in set(job.batches)}
     files.write_json(Path(answer), found | {"peak": machine.peak()})

@@ -2,8 +2,8 @@
 
 Answers of 128 tokens to prompts of 64, greedy, without a stop, one and eight at a time, in bfloat16: a merged model
 (the same files for both sides) and an adapter of rank 16 on all linears that is not merged. A fresh process a side and
-a round, in the order a b c, c b a; ratios are taken run by run and their median is given. First both sides must give
-the same tokens up to near-ties, or there is no speed to speak of: exit 1 and `void`.
+a round; they answer by turns, so that ratios are of one moment, and the median of these is given. First both sides must
+give the same tokens up to near-ties, or there is no speed to speak of: exit 1 and `void`.
 
 Then the time from the start of a process to the first byte of its answer on stdout: `generate.py --adapter` against a
 minimal script of transformers and PEFT that does the same.
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import goals, machine, memory  # noqa: E402
+from bench.parts import Processes  # noqa: E402
 from lora import files, pretrained  # noqa: E402
 from lora.adapter import passport, store  # noqa: E402
 from lora.adapter.inject import inject, lora_layers  # noqa: E402
@@ -37,6 +38,8 @@ from lora.pretrained import default_model  # noqa: E402
 RESULT = ROOT / "bench" / "results" / "decode_speed.json"
 SPEED, START = machine.keyed("speed"), machine.keyed("start")
 PROMPT, NEW, ROWS = 64, 128, 8
+BATCHES = [1, ROWS] * 4
+ALONE = [1] * len(BATCHES)  # of sides that answer one at a time
 TIE = 0.5  # logits are about 20, where bfloat16 has steps of 0.125
 OURS, OURS_ADAPTER, THEIRS, STATIC, PEFT, LLAMA = (
     "ours, merged", "ours, adapter", "transformers", "its static cache", "PEFT, adapter", "llama.cpp, Q4_1",
@@ -63,11 +66,15 @@ model.generate(**inputs, max_new_tokens=64, do_sample=False, streamer=Show())
 """
 
 
-class Bench:
+class Bench(Processes):
     """A folder with what the processes need: base, adapter, and both merged into a plain model."""
 
+    program = "decode_sides.py"
+    peers = OURS, OURS_ADAPTER, THEIRS, STATIC, PEFT, LLAMA
+
     def __init__(self, folder: Path, chosen):
-        self.folder, self.chosen, self.count = folder, chosen, 0
+        super().__init__(folder, chosen.threads, chosen.smoke)
+        self.chosen = chosen
         self.base = folder / "base" if chosen.smoke else default_model.folder()
         if chosen.smoke:
             self.base.mkdir()
@@ -100,40 +107,27 @@ class Bench:
             OURS: ours | {"base": merged, "products": True},
             OURS_ADAPTER: ours | {"base": base, "adapter": adapter},
             THEIRS: theirs | {"base": merged},
-            STATIC: theirs | {"base": merged, "options": {"cache_implementation": "static"}, "batches": [1]},
+            STATIC: theirs | {"base": merged, "options": {"cache_implementation": "static"}, "batches": ALONE},
             PEFT: theirs | {"base": base, "adapter": adapter},
         }
         gguf = next(self.base.glob("*.gguf"), None)
         if gguf and importlib.util.find_spec("xllamacpp"):
-            found[LLAMA] = {"program": "llama.cpp", "base": str(gguf), "batches": [1, 1]}
+            found[LLAMA] = {"program": "llama.cpp", "base": str(gguf), "batches": ALONE}
         return found
 
-    def child(self, told: dict) -> dict:
-        """One process, with the memory's speed before and after it."""
-        self.count += 1
-        job, answer, rate = *(self.folder / f"{self.count}.{name}" for name in ("job", "result")), self.probe()
-        same = {"adapter": "", "products": False, "batches": [1, ROWS, 1], "threads": self.chosen.threads}
-        files.write_json(job, same | told | {"new": self.chosen.new, "prompts": self.prompts})
-        done = self.run(["bench/decode_sides.py", job, answer], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if done.returncode:
-            raise SystemExit(f"{told} ended with {done.returncode}\n{done.stderr}")
-        return files.read_json(answer) | {"read rate": [rate, self.probe()]}
+    def job(self, side: str, **more) -> dict:
+        same = {"adapter": "", "products": False, "batches": BATCHES, "new": self.chosen.new, "prompts": self.prompts}
+        return super().job(side) | same | more
 
     def probe(self) -> float:
         return machine.read_rate(0.02 if self.chosen.smoke else 0.3)
 
-    def run(self, command: list, **more) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *map(str, command)], env=self.environment(), cwd=ROOT, text=True, **more)
-
-    def environment(self) -> dict:
-        threads = {"OMP_NUM_THREADS": str(self.chosen.threads)}
-        return os.environ | threads | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-
     def first_byte(self, command: list) -> float:
         """Seconds from the start of a process to its first byte on stdout; it runs to its end."""
         start = time.perf_counter()
+        quiet = {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=self.environment(), cwd=ROOT, stdout=subprocess.PIPE,
+            [sys.executable, *map(str, command)], env=os.environ | quiet, cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         assert process.stdout.read(1)
@@ -170,11 +164,12 @@ def agreement(bench: Bench, ours: dict, theirs: dict, adapter: bool) -> dict:
 def measure(bench: Bench) -> dict:
     sides, runs, found = bench.sides(), {}, {}
     for number in range(bench.chosen.rounds):
-        for side in sides if number % 2 == 0 else reversed(sides):
-            result = bench.child(sides[side])
-            runs.setdefault(side, []).append(result)
+        rate_before = bench.probe()
+        results = bench.by_turns(sides, 1 + len(BATCHES), number)
+        for side, result in results.items():
+            runs.setdefault(side, []).append(result | {"read rate": [rate_before, bench.probe()]})
             shown = ", ".join(f"{rate(run, bench.chosen.new):.0f} tok/s ({run['rows']})" for run in result["runs"])
-            print(f"run       {side}: {shown}; memory {result['read rate'][0] / 1e9:.0f} GB/s", flush=True)
+            print(f"run       {side}: {shown}", flush=True)
         if number == 0:
             for name, ours, theirs in (("merged", OURS, THEIRS), ("adapter", OURS_ADAPTER, PEFT)):
                 found[name] = agreement(bench, runs[ours][0], runs[theirs][0], name == "adapter")
@@ -197,13 +192,24 @@ def rates(results: list[dict], rows: int, new: int) -> list[float]:
     return [rate(run, new) for result in results for run in result["runs"] if run["rows"] == rows]
 
 
+def pairs_of(results: list[dict], rows: int, others: list[dict], other_rows: int, new: int) -> list[tuple]:
+    """Rates of two sides in the same turn; or, of other rows, each with the turn before."""
+    pairs = []
+    for mine, theirs in zip(results, others, strict=True):
+        shift = int(rows != other_rows)
+        for a, b in zip(mine["runs"][shift:], theirs["runs"], strict=False):
+            if (a["rows"], b["rows"]) == (rows, other_rows):
+                pairs.append((rate(a, new), rate(b, new)))
+    return pairs
+
+
 def reached(runs: dict[str, list], new: int) -> dict[str, dict]:
     found = {}
     for side, other, rows, other_rows in (
         (OURS, THEIRS, 1, 1), (OURS_ADAPTER, THEIRS, 1, 1), (OURS, OURS, ROWS, 1), (OURS, STATIC, 1, 1),
         (OURS_ADAPTER, PEFT, 1, 1), (OURS, THEIRS, ROWS, ROWS), (OURS_ADAPTER, PEFT, ROWS, ROWS),
     ):  # fmt: skip
-        pairs = zip(rates(runs[side], rows, new), rates(runs[other], other_rows, new), strict=False)
+        pairs = pairs_of(runs[side], rows, runs[other], other_rows, new)
         name = f"{side}, {rows} rows over {other_rows}" if side == other else f"{side} over {other}"
         name += f", {rows} rows" * (side != other and rows > 1)
         value = median(a / b for a, b in pairs)
@@ -266,7 +272,7 @@ def start_up(bench: Bench) -> dict:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("speed", "start"), help="both without it")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a side")
+    parser.add_argument("--rounds", type=int, default=1, help="processes a side")
     parser.add_argument("--starts", type=int, default=4, help="starts of each program")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT, help="file of results")

@@ -76,9 +76,8 @@ class Processes:
         return result | {"drift": result["probe"][1] / before - 1}
 
     def by_turns(self, jobs: Mapping[str, dict], count: int, first: int = 0) -> dict[str, dict]:
-        """A process for each side, which take `count` steps by turns, one at a time, so that a machine whose speed
-        changes is as fast for all; who begins rotates. A process says TURN when it waits for its next step, and takes
-        its first as soon as it has started, alone."""
+        """A process for each side, which work by turns, so that a machine whose speed changes is as fast for all; who
+        begins rotates. Each takes `count` turns, the first as soon as it has started, alone."""
         running = {}
         for side, job in jobs.items():
             running[side] = self.start(side, turns=True, **job)
@@ -106,6 +105,13 @@ class Processes:
 
 
 TURN = "your turn"
+
+
+def take_turn() -> None:
+    """Called by a process that works by turns, before each of its turns but the first."""
+    print(TURN, flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the benchmark has ended")
 
 
 def wait_for_turn(process: subprocess.Popen) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import machine  # noqa: E402
-from bench.parts import TURN  # noqa: E402
+from bench.parts import take_turn  # noqa: E402
 from lora import files  # noqa: E402
 from lora.text.chat import Example  # noqa: E402
 
@@ -175,9 +175,7 @@ def work(job, side) -> dict:
     steps = [[Example(*example) for example in step] for step in job.steps]
     for step in steps:
         if rows and job.turns:
-            print(TURN, flush=True)
-            if not sys.stdin.readline():
-                sys.exit("the benchmark has ended")
+            take_turn()
         start = time.perf_counter()
         loss, norm = side.step(step)
         rows.append({"seconds": time.perf_counter() - start, "loss": loss, "norm": norm,
