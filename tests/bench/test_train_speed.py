@@ -102,7 +102,7 @@ def test_ratios_are_taken_step_by_step(monkeypatch):
 
     sides = {"ours": run(1.5, 2.2e9), "compiled": run(1, 2e9), "B0": run(3, 8e9), "B1": run(2.5, 4e9)}
     found = train_speed.reached(
-        train_speed.WORKLOADS["short"],
+        "short",
         {side: runs for side, (runs, _) in sides.items()},
         {side: rows for side, (_, rows) in sides.items()},
     )
