@@ -13,7 +13,6 @@ Prints tables; bench/results/decode_speed.json gets every raw row, those of both
 
 import argparse
 import importlib.util
-import os
 import shlex
 import subprocess
 import sys
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import goals, machine, memory  # noqa: E402
-from bench.parts import Processes  # noqa: E402
+from bench.parts import Processes, quiet  # noqa: E402
 from lora import files, pretrained  # noqa: E402
 from lora.adapter import passport, store  # noqa: E402
 from lora.adapter.inject import inject, lora_layers  # noqa: E402
@@ -125,9 +124,8 @@ class Bench(Processes):
     def first_byte(self, command: list) -> float:
         """Seconds from the start of a process to its first byte on stdout; it runs to its end."""
         start = time.perf_counter()
-        quiet = {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=os.environ | quiet, cwd=ROOT, stdout=subprocess.PIPE,
+            [sys.executable, *map(str, command)], env=quiet(self.threads), cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         assert process.stdout.read(1)

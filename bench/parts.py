@@ -25,6 +25,11 @@ from bench import machine  # noqa: E402
 from lora import files, heap  # noqa: E402
 
 
+def quiet(threads: int) -> dict[str, str]:
+    """The environment of a process that is measured."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
 class Processes:
     """A folder for what the processes exchange, and what all of them are told."""
 
@@ -51,13 +56,10 @@ class Processes:
         told, answer = (self.folder / f"{self.count}.{name}" for name in ("job", "result"))
         job = self.job(side, **more)
         files.write_json(told, job | {"started": time.time()})
-        quiet = {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        quiet |= {} if side in self.peers else heap.TUNABLES
+        environ = quiet(job["threads"]) | ({} if side in self.peers else heap.TUNABLES)
         command, pipe = [*self.command(side), str(told), str(answer)], subprocess.PIPE
         with answer.with_suffix(".err").open("w") as errors:
-            process = subprocess.Popen(
-                command, env=os.environ | quiet, stdin=pipe, stdout=pipe, stderr=errors, text=True
-            )
+            process = subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=errors, text=True)
         return process, answer
 
     def end(self, side: str, process: subprocess.Popen, answer: Path) -> dict:
@@ -89,10 +91,7 @@ class Processes:
                 process = running[side][0]
                 with suppress(BrokenPipeError):  # it has ended, and `end` says why
                     process.stdin.write("\n"), process.stdin.flush()
-                if number < count - 1:
-                    wait_for_turn(process)
-                else:
-                    process.wait()
+                wait_for_turn(process)
         return {side: self.end(side, *found) for side, found in running.items()}
 
     def rounds(self, sides: Sequence[str], count: int, run: Callable[[str], dict]) -> dict[str, list[dict]]:

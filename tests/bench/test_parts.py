@@ -47,7 +47,7 @@ def turns(tmp_path, monkeypatch):
 
 
 @mutation("bench/parts.py", "begins = (first + number) % len(sides)", "begins = 0")
-@mutation("bench/parts.py", "                    wait_for_turn(process)\n", "                    pass\n")
+@mutation("bench/parts.py", "                wait_for_turn(process)\n", "                pass\n")
 def test_one_works_at_a_time_and_who_begins_rotates(turns):
     found, lines = turns()
     assert lines == [f"{side} begins, {side} ends" for side in "abcbcacab"]
