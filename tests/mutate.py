@@ -6,8 +6,8 @@ python tests/mutate.py --since 1.day        those whose file or test was changed
 
 Each `@mutation(file, line, broken)` in tests/ stands on the test that must fail with that line of that file broken so.
 A mutation is tried on a copy of the tree, in a process forked after torch is imported. With `--minutes N` no new one is
-begun after N minutes; the order is by a hash of the commit, so another commit begins with others. Exit 0 when every
-mutation that was tried was noticed.
+begun after N minutes; the order is by a hash of the commit, so another commit begins with others. One whose test is
+skipped here, as pages are where there is no browser, counts as not tried. Exit 0 when every one tried was noticed.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120  # a mutation may make a test loop
+SKIPPED = 70  # beside pytest's exit codes: none of the tests ran
 # nothing explains a failure here, and nobody's garbage is looked for: a run of a test takes a third of the time
 QUICK = ("--assert=plain", "-p", "no:cacheprovider", "-p", "no:anyio", "-p", "no:unraisableexception")
 PRELOADED = (  # others' packages, imported once, before the forks
@@ -64,8 +65,6 @@ def changed_since(when: str) -> set[str]:
 
 def chosen(asked) -> list[dict]:
     table = [row for row in rows() if not asked.words or any(word in str(row) for word in asked.words)]
-    if not shutil.which("chromium"):  # without it they are skipped
-        table = [row for row in table if not row["test"].startswith("tests/browser/")]
     if asked.since:
         files = changed_since(asked.since)
         table = [row for row in table if {row["file"], row["test"].partition("::")[0]} & files]
@@ -84,8 +83,17 @@ def copy_tree(target: Path) -> None:
     shutil.copytree(ROOT, target, ignore=ignore, dirs_exist_ok=True)
 
 
+class Passed:
+    """A plugin of pytest's, which ends with 0 also where every test was skipped."""
+
+    count = 0
+
+    def pytest_runtest_logreport(self, report):
+        self.count += report.when == "call" and report.passed
+
+
 def run_test(tree: Path, test: str) -> int:
-    """pytest's exit code for one test in `tree`, in a forked child: 0 passed, 1 failed; 124 after a time-out."""
+    """pytest's exit code for one test in `tree`, in a forked child: 0 passed, 1 failed; 124 timed out; SKIPPED."""
     child = os.fork()
     if child == 0:
         os.chdir(tree)
@@ -95,8 +103,9 @@ def run_test(tree: Path, test: str) -> int:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             import pytest
 
-            code = pytest.main([*QUICK, "-x", "-q", "--no-header", test])
-        os._exit(int(code))
+            passed = Passed()
+            code = pytest.main([*QUICK, "-x", "-q", "--no-header", test], plugins=[passed])
+        os._exit(int(code) if code or passed.count else SKIPPED)
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -108,25 +117,28 @@ def run_test(tree: Path, test: str) -> int:
     return 124
 
 
-def judge_all(of_a_test: list[dict]) -> list[tuple[str, str | None]]:
+def judge_all(of_a_test: list[dict]) -> list[tuple[str, str, str]]:
     return [judge(row) for row in of_a_test if time.time() < DEADLINE]
 
 
-def judge(row: dict) -> tuple[str, str | None]:
-    """The mutation in words, and what is wrong: None where the test passes as it is and fails for the mutation."""
+def judge(row: dict) -> tuple[str, str, str]:
+    """The verdict, the mutation in words, and what is wrong with it. "noticed": its test passes, and fails for it."""
     path, claim = TREE / row["file"], f"{row['file']}: {row['line'].strip().splitlines()[0]}"
     text = path.read_text()
     if text.count(row["line"]) != 1:
-        return claim, f"its line is {text.count(row['line'])} times in {row['file']}"
+        return "SURVIVED", claim, f"its line is {text.count(row['line'])} times in {row['file']}"
     if row["test"] not in SOUND:
         SOUND[row["test"]] = run_test(TREE, row["test"])
+    if SOUND[row["test"]] == SKIPPED:
+        return "skipped", claim, ""
     if SOUND[row["test"]] != 0:
-        return claim, f"{row['test']} fails without it (exit {SOUND[row['test']]})"
+        return "SURVIVED", claim, f"{row['test']} fails without it (exit {SOUND[row['test']]})"
     path.write_text(text.replace(row["line"], row["broken"]))
     code = run_test(TREE, row["test"])
     path.write_text(text)
-    noticed = code in (1, 2, 124)  # failed, broken at import, or endless
-    return claim, None if noticed else f"{row['test']} did not notice it (exit {code})"
+    if code in (1, 2, 124):  # failed, broken at import, or endless
+        return "noticed", claim, ""
+    return "SURVIVED", claim, f"{row['test']} did not notice it (exit {code})"
 
 
 TREE = Path()  # each worker's own copy of the tree
@@ -149,7 +161,7 @@ def main() -> int:
     parser.add_argument("--since")
     parser.add_argument("--minutes", type=float, default=math.inf)
     asked = parser.parse_args()
-    table, tried, survived = chosen(asked), 0, []
+    table, verdicts, survived = chosen(asked), [], []
     if not table and not asked.since:
         parser.error(f"no mutation has any of {asked.words} in its file, line or test")
     import torch
@@ -161,16 +173,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         start = scratch, time.time() + 60 * asked.minutes
         workers = multiprocessing.get_context("fork").Pool(os.cpu_count(), start_worker, start)
-        for claim, wrong in chain.from_iterable(workers.imap_unordered(judge_all, in_groups(table))):
-            tried += 1
-            print(f"{tried}/{len(table)} {'SURVIVED' if wrong else 'noticed '}  {claim}", flush=True)
+        for verdict, claim, wrong in chain.from_iterable(workers.imap_unordered(judge_all, in_groups(table))):
+            verdicts.append(verdict)
+            print(f"{len(verdicts)}/{len(table)} {verdict:8}  {claim}", flush=True)
             survived += [f"{claim}: {wrong}"] if wrong else []
         workers.close()
         workers.join()
     for line in survived:
         print(f"FAIL {line}")
+    tried = len(verdicts) - verdicts.count("skipped")
     print(
-        f"{tried - len(survived)} of {tried} mutations noticed"
+        f"{verdicts.count('noticed')} of {tried} mutations noticed"
         + f", {len(table) - tried} not tried" * (tried < len(table))
     )
     return 1 if survived else 0

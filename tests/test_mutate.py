@@ -39,6 +39,11 @@ def test_that_fails_anyway():
 @pytest.mark.parametrize("x", [0, 4])
 def test_of_one_case(x):
     assert half(x) == x / 2
+
+@mutation("product.py", "x / 2", "x / 5")
+@pytest.mark.skipif(True, reason="no browser here")
+def test_of_what_is_not_here():
+    assert half(2) == 1
 """
 
 
@@ -73,19 +78,26 @@ def run(root: Path, *arguments: str) -> tuple[int, list[str]]:
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
-@mutation("tests/mutate.py", "    noticed = code in (1, 2, 124)", "    noticed = code != 0 or True")
+@mutation("tests/mutate.py", "    if code in (1, 2, 124):", "    if True:")
 @mutation("tests/mutate.py", "    return 1 if survived else 0", "    return 0")
 @mutation("tests/mutate.py", '    if SOUND[row["test"]] != 0:', "    if False:")
 @mutation("tests/mutate.py", '    if text.count(row["line"]) != 1:', "    if False:")
 def test_a_mutation_is_noticed_if_its_test_passes_as_it_is_and_fails_with_it(project):
     code, lines = run(project)
-    assert code == 1 and lines[-1] == "3 of 6 mutations noticed"
+    assert code == 1 and lines[-1] == "3 of 6 mutations noticed, 1 not tried"
     assert sorted(line for line in lines if line.startswith("FAIL")) == [
         "FAIL product.py: 2 * x: tests/test_product.py::test_too_weak did not notice it (exit 0)",
         "FAIL product.py: x / 2: tests/test_product.py::test_that_fails_anyway fails without it (exit 1)",
         "FAIL product.py: x): its line is 2 times in product.py",
     ]
     assert (project / "product.py").read_text() == PRODUCT
+
+
+@mutation("tests/mutate.py", "if code or passed.count else SKIPPED", "if True else SKIPPED")
+@mutation("tests/mutate.py", '- verdicts.count("skipped")', "")
+def test_one_whose_test_is_skipped_here_counts_as_not_tried(project):
+    code, lines = run(project, "not_here")
+    assert (code, lines) == (0, ["1/1 skipped   product.py: x / 2", "0 of 0 mutations noticed, 1 not tried"])
 
 
 @mutation("tests/mutate.py", 'f"--since={when}"', '"--all"')
@@ -100,12 +112,12 @@ def test_since_chooses_those_whose_file_or_test_was_committed_since_then(project
     assert chosen() == ["test_one"] and chosen("product.py") == []
     (project / "tests/test_product.py").write_text(TESTS + "\n")  # the test alone
     commit(project, f"{int(time.time())} +0000")
-    assert len(chosen()) == 6 and chosen("noticed", "x / 3") == ["test_noticed", "test_of_one_case[4]"]
+    assert len(chosen()) == 7 and chosen("noticed", "x / 3") == ["test_noticed", "test_of_one_case[4]"]
 
 
 @mutation("tests/mutate.py", "for row in of_a_test if time.time() < DEADLINE]", "for row in of_a_test]")
 def test_after_the_minutes_no_other_is_begun_and_how_many_were_not_is_said(project):
-    assert run(project, "--minutes", "0") == (0, ["0 of 0 mutations noticed, 6 not tried"])
+    assert run(project, "--minutes", "0") == (0, ["0 of 0 mutations noticed, 7 not tried"])
 
 
 @mutation("tests/mutate.py", "    if not table and not asked.since:", "    if False:")
