@@ -6,6 +6,7 @@ that all cores end together. What a file printed is shown when it has ended, wit
 when every file passed.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -43,6 +44,7 @@ def main(paths: list[str]) -> int:
     cli.warm()
     for module in ("hypothesis", *REFEREES * (os.environ.get("LORA_PARITY") == "1")):
         importlib.import_module(module)
+    gc.collect(), gc.freeze()
     waiting = sorted(paths, key=lambda path: SLOW.index(path) if path in SLOW else len(SLOW))
     running, failed = {}, []
     while waiting or running:
