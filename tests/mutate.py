@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120  # a mutation may make a test loop
 SKIPPED = 70  # beside pytest's exit codes: none of the tests ran
 # nothing explains a failure here, and nobody's garbage is looked for: a run of a test takes a third of the time
-QUICK = ("--assert=plain", "-p", "no:cacheprovider", "-p", "no:anyio", "-p", "no:unraisableexception")
+QUICK = ("-m", "", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:anyio", "-p", "no:unraisableexception")
 PRELOADED = (  # others' packages, imported once, before the forks
     "pytest", "hypothesis", "openai", "openai.resources.chat.completions", "gguf", "jinja2.sandbox", "jinja2.ext",
     "safetensors.torch", "tokenizers", "tqdm", "huggingface_hub", "matplotlib.pyplot", "torch._dynamo",

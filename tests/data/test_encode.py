@@ -93,7 +93,7 @@ def test_conversations_that_are_kept_to_show_come_from_all_over_the_file():
 
 def test_memory_does_not_grow_with_rows_beyond_five_bytes_a_token():
     """The rows come from a generator; what stays is 4 bytes a token, 1 for its flag, and the name of its row."""
-    many = (Conversation(turns(f"Question {i}", "Yes. " * 40), f"a.jsonl:{i}") for i in range(6000))
+    many = (Conversation(turns(f"Question {i}", "Yes. " * 40), f"a.jsonl:{i}") for i in range(2000))
     chat = chat_of("chatml")
     chat.tokenize(turns("a", "b"))
     tracemalloc.start()
@@ -101,9 +101,9 @@ def test_memory_does_not_grow_with_rows_beyond_five_bytes_a_token():
     after, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     size = 5 * len(found.tokens)
-    assert size > 2_000_000
-    assert after < size + 6000 * 120 + 500_000
-    assert peak < 2.5 * size + 6000 * 500 + 3_000_000
+    assert size > 700_000
+    assert after < size + 2000 * 120 + 200_000
+    assert peak < 2.5 * size + 2000 * 500 + 1_000_000
 
 
 # ---- too long --------------------------------------------------------------------------------------------------------

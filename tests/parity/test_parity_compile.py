@@ -64,6 +64,7 @@ def test_compiled_blocks_compute_the_same_and_keep_nothing_that_is_cheap_to_form
     assert kept_by(model, some_tokens(TOKENS)) == TOKENS * (3 * a_layer + last)
 
 
+@pytest.mark.large
 def test_the_gpu_benchmark_runs_and_finds_all_sides_alike(tmp_path):
     command = [sys.executable, "bench/gpu.py", "--smoke", "--workload", "packed", "--rounds", "1", "--out"]
     sides = ["--side", "compiled", "plain", "B1", "B0"]

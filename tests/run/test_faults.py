@@ -533,10 +533,11 @@ def test_a_run_killed_once_ends_as_if_it_never_was(tmp_path):
     assert trees[0] == trees[1] and len(trees[0]) > 20
 
 
-def test_training_survives_25_kills_at_random_moments_bit_for_bit(tmp_path, capsys):
-    code = kills.main(["--kills", "25", "--out", str(tmp_path / "kills.jsonl")])
+@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.large)])
+def test_training_survives_kills_at_random_moments_bit_for_bit(tmp_path, capsys, count):
+    code = kills.main(["--kills", str(count), "--out", str(tmp_path / "kills.jsonl")])
     said = capsys.readouterr().out
     assert code == 0 and " 0 differences" in said, said
     rows = kills.read(tmp_path / "kills.jsonl")
-    assert sum(row["kills"] for row in rows) >= 25 and all(row["same"] for row in rows)
-    assert len({step for row in rows for step in row["from"]}) > 5
+    assert sum(row["kills"] for row in rows) >= count and all(row["same"] for row in rows)
+    assert len({step for row in rows for step in row["from"]}) > 2

@@ -107,7 +107,9 @@ def test_two_processes_make_the_run_of_one_and_only_the_first_writes_and_prints(
           "places = range(len(indices))", case="rloo")  # fmt: skip
 @pytest.mark.parametrize(
     ("method", "how", "flags"),
-    [("dpo", (), ()), ("kto", ("--fsdp",), ()), ("reward", ("--fsdp",), ()), ("grpo", (), ("--kl", 0.1)),
+    [pytest.param("dpo", (), (), marks=pytest.mark.large), ("kto", ("--fsdp",), ()),
+     pytest.param("reward", ("--fsdp",), (), marks=pytest.mark.large),
+     pytest.param("grpo", (), ("--kl", 0.1), marks=pytest.mark.large),
      ("rloo", (), ("--batch-size", 4)), ("ppo", (), ("--whiten-rewards", "--kl-target", 0.5))],
     ids=["dpo", "kto", "reward", "grpo", "rloo", "ppo"],
 )  # fmt: skip
