@@ -31,11 +31,6 @@ from tests.pretrained import test_sentencepiece
 from tests.pretrained.test_gguf import EMBEDDINGS, STRINGS, tokenizer_metadata, trained, write  # noqa: F401 (a fixture)
 from tests.pretrained.test_gguf_write import CASES
 
-
-def large(*cases):
-    return [pytest.param(case, marks=pytest.mark.large) for case in cases]
-
-
 MARGIN = 0.5  # between our two likeliest tokens, in logits; below it another rounding may choose the other one
 
 
@@ -178,7 +173,9 @@ def ours_kept(base, kept):
     return loaded(pretrained.find(str(base), "keep"), kept)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "q8_0", *large("f16", "bf16")])
+@pytest.mark.parametrize(
+    "kind", ["adapter", "q8_0", *(pytest.param(kind, marks=pytest.mark.large) for kind in ("f16", "bf16"))]
+)
 def test_llama_cpp_says_our_tokens_with_the_default_model(base, results, ours, kind):
     says_our_tokens(base, results, ours, kind)
 
