@@ -6,6 +6,7 @@ A problem is one line, `<what> in <file>[:<line>]: <why>. <fix>`. Problems are c
 import argparse
 import difflib
 import errno
+import gc
 import os
 import signal
 import sys
@@ -119,10 +120,11 @@ def signals(handler):
 
 
 def before_imports(name: str) -> None:
-    """Called first by a script with its `__name__`, before torch is imported: its threads get cores of their own, and
-    Ctrl-C meanwhile prints one line, exit 130."""
+    """Called first by a script with its `__name__`, before torch is imported: its threads get cores of their own,
+    garbage is not looked for, as imports make none, and Ctrl-C meanwhile prints one line, exit 130."""
     if name == "__main__":
         threads.bind()
+        gc.disable()
         for number in STOP_CODES:
             signal.signal(number, _exit_now)
 
@@ -208,6 +210,8 @@ def _mend_streams() -> None:
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Call a script's `main` and return its exit code; whatever goes wrong is one line per problem on stderr."""
     _mend_streams()
+    gc.freeze()  # what was imported stays: no collection goes through it again
+    gc.enable()
     try:
         with signals(_raise_stopped):
             try:

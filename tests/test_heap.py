@@ -204,3 +204,16 @@ def test_where_memory_is_spared_large_blocks_are_not_kept(sparing, least, most):
     words = [sys.executable, "-c", SPARING.format(sparing=sparing)]
     found = subprocess.run(words, capture_output=True, text=True, check=True, cwd=cli.ROOT)
     assert least <= int(found.stdout) < most
+
+
+@mutation("lora/errors.py", "        gc.disable()\n", "")
+@mutation("lora/errors.py", "    gc.enable()\n", "")
+@mutation("lora/errors.py", "    gc.freeze()  # what", "    # what")
+def test_garbage_is_looked_for_from_where_a_command_begins_and_not_in_what_was_imported():
+    code = (
+        "import gc, json; from lora import errors; errors.before_imports('__main__'); before = gc.isenabled();"
+        "import torch; errors.run(lambda argv: print(json.dumps([before, gc.isenabled(), len(gc.get_objects())])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True, check=True)
+    before, now, looked_at = json.loads(done.stdout)
+    assert (before, now) == (False, True) and looked_at < 1000

@@ -39,6 +39,13 @@ def check_finite(layers: dict[str, LoRALinear]) -> None:
 
 
 @torch.no_grad()
+def changes_a_weight(model: nn.Module) -> bool:
+    """Is W' another than W in any layer that is not packed? Of an adapter that was trained the first one says so."""
+    layers = [layer for layer in lora_layers(model).values() if type(layer.base) is nn.Linear]
+    return any(not torch.equal(merged_weight(x.base.weight, x.delta()), x.base.weight) for x in layers)
+
+
+@torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Let every LoRALinear compute with W' = W + ΔW. Merging twice is merging once.
 

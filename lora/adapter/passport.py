@@ -32,6 +32,7 @@ from torch import nn
 from lora import files
 from lora.adapter import store, value_head
 from lora.adapter.inject import disabled
+from lora.adapter.layer import LoRALinear
 from lora.errors import BadInput, say
 
 FORMAT, TEMPLATE = 1, "chat_template.jinja"
@@ -175,8 +176,9 @@ def template_of(folder: Path) -> str | None:
     return next((str(path) for path in paths if path.exists() and files.read_template(path) is not None), None)
 
 
-def verify(folder: Path, base: Base, paths: Iterable[str]) -> None:
-    """Compare the adapter in `folder` with a base. The same model from another source only warns.
+def verify(folder: Path, base: Base, paths: Iterable[str], stored: store.Read | None = None) -> None:
+    """Compare the adapter in `folder` with a base. The same model from another source only warns. `stored` gives
+    weights as they are in the base's files, as `held_or_read` does; without it they are read.
 
     Raises BadInput for another base, or another packing of it.
     """
@@ -190,7 +192,8 @@ def verify(folder: Path, base: Base, paths: Iterable[str]) -> None:
         why = f"the adapter was trained on {its['name']} in {its_form}, this is {base.name} in {form}"
         fix = f"Give --quant {its.get('quant') or 'none'}, or --no-verify to insist"
         raise BadInput(f"wrong base in {path}: {why}. {fix}")
-    if same_structure and its["patched"] == contents(base.original.read, (f"{p}.weight" for p in paths)):
+    patched = (f"{p}.weight" for p in paths)
+    if same_structure and its["patched"] == contents(stored or base.original.read, patched):
         return
     if same_structure and its["name"] == base.name:
         say(
@@ -200,6 +203,18 @@ def verify(folder: Path, base: Base, paths: Iterable[str]) -> None:
     what, fix = "other weights" if same_structure else "other tensors", f"Give --model {its['name']}, or --no-verify to"
     why = f"the adapter was trained on {its['name']}; {base.name} has {what}. {fix} insist"
     raise BadInput(f"wrong base in {path}: {why}")
+
+
+def held_or_read(base: Base, layers: dict[str, LoRALinear]) -> store.Read:
+    """Gives the weights under layers as they are in the base's files: from memory, where they are so there, too."""
+
+    def weight(name: str) -> torch.Tensor:
+        linear, dtype = layers[name.removesuffix(".weight")].base, files.DTYPES.get(base.original.header[name][0])
+        if type(linear) is nn.Linear and (linear.weight.device.type, linear.weight.dtype) == ("cpu", dtype):
+            return linear.weight.detach()
+        return base.original.read(name)
+
+    return weight
 
 
 def verify_chat(folder: Path, name: str, tokenizer, template: str, insist: bool = False) -> None:

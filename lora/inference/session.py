@@ -20,6 +20,7 @@ from lora import device as machine
 from lora import pretrained
 from lora.adapter import passport, store, value_head
 from lora.adapter.inject import lora_layers
+from lora.adapter.merge import changes_a_weight
 from lora.errors import BadInput, collecting, say
 from lora.inference import several, unpacked
 from lora.inference.generate import GREEDY, Sampling, generate_all, stream_tokens
@@ -163,7 +164,8 @@ def open_session(
     if adapter:
         store.load(net, adapter, read=base.read)
         if verify:
-            passport.verify(adapter, base, lora_layers(net))
+            layers = lora_layers(net)
+            passport.verify(adapter, base, layers, passport.held_or_read(base, layers))
         warn_if_unchanged(net, adapter)
         say(f"adapter  {adapter}")
     unpacked.unpack(net, machine.free_memory(place))  # plain Linears: the adapter costs nothing from here on
@@ -269,10 +271,13 @@ def load_chat(
 
 
 def warn_if_unchanged(model: Model, adapter: str | Path) -> None:
-    """Warn where the adapter on `model` changes no logit of a short text.
+    """Warn where the adapter on `model` changes no weight, and no logit of a short text either.
 
-    One token is soonest done; but a token alone attends to itself whatever queries and keys are, so then four.
+    Beside the weights it may change logits though it is too small to change a weight. One token is soonest done; but a
+    token alone attends to itself whatever queries and keys are, so then four.
     """
+    if changes_a_weight(model):
+        return
     for count in (1, 4):
         tokens = torch.arange(count, device=model.device)
         with machine.few_rows(count, model.device):

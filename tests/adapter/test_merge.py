@@ -9,7 +9,7 @@ from torch import nn
 
 from lora.adapter.inject import disabled, lora_layers
 from lora.adapter.layer import LoRALinear
-from lora.adapter.merge import merge, merge_and_unload, merged_weight, unload, unmerge
+from lora.adapter.merge import changes_a_weight, merge, merge_and_unload, merged_weight, unload, unmerge
 from tests.helpers import (
     bits,
     close,
@@ -555,3 +555,17 @@ def test_a_head_that_was_the_embedding_is_no_longer_tied_to_it_once_it_is_merged
         assert close(model(tokens), expected, 1e-5) and model.config.tie_word_embeddings is not untied
         assert (model.lm_head.weight is model.embed_tokens.weight) is not untied
         assert torch.equal(model.embed_tokens.weight, before.embed_tokens.weight)
+
+
+@mutation("lora/adapter/merge.py", "return any(not torch.equal(", "return all(not torch.equal(")
+@mutation("lora/adapter/merge.py", "x.delta()), x.base.weight)", "x.delta()), x.base.weight + 1)")
+def test_an_adapter_changes_a_weight_if_it_does_in_one_layer_after_rounding():
+    model = patched(tiny_model(torch.bfloat16))
+    *others, last = lora_layers(model).values()
+    with torch.no_grad():
+        for layer in others:
+            layer.lora_B.zero_()
+    assert changes_a_weight(model)
+    with torch.no_grad():
+        last.lora_B.mul_(1e-12)  # less than half of a last digit
+    assert not changes_a_weight(model)

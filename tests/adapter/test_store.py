@@ -822,6 +822,24 @@ def test_swapped_tensors_are_noticed(with_passport):
         verify(with_passport, base)
 
 
+@mutation("lora/adapter/passport.py", '("cpu", dtype):', '("cpu", linear.weight.dtype):')
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_weights_in_memory_are_compared_where_they_are_those_of_the_file(with_passport, monkeypatch, dtype):
+    base, model = Stored("other/model"), tiny_model(dtype)
+    model.load_state_dict(base.tensors)
+    read, seen = base.read, []
+    monkeypatch.setattr(base, "read", lambda name: seen.append(name) or read(name))
+    layers = lora_layers(patched(model, targets=PATHS))
+    stored = passport.held_or_read(base, layers)
+    passport.verify(with_passport, base, layers, stored)
+    assert len(seen) == (0 if dtype == torch.bfloat16 else len(PATHS))
+    with torch.no_grad():
+        layers[PATHS[1]].base.weight[0, 0] += 1
+    if dtype == torch.bfloat16:
+        with pytest.raises(BadInput, match="other weights"):
+            passport.verify(with_passport, base, layers, stored)
+
+
 def test_a_tensor_the_adapter_does_not_touch_may_differ(with_passport, capsys):
     base = Stored("other/model")
     base.tensors["model.embed_tokens.weight"] += 1
