@@ -8,9 +8,10 @@ python generate.py --adapter weights/a weights/b --compare --prompt "Hello."   t
 python generate.py --adapter weights/a weights/b --serve 8000                  a page, and an OpenAI-compatible endpoint
 """
 
+from lora import threads
 from lora.errors import before_imports, run
 
-before_imports(__name__)
+before_imports(__name__, threads.ANSWERING)
 
 import json
 import shutil

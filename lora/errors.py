@@ -119,11 +119,12 @@ def signals(handler):
             signal.signal(number, old)
 
 
-def before_imports(name: str) -> None:
+def before_imports(name: str, waiting: dict[str, str] = threads.WAITING) -> None:
     """Called first by a script with its `__name__`, before torch is imported: its threads get cores of their own,
-    garbage is not looked for, as imports make none, and Ctrl-C meanwhile prints one line, exit 130."""
+    where they wait for each other as `waiting` says, garbage is not looked for, as imports make none, and Ctrl-C
+    meanwhile prints one line, exit 130."""
     if name == "__main__":
-        threads.bind()
+        threads.bind(waiting)
         gc.disable()
         for number in STOP_CODES:
             signal.signal(number, _exit_now)

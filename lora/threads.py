@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 # OpenMP 5.2, 21 "Environment Variables"; those of libgomp and of LLVM's libomp in their manuals
 PLACES = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 WAITING = {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}  # spins; ms. Without it they wait for tens of ms
+ANSWERING = WAITING | {"GOMP_SPINCOUNT": "300000"}  # some ten small operations lie between two products of a token
 THEIRS = (*PLACES, "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_WAIT_POLICY", *WAITING)
 
 
@@ -23,14 +24,14 @@ def _cores() -> set[int]:
 ALL = _cores()
 
 
-def bind() -> None:
+def bind(waiting: dict[str, str] = WAITING) -> None:
     """To be called before torch is imported. The environment of a user who has set any of this stays as it is, and so
     does that of a process that shall leave cores to others (OMP_NUM_THREADS, as torchrun sets it)."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     few = threads.isdecimal() and int(threads) < len(ALL)
     if few or any(name in os.environ for name in THEIRS):
         return
-    os.environ |= WAITING | (PLACES if sys.platform == "linux" else {})
+    os.environ |= waiting | (PLACES if sys.platform == "linux" else {})
 
 
 def unbind() -> None:

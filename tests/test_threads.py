@@ -39,7 +39,7 @@ def run(code: str, **environment: str):
 
 @linux
 @mutation("lora/threads.py", '"OMP_PROC_BIND": "true"', '"OMP_PROC_BIND": "false"')
-@mutation("lora/errors.py", "        threads.bind()\n", "")
+@mutation("lora/errors.py", "        threads.bind(waiting)\n", "")
 def test_no_two_threads_of_a_product_share_a_core():
     found = run(BOUND + "print(json.dumps([torch.get_num_threads(), of_products]))")
     count, cores = found
@@ -72,6 +72,25 @@ def test_cores_are_named_only_where_the_runtime_can_bind_to_them(unset, monkeypa
     monkeypatch.setattr(sys, "platform", "darwin")
     threads.bind()
     assert "OMP_PROC_BIND" not in os.environ and os.environ["KMP_BLOCKTIME"] == "1"
+
+
+SCRIPT = """
+import json, os, runpy, sys
+sys.argv, sys.stdout = ["{script}", "--help"], sys.stderr
+try:
+    runpy.run_path("{script}", run_name="__main__")
+except SystemExit:
+    print(json.dumps(os.environ["GOMP_SPINCOUNT"]), file=sys.__stdout__)
+"""
+
+
+@linux
+@mutation(
+    "generate.py", "before_imports(__name__, threads.ANSWERING)", "before_imports(__name__)", case="generate.py-300000"
+)
+@pytest.mark.parametrize(("script", "spins"), [("train.py", "30000"), ("generate.py", "300000")])
+def test_threads_wait_longer_for_the_next_product_of_an_answer(script, spins):
+    assert run(SCRIPT.format(script=script)) == spins
 
 
 @linux
