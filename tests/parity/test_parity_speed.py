@@ -11,8 +11,9 @@ if os.environ.get("LORA_PARITY") != "1":
 
 from bench import train_speed
 
+pytestmark = pytest.mark.large
 
-@pytest.mark.large
+
 def test_the_benchmark_runs_and_says_what_was_reached(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_speed.machine, "with_amx", lambda: False)
     out = tmp_path / "speed.json"
