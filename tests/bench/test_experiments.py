@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import os
+import multiprocessing
 import re
 import runpy
 import shutil
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,23 +33,19 @@ def program(folder: Path):
 
 def forked(path: Path, *argv: str) -> int:
     """The exit code of a program of a copied folder, in a child that has torch; modules are those of the copy."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            for name, module in list(sys.modules.items()):
-                if str(FOLDER) in (getattr(module, "__file__", None) or ""):
-                    del sys.modules[name]
-            others = [at for at in sys.path if not at.startswith(str(FOLDER))]
-            sys.argv, sys.path[:] = [str(path), *argv], [str(path.parent), *others]
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def program() -> None:
+        for name, module in list(sys.modules.items()):
+            if str(FOLDER) in (getattr(module, "__file__", None) or ""):
+                del sys.modules[name]
+        others = [at for at in sys.path if not at.startswith(str(FOLDER))]
+        sys.argv, sys.path[:] = [str(path), *argv], [str(path.parent), *others]
+        runpy.run_path(str(path), run_name="__main__")
+
+    child = multiprocessing.get_context("fork").Process(target=program)
+    child.start()
+    child.join()
+    return child.exitcode
 
 
 def rows(path: Path) -> list[dict]:

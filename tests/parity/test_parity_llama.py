@@ -188,7 +188,8 @@ def test_llama_cpp_says_our_tokens_with_what_was_trained_on_the_blocks_that_it_s
 
 def says_our_tokens(base, place, ours, kind):
     chat, model = ours
-    theirs = llama_cpp(*((base, written(place, kind)) if kind == "adapter" else (written(place, kind),)))
+    path = written(place, kind)
+    theirs = llama_cpp(base, path) if kind == "adapter" else llama_cpp(path)
     compared = 0
     for question, answer in TAUGHT.items():
         ids = chat.prompt([{"role": "user", "content": question}])

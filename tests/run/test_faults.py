@@ -540,4 +540,4 @@ def test_training_survives_kills_at_random_moments_bit_for_bit(tmp_path, capsys,
     assert code == 0 and " 0 differences" in said, said
     rows = kills.read(tmp_path / "kills.jsonl")
     assert sum(row["kills"] for row in rows) >= count and all(row["same"] for row in rows)
-    assert len({step for row in rows for step in row["from"]}) > 2
+    assert len({step for row in rows for step in row["from"]}) > min(5, count // 5)
